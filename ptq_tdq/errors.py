@@ -1,0 +1,70 @@
+"""Every error that ptq-tdq raises on purpose.
+
+    PtqTdqError
+    ├── UsageError              the request itself is wrong (the command line exits with 2)
+    │   ├── SchemeError         a bit-width scheme that cannot be parsed
+    │   └── ConfigError         an unknown or ill-typed choice
+    ├── ModelError              the model cannot be loaded or quantized
+    │   └── NonFiniteError      NaN or Inf in weights or activations; names the layer and t
+    ├── CalibrationSetError     an empty, unreadable or foreign calibration set
+    ├── TimestepError           a time step outside the interval tables
+    ├── ResumeError             an unfinished run that belongs to another model, config or calibration set
+    ├── OutputError             an output path that cannot be written
+    └── ArtifactError           an artifact directory that cannot be used
+        ├── ArtifactCorruptError    missing, truncated or altered files
+        └── ArtifactMismatchError   an intact artifact that belongs to another model or version
+"""
+
+from __future__ import annotations
+
+
+class PtqTdqError(Exception):
+    """Base of all errors raised on purpose; its text is one sentence for the user."""
+
+
+class UsageError(PtqTdqError):
+    """The request itself is wrong; nothing was started."""
+
+
+class SchemeError(UsageError):
+    """A bit-width scheme that cannot be parsed or is not supported."""
+
+
+class ConfigError(UsageError):
+    """An unknown or ill-typed choice."""
+
+
+class ModelError(PtqTdqError):
+    """The model cannot be loaded or quantized."""
+
+
+class NonFiniteError(ModelError):
+    """NaN or Inf in weights or activations; the text names the layer and, where known, t."""
+
+
+class CalibrationSetError(PtqTdqError):
+    """An empty, unreadable or foreign calibration set."""
+
+
+class TimestepError(PtqTdqError):
+    """A time step outside the range that the interval tables cover."""
+
+
+class ResumeError(PtqTdqError):
+    """An unfinished run on disk belongs to another model, config or calibration set."""
+
+
+class OutputError(PtqTdqError):
+    """An output path that cannot be written."""
+
+
+class ArtifactError(PtqTdqError):
+    """An artifact directory that cannot be used."""
+
+
+class ArtifactCorruptError(ArtifactError):
+    """Files of the artifact are missing, truncated or altered."""
+
+
+class ArtifactMismatchError(ArtifactError):
+    """An intact artifact that belongs to another model or to an unknown schema version."""

@@ -1,0 +1,50 @@
+"""What is quantized and how, as plain data: one record per layer, one per activation quantizer.
+
+The records are made once, from a traced model (``plan.py``), drive the wrapping (``wrap.py``) and are stored in the
+artifact, so that a saved model is rebuilt without tracing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class QuantizerRecord:
+    """One activation quantizer; ``name`` is the key of its interval table.
+
+    Names: ``<layer>`` for the input of a layer, ``<layer>.0`` and ``<layer>.1`` for the two channel ranges of a split
+    shortcut, ``<attention>.q``, ``.k``, ``.v`` and ``.softmax`` for the operands of an attention product.
+    """
+
+    name: str
+    bits: int
+    method: str  # interval source, e.g. "tdq-thin"
+    range_method: str  # "mse" or "minmax": how its first interval is found
+    from_zero: bool = False  # codes start at the value 0 (softmax output)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One quantized layer in execution order.
+
+    ``kind`` is "conv1d", "conv2d", "linear" or "attention". ``splits`` are the channel boundaries of its input, (0, C)
+    for an ordinary layer, (0, C_h, C) for a split shortcut, () for attention. ``weight_bits`` is None for attention.
+    """
+
+    name: str
+    kind: str
+    unit: str  # the reconstruction unit that it is learned in
+    splits: tuple[int, ...]
+    weight_bits: int | None
+    inputs: tuple[QuantizerRecord, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerRecord:
+        """Inverse of :meth:`to_dict`, also after a trip through JSON; raises TypeError or KeyError for other shapes."""
+        inputs = tuple(QuantizerRecord(**q) for q in data["inputs"])
+        return cls(**{**data, "splits": tuple(data["splits"]), "inputs": inputs})
