@@ -1,0 +1,40 @@
+# `make demo` and `make test` do everything on a fresh clone. PIP_ARGS passes further arguments to pip, for example an
+# index that serves CPU builds of torch.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+OUT ?= out
+BIN := $(VENV)/bin
+# The installed layout as a folder of links: mypy and import-linter do not follow the package-dir mapping of pyproject.toml.
+TREE := build/lint
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.installed  ## calibrate the embedded reference model
+	$(BIN)/ptq-tdq calibrate --output-dir $(OUT)
+
+test: lint  ## lint, then every test that is not marked slow
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(TREE) && mkdir -p $(TREE)/ptq_tdq
+	ln -s $(CURDIR)/ptq_tdq/* $(CURDIR)/cli $(CURDIR)/calib_data $(TREE)/ptq_tdq/
+	MYPYPATH=$(TREE) $(BIN)/mypy --strict -p ptq_tdq
+	PYTHONPATH=$(TREE) $(BIN)/lint-imports --no-cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Post-training quantization of diffusion models with time-dependent activation intervals."""
