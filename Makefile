@@ -23,7 +23,7 @@ lint: $(VENV)/.installed-dev
 	rm -rf $(TREE) && mkdir -p $(TREE)/ptq_tdq
 	ln -s $(CURDIR)/ptq_tdq/* $(CURDIR)/cli $(CURDIR)/calib_data $(TREE)/ptq_tdq/
 	MYPYPATH=$(TREE) $(BIN)/mypy --strict -p ptq_tdq
-	PYTHONPATH=$(TREE) $(BIN)/lint-imports --no-cache
+	cd $(TREE) && $(abspath $(BIN))/lint-imports --no-cache --config $(CURDIR)/pyproject.toml
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
