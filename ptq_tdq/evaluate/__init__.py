@@ -1,0 +1,1 @@
+"""Metrics: of tensors, of samples."""
