@@ -65,8 +65,9 @@ def load_model(
     if classes and folder.resolve() == reference_path().resolve():
         classes = NO_CLASS
     try:
-        unet.to(device, dtype)
-        vae = None if vae is None else vae.to(device, dtype)
+        with _quiet_diffusers():
+            unet.to(device, dtype)
+            vae = None if vae is None else vae.to(device, dtype)
     except (RuntimeError, AssertionError) as error:  # torch reports a missing backend as either
         raise ConfigError(f"The device '{device}' cannot be used here ({error}); choose another.") from error
     return LoadedModel(unet, scheduler, vae, source or REFERENCE_ID, sha256, classes, notices)
@@ -80,8 +81,8 @@ def check_unet(unet: nn.Module) -> None:
     """
     if "timestep" not in inspect.signature(unet.forward).parameters:
         raise ModelError(
-            f"The forward method of {type(unet).__name__} has no `timestep` argument, which time-dependent quantization "
-            "needs; pass a model with the call signature of UNet2DModel."
+            f"The forward method of {type(unet).__name__} has no `timestep` argument, which time-dependent "
+            "quantization needs; pass a model with the call signature of UNet2DModel."
         )
     class_embedding = getattr(getattr(unet, "config", None), "class_embed_type", None)
     if class_embedding is not None:
@@ -99,7 +100,7 @@ def check_unet(unet: nn.Module) -> None:
 def unet_sha256(unet: Any) -> str:
     """Hash the weights (as float32) and the configuration of a U-Net.
 
-    Configuration entries at their default are left out, so that a newer diffusers with more entries gives the same hash.
+    Configuration entries at their default are left out, so a newer diffusers with more entries gives the same hash.
     """
     defaults = inspect.signature(type(unet).__init__).parameters
     config = {

@@ -113,8 +113,8 @@ def sample_latents(
     """Run a sampler from standard normal ``noise`` [B, C, H, W] to the final latents of the same shape.
 
     ``scheduler`` is any diffusers scheduler; it is copied, so its state does not change. ``class_labels`` int64 [B] may
-    mix classes. ``generator`` (one, or one per sample) feeds samplers that add noise, ``eta`` is DDIM's; both reach only
-    schedulers whose ``step`` takes them. ``on_step(step_index, t, x)`` is called after each step with the new x.
+    mix classes. ``generator`` (one, or one per sample) feeds samplers that add noise, ``eta`` is DDIM's; both reach
+    only schedulers whose ``step`` takes them. ``on_step(step_index, t, x)`` is called after each step with the new x.
 
     Raises :class:`NonFiniteError` naming t when the U-Net returns NaN or Inf, and :class:`ConfigError` for a number of
     steps that the scheduler cannot run.
@@ -123,12 +123,12 @@ def sample_latents(
     accepted = inspect.signature(schedule.step).parameters
     options = {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in accepted}
     labels = {} if class_labels is None else {"class_labels": class_labels}
-    x = noise * schedule.init_noise_sigma
+    x: Tensor = noise * schedule.init_noise_sigma
     for index, t in enumerate(schedule.timesteps):
         prediction = unet(schedule.scale_model_input(x, t), t, return_dict=False, **labels)[0]
         if not torch.isfinite(prediction).all():
             raise NonFiniteError(
-                f"The U-Net returned NaN or Inf at time step t = {t.item():g} (step {index} of {len(schedule.timesteps)}); "
+                f"The U-Net returned NaN or Inf at time step t = {t.item():g} (step index {index}); "
                 "check its weights and dtype."
             )
         x = schedule.step(prediction, t, x, return_dict=False, **options)[0]

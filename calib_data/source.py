@@ -51,7 +51,7 @@ def find_folder(source: str) -> Path:
         ) from error
     except (OSError, HfHubHTTPError) as error:
         raise ModelError(
-            f"'{source}' is no local folder and the hub could not be reached; pass the path of a local diffusers folder."
+            f"'{source}' is no local folder and the hub could not be reached; pass the path of a diffusers folder."
         ) from error
     return snapshot
 

@@ -34,17 +34,18 @@ def choose_steps(
 
     Raises :class:`ConfigError` for an unknown distribution or a count outside 1..S.
     """
+    known = get_args(StepDistribution)
+    if distribution not in known:
+        raise ConfigError(f"The step distribution must be one of {', '.join(known)}. Got {distribution!r} instead.")
     total = len(timesteps)
     if not 1 <= count <= total:
         raise ConfigError(
-            f"The number of calibration steps must be between 1 and the {total} steps of the sampler. Got {count} instead."
+            f"The number of calibration steps must be between 1 and {total}, the steps of the sampler. "
+            f"Got {count} instead."
         )
     if distribution == "uniform":
         gaps = max(count - 1, 1)
         return [(2 * i * (total - 1) + gaps) // (2 * gaps) for i in range(count)]  # rounded to the nearest step
-    if distribution == "normal":
-        z = (timesteps.double().cpu() / num_train_timesteps - NORMAL_MEAN) / NORMAL_STD
-        drawn = torch.multinomial(torch.exp(-0.5 * z**2), count, replacement=False, generator=generator)
-        return sorted(drawn.tolist())
-    names = ", ".join(get_args(StepDistribution))
-    raise ConfigError(f"The step distribution must be one of {names}. Got {distribution!r} instead.")
+    z = (timesteps.double().cpu() / num_train_timesteps - NORMAL_MEAN) / NORMAL_STD
+    drawn = torch.multinomial(torch.exp(-0.5 * z**2), count, replacement=False, generator=generator)
+    return sorted(drawn.tolist())
