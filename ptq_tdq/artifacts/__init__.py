@@ -1,0 +1,28 @@
+"""Artifact directories: plain data on disk, checked byte by byte."""
+
+from ptq_tdq.artifacts.artifact import Artifact, IntervalTable, check_artifact, check_base_model
+from ptq_tdq.artifacts.atomic import publish_directory, write_atomic
+from ptq_tdq.artifacts.card import model_card
+from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, schema
+from ptq_tdq.artifacts.packing import pack, unpack
+from ptq_tdq.artifacts.store import encode_artifact, read_artifact, write_artifact
+from ptq_tdq.artifacts.summary import summarize
+
+__all__ = [
+    "CONFIG_FILE",
+    "SCHEMA_VERSION",
+    "Artifact",
+    "IntervalTable",
+    "check_artifact",
+    "check_base_model",
+    "encode_artifact",
+    "model_card",
+    "pack",
+    "publish_directory",
+    "read_artifact",
+    "schema",
+    "summarize",
+    "unpack",
+    "write_artifact",
+    "write_atomic",
+]

@@ -1,0 +1,123 @@
+"""Files and directories that appear complete or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ptq_tdq.errors import OutputError
+
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or choose another folder"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that you may write to"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of its path is a file, choose another path"),
+    errno.ENOTEMPTY: "choose another folder or ask to overwrite it",
+}
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write the new file ``path`` through to the disk, mode 0644 less the umask; raises OSError."""
+    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` (mode 0644 less the umask), replacing a file there; makes missing parent folders.
+
+    Raises :class:`OutputError` when that is impossible; the old file, if any, is then untouched.
+    """
+    target = Path(path).resolve()  # a link stays a link: the file that it names is replaced
+    with _output_errors(target):
+        if target.exists() and not target.is_file():  # /dev/stdout and the like must not become regular files
+            raise OutputError(f"The output '{target}' is not a regular file; choose another path.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _sibling(target)
+        try:
+            write_file(partial, data)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+        _sync_directory(target.parent)
+
+
+@contextmanager
+def publish_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give an empty temporary directory beside ``path``; it becomes ``path`` when the body ends without an error.
+
+    An existing directory must be empty unless ``overwrite`` is set; it is removed only after the new one has taken its
+    place. Raises :class:`OutputError` for a target that cannot be written and for every OSError of the body.
+    """
+    target = Path(path).resolve()
+    with _output_errors(target):
+        _check_free(target, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = _sibling(target)
+        folder.mkdir()
+        try:
+            yield folder
+            _sync_tree(folder)
+            _move_into_place(folder, target, overwrite)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        _sync_directory(target.parent)
+
+
+@contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "choose another path")
+        raise OutputError(f"The output '{path}' cannot be written ({error.strerror or error}): {advice}.") from error
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"The output '{target}' is a file, not a folder; choose another path.")
+    if os.path.ismount(target):
+        raise OutputError(f"The output '{target}' is a mount point and cannot be replaced; choose a folder inside it.")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise OutputError(f"The output '{target}' is not empty; choose another folder or ask to overwrite it.")
+
+
+def _move_into_place(folder: Path, target: Path, overwrite: bool) -> None:
+    if not (overwrite and target.exists()):
+        os.rename(folder, target)  # the system itself refuses a target that has been filled in the meantime
+        return
+    old = _sibling(target)
+    os.rename(target, old)
+    try:
+        os.rename(folder, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sibling(target: Path) -> Path:
+    """Make up a hidden name in the same folder, hence on the same file system: renaming from it is atomic."""
+    return target.with_name(f".ptq-tdq-{secrets.token_hex(8)}.tmp")
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(root, name), "rb") as file:
+                os.fsync(file.fileno())
+        _sync_directory(Path(root))
+
+
+def _sync_directory(folder: Path) -> None:
+    with suppress(OSError):  # some file systems cannot do this; the files themselves are already safe
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,169 @@
+"""The artifact on disk: the same artifact always gives the same bytes, and every altered data byte is an error."""
+
+from __future__ import annotations
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ptq_tdq.artifacts.artifact import DERIVED_KEYS, Artifact, IntervalTable, check_artifact
+from ptq_tdq.artifacts.atomic import publish_directory, write_file
+from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, check_document, decode_json, encode_json, sign
+from ptq_tdq.artifacts.packing import pack, unpack
+from ptq_tdq.errors import ArtifactCorruptError, ArtifactError, ConfigError, OutputError
+from ptq_tdq.records import LayerRecord
+
+TABLES_FILE = "interval_tables.safetensors"
+WEIGHTS_FILE = "weights.safetensors"
+METRICS_FILE = "metrics.json"
+CARD_FILE = "README.md"
+_DATA_FILES = (TABLES_FILE, WEIGHTS_FILE, METRICS_FILE)  # README.md is prose that its owner may edit: not hashed
+_WEIGHT_PARTS = ("weight_codes", "weight_shape", "weight_scale", "weight_zero_point")
+
+
+def encode_artifact(artifact: Artifact) -> dict[str, bytes]:
+    """Return the content of each file of the artifact by name.
+
+    Raises :class:`ConfigError` for a config or metrics that JSON cannot hold and :class:`ArtifactCorruptError` for an
+    artifact that contradicts itself.
+    """
+    if derived := DERIVED_KEYS & set(artifact.config):
+        raise ConfigError(f"The artifact's config must not have {sorted(derived)}: they are made when it is written.")
+    hashes = dict.fromkeys(_DATA_FILES, sha256(b"").hexdigest())  # of empty files until the tensors have been checked
+    layers = [layer.to_dict() for layer in artifact.layers]
+    document = {**artifact.config, "schema_version": SCHEMA_VERSION, "layers": layers, "files": hashes}
+    check_document(decode_json(encode_json(sign(document), CONFIG_FILE), CONFIG_FILE))
+    check_artifact(artifact)
+    files = {
+        TABLES_FILE: _save(_table_tensors(artifact)),
+        WEIGHTS_FILE: _save(_weight_tensors(artifact)),
+        METRICS_FILE: encode_json(artifact.metrics, METRICS_FILE),
+    }
+    hashes = {name: sha256(data).hexdigest() for name, data in files.items()}
+    files[CONFIG_FILE] = encode_json(sign({**document, "files": hashes}), CONFIG_FILE)
+    files[CARD_FILE] = artifact.card.encode("utf-8")
+    return files
+
+
+def write_artifact(path: str | Path, artifact: Artifact, overwrite: bool = False) -> None:
+    """Write ``artifact`` as the directory ``path``, all of it or nothing.
+
+    ``overwrite`` replaces an existing artifact, never a directory with anything else in it. Raises what
+    :func:`encode_artifact` raises, and :class:`OutputError` when the directory cannot be written.
+    """
+    files, target = encode_artifact(artifact), Path(path)
+    with publish_directory(target, overwrite) as folder:
+        foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in files) if target.exists() else []
+        if foreign:
+            raise OutputError(
+                f"The output '{target}' holds '{foreign[0]}', which is no part of an artifact; "
+                "move it away or choose another folder."
+            )
+        for name, data in files.items():
+            write_file(folder / name, data)
+
+
+def read_artifact(path: str | Path) -> Artifact:
+    """Read the artifact in the directory ``path``; every tensor is on the CPU and independent of the files.
+
+    Raises :class:`ArtifactError` for a path that holds no artifact, :class:`ArtifactCorruptError` for missing,
+    truncated, altered or contradictory files, and :class:`ArtifactMismatchError` for another schema version.
+    """
+    root = Path(path)
+    if not os.path.isdir(root):
+        raise ArtifactError(f"'{root}' is not a directory; give the path of a ptq-tdq artifact.")
+    if not os.path.exists(root / CONFIG_FILE):
+        raise ArtifactError(f"'{root}' has no {CONFIG_FILE}; give the path of a ptq-tdq artifact.")
+    document = decode_json(_read(root / CONFIG_FILE), CONFIG_FILE)
+    check_document(document)
+    files = {name: _read(root / name) for name in _DATA_FILES}
+    for name, data in files.items():
+        if sha256(data).hexdigest() != document["files"][name]:
+            raise ArtifactCorruptError(f"{name} is not the file that was written; copy or make the artifact again.")
+    layers = tuple(LayerRecord.from_dict(layer) for layer in document["layers"])
+    weights = _load(files[WEIGHTS_FILE], WEIGHTS_FILE)
+    parts = {layer.name: _take_weight(weights, layer) for layer in layers if layer.weight_bits is not None}
+    artifact = Artifact(
+        config={key: value for key, value in document.items() if key not in DERIVED_KEYS},
+        layers=layers,
+        tables=_tables(_load(files[TABLES_FILE], TABLES_FILE)),
+        weight_codes={name: codes for name, (codes, _, _) in parts.items()},
+        weight_scale={name: scale for name, (_, scale, _) in parts.items()},
+        weight_zero_point={name: zero_point for name, (_, _, zero_point) in parts.items()},
+        float_state=weights,  # what the quantized layers have left
+        metrics=decode_json(files[METRICS_FILE], METRICS_FILE),
+        card=_read(root / CARD_FILE).decode("utf-8", errors="replace"),
+    )
+    check_artifact(artifact)
+    return artifact
+
+
+def _table_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    scales = {f"{name}.scale": table.scale for name, table in artifact.tables.items() if table.scale is not None}
+    return {**scales, **{f"{name}.zero_point": table.zero_point for name, table in artifact.tables.items()}}
+
+
+def _tables(tensors: dict[str, Tensor]) -> dict[str, IntervalTable]:
+    tables = {}
+    for key in [key for key in tensors if key.endswith(".zero_point")]:
+        name = key.removesuffix(".zero_point")
+        tables[name] = IntervalTable(tensors.pop(f"{name}.scale", None), tensors.pop(key))
+    for key in tensors:
+        raise ArtifactCorruptError(f"{TABLES_FILE} has '{key}' without a zero point; make the artifact again.")
+    return tables
+
+
+def _weight_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    tensors = {}
+    for layer in artifact.layers:
+        if layer.weight_bits is not None:
+            codes = artifact.weight_codes[layer.name]
+            tensors[f"{layer.name}.weight_codes"] = pack(codes, layer.weight_bits)
+            tensors[f"{layer.name}.weight_shape"] = torch.tensor(codes.shape)  # packed codes no longer tell it
+            tensors[f"{layer.name}.weight_scale"] = artifact.weight_scale[layer.name]
+            tensors[f"{layer.name}.weight_zero_point"] = artifact.weight_zero_point[layer.name]
+    for name in tensors.keys() & artifact.float_state.keys():
+        raise ArtifactCorruptError(f"The tensor '{name}' has the name of a part of a quantized weight; rename it.")
+    return {**tensors, **artifact.float_state}
+
+
+def _take_weight(tensors: dict[str, Tensor], layer: LayerRecord) -> tuple[Tensor, Tensor, Tensor]:
+    """Remove the parts of the layer's weight from ``tensors``: codes in the weight's shape, scale, zero point."""
+    try:
+        parts = [tensors.pop(f"{layer.name}.{part}") for part in _WEIGHT_PARTS]
+    except KeyError as error:
+        raise ArtifactCorruptError(f"{WEIGHTS_FILE} has no {error}; make the artifact again.") from error
+    packed, shape, scale, zero_point = parts
+    if shape.dtype != torch.int64 or shape.ndim != 1 or not bool((shape > 0).all()):
+        raise ArtifactCorruptError(
+            f"The weight shape of '{layer.name}' is not a list of sizes; make the artifact again."
+        )
+    return unpack(packed, layer.weight_bits or 0, shape.tolist()), scale, zero_point
+
+
+def _save(tensors: dict[str, Tensor]) -> bytes:
+    # Copies, because safetensors refuses tensors that share memory. One metadata key: several have a random order.
+    copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+    return save(copies, metadata={"format": "pt"})
+
+
+def _load(data: bytes, name: str) -> dict[str, Tensor]:
+    try:
+        return load(data)
+    # A well-formed header may still hold a dtype or a size that torch does not know.
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ArtifactCorruptError(f"{name} is not a safetensors file ({error}); make the artifact again.") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactCorruptError(
+            f"{path.name} cannot be read ({error.strerror or error}); copy or make the artifact again."
+        ) from error

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptq_tdq.artifacts import publish_directory, write_atomic
+from ptq_tdq.errors import OutputError
+
+
+def _write(path: Path) -> None:
+    write_atomic(path, b"new")
+
+
+def _publish(path: Path) -> None:
+    with publish_directory(path) as folder:
+        (folder / "file").write_bytes(b"new")
+
+
+both = pytest.mark.parametrize("write", [_write, _publish])
+
+
+@both
+def test_parents_are_made_and_nothing_else_is_left(tmp_path: Path, write) -> None:  # type: ignore[no-untyped-def]
+    write(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path / "a") == ["b"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o000, 0o644)])
+def test_mode_is_0644_less_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_atomic(tmp_path / "file", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
+def test_a_file_is_replaced_through_its_link(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("file")
+    write_atomic(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_devices_and_folders_are_no_place_for_a_file(tmp_path: Path) -> None:
+    for path in (Path(os.devnull), tmp_path):
+        with pytest.raises(OutputError, match="not a regular file"):
+            write_atomic(path, b"new")
+
+
+@both
+def test_a_file_as_parent(tmp_path: Path, write) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OutputError, match="a part of its path is a file"):
+        write(tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@both
+@pytest.mark.skipif(os.geteuid() == 0, reason="modes do not bind root; test_refusals_by_the_system covers EACCES")
+def test_a_folder_without_write_permission(tmp_path: Path, write) -> None:  # type: ignore[no-untyped-def]
+    tmp_path.chmod(0o555)
+    with pytest.raises(OutputError, match="choose a folder that you may write to"):
+        write(tmp_path / "out")
+
+
+@both
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EACCES, "may write to"),
+        (errno.EROFS, "may write to"),
+        (errno.EIO, "choose another path"),
+    ],
+)
+def test_refusals_by_the_system(tmp_path: Path, monkeypatch, write, code: int, advice: str) -> None:  # type: ignore[no-untyped-def]
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OutputError, match=advice) as caught:
+        write(tmp_path / "out")
+    assert os.strerror(code) in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
+    """A real refusal by the kernel in the middle of a write: the process may not grow files beyond 64 KiB."""
+    program = """
+import resource, sys
+from ptq_tdq.artifacts.atomic import publish_directory, write_atomic, write_file
+from ptq_tdq.errors import OutputError
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+root, errors = Path(sys.argv[1]), []
+try:
+    write_atomic(root / "file", bytes(100_000))
+except OutputError as error:
+    errors.append(error)
+try:
+    with publish_directory(root / "folder", overwrite=True) as folder:
+        write_file(folder / "small", b"fits")
+        write_file(folder / "large", bytes(100_000))
+except OutputError as error:
+    errors.append(error)
+print(*errors, sep="\\n")
+"""
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "folder/large"):
+        (tmp_path / name).write_bytes(b"old")
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert run.stdout.count("free some space or choose another folder") == 2
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert os.listdir(tmp_path / "folder") == ["large"]
+    assert all((tmp_path / name).read_bytes() == b"old" for name in ("file", "folder/large"))
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    _publish(tmp_path / "out")
+    assert (tmp_path / "out" / "file").read_bytes() == b"new"
+
+
+def test_a_filled_folder_is_refused(tmp_path: Path) -> None:
+    _publish(tmp_path / "out")
+    with pytest.raises(OutputError, match="choose another folder or ask to overwrite it"):
+        _publish(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_that_is_filled_meanwhile_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="ask to overwrite it"), publish_directory(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").touch()
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["theirs"]
+
+
+def test_overwrite_replaces_everything_but_only_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").touch()
+    with publish_directory(target, overwrite=True) as folder:
+        (folder / "new").touch()
+        assert os.listdir(target) == ["old"]
+    assert os.listdir(target) == ["new"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_error_in_the_body_changes_nothing(tmp_path: Path) -> None:
+    _publish(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt), publish_directory(tmp_path / "out", overwrite=True) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["file"]
+
+
+def test_a_failing_swap_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _publish(tmp_path / "out")
+    rename = os.rename
+
+    def refuse_second(source: Path, target: Path, calls: list[Path] = []) -> None:  # noqa: B006
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse_second)
+    with pytest.raises(OutputError), publish_directory(tmp_path / "out", overwrite=True):
+        pass
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["file"]
+
+
+def test_files_and_mount_points_cannot_become_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OutputError, match="is a file, not a folder"):
+        _publish(tmp_path / "file")
+    with pytest.raises(OutputError, match="mount point"), publish_directory("/", overwrite=True):
+        pass
