@@ -1,7 +1,7 @@
 """The embedded reference model: a small class-conditional latent diffusion model of CIFAR-10.
 
 The folder holds ``unet/``, ``vae/`` and ``scheduler/`` as diffusers writes them (fp16 weights), a CIFAR-10 classifier
-and the statistics of its features over the training images, which FD-C10 is measured against. ``README.md`` is the card.
+and the statistics of its features over the training images, to which FD-C10 is measured. ``README.md`` is the card.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from ptq_tdq.calib_data.reference.classifier import FEATURES, Cifar10Classifier
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
+
+from ptq_tdq.calib_data.reference.classifier import FEATURES, Cifar10Classifier
 
 __all__ = ["FEATURES", "NO_CLASS", "Cifar10Classifier", "load_classifier", "reference_path", "reference_statistics"]
 
@@ -38,6 +39,6 @@ def load_classifier() -> Cifar10Classifier:
 
 
 def reference_statistics() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Load the mean float64 [256] and the covariance float64 [256, 256] of the features of the 50,000 training images."""
+    """Load the mean float64 [256] and the covariance float64 [256, 256] of the features of 50,000 training images."""
     stored = load_arrays(reference_path() / "cifar10_train_features.safetensors")
     return stored["mean"].astype(np.float64), stored["cov"].astype(np.float64)

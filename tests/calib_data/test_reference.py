@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+from safetensors.torch import load_file
+
 from ptq_tdq.calib_data.reference import (
     NO_CLASS,
     Cifar10Classifier,
@@ -13,8 +15,6 @@ from ptq_tdq.calib_data.reference import (
     reference_path,
     reference_statistics,
 )
-from safetensors.torch import load_file
-
 from ptq_tdq.evaluate.frechet import frechet_distance
 
 

@@ -1,0 +1,189 @@
+"""Train, train on and evaluate the embedded reference model (latent diffusion on 32x32 images, 10 classes).
+
+From scratch, in this order::
+
+    python benchmarks/train_reference.py --data cifar10_jpeg.npz --work work vae
+    python benchmarks/train_reference.py --data cifar10_jpeg.npz --work work unet --decay-start 4500
+    python benchmarks/train_reference.py --data cifar10_jpeg.npz --work work evaluate
+
+``--init FOLDER`` starts each stage from the weights in FOLDER/vae and FOLDER/unet instead; ``decoder`` trains the VAE's
+decoder on with the encoder (so the latents) fixed. Results are written to WORK/vae, WORK/unet and WORK/scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+from reference_model import unet as unet_stage
+from reference_model import vae as vae_stage
+from reference_model.data import cached_latents, load_images
+from reference_model.evaluate import evaluate as evaluate_model
+
+from ptq_tdq.calib_data.reference import load_classifier
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a stage reads and writes."""
+
+    data: Path
+    work: Path
+    init: Path | None
+
+    def find(self, part: str) -> Path:
+        """Return the newest weights of ``part``: trained here, else those of ``--init``."""
+        for base in (self.work, self.init):
+            if base and (base / part / "config.json").exists():
+                return base / part
+        raise click.UsageError(f"No {part} in --work or --init. Run the {part} stage first or give --init.")
+
+    def vae(self) -> AutoencoderKL:
+        return AutoencoderKL.from_pretrained(self.find("vae"), torch_dtype=torch.float32).eval()
+
+
+@click.group(context_settings={"show_default": True})
+@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="An npz or folders.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Checkpoints, cached latents and results.")
+@click.option("--init", type=click.Path(exists=True, path_type=Path), help="Folder with unet/ and vae/ to start from.")
+@click.option("--threads", default=2)
+@click.pass_context
+def main(context: click.Context, data: Path, work: Path, init: Path | None, threads: int) -> None:
+    """Train and evaluate the embedded reference model."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    work.mkdir(parents=True, exist_ok=True)
+    context.obj = Folders(data, work, init)
+
+
+@main.command()
+@click.option("--steps", default=4000, help="The last step; the learning rate is 0 there.")
+@click.option("--batch", default=64)
+@click.option("--lr", default=1e-3, help="Peak learning rate.")
+@click.option("--seed", default=0)
+@click.pass_obj
+def vae(folders: Folders, steps: int, batch: int, lr: float, seed: int) -> None:
+    """Train the autoencoder from scratch (L1 + L2 + 1e-5 KL); latents cached before are stale then."""
+    torch.manual_seed(seed)
+    images, _ = load_images(folders.data)
+    model = AutoencoderKL(**vae_stage.CONFIG)
+    vae_stage.train_vae(model, images, steps=steps, batch=batch, peak=lr, seed=seed)
+    model.save_pretrained(folders.work / "vae")
+
+
+@main.command()
+@click.option("--steps", default=1500, help="The last step; the learning rate is 0 there.")
+@click.option("--batch", default=64)
+@click.option("--lr", default=3e-4, help="Peak learning rate.")
+@click.option("--feature-weight", default=0.1, help="Weight of the classifier's feature maps in the loss.")
+@click.option("--seed", default=0)
+@click.option("--checkpoint-every", default=250, help="Steps.")
+@click.pass_obj
+def decoder(
+    folders: Folders, steps: int, batch: int, lr: float, feature_weight: float, seed: int, checkpoint_every: int
+) -> None:
+    """Train the decoder on; the encoder, and with it every latent, stays."""
+    torch.manual_seed(seed)
+    images, _ = load_images(folders.data)
+    model = folders.vae()
+    latents = cached_latents(model, images, folders.work / "latents.pt")
+    vae_stage.train_decoder(
+        model,
+        images,
+        latents,
+        load_classifier(),
+        folders.work,
+        steps=steps,
+        batch=batch,
+        peak=lr,
+        feature_weight=feature_weight,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
+    model.save_pretrained(folders.work / "vae")
+
+
+@main.command()
+@click.option("--steps", default=7500, help="The last step; the learning rate is 0 there.")
+@click.option("--batch", default=128)
+@click.option("--lr", default=4e-4, help="Peak learning rate.")
+@click.option("--warmup", default=500, help="Steps.")
+@click.option("--decay-start", default=0, help="Step at which the linear decay begins (0: at once).")
+@click.option("--ema", default=0.9995, help="Decay of the weight average.")
+@click.option("--seed", default=0)
+@click.option("--checkpoint-every", default=250, help="Steps.")
+@click.pass_obj
+def unet(
+    folders: Folders,
+    steps: int,
+    batch: int,
+    lr: float,
+    warmup: int,
+    decay_start: int,
+    ema: float,
+    seed: int,
+    checkpoint_every: int,
+) -> None:
+    """Train the U-Net on cached latents (AdamW, EMA, bf16 autocast)."""
+    torch.manual_seed(seed)
+    images, labels = load_images(folders.data)
+    latents = cached_latents(folders.vae(), images, folders.work / "latents.pt")
+    del images
+    if folders.init:
+        new = UNet2DModel.from_pretrained(folders.init / "unet", torch_dtype=torch.float32)
+    else:
+        new = UNet2DModel(**unet_stage.CONFIG)
+    scheduler = DDIMScheduler(**unet_stage.SCHEDULER)
+    trained = unet_stage.train_unet(
+        new,
+        scheduler,
+        latents,
+        labels,
+        folders.work,
+        steps=steps,
+        batch=batch,
+        peak=lr,
+        warmup=warmup,
+        decay_start=decay_start,
+        ema_decay=ema,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
+    trained.save_pretrained(folders.work / "unet")
+    scheduler.save_pretrained(folders.work / "scheduler")
+
+
+@main.command()
+@click.option("--samples", default=1000, help="How many to draw; 0: none.")
+@click.option("--steps", default=25, help="DDIM steps.")
+@click.option("--reconstructions", default=2000)
+@click.option("--seed", default=7)
+@click.option("--bf16", is_flag=True, help="Run the U-Net in bf16 autocast.")
+@click.pass_obj
+def evaluate(folders: Folders, samples: int, steps: int, reconstructions: int, seed: int, bf16: bool) -> None:
+    """Print FD-C10 and class accuracy as JSON lines."""
+    images, labels = load_images(folders.data, "test")
+    net = UNet2DModel.from_pretrained(folders.find("unet"), torch_dtype=torch.float32).eval() if samples else None
+    scheduler = DDIMScheduler.from_pretrained(folders.find("scheduler")) if samples else None
+    evaluate_model(
+        net,
+        folders.vae(),
+        scheduler,
+        load_classifier(),
+        images,
+        labels,
+        lambda record: click.echo(json.dumps(record)),
+        reconstructions=reconstructions,
+        count=samples,
+        steps=steps,
+        seed=seed,
+        bf16=bf16,
+    )
+
+
+if __name__ == "__main__":
+    main()
