@@ -22,7 +22,7 @@ _ADVICE = {
 
 def write_file(path: Path, data: bytes) -> None:
     """Write the new file ``path`` through to the disk, mode 0644 less the umask; raises OSError."""
-    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "wb") as file:
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o644)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -92,7 +92,7 @@ def _move_into_place(folder: Path, target: Path, overwrite: bool) -> None:
         os.rename(folder, target)  # the system itself refuses a target that has been filled in the meantime
         return
     old = _sibling(target)
-    os.rename(target, old)
+    os.rename(target, old)  # a process killed right here leaves both directories whole, under hidden names
     try:
         os.rename(folder, target)
     except BaseException:
