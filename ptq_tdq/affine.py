@@ -1,0 +1,73 @@
+"""Affine quantization in the ONNX form, as pure tensor functions (method: ONNX QuantizeLinear / DequantizeLinear).
+
+    q     = clamp(round_half_even(x / s) + z, qmin, qmax)
+    x_hat = s (q - z)
+
+Scale s (float32, > 0) and zero_point z (integer values) broadcast against x. Note that torch's own fake_quantize
+multiplies by 1 / s and differs in rare ties by one level; the division here is the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq_tdq.scheme import QType
+
+
+def choose_qparams(lo: Tensor, hi: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:
+    """Scale and zero_point whose range is [lo, hi], widened to contain 0; both have the shape of ``lo``.
+
+    0 is always exactly representable. A range of width 0 gets the smallest normal scale.
+    """
+    lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
+    tiny = torch.finfo(torch.float32).tiny
+    scale = ((hi - lo) / (qtype.qmax - qtype.qmin)).to(torch.float32).clamp(min=tiny)
+    zero_point = (qtype.qmin - torch.round(lo / scale)).clamp(qtype.qmin, qtype.qmax)
+    return scale, zero_point.to(torch.int32)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
+    """Integer codes of ``x`` (int32, the shape of x)."""
+    return (torch.round(x / scale) + zero_point).clamp_(qtype.qmin, qtype.qmax).to(torch.int32)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Real values ``scale * (codes - zero_point)`` in the dtype of ``scale``."""
+    return (codes - zero_point).to(scale.dtype) * scale
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Quantize and dequantize in one node, with LSQ gradients (arXiv 1902.08153, equations 3 and 5)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+    ) -> Tensor:
+        u = x / scale
+        rounded = torch.round(u)
+        level = torch.clamp(rounded, qmin - zero_point, qmax - zero_point)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            ctx.save_for_backward(u, level, rounded == level, scale)
+        return level * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        u, level, inside, scale = ctx.saved_tensors
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            # d x_hat / d s = round(x/s) - x/s inside the range, qmin - z or qmax - z outside
+            grad_scale = torch.addcmul(level, u, inside, value=-1).mul_(grad).sum_to_size(scale.shape)
+        return grad_x, grad_scale, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
+    """``dequantize(quantize(x))`` with gradients: straight-through for x inside the range (0 outside), LSQ for scale.
+
+    ``scale`` and ``zero_point`` broadcast against x: [] per tensor, [O, 1, 1, 1] per output channel, [B, 1, 1, 1] per
+    sample. No gradient reaches zero_point. NaN stays NaN.
+    """
+    return _FakeQuantize.apply(x, scale, zero_point.to(x.dtype), qtype.qmin, qtype.qmax)  # type: ignore[no-any-return]

@@ -1,0 +1,206 @@
+"""Every choice of a calibration run, as one frozen record, and the presets that name all of them (method section 3)."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ptq_tdq.errors import ConfigError
+from ptq_tdq.intervals import IntervalOptions, source_class
+from ptq_tdq.scheme import Scheme
+
+Role = Literal["first", "last", "time_embedding", "shortcut", "downsample"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """All choices of one run. The defaults are preset ``default``.
+
+    Layers: ``eight_bit_layers``, ``float_layers`` and ``static_layers`` hold roles (first, last, time_embedding, shortcut, downsample);
+    ``skip`` holds name patterns of layers to leave in floating point. ``input_range`` is how x_t's own interval is
+    found; "minmax" never clips it. Weights: see :mod:`ptq_tdq.recon.weights`. Activations: see
+    :mod:`ptq_tdq.recon.activations`; ``interval_lr`` is the rate of a learned scale, ``module_lr`` of a module's weights. ``compute_dtype`` is that of the products inside the
+    learning loops; losses that decide anything are always evaluated in float32.
+    """
+
+    preset: str = "default"
+    scheme: str = "W4A8"
+    method: str = "tdq-thin"
+    seed: int = 0
+    # calibration set
+    samples_per_step: int = 32
+    calibration_steps: int = 25
+    num_inference_steps: int = 25
+    step_distribution: Literal["uniform", "normal"] = "uniform"
+    # layers
+    eight_bit_layers: tuple[Role, ...] = ("first", "last")
+    float_layers: tuple[Role, ...] = ("time_embedding",)
+    static_layers: tuple[Role, ...] = ("first",)
+    skip: tuple[str, ...] = ()
+    split_shortcuts: bool = True
+    attention: bool = True
+    softmax_bits: int = 8
+    # phase W
+    weight_granularity: Literal["per_channel", "per_tensor"] = "per_channel"
+    weight_range: Literal["mse", "minmax"] = "mse"
+    weight_symmetric: bool = False
+    rounding: Literal["adaround", "nearest"] = "adaround"
+    weight_iterations: int = 400
+    weight_lr: float = 1e-2
+    rounding_loss: float = 0.01
+    rounding_warmup: float = 0.2
+    rounding_b_start: float = 20.0
+    rounding_b_end: float = 2.0
+    # phase A
+    activation_range: Literal["mse", "minmax", "ema"] = "mse"
+    input_range: Literal["mse", "minmax", "ema"] = "minmax"
+    activation_iterations: int = 200
+    interval_lr: float = 1e-2
+    module_lr: float = 2e-3
+    loss_power: float = 2.4
+    batch_size: int = 32
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    interval_parameter: Literal["raw", "log"] = "log"
+    zero_point: Literal["fixed", "step"] = "step"
+    module_start: Literal["as-is", "static", "steps"] = "steps"
+    time_encoding: Literal["none", "normalize", "fourier", "frequency"] = "frequency"
+    module_weights: Literal["he", "gaussian", "zero", "xavier"] = "he"
+    thin_activation: Literal["relu", "silu", "tanh"] = "silu"
+
+    def __post_init__(self) -> None:
+        Scheme.parse(self.scheme)
+        source_class(self.method)
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        for name in ("samples_per_step", "calibration_steps", "num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1. Got {getattr(self, name)} instead.")
+        if self.calibration_steps > self.num_inference_steps:
+            raise ConfigError(
+                f"calibration_steps must not exceed num_inference_steps ({self.num_inference_steps}). "
+                f"Got {self.calibration_steps} instead."
+            )
+
+    @property
+    def parsed_scheme(self) -> Scheme:
+        return Scheme.parse(self.scheme)
+
+    @property
+    def interval_options(self) -> IntervalOptions:
+        return IntervalOptions(
+            parameter=self.interval_parameter,
+            zero_point=self.zero_point,
+            start=self.module_start,
+            encoding=self.time_encoding,
+            weights=self.module_weights,
+            activation=self.thin_activation,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, every choice by name."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def changed(self, choices: Mapping[str, Any]) -> Config:
+        """A copy with some choices replaced; values may be text, as a flag gives them. Raises :class:`ConfigError`."""
+        unknown = sorted(set(choices) - {f.name for f in fields(self)})
+        if unknown:
+            raise ConfigError(f"There is no choice named {unknown[0]!r}; the choices are {', '.join(self.to_dict())}.")
+        return replace(self, **choices)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as ``kind`` (bool, int, float, str, Literal or tuple of one of these), read from text where needed."""
+    if get_origin(kind) is tuple:
+        items = [v for v in value.split(",") if v] if isinstance(value, str) else list(value)
+        return tuple(_checked(name, item, get_args(kind)[0]) for item in items)
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}. Got {value!r} instead.")
+    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        if kind is bool or isinstance(value, bool):
+            if isinstance(value, bool) and kind is bool:
+                return value
+            raise ValueError
+        if kind is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} must be of type {kind.__name__}. Got {value!r} instead.") from None
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    # Q-Diffusion (arXiv 2302.04304) as its public code runs it: the strong baseline
+    "qdiff": {
+        "samples_per_step": 256,
+        "calibration_steps": 20,
+        "num_inference_steps": 100,
+        "eight_bit_layers": (),
+        "float_layers": (),
+        "static_layers": (),
+        "weight_iterations": 20000,
+        "weight_lr": 1e-3,
+        "activation_iterations": 5000,
+        "interval_lr": 4e-4,
+        "module_lr": 4e-4,
+        "interval_parameter": "raw",
+        "zero_point": "fixed",
+        "input_range": "mse",
+        "module_start": "as-is",
+        "thin_activation": "relu",
+        "compute_dtype": "float32",
+    },
+    # the recipe under supp Table 4 (PTQD's public one)
+    "paper": {
+        "samples_per_step": 16,
+        "calibration_steps": 16,
+        "num_inference_steps": 100,
+        "eight_bit_layers": ("first", "last", "time_embedding"),
+        "float_layers": ("shortcut", "downsample"),
+        "static_layers": (),
+        "split_shortcuts": False,
+        "attention": False,
+        "weight_granularity": "per_tensor",
+        "weight_iterations": 10000,
+        "weight_lr": 1e-3,
+        "activation_iterations": 5000,
+        "interval_lr": 4e-4,
+        "module_lr": 4e-4,
+        "interval_parameter": "raw",
+        "zero_point": "fixed",
+        "input_range": "mse",
+        "module_start": "as-is",
+        "thin_activation": "relu",
+        "compute_dtype": "float32",
+    },
+}
+
+
+def preset(name: str, **choices: Any) -> Config:
+    """The configuration of preset ``name`` with some choices replaced; raises :class:`ConfigError`."""
+    if name not in PRESETS:
+        raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}. Got {name!r} instead.")
+    return Config().changed({"preset": name, **PRESETS[name], **choices})
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Choices of a TOML (or ``.json``) file; raises :class:`ConfigError` where it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The config file {path} cannot be read ({error}); give a TOML or JSON file.") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"The config file {path} must hold a table of choices.")
+    return data

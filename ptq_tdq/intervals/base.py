@@ -1,0 +1,137 @@
+"""What every interval source is: a module that gives scale and zero_point for a vector of time steps.
+
+A source is one file in this folder with one subclass of :class:`IntervalSource`; naming a ``pattern`` registers it.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.errors import ConfigError
+from ptq_tdq.scheme import QType
+from ptq_tdq.search import Histogram, QParams, activation_qparams
+
+
+@dataclass(frozen=True)
+class IntervalOptions:
+    """The choices that interval sources share; each preset names all of them.
+
+    parameter: a learned scale is stored raw (LSQ) or as its logarithm.
+    zero_point: "fixed" at its static value, or "step": interpolated over t between the observed steps' best ones.
+    start: modules start "as-is" (their random initialisation around the static interval), fitted to the "static"
+        interval, or fitted to the "steps"' best intervals (regression in log s).
+    encoding: time encoding of ``tdq`` (supp Table 2). weights: initialisation of ``tdq`` (supp Table 7).
+    activation: nonlinearity of ``tdq-thin``, which the paper leaves open.
+    """
+
+    parameter: Literal["raw", "log"] = "log"
+    zero_point: Literal["fixed", "step"] = "fixed"
+    start: Literal["as-is", "static", "steps"] = "steps"
+    encoding: Literal["none", "normalize", "fourier", "frequency"] = "frequency"
+    weights: Literal["he", "gaussian", "zero", "xavier"] = "he"
+    activation: Literal["relu", "silu", "tanh"] = "silu"
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What calibration saw at one quantizer: K time steps ``t`` (ascending, float) and a histogram row for each."""
+
+    num_train_timesteps: int
+    t: Tensor
+    histogram: Histogram
+    qtype: QType
+    range_method: str = "mse"
+    from_zero: bool = False
+    options: IntervalOptions = field(default_factory=IntervalOptions)
+
+    def search(self, histogram: Histogram, zero_point: Tensor | None = None) -> QParams:
+        method = "mse" if self.range_method == "mse" else "minmax"
+        return activation_qparams(
+            histogram, self.qtype, method=method, from_zero=self.from_zero, zero_point=zero_point
+        )
+
+    @cached_property
+    def static(self) -> QParams:
+        """The best single interval over all steps; scalars."""
+        pooled = self.histogram.pooled(torch.zeros(len(self.t), dtype=torch.int64), 1)
+        found = self.search(pooled)
+        return QParams(found.scale[0], found.zero_point[0])
+
+    @cached_property
+    def steps(self) -> QParams:
+        """The best interval of each step [K]; the zero point is the static one unless options say "step"."""
+        return self.search(self.histogram, self.static.zero_point if self.options.zero_point == "fixed" else None)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values [K] at the observed steps, linear in between and constant beyond, on the whole axis: [T]."""
+        axis = np.arange(self.num_train_timesteps)
+        dense = torch.from_numpy(np.interp(axis, self.t.numpy(), values.double().numpy()))
+        return dense.to(torch.float32) if values.is_floating_point() else dense.round().to(values.dtype)
+
+    def zero_point_table(self) -> Tensor:
+        """The zero point of each time step of the axis, int32 [T], as the options say."""
+        if self.options.zero_point == "step":
+            return self.spread(self.steps.zero_point)
+        return self.static.zero_point.expand(self.num_train_timesteps).clone()
+
+
+class IntervalSource(nn.Module, ABC):
+    """Scale and zero_point of one activation quantizer as a function of t (and, for ``dynamic``, of the tensor)."""
+
+    pattern: ClassVar[str]
+    timed: ClassVar[bool] = True  # a function of t alone, so a table can hold it
+    registry: ClassVar[dict[str, type[IntervalSource]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "pattern" in cls.__dict__:
+            IntervalSource.registry[cls.pattern] = cls
+
+    @classmethod
+    @abstractmethod
+    def build(cls, method: str, observed: Observed) -> IntervalSource:
+        """A source at its start, from what calibration observed."""
+
+    @abstractmethod
+    def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``t`` [B] and the tensor [B, ...] -> scale float32 [B], zero_point int32 [B]."""
+
+    def raw_parameters(self) -> list[nn.Parameter]:
+        """Learned scales, to be trained at the interval learning rate; the others are a module's weights."""
+        return [p for owner in self.modules() if isinstance(owner, LearnedScale) for p in owner.parameters()]
+
+    def table(self, num_train_timesteps: int) -> tuple[Tensor, Tensor]:
+        """Scale float32 [T] and zero_point int32 [T] at every time step."""
+        with torch.no_grad():
+            t = torch.arange(num_train_timesteps)
+            scale, zero_point = self(t, torch.empty(num_train_timesteps, 0))
+        return scale.float().contiguous(), zero_point.to(torch.int32).contiguous()
+
+
+class LearnedScale(nn.Module):
+    """A vector of positive scales [N] learned raw, as LSQ does, or through its logarithm (a step is then relative)."""
+
+    def __init__(self, scale: Tensor, parameter: str) -> None:
+        super().__init__()
+        self.log = parameter == "log"
+        self.value = nn.Parameter(scale.log() if self.log else scale.clone())
+
+    def forward(self) -> Tensor:
+        return self.value.exp() if self.log else self.value.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def source_class(method: str) -> type[IntervalSource]:
+    """The source class of a method name; raises :class:`ConfigError` that lists the names."""
+    for pattern, cls in IntervalSource.registry.items():
+        if re.fullmatch(pattern, method):
+            return cls
+    names = ", ".join(sorted(IntervalSource.registry)).replace(r"|S_([1-9]\d*)", ", S_N (for example S_4)")
+    raise ConfigError(f"The method must be one of {names}. Got {method!r} instead.")

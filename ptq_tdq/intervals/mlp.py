@@ -1,0 +1,58 @@
+"""What ``tdq`` and ``tdq-thin`` share: an MLP of the time step whose softplus is the interval."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ptq_tdq.intervals.base import IntervalSource, Observed
+from ptq_tdq.timeaxis import lookup
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    """x with softplus(x) = y, for y > 0; exact for small y, where log(exp(y) - 1) would lose all digits."""
+    return y + torch.log(-torch.expm1(-y))
+
+
+class ModuleInterval(IntervalSource):
+    """``scale = softplus(net(encode(t)))``; the net's last layer is a linear layer to one number."""
+
+    def __init__(self, encode: nn.Module, net: nn.Sequential, zero_point: Tensor) -> None:
+        super().__init__()
+        self.encode, self.net = encode, net
+        self.register_buffer("zero_point", zero_point)  # int32 [T]
+        self.zero_point: Tensor
+
+    def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scale(t), lookup(self.zero_point, t)
+
+    def scale(self, t: Tensor) -> Tensor:
+        # softplus underflows to 0 for a very negative input; an interval is positive
+        return functional.softplus(self.net(self.encode(t)).squeeze(-1)).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def start(self, observed: Observed) -> None:
+        """Set the last bias to the static interval, then fit log s to the steps or the static value, as options say."""
+        last = self.net[-1]
+        assert isinstance(last, nn.Linear)
+        with torch.no_grad():
+            last.bias.copy_(inverse_softplus(observed.static.scale))
+        choice = observed.options.start
+        if choice != "as-is":
+            target = observed.steps.scale if choice == "steps" else observed.static.scale.expand(len(observed.t))
+            self._fit(observed.t, target)
+
+    def _fit(self, t: Tensor, target: Tensor) -> None:
+        """Least squares of log s over the observed steps, by L-BFGS without dropout."""
+        self.eval()
+        optimizer = torch.optim.LBFGS(self.net.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (self.scale(t).log() - target.log()).square().mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        with torch.enable_grad():
+            optimizer.step(closure)  # type: ignore[no-untyped-call]
+        self.train()

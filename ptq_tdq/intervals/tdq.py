@@ -1,0 +1,82 @@
+"""``tdq``: the Temporal Dynamic Quantization module (So et al., NeurIPS 2023; supp Tables 2, 3 and 7)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.intervals.base import Observed
+from ptq_tdq.intervals.mlp import ModuleInterval
+
+DIMENSION, HIDDEN, DROPOUT, MAX_PERIOD = 128, 64, 0.2, 10000.0
+
+
+class TimeEncoding(nn.Module):
+    """t [B] -> [B, d]: "none" (raw t, d = 1), "normalize" (t / T, d = 1), "fourier" (random), "frequency".
+
+    frequency: f_i = 10000^(-i / half), enc = [cos(t f_i), sin(t f_i)], half = d / 2. fourier draws f_i from a normal
+    distribution and uses 2 pi f_i t / T.
+    """
+
+    def __init__(self, kind: str, num_train_timesteps: int) -> None:
+        super().__init__()
+        self.kind, self.num_train_timesteps = kind, num_train_timesteps
+        half = DIMENSION // 2
+        if kind == "fourier":
+            frequencies = 2 * math.pi * torch.randn(half) / num_train_timesteps
+        else:
+            frequencies = MAX_PERIOD ** (-torch.arange(half) / half)
+        self.register_buffer("frequencies", frequencies)
+        self.frequencies: Tensor
+        self.width = DIMENSION if kind in ("fourier", "frequency") else 1
+
+    def forward(self, t: Tensor) -> Tensor:
+        t = t.to(torch.float32)[:, None]
+        if self.kind == "none":
+            return t
+        if self.kind == "normalize":
+            return t / self.num_train_timesteps
+        angle = t * self.frequencies
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def initialize(net: nn.Sequential, kind: str) -> None:
+    """Weights of every linear layer by name; biases 0 ("gaussian" is N(0, 1))."""
+    for layer in net:
+        if not isinstance(layer, nn.Linear):
+            continue
+        if kind == "he":
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        elif kind == "gaussian":
+            nn.init.normal_(layer.weight)
+        elif kind == "xavier":
+            nn.init.xavier_normal_(layer.weight)
+        else:
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+class TDQ(ModuleInterval):
+    """MLP d-64-64-64-1, ReLU, dropout 0.2 before the last linear layer, softplus (supp Table 3)."""
+
+    pattern = "tdq"
+
+    @classmethod
+    def build(cls, method: str, observed: Observed) -> TDQ:
+        encode = TimeEncoding(observed.options.encoding, observed.num_train_timesteps)
+        net = nn.Sequential(
+            nn.Linear(encode.width, HIDDEN),
+            nn.ReLU(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.ReLU(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.ReLU(),
+            nn.Dropout(DROPOUT),
+            nn.Linear(HIDDEN, 1),
+        )
+        initialize(net, observed.options.weights)
+        source = cls(encode, net, observed.zero_point_table())
+        source.start(observed)
+        return source

@@ -1,0 +1,115 @@
+"""Quantized Conv1d, Conv2d and Linear: one table from a torch layer class to its kind and operation.
+
+Layouts: x [B, C, L], [B, C, H, W] or [B, ..., C]; weight [O, C, ...]. A split shortcut has two channel ranges
+(``splits`` = (0, C_h, C)), each with quantizers of its own; an ordinary layer has one, (0, C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ptq_tdq.modules.activation import ActivationQuantizer
+from ptq_tdq.modules.weight import WeightQuantizer
+from ptq_tdq.records import LayerRecord
+from ptq_tdq.timeaxis import Clock
+
+Operation = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def _conv2d(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Conv2d)
+    return layer._conv_forward(x, weight, layer.bias)
+
+
+def _conv1d(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Conv1d)
+    return layer._conv_forward(x, weight, layer.bias)
+
+
+def _linear(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Linear)
+    return functional.linear(x, weight, layer.bias)
+
+
+QUANTIZED_LAYERS: dict[type[nn.Module], tuple[str, int, Operation]] = {  # class -> kind, channel dim of x, operation
+    nn.Conv1d: ("conv1d", 1, _conv1d),
+    nn.Conv2d: ("conv2d", 1, _conv2d),
+    nn.Linear: ("linear", -1, _linear),
+}
+
+
+def _entry(layer: nn.Module) -> tuple[str, int, Operation] | None:
+    return next((entry for cls, entry in QUANTIZED_LAYERS.items() if isinstance(layer, cls)), None)
+
+
+def layer_kind(layer: nn.Module) -> str | None:
+    """ "conv1d", "conv2d", "linear", or None for a module that is not quantized as a layer."""
+    entry = _entry(layer)
+    return entry[0] if entry else None
+
+
+class QuantLayer(nn.Module):
+    """A layer whose weight and input pass through quantizers; with both switched off it is the original, bit for bit."""
+
+    def __init__(self, layer: nn.Module, record: LayerRecord, clock: Clock) -> None:
+        super().__init__()
+        entry = _entry(layer)
+        if entry is None:
+            raise TypeError(f"{type(layer).__name__} has no quantized form.")
+        _, self.channel_dim, self.operation = entry
+        assert record.weight_bits is not None
+        self.layer, self.record = layer, record
+        self.ranges = tuple(pairwise(record.splits))
+        self.weights = nn.ModuleList(WeightQuantizer(record.weight_bits) for _ in self.ranges)
+        self.inputs = nn.ModuleList(ActivationQuantizer(q, clock) for q in record.inputs)
+        self.weights_enabled = False
+        self._final: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own weight; the original until ``finalize``."""
+        weight = self.layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def weight_quantizers(self) -> list[WeightQuantizer]:
+        return [w for w in self.weights if isinstance(w, WeightQuantizer)]
+
+    def part(self, index: int) -> Tensor:
+        """Channel range ``index`` of the original weight."""
+        lo, hi = self.ranges[index]
+        return self.weight[:, lo:hi]
+
+    def assign(self, index: int, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Final codes of one channel range."""
+        self.weight_quantizers()[index].assign(codes, scale, zero_point)
+        self._final = None
+
+    def quantized_weight(self) -> Tensor:
+        """The weight of all ranges: soft while rounding is learned, else what the codes stand for."""
+        quantizers = self.weight_quantizers()
+        if any(w.rounding is not None for w in quantizers):
+            return torch.cat([w.rounding.soft_weight() if w.rounding else w.dequantized() for w in quantizers], dim=1)
+        if self._final is None:
+            self._final = torch.cat([w.dequantized() for w in quantizers], dim=1)
+        return self._final
+
+    def finalize(self) -> None:
+        """Replace the original weight by the quantized one."""
+        with torch.no_grad():
+            self.weight.copy_(self.quantized_weight())
+        self._final = self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.inputs) == 1:
+            x = self.inputs[0](x)
+        else:
+            sizes = [hi - lo for lo, hi in self.ranges]
+            parts = x.split(sizes, self.channel_dim)
+            x = torch.cat([q(p) for q, p in zip(self.inputs, parts, strict=True)], self.channel_dim)
+        return self.operation(self.layer, x, self.quantized_weight() if self.weights_enabled else self.weight)

@@ -1,0 +1,39 @@
+"""The quantizer of one weight tensor, or of one channel range of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.affine import dequantize
+from ptq_tdq.rounding import AdaRound
+from ptq_tdq.scheme import QType
+
+
+class WeightQuantizer(nn.Module):
+    """Codes of the weight's shape with one scale and zero_point per output channel [O] (or [1] per tensor).
+
+    While ``rounding`` is set the weight is the soft, learned one; afterwards it comes from ``codes``.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.qtype = QType(bits)
+        self.rounding: AdaRound | None = None
+        self.register_buffer("codes", None, persistent=False)
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("zero_point", None, persistent=False)
+        self.codes: Tensor | None
+        self.scale: Tensor | None
+        self.zero_point: Tensor | None
+
+    def assign(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Set the final codes (integers), scale [O] or [1] and zero_point alike; learning ends."""
+        self.rounding = None
+        self.codes, self.scale, self.zero_point = codes.to(torch.uint8), scale, zero_point.to(torch.int32)
+
+    def dequantized(self) -> Tensor:
+        """The weight that the codes stand for."""
+        assert self.codes is not None and self.scale is not None and self.zero_point is not None
+        shape = (-1,) + (1,) * (self.codes.ndim - 1)
+        return dequantize(self.codes.to(torch.int32), self.scale.view(shape), self.zero_point.view(shape))

@@ -1,0 +1,62 @@
+"""Watching one activation during calibration: exact ranges first, then a histogram per time step over them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptq_tdq.errors import NonFiniteError
+from ptq_tdq.search import Histogram
+
+BINS = 2048
+EMA_MOMENTUM = 0.95
+
+
+class Observer:
+    """Two passes over the same batches: ``see`` every batch, then ``start_counting``, then ``see`` every batch again.
+
+    ``steps`` [K] are the distinct time steps of the calibration set, ascending. With ``ema`` the range of a step is the
+    running average of its batches' ranges instead of their extremes, and values outside count in the outer bins.
+    """
+
+    def __init__(self, name: str, steps: Tensor, *, ema: bool = False) -> None:
+        self.name, self.steps, self.ema = name, steps, ema
+        self.lo = torch.full((len(steps),), torch.inf)
+        self.hi = torch.full((len(steps),), -torch.inf)
+        self.counts: Tensor | None = None
+
+    def start_counting(self) -> None:
+        self.counts = torch.zeros(len(self.steps) * BINS)
+
+    def see(self, x: Tensor, t: Tensor) -> None:
+        """Take in a batch ``x`` [B, ...] at time steps ``t`` [B]; raises :class:`NonFiniteError` naming the layer and t."""
+        rows, index = x.detach().flatten(1), torch.searchsorted(self.steps, t.to(self.steps.dtype))
+        if self.counts is not None:
+            lo, width = self._grid()
+            bins = ((rows - lo) / width).long().clamp_(0, BINS - 1) + index[:, None] * BINS
+            self.counts += torch.bincount(bins.flatten(), minlength=self.counts.numel())
+            return
+        lo, hi = rows.amin(1), rows.amax(1)
+        finite = torch.isfinite(lo) & torch.isfinite(hi)
+        if not bool(finite.all()):
+            raise NonFiniteError(f"{self.name} has NaN or Inf in its activations at t = {t[~finite][0].item():g}.")
+        batch_lo = torch.full_like(self.lo, torch.inf).scatter_reduce_(0, index, lo, "amin")
+        batch_hi = torch.full_like(self.hi, -torch.inf).scatter_reduce_(0, index, hi, "amax")
+        if self.ema:
+            seen, known = torch.isfinite(batch_lo), torch.isfinite(self.lo)
+            keep = torch.where(known, EMA_MOMENTUM, 0.0)
+            self.lo = torch.where(seen, torch.where(known, self.lo, 0.0) * keep + batch_lo * (1 - keep), self.lo)
+            self.hi = torch.where(seen, torch.where(known, self.hi, 0.0) * keep + batch_hi * (1 - keep), self.hi)
+        else:
+            self.lo, self.hi = torch.minimum(self.lo, batch_lo), torch.maximum(self.hi, batch_hi)
+
+    def histogram(self) -> Histogram:
+        """The histogram of both passes."""
+        assert self.counts is not None, "start_counting() comes first"
+        lo, width = self._grid()
+        centres = lo + width * (torch.arange(BINS) + 0.5)
+        return Histogram(self.counts.view(-1, BINS), centres, self.lo, self.hi)
+
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        lo, hi = self.lo.min(), self.hi.max()
+        return lo, ((hi - lo) / BINS).clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,5 @@
+"""Block reconstruction (BRECQ, arXiv 2102.05426, as Q-Diffusion runs it)."""
+
+from ptq_tdq.recon.engine import UnitReport, reconstruct
+
+__all__ = ["UnitReport", "reconstruct"]

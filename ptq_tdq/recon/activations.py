@@ -1,0 +1,124 @@
+"""Phase A of one unit: observe its activations, start its interval sources, learn them, freeze them to tables."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.config import Config
+from ptq_tdq.intervals import IntervalSource, Observed, source_class
+from ptq_tdq.intervals.table import TableSource
+from ptq_tdq.modules import ActivationQuantizer
+from ptq_tdq.observe import Observer
+from ptq_tdq.recon.streams import UnitCall
+from ptq_tdq.recon.unit import Unit, reconstruction_loss
+from ptq_tdq.search import QParams
+
+CHECKS = 4  # how often the best state is looked for during learning
+
+
+@dataclass(frozen=True)
+class ActivationResult:
+    """Loss with the first intervals and at the end, and each quantizer's static interval for comparison."""
+
+    before: float
+    after: float
+    static: dict[str, QParams]
+
+
+def observe(unit: Unit, call: UnitCall, config: Config, num_train_timesteps: int) -> dict[str, Observed]:
+    """Ranges and histograms of the unit's activations with quantized weights, by quantizer name."""
+    steps = unit.t.unique()
+    quantizers = unit.quantizers()
+    for quantizer in quantizers:
+        record = quantizer.record
+        quantizer.observer = Observer(record.name, steps, ema=record.range_method == "ema")
+    observers = {q.record.name: q.observer for q in quantizers if q.observer}
+    try:
+        for counting in (False, True):
+            for observer in observers.values():
+                if counting:
+                    observer.start_counting()
+            with torch.no_grad():
+                for batch in unit.batches():
+                    unit.run(call, batch)
+    finally:
+        for quantizer in quantizers:
+            quantizer.observer = None
+    return {
+        q.record.name: Observed(
+            num_train_timesteps,
+            steps,
+            observers[q.record.name].histogram(),
+            q.qtype,
+            q.record.range_method,
+            q.record.from_zero,
+            config.interval_options,
+        )
+        for q in quantizers
+    }
+
+
+def reconstruct_activations(
+    unit: Unit, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator, num_train_timesteps: int
+) -> ActivationResult:
+    """Learn the intervals of the unit's activations; the end state is never worse than the start."""
+    observed = observe(unit, call, config, num_train_timesteps)
+    quantizers = unit.quantizers()
+    for quantizer in quantizers:
+        record = quantizer.record
+        quantizer.source = source_class(record.method).build(record.method, observed[record.name])
+        quantizer.enabled = True
+    sources = nn.ModuleList(q.source for q in quantizers if q.source)
+    sources.eval()
+    before = after = unit.loss(call, target, config.loss_power)
+    if config.activation_iterations and any(True for _ in sources.parameters()):
+        with unit.learning(config):
+            after = _learn(unit, call, target, sources, config, generator, before)
+    for quantizer in quantizers:
+        freeze(quantizer, num_train_timesteps)
+    return ActivationResult(before, after, {name: o.static for name, o in observed.items()})
+
+
+def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
+    """Evaluate a source at every time step and keep only its table; a dynamic source stays as it is."""
+    if quantizer.source is not None and quantizer.source.timed:
+        quantizer.source = TableSource(*quantizer.source.table(num_train_timesteps))
+
+
+def _learn(
+    unit: Unit,
+    call: UnitCall,
+    target: Tensor,
+    sources: nn.ModuleList,
+    config: Config,
+    generator: torch.Generator,
+    before: float,
+) -> float:
+    """Adam with cosine decay to 0; leaves the sources in the best state seen and returns its loss."""
+    raw = [p for s in sources if isinstance(s, IntervalSource) for p in s.raw_parameters()]
+    known = {id(p) for p in raw}
+    weights = [p for p in sources.parameters() if id(p) not in known]
+    optimizer = torch.optim.Adam([{"params": raw, "lr": config.interval_lr}, {"params": weights, "lr": config.module_lr}])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.activation_iterations)
+    best, best_state = before, copy.deepcopy(sources.state_dict())
+    interval = -(-config.activation_iterations // CHECKS)
+    for iteration in range(1, config.activation_iterations + 1):
+        sources.train()
+        index = torch.randint(len(target), (config.batch_size,), generator=generator)
+        loss = reconstruction_loss(unit.run(call, index), target[index], config.loss_power)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        if iteration % interval == 0 or iteration == config.activation_iterations:
+            sources.eval()
+            now = unit.loss(call, target, config.loss_power)
+            if now < best:
+                best, best_state = now, copy.deepcopy(sources.state_dict())
+    sources.load_state_dict(best_state)
+    sources.eval()
+    return best

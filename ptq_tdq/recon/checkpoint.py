@@ -1,0 +1,110 @@
+"""The folder of an unfinished run: one file per finished unit, and what the run was begun with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ptq_tdq.artifacts.atomic import write_atomic
+from ptq_tdq.errors import OutputError, ResumeError
+from ptq_tdq.intervals.dynamic import Dynamic
+from ptq_tdq.intervals.table import TableSource
+from ptq_tdq.recon.unit import Unit
+from ptq_tdq.search import QParams
+
+Tensors = dict[str, Tensor]
+
+
+class RunDirectory:
+    """``run.json`` with the run's identity (a flat dict), and ``<phase>-<index>.safetensors`` for each finished unit."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        """Open or begin a run; raises :class:`ResumeError` naming the key that differs from the run on disk."""
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"The folder {path} cannot be made ({error.strerror}); choose another output directory.") from None
+        record = path / "run.json"
+        if not record.exists():
+            write_atomic(record, json.dumps(identity, indent=1, sort_keys=True).encode())
+            return
+        try:
+            before = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ResumeError(f"{record} is damaged; delete {path} or start with --no-resume.") from None
+        for key in sorted(identity.keys() | before.keys()):
+            if before.get(key) != identity.get(key):
+                raise ResumeError(
+                    f"The unfinished run in {path} has another {key} ({before.get(key)!r}, now {identity.get(key)!r}); "
+                    "start with --no-resume to discard it, or choose another output directory."
+                )
+
+    def _file(self, phase: str, index: int) -> Path:
+        return self.path / f"{phase}-{index:04d}.safetensors"
+
+    def write(self, phase: str, index: int, tensors: Tensors, losses: tuple[float, float]) -> None:
+        data = save({k: v.contiguous() for k, v in tensors.items()}, metadata={"losses": json.dumps(losses)})
+        write_atomic(self._file(phase, index), data)
+
+    def read(self, phase: str, index: int) -> tuple[Tensors, tuple[float, float]] | None:
+        """The saved unit, or None where it is not finished yet."""
+        path = self._file(phase, index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                before, after = json.loads(file.metadata()["losses"])
+                return {key: file.get_tensor(key) for key in file.keys()}, (before, after)  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ResumeError(f"{path} is damaged ({error}); start with --no-resume.") from None
+
+
+def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
+    """What a phase decided for a unit."""
+    tensors: Tensors = {}
+    if phase == "weights":
+        for layer in unit.layers():
+            for index, quantizer in enumerate(layer.weight_quantizers()):
+                for key in ("codes", "scale", "zero_point"):
+                    tensors[f"{layer.record.name}.{index}.{key}"] = getattr(quantizer, key)
+        return tensors
+    for quantizer in unit.quantizers():
+        name, source = quantizer.record.name, quantizer.source
+        tensors[f"{name}.static_scale"] = static[name].scale
+        tensors[f"{name}.static_zero_point"] = static[name].zero_point
+        if isinstance(source, TableSource):
+            tensors[f"{name}.scale"] = source.scale
+        assert isinstance(source, TableSource | Dynamic)
+        tensors[f"{name}.zero_point"] = source.zero_point
+    return tensors
+
+
+def restore(
+    unit: Unit, phase: str, saved: tuple[Tensors, tuple[float, float]], static: dict[str, QParams]
+) -> tuple[float, float]:
+    """Inverse of :func:`snapshot`; switches the phase's quantizers on and returns the losses."""
+    tensors, losses = saved
+    if phase == "weights":
+        for layer in unit.layers():
+            layer.weights_enabled = True
+            for index in range(len(layer.ranges)):
+                prefix = f"{layer.record.name}.{index}"
+                layer.assign(
+                    index, tensors[f"{prefix}.codes"], tensors[f"{prefix}.scale"], tensors[f"{prefix}.zero_point"]
+                )
+        return losses
+    for quantizer in unit.quantizers():
+        name = quantizer.record.name
+        static[name] = QParams(tensors[f"{name}.static_scale"], tensors[f"{name}.static_zero_point"])
+        zero_point = tensors[f"{name}.zero_point"]
+        scale = tensors.get(f"{name}.scale")
+        quantizer.source = Dynamic(zero_point, quantizer.qtype) if scale is None else TableSource(scale, zero_point)
+        quantizer.enabled = True
+    return losses

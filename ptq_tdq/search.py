@@ -1,0 +1,107 @@
+"""First intervals, before anything is learned: min-max, and the search for the least |x - x_hat|^p.
+
+The search tries the shrink factors 1 - 0.01 i, i = 0..79, of the observed range (BRECQ and Q-Diffusion: p = 2.4), for all
+channels of a weight, or all time steps of an activation histogram, at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq_tdq.affine import choose_qparams, fake_quantize
+from ptq_tdq.scheme import QType
+
+SHRINK_FACTORS = tuple(1 - 0.01 * i for i in range(80))
+POWER = 2.4
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Scale (float32) and zero_point (int32) of equal shape."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+def _symmetric(lo: Tensor, hi: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:
+    """Scale whose middle code is 0, covering the larger of -lo and hi."""
+    middle = (qtype.qmin + qtype.qmax + 1) // 2
+    bound = torch.maximum(-lo / (middle - qtype.qmin), hi / (qtype.qmax - middle))
+    scale = bound.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
+    return scale, torch.full_like(scale, middle, dtype=torch.int32)
+
+
+def weight_qparams(rows: Tensor, qtype: QType, *, method: str = "mse", symmetric: bool = False) -> QParams:
+    """Intervals of a weight given as ``rows`` [G, n] (G = output channels, or 1 for per tensor); result [G].
+
+    ``method`` is "minmax" or "mse". ``symmetric`` fixes the zero point at the middle code.
+    """
+    lo, hi = rows.amin(1), rows.amax(1)
+    place = _symmetric if symmetric else choose_qparams
+    best_scale, best_zero = place(lo, hi, qtype)
+    if method == "minmax":
+        return QParams(best_scale, best_zero)
+    best = torch.full_like(best_scale, torch.inf)
+    for factor in SHRINK_FACTORS:
+        scale, zero = place(lo * factor, hi * factor, qtype)
+        error = (rows - fake_quantize(rows, scale[:, None], zero[:, None], qtype)).abs().pow(POWER).mean(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return QParams(best_scale, best_zero)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts [K, bins] of an activation for K time steps over one common grid, and the exact ranges lo, hi [K]."""
+
+    counts: Tensor
+    centres: Tensor
+    lo: Tensor
+    hi: Tensor
+
+    def pooled(self, group: Tensor, groups: int) -> Histogram:
+        """Merge time steps: row k goes to row ``group[k]``; groups without a row are empty."""
+        counts = torch.zeros(groups, self.counts.shape[1]).index_add_(0, group, self.counts)
+        lo = torch.full((groups,), torch.inf).scatter_reduce_(0, group, self.lo, "amin")
+        hi = torch.full((groups,), -torch.inf).scatter_reduce_(0, group, self.hi, "amax")
+        return Histogram(counts, self.centres, lo, hi)
+
+
+def activation_qparams(
+    histogram: Histogram, qtype: QType, *, method: str = "mse", from_zero: bool = False, zero_point: Tensor | None = None
+) -> QParams:
+    """Intervals [K] for the K rows of a histogram.
+
+    ``method`` is "minmax" or "mse"; ``from_zero`` makes the lowest code stand for 0 (softmax outputs); a given
+    ``zero_point`` (a scalar) is kept and only the scale is searched.
+    """
+    lo, hi = histogram.lo, histogram.hi
+    if from_zero:
+        lo = torch.zeros_like(lo)
+
+    def place(factor: float) -> tuple[Tensor, Tensor]:
+        if zero_point is None:
+            return choose_qparams(lo * factor, hi * factor, qtype)
+        # a side without codes cannot be covered and does not count
+        up = hi / (qtype.qmax - zero_point) if zero_point < qtype.qmax else torch.zeros_like(hi)
+        down = -lo / (zero_point - qtype.qmin) if zero_point > qtype.qmin else torch.zeros_like(lo)
+        scale = (torch.maximum(up, down) * factor).clamp(min=torch.finfo(torch.float32).tiny)
+        return scale, zero_point.to(torch.int32).expand_as(scale)
+
+    best_scale, best_zero = place(1.0)
+    if method == "minmax":
+        return QParams(best_scale, best_zero)
+    best = torch.full_like(best_scale, torch.inf)
+    x = histogram.centres
+    for factor in SHRINK_FACTORS:
+        scale, zero = place(factor)
+        error = (x - fake_quantize(x, scale[:, None], zero[:, None], qtype)).abs().pow(POWER)
+        error = (error * histogram.counts).sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return QParams(best_scale, best_zero.to(torch.int32))

@@ -1,0 +1,52 @@
+"""The time step t: the axis of the interval tables, and the clock that carries each sample's t to the quantizers.
+
+t is the scheduler's training time, 0..T-1, integer or fractional (Euler, DPM-Solver). It comes from the model's own
+``timestep`` argument and is the only key of a table: never a call counter or a position in a schedule.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptq_tdq.errors import ModelError, TimestepError
+
+
+def lookup(table: Tensor, t: Tensor) -> Tensor:
+    """Values of ``table`` [T] at ``t`` [B]: exact for integer t, linear between neighbours for fractional t.
+
+    Integer tables (zero points) are interpolated and rounded. Raises :class:`TimestepError` outside [0, T-1].
+    """
+    last = table.shape[0] - 1
+    if not bool(((t >= 0) & (t <= last)).all()):
+        wrong = t[~((t >= 0) & (t <= last))][0].item()
+        raise TimestepError(
+            f"The interval tables cover the time steps 0 to {last}. Got t = {wrong:g}; "
+            "use a scheduler with the model's own number of training steps."
+        )
+    below = t.floor().long()
+    if t.dtype == torch.int64 or bool((below == t).all()):
+        return table[below]
+    fraction = (t - below).to(torch.float32)
+    low, high = table[below], table[(below + 1).clamp(max=last)]
+    value = low + (high - low) * fraction
+    return value if table.is_floating_point() else value.round().to(table.dtype)
+
+
+class Clock:
+    """The time steps of the forward pass that runs now, one per sample; each quantized model owns one."""
+
+    def __init__(self) -> None:
+        self._t: Tensor | None = None
+
+    def set(self, t: Tensor | float | int) -> None:
+        """Set t: a scalar (all samples alike) or a tensor [B]."""
+        self._t = torch.atleast_1d(torch.as_tensor(t))
+
+    def read(self, batch: int) -> Tensor:
+        """t of each of ``batch`` samples, [batch]; a batch that repeats each sample k times gets each t k times."""
+        if self._t is None:
+            raise ModelError("A quantizer ran outside the quantized model's forward pass; call the model, not its parts.")
+        if batch % self._t.numel():
+            raise ModelError(f"{self._t.numel()} time steps do not fit a batch of {batch}; pass one t, or one per sample.")
+        return self._t.repeat_interleave(batch // self._t.numel())
