@@ -107,6 +107,7 @@ def make_recipe(
         "dtype": str(model.unet.dtype).removeprefix("torch."),
         "scheduler": type(model.scheduler).__name__,
         "scheduler_sha256": hashlib.sha256(scheduler.encode()).hexdigest(),
+        "num_train_timesteps": int(model.scheduler.config.num_train_timesteps),
         "num_classes": model.num_classes,
         "samples_per_step": samples_per_step,
         "calibration_steps": calibration_steps,

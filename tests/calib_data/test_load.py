@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ptq_tdq.calib_data import REFERENCE_ID, check_unet, collect, load_model, unet_sha256
+from ptq_tdq.calib_data.reference import reference_path
+from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# config.json and scheduler_config.json of the hub's google/ddpm-cifar10-32, which has all files at its top level
+CIFAR10_UNET = {
+    "_class_name": "UNet2DModel",
+    "_diffusers_version": "0.0.4",
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 256, 256, 256],
+    "center_input_sample": False,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "time_embedding_type": "positional",
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
+CIFAR10_SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "_diffusers_version": "0.1.1",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "variance_type": "fixed_large",
+}
+CIFAR10_INDEX = {
+    "_class_name": "DDPMPipeline",
+    "_diffusers_version": "0.1.1",
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "unet": ["diffusers", "UNet2DModel"],
+}
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content))
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    theirs = b.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in a.state_dict().items())
+
+
+@pytest.fixture
+def bare(unet: UNet2DModel, tmp_path: Path) -> Path:
+    folder = tmp_path / "bare"
+    unet.save_pretrained(folder)
+    return folder
+
+
+def test_the_embedded_model_is_class_conditional_and_latent() -> None:
+    model = load_model()
+    assert model.id == REFERENCE_ID
+    assert model.num_classes == 10, "label 10 means no class"
+    assert model.vae is not None
+    assert model.unet.dtype == torch.float32
+    assert not model.unet.training
+    assert not any(parameter.requires_grad for parameter in model.unet.parameters())
+    assert model.notices == ()
+    by_path = load_model(str(reference_path()))
+    assert (by_path.sha256, by_path.num_classes) == (model.sha256, 10)
+
+
+def test_a_pipeline_saved_by_diffusers_loads(unet: UNet2DModel, tmp_path: Path) -> None:
+    DDIMPipeline(unet=unet, scheduler=DDIMScheduler(beta_end=0.01)).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert same_weights(model.unet, unet)
+    assert isinstance(model.scheduler, DDIMScheduler)
+    assert model.scheduler.config.beta_end == 0.01
+    assert (model.vae, model.num_classes, model.notices, model.id) == (None, 0, (), str(tmp_path))
+    bare_part = load_model(str(tmp_path / "unet"))
+    assert bare_part.scheduler.config.beta_end == 0.01, "the scheduler beside a bare U-Net folder is found"
+    assert bare_part.sha256 == model.sha256
+
+
+def test_a_bare_folder_uses_its_own_scheduler_or_says_that_it_has_none(bare: Path) -> None:
+    model = load_model(str(bare))
+    assert isinstance(model.scheduler, DDPMScheduler)
+    assert len(model.notices) == 1
+    assert "DDPMScheduler" in model.notices[0]
+    DDIMScheduler().save_pretrained(bare)
+    model = load_model(str(bare))
+    assert isinstance(model.scheduler, DDIMScheduler)
+    assert model.notices == ()
+
+
+@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+def test_the_layout_of_ddpm_cifar10_32_loads_and_can_be_collected_from(tmp_path: Path, weights: str) -> None:
+    """U-Net at the top level, attention weights under their old names, optionally as a PyTorch file; random weights."""
+    write_json(tmp_path / "config.json", CIFAR10_UNET)
+    write_json(tmp_path / "scheduler_config.json", CIFAR10_SCHEDULER)
+    write_json(tmp_path / "model_index.json", CIFAR10_INDEX)
+    config = UNet2DModel.load_config(tmp_path)
+    torch.manual_seed(0)
+    original = UNet2DModel.from_config(config)
+    assert sum(parameter.numel() for parameter in original.parameters()) == 35_746_307, "as published"
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for name, tensor in original.state_dict().items():
+        old = name
+        if "attentions" in name:
+            for new_part, old_part in old_names.items():
+                old = old.replace(new_part, old_part)
+        state[old] = tensor
+    if weights == "safetensors":
+        save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    else:
+        torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+
+    model = load_model(str(tmp_path))
+    assert same_weights(model.unet, original)
+    assert model.scheduler.config.variance_type == "fixed_large"
+    assert (model.num_classes, model.vae, model.notices) == (0, None, ())
+    if weights == "safetensors":
+        found = collect(model, samples_per_step=1, calibration_steps=2, num_inference_steps=2)
+        assert found.x.shape == (2, 3, 32, 32)
+        assert found.class_labels is None
+
+
+def test_the_hash_follows_weights_and_configuration_but_not_dtype_or_place(unet: UNet2DModel, bare: Path) -> None:
+    model = load_model(str(bare))
+    moved = shutil.copytree(bare, bare.parent / "moved")
+    assert load_model(str(moved)).sha256 == model.sha256 == unet_sha256(unet)
+    assert load_model(str(bare), dtype=torch.bfloat16).sha256 == model.sha256
+    with torch.no_grad():
+        next(unet.parameters())[0].add_(1e-3)
+    assert unet_sha256(unet) != model.sha256
+    other = UNet2DModel.from_config({**model.unet.config, "norm_eps": 1e-3})
+    other.load_state_dict(model.unet.state_dict())
+    assert unet_sha256(other) != model.sha256
+
+
+def test_loading_is_silent(bare: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_model(str(bare), dtype=torch.bfloat16)
+    load_model()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_folder_and_a_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"There is no folder '.*/absent'"):
+        load_model(str(tmp_path / "absent"))
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    with pytest.raises(ModelError, match="is a file"):
+        load_model(str(tmp_path / "model.ckpt"))
+
+
+def test_a_folder_without_a_unet2dmodel_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no UNet2DModel"):
+        load_model(str(tmp_path))
+    write_json(tmp_path / "config.json", {"_class_name": "UNet2DConditionModel"})
+    with pytest.raises(ModelError, match="is a UNet2DConditionModel, not a UNet2DModel"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read as JSON"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -1])
+def test_truncated_weights_are_refused(bare: Path, keep: int) -> None:
+    (bare / WEIGHTS).write_bytes((bare / WEIGHTS).read_bytes()[:keep])
+    with pytest.raises(ModelError, match="truncated"):
+        load_model(str(bare))
+
+
+def test_missing_extra_and_misshapen_weights_are_refused(bare: Path) -> None:
+    state = {name: tensor.clone() for name, tensor in load_file(bare / WEIGHTS).items()}
+    first = "conv_in.bias"
+    without = {name: tensor for name, tensor in state.items() if name != first}
+    for altered, said in (
+        (without, f"missing: {first}"),
+        ({**state, "more": torch.zeros(1)}, "unexpected: more"),
+        ({**state, first: torch.zeros(1)}, "cannot be loaded"),
+    ):
+        save_file(altered, bare / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=said):
+            load_model(str(bare))
+    (bare / WEIGHTS).unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(str(bare))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_non_finite_weight_names_its_layer(unet: UNet2DModel, tmp_path: Path, value: float) -> None:
+    with torch.no_grad():
+        unet.down_blocks[1].resnets[0].conv2.weight[0, 0, 0, 0] = value
+    unet.save_pretrained(tmp_path)
+    with pytest.raises(NonFiniteError, match=r"down_blocks\.1\.resnets\.0\.conv2\.weight"):
+        load_model(str(tmp_path))
+
+
+def test_an_unknown_scheduler_is_refused(bare: Path) -> None:
+    write_json(bare / "scheduler_config.json", {"_class_name": "NoSuchScheduler"})
+    with pytest.raises(ModelError, match="NoSuchScheduler"):
+        load_model(str(bare))
+
+
+def test_a_model_without_timestep_is_refused() -> None:
+    class Plain(nn.Module):
+        def forward(self, sample: Tensor) -> Tensor:
+            return sample
+
+    with pytest.raises(ModelError, match="Plain has no `timestep` argument"):
+        check_unet(Plain())
+
+
+def test_class_embeddings_that_are_no_labels_are_refused(tmp_path: Path) -> None:
+    UNet2DModel(
+        block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        class_embed_type="timestep",
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(ModelError, match="'timestep' are not supported"):
+        load_model(str(tmp_path))
+
+
+def test_an_unusable_device_is_a_usage_error(bare: Path) -> None:
+    with pytest.raises(ConfigError, match="'nonsense'"):
+        load_model(str(bare), device="nonsense")
+
+
+def test_a_hub_id_without_the_hub_says_to_pass_a_folder(tmp_path: Path) -> None:
+    """In a process of its own, because the hub's client reads HF_HUB_OFFLINE once, when it is imported."""
+    script = (
+        "from ptq_tdq.calib_data import load_model\nfrom ptq_tdq.errors import ModelError\n"
+        "try:\n    load_model('google/ddpm-cifar10-32')\nexcept ModelError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("\n") == 1, "one line"
+    assert "'google/ddpm-cifar10-32' is no local folder and the hub could not be reached; pass the path" in done.stdout

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptq_tdq.records import LayerRecord, QuantizerRecord
+
+QUANTIZERS = st.builds(
+    QuantizerRecord,
+    name=st.text(),
+    bits=st.integers(2, 8),
+    method=st.sampled_from(["static", "tdq", "tdq-thin", "dynamic"]),
+    range_method=st.sampled_from(["mse", "minmax"]),
+    from_zero=st.booleans(),
+)
+LAYERS = st.builds(
+    LayerRecord,
+    name=st.text(),
+    kind=st.sampled_from(["conv1d", "conv2d", "linear", "attention"]),
+    unit=st.text(),
+    splits=st.lists(st.integers(0, 4096), max_size=3).map(tuple),
+    weight_bits=st.none() | st.integers(2, 8),
+    inputs=st.lists(QUANTIZERS, max_size=4).map(tuple),
+)
+
+
+@given(LAYERS)
+def test_a_record_survives_a_trip_through_json(record: LayerRecord) -> None:
+    assert LayerRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+@given(LAYERS)
+def test_records_are_hashable_values(record: LayerRecord) -> None:
+    assert len({record, LayerRecord.from_dict(record.to_dict())}) == 1
+    with pytest.raises(FrozenInstanceError):
+        record.name = "another"  # type: ignore[misc]
+
+
+def split_shortcut() -> dict[str, object]:
+    inputs = tuple(QuantizerRecord(f"up.0.shortcut.{i}", 8, "tdq", "mse") for i in range(2))
+    return LayerRecord("up.0.shortcut", "conv2d", "up.0", (0, 128, 192), 4, inputs).to_dict()
+
+
+@pytest.mark.parametrize("missing", ["name", "kind", "unit", "splits", "weight_bits", "inputs"])
+def test_a_record_without_a_field_is_refused(missing: str) -> None:
+    data = split_shortcut()
+    del data[missing]
+    with pytest.raises((TypeError, KeyError)):
+        LayerRecord.from_dict(data)
+
+
+def test_unknown_fields_are_refused() -> None:
+    with pytest.raises(TypeError):
+        LayerRecord.from_dict({**split_shortcut(), "colour": "red"})
+    with pytest.raises(TypeError):
+        LayerRecord.from_dict({**split_shortcut(), "inputs": [{"name": "q", "colour": "red"}]})
