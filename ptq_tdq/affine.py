@@ -51,7 +51,7 @@ class _FakeQuantize(torch.autograd.Function):
         level = torch.clamp(rounded, qmin - zero_point, qmax - zero_point)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             ctx.save_for_backward(u, level, rounded == level, scale)
-        return level * scale
+        return (level * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -68,6 +68,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) ->
     """``dequantize(quantize(x))`` with gradients: straight-through for x inside the range (0 outside), LSQ for scale.
 
     ``scale`` and ``zero_point`` broadcast against x: [] per tensor, [O, 1, 1, 1] per output channel, [B, 1, 1, 1] per
-    sample. No gradient reaches zero_point. NaN stays NaN.
+    sample. No gradient reaches zero_point. NaN stays NaN. The arithmetic is that of ``scale`` (float32), the result has
+    the dtype of x.
     """
-    return _FakeQuantize.apply(x, scale, zero_point.to(x.dtype), qtype.qmin, qtype.qmax)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(x, scale, zero_point.to(scale.dtype), qtype.qmin, qtype.qmax)  # type: ignore[no-any-return]

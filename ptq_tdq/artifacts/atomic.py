@@ -56,7 +56,7 @@ def publish_directory(path: str | Path, overwrite: bool = False) -> Iterator[Pat
     """
     target = Path(path).resolve()
     with _output_errors(target):
-        _check_free(target, overwrite)
+        check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = _sibling(target)
         folder.mkdir()
@@ -78,7 +78,9 @@ def _output_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"The output '{path}' cannot be written ({error.strerror or error}): {advice}.") from error
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def check_target(path: str | Path, overwrite: bool = False) -> None:
+    """Raise :class:`OutputError` for a directory that :func:`publish_directory` would refuse."""
+    target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise OutputError(f"The output '{target}' is a file, not a folder; choose another path.")
     if os.path.ismount(target):

@@ -17,7 +17,8 @@ from ptq_tdq.recon.streams import Store, UnitCall, sweep
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
 from ptq_tdq.search import QParams
-from ptq_tdq.wrap import QuantizedModel, switched
+from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.wrap import switched
 
 CHUNK = 64
 CACHE_BYTES = 2 << 30  # streams larger than this live in memory-mapped files

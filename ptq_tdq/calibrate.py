@@ -1,0 +1,79 @@
+"""From a full-precision model and a calibration set to a quantized model."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptq_tdq.calib_data import CalibrationSet, unet_sha256
+from ptq_tdq.config import Config
+from ptq_tdq.plan import make_plan
+from ptq_tdq.quantized_model import QuantizedModel, base_config
+from ptq_tdq.recon import RunDirectory, Samples, UnitReport, reconstruct
+
+
+def calibrate(
+    model: nn.Module,
+    config: Config,
+    calibration_set: CalibrationSet,
+    *,
+    model_id: str | None = None,
+    run_directory: Path | None = None,
+    on_unit: Callable[[UnitReport], None] = lambda report: None,
+) -> QuantizedModel:
+    """Quantize a copy of ``model`` block by block; the model itself stays as it is.
+
+    ``model`` is a diffusers UNet2DModel (or a module with its call signature and ``config``); ``model_id`` is its name
+    in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
+    stopped. ``on_unit`` hears of each finished unit. The result's :attr:`static` holds the static MSE intervals.
+
+    Raises :class:`~ptq_tdq.errors.ModelError` (no timestep argument, 0 layers), :class:`~ptq_tdq.errors.NonFiniteError`
+    (NaN or Inf; names the layer and t) and :class:`~ptq_tdq.errors.ResumeError` (another run in the directory).
+    """
+    samples = Samples(calibration_set.x.to(next(model.parameters()).dtype), calibration_set.t, calibration_set.class_labels)
+    plan = make_plan(model, config, lambda: model(**samples.inputs(slice(0, 2))))
+    quantized = QuantizedModel.copy_of(model, plan)
+    quantized.provenance = provenance(model, config, calibration_set, model_id)
+    run = RunDirectory(run_directory, identity(quantized.provenance)) if run_directory else None
+    steps = quantized.provenance["time_axis"]["num_train_timesteps"]
+    quantized.static = reconstruct(quantized, samples, config, steps, run=run, on_unit=on_unit)
+    return quantized.finalize()
+
+
+def provenance(model: Any, config: Config, calibration_set: CalibrationSet, model_id: str | None) -> dict[str, Any]:
+    """The artifact's config document: what the quantized model was made from, and with which choices."""
+    return {
+        "base_model": {"id": model_id or _name(model), "sha256": unet_sha256(model)},
+        "model_config": base_config(model),
+        "scheme": config.scheme,
+        "method": config.method,
+        "preset": config.preset,
+        "choices": config.to_dict(),
+        "time_axis": {"num_train_timesteps": calibration_set.recipe["num_train_timesteps"]},
+        "calibration_set": {"sha256": calibration_set.sha256, **calibration_set.recipe},
+        "seed": config.seed,
+        "versions": {name: version(name) for name in ("ptq-tdq", "torch", "diffusers", "numpy", "safetensors")}
+        | {"python": platform.python_version()},
+    }
+
+
+def identity(document: dict[str, Any]) -> dict[str, Any]:
+    """What must not change between two sittings of one run, by key."""
+    return {
+        "model": document["base_model"]["sha256"],
+        "calibration_set": document["calibration_set"]["sha256"],
+        "threads": torch.get_num_threads(),  # the order of sums, and so the bytes, depend on it
+        **{f"choice {key}": value for key, value in document["choices"].items()},
+        **{f"version of {key}": value for key, value in document["versions"].items()},
+    }
+
+
+def _name(model: Any) -> str:
+    return Path(str(getattr(model.config, "_name_or_path", "") or type(model).__name__)).name
+

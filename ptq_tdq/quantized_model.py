@@ -1,0 +1,181 @@
+"""The quantized model: the original's call signature around quantized layers, and its way to and from an artifact."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.artifacts import Artifact, IntervalTable, model_card, write_artifact
+from ptq_tdq.errors import ModelError
+from ptq_tdq.intervals.dynamic import Dynamic
+from ptq_tdq.intervals.table import TableSource
+from ptq_tdq.modules import ActivationQuantizer, QuantLayer
+from ptq_tdq.plan import require_timestep
+from ptq_tdq.records import LayerRecord
+from ptq_tdq.search import QParams
+from ptq_tdq.timeaxis import Clock
+from ptq_tdq.wrap import insert, switch
+
+
+class QuantizedModel(nn.Module):
+    """A model with quantizers in it and the original's call signature (``pipe.unet = quantized``).
+
+    The activations' intervals follow each sample's time step, taken from the model's own ``timestep`` argument.
+    ``config``, ``dtype`` and ``device`` are those of the wrapped ``model``. ``provenance`` is the artifact's config
+    document (how the model was made), ``metrics`` what was measured on it.
+    """
+
+    def __init__(self, model: nn.Module, plan: Iterable[LayerRecord]) -> None:
+        """Put quantizers, switched off, into ``model`` itself; see :meth:`copy_of` to leave it as it is."""
+        super().__init__()
+        require_timestep(model)
+        self.model, self.plan, self.clock = model, tuple(plan), Clock()
+        self.provenance: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
+        self.static: dict[str, QParams] = {}  # static MSE intervals by quantizer, known right after calibration
+        self._signature = inspect.signature(model.forward)
+        for record in self.plan:
+            insert(model, record, self.clock)
+
+    @classmethod
+    def copy_of(cls, model: nn.Module, plan: Iterable[LayerRecord]) -> QuantizedModel:
+        """A quantized model around a deep copy, in evaluation mode and without gradients."""
+        return cls(copy.deepcopy(model).eval().requires_grad_(False), plan)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's forward; raises :class:`~ptq_tdq.errors.TimestepError` for t outside the tables."""
+        self.clock.set(self._signature.bind(*args, **kwargs).arguments["timestep"])
+        return self.model(*args, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def layers(self) -> dict[str, QuantLayer]:
+        """Quantized layers by name, in execution order."""
+        found = {m.record.name: m for m in self.model.modules() if isinstance(m, QuantLayer)}
+        return {r.name: found[r.name] for r in self.plan if r.name in found}
+
+    def quantizers(self) -> dict[str, ActivationQuantizer]:
+        """Activation quantizers by name, in execution order."""
+        found = {m.record.name: m for m in self.model.modules() if isinstance(m, ActivationQuantizer)}
+        return {q.name: found[q.name] for r in self.plan for q in r.inputs}
+
+    def units(self) -> list[str]:
+        """Names of the reconstruction units, in execution order."""
+        return list(dict.fromkeys(record.unit for record in self.plan))
+
+    def quantize(self, *, weights: bool = True, activations: bool = True) -> QuantizedModel:
+        """Switch all quantizers; returns the model itself."""
+        switch(self.model, weights=weights, activations=activations)
+        return self
+
+    @contextmanager
+    def intervals(self, replacement: dict[str, QParams]) -> Iterator[QuantizedModel]:
+        """Run with other, static intervals (by quantizer name) inside a ``with`` block."""
+        quantizers = self.quantizers()
+        before = {name: quantizer.source for name, quantizer in quantizers.items()}
+        length = self.provenance["time_axis"]["num_train_timesteps"]
+        for name, found in replacement.items():
+            quantizers[name].source = TableSource(found.scale.expand(length), found.zero_point.expand(length))
+        try:
+            yield self
+        finally:
+            for name, source in before.items():
+                quantizers[name].source = source
+
+    def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the artifact directory, all or nothing.
+
+        Raises :class:`~ptq_tdq.errors.OutputError` where that is impossible, :class:`ModelError` before calibration.
+        """
+        write_artifact(path, self.to_artifact(), overwrite=overwrite)
+
+    def to_artifact(self) -> Artifact:
+        """The model as plain data."""
+        layers = self.layers()
+        if not self.provenance or any(w.codes is None for layer in layers.values() for w in layer.weight_quantizers()):
+            raise ModelError("The model is not calibrated yet; pass it through calibrate() before saving it.")
+        parts = {name: layer.weight_quantizers() for name, layer in layers.items()}
+        return Artifact(
+            config=self.provenance,
+            layers=self.plan,
+            tables={name: _table(quantizer) for name, quantizer in self.quantizers().items()},
+            weight_codes={name: torch.cat([_known(w.codes) for w in part], 1) for name, part in parts.items()},
+            weight_scale={name: torch.stack([_known(w.scale) for w in part], 1) for name, part in parts.items()},
+            weight_zero_point={name: torch.stack([_known(w.zero_point) for w in part], 1) for name, part in parts.items()},
+            float_state=self._float_state(),
+            metrics=self.metrics,
+            card=model_card(self.provenance, self.metrics),
+        )
+
+    @classmethod
+    def from_artifact(cls, model: nn.Module, artifact: Artifact) -> QuantizedModel:
+        """Fill ``model``, a freshly built one of the artifact's configuration, and switch its quantizers on."""
+        missing, unexpected = model.load_state_dict(artifact.float_state, strict=False)
+        if unexpected or {key.removesuffix(".weight") for key in missing} != set(artifact.weight_codes):
+            raise ModelError("The artifact's tensors do not fit the model of its own configuration; it cannot be loaded.")
+        quantized = cls(model.eval().requires_grad_(False), artifact.layers)
+        for name, layer in quantized.layers().items():
+            for index, (lo, hi) in enumerate(layer.ranges):
+                scale, zero_point = artifact.weight_scale[name][:, index], artifact.weight_zero_point[name][:, index]
+                layer.assign(index, artifact.weight_codes[name][:, lo:hi], scale, zero_point)
+        for name, quantizer in quantized.quantizers().items():
+            table = artifact.tables[name]
+            if table.scale is None:
+                quantizer.source = Dynamic(table.zero_point[0], quantizer.qtype)
+            else:
+                quantizer.source = TableSource(table.scale, table.zero_point)
+        quantized.provenance, quantized.metrics = artifact.config, artifact.metrics
+        return quantized.finalize()
+
+    def finalize(self) -> QuantizedModel:
+        """Replace the layers' original weights by the quantized ones and switch all quantizers on."""
+        for layer in self.layers().values():
+            layer.finalize()
+        return self.quantize()
+
+    def _float_state(self) -> dict[str, Tensor]:
+        """All tensors that stay in floating point, under the original model's names."""
+        quantized, state = tuple(f"{name}." for name in self.layers()), {}
+        for key, value in self.model.state_dict().items():
+            if not key.startswith(quantized) and ".processor." not in key:
+                state[key] = value
+            elif key.endswith(".layer.bias"):
+                state[key.replace(".layer.bias", ".bias")] = value
+        return state
+
+
+def base_config(model: Any) -> dict[str, Any]:
+    """A diffusers model's configuration as plain JSON data."""
+    config: dict[str, Any] = json.loads(model.to_json_string())
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def _known(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def _table(quantizer: ActivationQuantizer) -> IntervalTable:
+    source = quantizer.source
+    if isinstance(source, TableSource):
+        return IntervalTable(source.scale, source.zero_point)
+    assert isinstance(source, Dynamic)
+    return IntervalTable(None, source.zero_point.reshape(1))
