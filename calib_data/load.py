@@ -20,6 +20,7 @@ from torch import nn
 from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.source import Components, find_components, find_folder, read_config
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
+from ptq_tdq.plan import require_timestep
 
 REFERENCE_ID = "ptq-tdq/reference-cifar10-ldm"
 
@@ -79,11 +80,7 @@ def check_unet(unet: nn.Module) -> None:
     Raises :class:`ModelError` when its ``forward`` has no ``timestep`` argument or its classes are not integer labels,
     and :class:`NonFiniteError` naming the layer for NaN or Inf in a weight.
     """
-    if "timestep" not in inspect.signature(unet.forward).parameters:
-        raise ModelError(
-            f"The forward method of {type(unet).__name__} has no `timestep` argument, which time-dependent "
-            "quantization needs; pass a model with the call signature of UNet2DModel."
-        )
+    require_timestep(unet)
     class_embedding = getattr(getattr(unet, "config", None), "class_embed_type", None)
     if class_embedding is not None:
         raise ModelError(

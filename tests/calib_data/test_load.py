@@ -227,7 +227,7 @@ def test_a_model_without_timestep_is_refused() -> None:
         def forward(self, sample: Tensor) -> Tensor:
             return sample
 
-    with pytest.raises(ModelError, match="Plain has no `timestep` argument"):
+    with pytest.raises(ModelError, match=r"Plain.*timestep"):
         check_unet(Plain())
 
 
