@@ -21,13 +21,23 @@ from ptq_tdq.evaluate.trajectories import compare, make_reference
 
 EVALUATION_SAMPLES = 64
 COLLECT_KEYS = ("samples_per_step", "calibration_steps", "num_inference_steps", "step_distribution", "seed")
-FLAGS = ("scheme", "method", "samples_per_step", "calibration_steps", "num_inference_steps", "step_distribution", "seed")
+FLAGS = (
+    "scheme",
+    "method",
+    "samples_per_step",
+    "calibration_steps",
+    "num_inference_steps",
+    "step_distribution",
+    "seed",
+)
 
 
 def _choice_flags(command: Any) -> Any:
     """One flag for each choice that users name most; ``--set`` reaches all of them."""
     for name in reversed(FLAGS):
-        command = click.option(f"--{name.replace('_', '-')}", name, metavar="VALUE", help="Choice of the preset.")(command)
+        command = click.option(f"--{name.replace('_', '-')}", name, metavar="VALUE", help="Choice of the preset.")(
+            command
+        )
     return command
 
 

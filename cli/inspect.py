@@ -46,7 +46,9 @@ def _weights(rows: list[dict[str, Any]]) -> Table:
 
 
 def _quantizers(rows: list[dict[str, Any]]) -> Table:
-    table = Table("activation", "method", "bits", "zero point", "scale t=0", "T/2", "T-1", "max/min", title="Activations")
+    table = Table(
+        "activation", "method", "bits", "zero point", "scale t=0", "T/2", "T-1", "max/min", title="Activations"
+    )
     for r in rows:
         low, high = r["zero_point_min"], r["zero_point_max"]
         keys = ("scale_first", "scale_middle", "scale_last", "scale_max_over_min")

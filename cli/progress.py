@@ -43,7 +43,9 @@ class Progress:
 
     def config(self, config: Config) -> None:
         """The resolved choices."""
-        self.line(f"Preset {config.preset}: " + ", ".join(f"{k} {v}" for k, v in config.to_dict().items() if k != "preset"))
+        self.line(
+            f"Preset {config.preset}: " + ", ".join(f"{k} {v}" for k, v in config.to_dict().items() if k != "preset")
+        )
 
     def collecting(self, done: int, total: int) -> None:
         """Calls of the U-Net so far, of how many."""

@@ -22,7 +22,9 @@ from ptq_tdq.load import load_quantized
 @click.command("sample")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @model_option
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("samples.png"), show_default=True)
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("samples.png"), show_default=True
+)
 @click.option("--num-images", type=click.IntRange(min=1), default=40, show_default=True)
 @click.option("--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True)
 @click.option("--scheduler", metavar="CLASS", help="Any diffusers scheduler, e.g. EulerDiscreteScheduler.")
@@ -45,12 +47,15 @@ def sample_command(
     if scheduler:
         cls = getattr(diffusers, scheduler, None)
         if not scheduler.endswith("Scheduler") or cls is None:
-            raise ConfigError(f"diffusers has no scheduler named {scheduler!r}; try DDIMScheduler or EulerDiscreteScheduler.")
+            raise ConfigError(
+                f"diffusers has no scheduler named {scheduler!r}; try DDIMScheduler or EulerDiscreteScheduler."
+            )
         model = replace(model, scheduler=cls.from_config(model.scheduler.config))
     noise, labels = make_noise(model, num_images, seed)
     quantized = load_quantized(artifact)
     latents = [run(unet, model, noise, labels, num_inference_steps, seed) for unet in (model.unet, quantized)]
     images = [decode(model, x) for x in latents]
+    full, mine = images
     columns = model.num_classes if 0 < model.num_classes <= num_images else max(1, round(num_images**0.5))
     panels = dict(zip(("full precision", f"{stored.config['scheme']} {stored.config['method']}"), images, strict=True))
     buffer = io.BytesIO()
@@ -58,5 +63,5 @@ def sample_command(
     write_atomic(output, buffer.getvalue())
     click.echo(
         f"Wrote {output}: {num_images} images, {num_inference_steps} steps of {type(model.scheduler).__name__}; "
-        f"latents {sqnr_db(*latents):.1f} dB SQNR, images {psnr_db(*images, peak=2.0):.1f} dB PSNR"
+        f"latents {sqnr_db(*latents):.1f} dB SQNR, images {psnr_db(full, mine, peak=2.0):.1f} dB PSNR"
     )

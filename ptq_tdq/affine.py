@@ -43,9 +43,7 @@ class _FakeQuantize(torch.autograd.Function):
     """Quantize and dequantize in one node, with LSQ gradients (arXiv 1902.08153, equations 3 and 5)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
         u = x / scale
         rounded = torch.round(u)
         level = torch.clamp(rounded, qmin - zero_point, qmax - zero_point)
@@ -54,7 +52,7 @@ class _FakeQuantize(torch.autograd.Function):
         return (level * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, level, inside, scale = ctx.saved_tensors
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
         grad_scale = None
@@ -71,4 +69,4 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) ->
     sample. No gradient reaches zero_point. NaN stays NaN. The arithmetic is that of ``scale`` (float32), the result has
     the dtype of x.
     """
-    return _FakeQuantize.apply(x, scale, zero_point.to(scale.dtype), qtype.qmin, qtype.qmax)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(x, scale, zero_point.to(scale.dtype), qtype.qmin, qtype.qmax)  # type: ignore[no-any-return, no-untyped-call]

@@ -36,7 +36,9 @@ def calibrate(
     Raises :class:`~ptq_tdq.errors.ModelError` (no timestep argument, 0 layers), :class:`~ptq_tdq.errors.NonFiniteError`
     (NaN or Inf; names the layer and t) and :class:`~ptq_tdq.errors.ResumeError` (another run in the directory).
     """
-    samples = Samples(calibration_set.x.to(next(model.parameters()).dtype), calibration_set.t, calibration_set.class_labels)
+    samples = Samples(
+        calibration_set.x.to(next(model.parameters()).dtype), calibration_set.t, calibration_set.class_labels
+    )
     plan = make_plan(model, config, lambda: model(**samples.inputs(slice(0, 2))))
     quantized = QuantizedModel.copy_of(model, plan)
     quantized.provenance = provenance(model, config, calibration_set, model_id)
@@ -76,4 +78,3 @@ def identity(document: dict[str, Any]) -> dict[str, Any]:
 
 def _name(model: Any) -> str:
     return Path(str(getattr(model.config, "_name_or_path", "") or type(model).__name__)).name
-

@@ -20,11 +20,12 @@ Role = Literal["first", "last", "time_embedding", "shortcut", "downsample"]
 class Config:
     """All choices of one run. The defaults are preset ``default``.
 
-    Layers: ``eight_bit_layers``, ``float_layers`` and ``static_layers`` hold roles (first, last, time_embedding, shortcut, downsample);
-    ``skip`` holds name patterns of layers to leave in floating point. ``input_range`` is how x_t's own interval is
-    found; "minmax" never clips it. Weights: see :mod:`ptq_tdq.recon.weights`. Activations: see
-    :mod:`ptq_tdq.recon.activations`; ``interval_lr`` is the rate of a learned scale, ``module_lr`` of a module's weights. ``compute_dtype`` is that of the products inside the
-    learning loops; losses that decide anything are always evaluated in float32.
+    Layers: ``eight_bit_layers``, ``float_layers`` and ``static_layers`` hold roles; ``skip`` holds name patterns of
+    layers to leave in floating point. ``input_range`` is how x_t's own interval is found; "minmax" never clips it.
+
+    Learning (:mod:`ptq_tdq.recon.weights`, :mod:`ptq_tdq.recon.activations`): ``interval_lr`` is the rate of a learned
+    scale, ``module_lr`` that of a module's weights. ``compute_dtype`` is that of the products inside the learning
+    loops; losses that decide anything are always evaluated in float32.
     """
 
     preset: str = "default"

@@ -1,18 +1,18 @@
 """Every error that ptq-tdq raises on purpose.
 
-    PtqTdqError
-    ├── UsageError              the request itself is wrong (the command line exits with 2)
-    │   ├── SchemeError         a bit-width scheme that cannot be parsed
-    │   └── ConfigError         an unknown or ill-typed choice
-    ├── ModelError              the model cannot be loaded or quantized
-    │   └── NonFiniteError      NaN or Inf in weights or activations; names the layer and t
-    ├── CalibrationSetError     an empty, unreadable or foreign calibration set
-    ├── TimestepError           a time step outside the interval tables
-    ├── ResumeError             an unfinished run that belongs to another model, config or calibration set
-    ├── OutputError             an output path that cannot be written
-    └── ArtifactError           an artifact directory that cannot be used
-        ├── ArtifactCorruptError    missing, truncated or altered files
-        └── ArtifactMismatchError   an intact artifact that belongs to another model or version
+PtqTdqError
+├── UsageError              the request itself is wrong (the command line exits with 2)
+│   ├── SchemeError         a bit-width scheme that cannot be parsed
+│   └── ConfigError         an unknown or ill-typed choice
+├── ModelError              the model cannot be loaded or quantized
+│   └── NonFiniteError      NaN or Inf in weights or activations; names the layer and t
+├── CalibrationSetError     an empty, unreadable or foreign calibration set
+├── TimestepError           a time step outside the interval tables
+├── ResumeError             an unfinished run that belongs to another model, config or calibration set
+├── OutputError             an output path that cannot be written
+└── ArtifactError           an artifact directory that cannot be used
+    ├── ArtifactCorruptError    missing, truncated or altered files
+    └── ArtifactMismatchError   an intact artifact that belongs to another model or version
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``load_quantized``: from an artifact directory, or a hub id of one, to a module that runs."""
+"""From an artifact directory, or a hub id of one, to a module that runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ptq_tdq.quantized_model import QuantizedModel
 def load_quantized(
     source: str | Path, *, backend: Literal["simulated"] = "simulated", device: str | torch.device = "cpu"
 ) -> QuantizedModel:
-    """A module with the original's call signature: ``pipe.unet = load_quantized("out")``.
+    """Read an artifact into a module with the signature of the original model (``pipe.unet = ...``).
 
     ``backend`` "simulated" computes in floating point with values on the integer grid; it equals the calibrated model
     bit for bit.

@@ -29,7 +29,7 @@ class Observer:
         self.counts = torch.zeros(len(self.steps) * BINS)
 
     def see(self, x: Tensor, t: Tensor) -> None:
-        """Take in a batch ``x`` [B, ...] at time steps ``t`` [B]; raises :class:`NonFiniteError` naming the layer and t."""
+        """Take in a batch ``x`` [B, ...] at ``t`` [B]; raises :class:`NonFiniteError` naming the layer and t."""
         rows, index = x.detach().flatten(1), torch.searchsorted(self.steps, t.to(self.steps.dtype))
         if self.counts is not None:
             lo, width = self._grid()

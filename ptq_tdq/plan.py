@@ -56,7 +56,9 @@ class _Concatenations(TorchFunctionMode):
         return result
 
     def parts(self, x: Tensor) -> tuple[int, ...]:
-        return next((widths for made, widths in self.made if made.data_ptr() == x.data_ptr() and made.shape == x.shape), ())
+        return next(
+            (widths for made, widths in self.made if made.data_ptr() == x.data_ptr() and made.shape == x.shape), ()
+        )
 
 
 def require_timestep(model: nn.Module) -> None:
@@ -81,9 +83,9 @@ def trace(model: nn.Module, call: Callable[[], Any]) -> list[Traced]:
 
         return hook
 
-    with _hooks((m, watch(n)) for n, m in model.named_modules() if layer_kind(m) or isinstance(m, Attention)):
-        with torch.no_grad(), mode:
-            call()
+    watched = ((m, watch(n)) for n, m in model.named_modules() if layer_kind(m) or isinstance(m, Attention))
+    with _hooks(watched), torch.no_grad(), mode:
+        call()
     return list(found.values())
 
 
@@ -158,7 +160,9 @@ def make_plan(model: nn.Module, config: Config, call: Callable[[], Any]) -> tupl
         weight_bits = 8 if eight else scheme.weight_bits
         records.append(LayerRecord(t.name, kind, unit, splits, weight_bits, inputs))
     if not any(r.weight_bits for r in records):
-        raise ModelError("0 layers of the model match: nothing would be quantized; check the skip list and the layers kept float.")
+        raise ModelError(
+            "0 layers of the model match: nothing would be quantized; check the skip list and the layers kept float."
+        )
     return tuple(records)
 
 

@@ -119,7 +119,9 @@ class QuantizedModel(nn.Module):
             tables={name: _table(quantizer) for name, quantizer in self.quantizers().items()},
             weight_codes={name: torch.cat([_known(w.codes) for w in part], 1) for name, part in parts.items()},
             weight_scale={name: torch.stack([_known(w.scale) for w in part], 1) for name, part in parts.items()},
-            weight_zero_point={name: torch.stack([_known(w.zero_point) for w in part], 1) for name, part in parts.items()},
+            weight_zero_point={
+                name: torch.stack([_known(w.zero_point) for w in part], 1) for name, part in parts.items()
+            },
             float_state=self._float_state(),
             metrics=self.metrics,
             card=model_card(self.provenance, self.metrics),
@@ -130,7 +132,9 @@ class QuantizedModel(nn.Module):
         """Fill ``model``, a freshly built one of the artifact's configuration, and switch its quantizers on."""
         missing, unexpected = model.load_state_dict(artifact.float_state, strict=False)
         if unexpected or {key.removesuffix(".weight") for key in missing} != set(artifact.weight_codes):
-            raise ModelError("The artifact's tensors do not fit the model of its own configuration; it cannot be loaded.")
+            raise ModelError(
+                "The artifact's tensors do not fit the model of its own configuration; it cannot be loaded."
+            )
         quantized = cls(model.eval().requires_grad_(False), artifact.layers)
         for name, layer in quantized.layers().items():
             for index, (lo, hi) in enumerate(layer.ranges):

@@ -1,7 +1,7 @@
 """First intervals, before anything is learned: min-max, and the search for the least |x - x_hat|^p.
 
-The search tries the shrink factors 1 - 0.01 i, i = 0..79, of the observed range (BRECQ and Q-Diffusion: p = 2.4), for all
-channels of a weight, or all time steps of an activation histogram, at once.
+The search tries the shrink factors 1 - 0.01 i, i = 0..79, of the observed range (BRECQ and Q-Diffusion: p = 2.4), for
+all channels of a weight, or all time steps of an activation histogram, at once.
 """
 
 from __future__ import annotations
@@ -72,7 +72,12 @@ class Histogram:
 
 
 def activation_qparams(
-    histogram: Histogram, qtype: QType, *, method: str = "mse", from_zero: bool = False, zero_point: Tensor | None = None
+    histogram: Histogram,
+    qtype: QType,
+    *,
+    method: str = "mse",
+    from_zero: bool = False,
+    zero_point: Tensor | None = None,
 ) -> QParams:
     """Intervals [K] for the K rows of a histogram.
 

@@ -46,7 +46,11 @@ class Clock:
     def read(self, batch: int) -> Tensor:
         """t of each of ``batch`` samples, [batch]; a batch that repeats each sample k times gets each t k times."""
         if self._t is None:
-            raise ModelError("A quantizer ran outside the quantized model's forward pass; call the model, not its parts.")
+            raise ModelError(
+                "A quantizer ran outside the quantized model's forward pass; call the model, not its parts."
+            )
         if batch % self._t.numel():
-            raise ModelError(f"{self._t.numel()} time steps do not fit a batch of {batch}; pass one t, or one per sample.")
+            raise ModelError(
+                f"{self._t.numel()} time steps do not fit a batch of {batch}; pass one t, or one per sample."
+            )
         return self._t.repeat_interleave(batch // self._t.numel())

@@ -26,7 +26,8 @@ def insert(model: nn.Module, record: LayerRecord, clock: Clock) -> None:
     except AttributeError:
         raise ModelError(f"The model has no layer named {record.name!r}; it is not the model of this plan.") from None
     if isinstance(module, Attention):
-        module.set_processor(QuantAttnProcessor(module.processor, record, clock))
+        processor: Any = QuantAttnProcessor(module.processor, record, clock)  # diffusers' annotation names one class
+        module.set_processor(processor)
         return
     for key, value in module.named_parameters():
         if not bool(torch.isfinite(value).all()):

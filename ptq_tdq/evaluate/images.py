@@ -22,7 +22,7 @@ def decode(model: LoadedModel, latents: Tensor) -> Tensor:
 
 
 def grid(panels: dict[str, Tensor], columns: int, scale: int = 3) -> Image.Image:
-    """Captioned panels of images [N, 3, H, W] (or one channel) in [-1, 1], side by side and enlarged ``scale`` times."""
+    """Captioned panels of images [N, 3 or 1, H, W] in [-1, 1], side by side and enlarged ``scale`` times."""
     drawn = {caption: _panel(images, columns, scale) for caption, images in panels.items()}
     gap = 4 * scale
     width = sum(p.width for p in drawn.values()) + gap * (len(drawn) - 1)

@@ -54,9 +54,7 @@ class Observed:
 
     def search(self, histogram: Histogram, zero_point: Tensor | None = None) -> QParams:
         method = "mse" if self.range_method == "mse" else "minmax"
-        return activation_qparams(
-            histogram, self.qtype, method=method, from_zero=self.from_zero, zero_point=zero_point
-        )
+        return activation_qparams(histogram, self.qtype, method=method, from_zero=self.from_zero, zero_point=zero_point)
 
     @cached_property
     def static(self) -> QParams:

@@ -50,9 +50,9 @@ class ModuleInterval(IntervalSource):
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss = (self.scale(t).log() - target.log()).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
         with torch.enable_grad():
-            optimizer.step(closure)  # type: ignore[no-untyped-call]
+            optimizer.step(closure)
         self.train()

@@ -1,4 +1,4 @@
-"""``static`` (S_1, Q-Diffusion) and ``S_N``: N learned intervals, each for an equal piece of the time axis (supp s5)."""
+"""``static`` (S_1, Q-Diffusion) and ``S_N``: N learned intervals, each for an Nth of the time axis (supp s5)."""
 
 from __future__ import annotations
 

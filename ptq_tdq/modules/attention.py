@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -60,7 +59,8 @@ class QuantAttnProcessor(nn.Module):
             context = attn.norm_encoder_hidden_states(context)
 
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            split: Tensor = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return split
 
         q, k, v = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
         if attn.norm_q is not None:
@@ -78,4 +78,6 @@ class QuantAttnProcessor(nn.Module):
             out = out.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
             out = out + residual
-        return out / attn.rescale_output_factor
+        out = out / attn.rescale_output_factor
+        assert isinstance(out, Tensor)
+        return out

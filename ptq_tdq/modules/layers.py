@@ -23,12 +23,14 @@ Operation = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 def _conv2d(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     assert isinstance(layer, nn.Conv2d)
-    return layer._conv_forward(x, weight, layer.bias)
+    y: Tensor = layer._conv_forward(x, weight, layer.bias)
+    return y
 
 
 def _conv1d(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     assert isinstance(layer, nn.Conv1d)
-    return layer._conv_forward(x, weight, layer.bias)
+    y: Tensor = layer._conv_forward(x, weight, layer.bias)
+    return y
 
 
 def _linear(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -48,13 +50,13 @@ def _entry(layer: nn.Module) -> tuple[str, int, Operation] | None:
 
 
 def layer_kind(layer: nn.Module) -> str | None:
-    """ "conv1d", "conv2d", "linear", or None for a module that is not quantized as a layer."""
+    """The kind of a layer ("conv1d", "conv2d", "linear"), or None for a module that is not quantized as one."""
     entry = _entry(layer)
     return entry[0] if entry else None
 
 
 class QuantLayer(nn.Module):
-    """A layer whose weight and input pass through quantizers; with both switched off it is the original, bit for bit."""
+    """A layer whose weight and input pass through quantizers; with both off it is the original, bit for bit."""
 
     def __init__(self, layer: nn.Module, record: LayerRecord, clock: Clock) -> None:
         super().__init__()

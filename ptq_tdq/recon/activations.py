@@ -102,7 +102,9 @@ def _learn(
     raw = [p for s in sources if isinstance(s, IntervalSource) for p in s.raw_parameters()]
     known = {id(p) for p in raw}
     weights = [p for p in sources.parameters() if id(p) not in known]
-    optimizer = torch.optim.Adam([{"params": raw, "lr": config.interval_lr}, {"params": weights, "lr": config.module_lr}])
+    optimizer = torch.optim.Adam(
+        [{"params": raw, "lr": config.interval_lr}, {"params": weights, "lr": config.module_lr}]
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.activation_iterations)
     best, best_state = before, copy.deepcopy(sources.state_dict())
     interval = -(-config.activation_iterations // CHECKS)
@@ -111,7 +113,7 @@ def _learn(
         index = torch.randint(len(target), (config.batch_size,), generator=generator)
         loss = reconstruction_loss(unit.run(call, index), target[index], config.loss_power)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         if iteration % interval == 0 or iteration == config.activation_iterations:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,7 +21,7 @@ Tensors = dict[str, Tensor]
 
 
 class RunDirectory:
-    """``run.json`` with the run's identity (a flat dict), and ``<phase>-<index>.safetensors`` for each finished unit."""
+    """``run.json`` with the run's identity (a flat dict), and ``<phase>-<index>.safetensors`` per finished unit."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         """Open or begin a run; raises :class:`ResumeError` naming the key that differs from the run on disk."""
@@ -30,7 +29,9 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"The folder {path} cannot be made ({error.strerror}); choose another output directory.") from None
+            raise OutputError(
+                f"The folder {path} cannot be made ({error.strerror}); choose another output directory."
+            ) from None
         record = path / "run.json"
         if not record.exists():
             write_atomic(record, json.dumps(identity, indent=1, sort_keys=True).encode())
@@ -71,9 +72,9 @@ def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
     tensors: Tensors = {}
     if phase == "weights":
         for layer in unit.layers():
-            for index, quantizer in enumerate(layer.weight_quantizers()):
+            for index, weight in enumerate(layer.weight_quantizers()):
                 for key in ("codes", "scale", "zero_point"):
-                    tensors[f"{layer.record.name}.{index}.{key}"] = getattr(quantizer, key)
+                    tensors[f"{layer.record.name}.{index}.{key}"] = getattr(weight, key)
         return tensors
     for quantizer in unit.quantizers():
         name, source = quantizer.record.name, quantizer.source

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.config import Config
+from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, restore, snapshot
 from ptq_tdq.recon.streams import Store, UnitCall, sweep
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
 from ptq_tdq.search import QParams
-from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.wrap import switched
 
 CHUNK = 64
@@ -98,7 +98,9 @@ def reconstruct(
                     run.write(phase, done, snapshot(unit, phase, static), losses)
             else:
                 losses = restore(unit, phase, saved, static)
-            report = UnitReport(phase, done, len(units), unit.name, *losses, time.perf_counter() - began if saved is None else 0.0)
+            report = UnitReport(
+                phase, done, len(units), unit.name, *losses, time.perf_counter() - began if saved is None else 0.0
+            )
             done += 1
             on_unit(report)
             return target, unit.outputs(mine, store)

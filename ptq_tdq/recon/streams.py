@@ -82,7 +82,7 @@ def intercepted(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
             lane = getcurrent()
             return lane.pause(UnitCall(name, args, kwargs)) if isinstance(lane, Lane) else original(*args, **kwargs)
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     modules = {name: model.get_submodule(name) for name in units}
     for name, module in modules.items():
@@ -127,7 +127,12 @@ Process = Callable[[UnitCall, UnitCall], tuple[Tensor, Tensor]]
 
 
 def sweep(
-    model: nn.Module, units: Sequence[str], forwards: Sequence[Callable[[], Any]], sizes: Sequence[int], store: Store, process: Process
+    model: nn.Module,
+    units: Sequence[str],
+    forwards: Sequence[Callable[[], Any]],
+    sizes: Sequence[int],
+    store: Store,
+    process: Process,
 ) -> None:
     """Run both streams through the model.
 
@@ -137,10 +142,12 @@ def sweep(
     with intercepted(model, units), torch.no_grad():
         lanes = [Lane(forward) for forward in (*forwards, *forwards)]
         calls = [lane.resume() for lane in lanes]
-        while (present := [c for c in calls if c is not None]) :
+        while present := [c for c in calls if c is not None]:
             names = {c.unit for c in present}
             if len(present) < len(lanes) or len(names) > 1:
-                raise ModelError(f"The model's forward pass takes different ways for different samples (at {sorted(names)}).")
+                raise ModelError(
+                    f"The model's forward pass takes different ways for different samples (at {sorted(names)})."
+                )
             half = len(present) // 2
             full, quantized = merge(present[:half], store), merge(present[half:], store)
             calls = [None] * len(lanes)

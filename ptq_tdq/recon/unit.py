@@ -80,4 +80,3 @@ class Unit:
 def reconstruction_loss(output: Tensor, target: Tensor, power: float) -> Tensor:
     """``|output - target|^power`` summed over dim 1, averaged over the rest (BRECQ)."""
     return (output - target).abs().pow(power).sum(1).mean()
-

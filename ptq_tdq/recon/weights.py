@@ -38,7 +38,9 @@ def reconstruct_weights(
     before = unit.loss(call, target, LOSS_POWER)
     if config.rounding == "nearest" or not config.weight_iterations:
         return before, before
-    learned = [(layer, index, quantizer) for layer in layers for index, quantizer in enumerate(layer.weight_quantizers())]
+    learned = [
+        (layer, index, quantizer) for layer in layers for index, quantizer in enumerate(layer.weight_quantizers())
+    ]
     nearest = [quantizer.codes for _, _, quantizer in learned]
     roundings = [_begin(layer, index, quantizer) for layer, index, quantizer in learned]
     with unit.learning(config):
@@ -85,5 +87,5 @@ def _learn(
             for rounding in roundings:
                 loss = loss + config.rounding_loss * rounding.regularizer(b)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
