@@ -45,9 +45,10 @@ def collect(
     _check_request(samples_per_step, calibration_steps, num_inference_steps, batch_size)
     timesteps = start_schedule(model.scheduler, num_inference_steps).timesteps
     last_t = int(model.scheduler.config.num_train_timesteps)
-    generators = [_generator(seed, i) for i in range(samples_per_step)]
+    generators = [_generator("noise", seed, i) for i in range(samples_per_step)]
+    choices = (_generator("steps", seed, i) for i in range(samples_per_step))
     chosen = [
-        choose_steps(timesteps, calibration_steps, step_distribution, g, num_train_timesteps=last_t) for g in generators
+        choose_steps(timesteps, calibration_steps, step_distribution, g, num_train_timesteps=last_t) for g in choices
     ]
     config = model.unet.config
     size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else [config.sample_size] * 2
@@ -168,9 +169,9 @@ def _check_request(samples_per_step: int, calibration_steps: int, num_inference_
         )
 
 
-def _generator(seed: int, trajectory: int) -> torch.Generator:
-    """Make a generator of its own for one trajectory; neighbouring seeds and trajectories share nothing."""
-    digest = hashlib.sha256(f"{seed} {trajectory}".encode()).digest()
+def _generator(purpose: str, seed: int, trajectory: int) -> torch.Generator:
+    """Make a generator of its own; neighbouring seeds and trajectories share nothing."""
+    digest = hashlib.sha256(f"{purpose} {seed} {trajectory}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 

@@ -75,6 +75,12 @@ def test_normal_steps_differ_between_trajectories_and_stay_in_sampling_order(mod
     assert len({tuple(column.tolist()) for column in t.unbind(1)}) > 1
 
 
+def test_trajectories_are_the_same_whichever_steps_are_kept(model: LoadedModel) -> None:
+    everything = {"samples_per_step": 3, "calibration_steps": 4, "num_inference_steps": 4}
+    uniform, normal = (collect(model, **everything, step_distribution=name) for name in ("uniform", "normal"))
+    assert torch.equal(uniform.x, normal.x)
+
+
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler(use_karras_sigmas=True), HeunDiscreteScheduler()])
 def test_other_samplers_fractional_and_repeated_time_steps(model: LoadedModel, scheduler: Any) -> None:
     found = collect(replace(model, scheduler=scheduler), **SMALL)
