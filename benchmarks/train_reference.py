@@ -38,7 +38,7 @@ class Folders:
     def find(self, part: str) -> Path:
         """Return the newest weights of ``part``: trained here, else those of ``--init``."""
         for base in (self.work, self.init):
-            if base and (base / part / "config.json").exists():
+            if base and any((base / part).glob("*config.json")):
                 return base / part
         raise click.UsageError(f"No {part} in --work or --init. Run the {part} stage first or give --init.")
 
