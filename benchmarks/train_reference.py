@@ -5,6 +5,7 @@ From scratch, in this order::
     python benchmarks/train_reference.py --data cifar10_jpeg.npz --work work vae
     python benchmarks/train_reference.py --data cifar10_jpeg.npz --work work unet --decay-start 4500
     python benchmarks/train_reference.py --data cifar10_jpeg.npz --work work evaluate
+    python benchmarks/train_reference.py --data cifar10_jpeg.npz --work work export OUTPUT
 
 ``--init FOLDER`` starts each stage from the weights in FOLDER/vae and FOLDER/unet instead; ``decoder`` trains the VAE's
 decoder on with the encoder (so the latents) fixed. Results are written to WORK/vae, WORK/unet and WORK/scheduler.
@@ -23,6 +24,7 @@ from reference_model import unet as unet_stage
 from reference_model import vae as vae_stage
 from reference_model.data import cached_latents, load_images
 from reference_model.evaluate import evaluate as evaluate_model
+from reference_model.export import export_halves
 
 from ptq_tdq.calib_data.reference import load_classifier
 
@@ -160,7 +162,7 @@ def unet(
 @main.command()
 @click.option("--samples", default=1000, help="How many to draw; 0: none.")
 @click.option("--steps", default=25, help="DDIM steps.")
-@click.option("--reconstructions", default=2000)
+@click.option("--reconstructions", default=2000, help="How many; 0: no test images at all.")
 @click.option("--seed", default=7)
 @click.option("--bf16", is_flag=True, help="Run the U-Net in bf16 autocast.")
 @click.pass_obj
@@ -183,6 +185,15 @@ def evaluate(folders: Folders, samples: int, steps: int, reconstructions: int, s
         seed=seed,
         bf16=bf16,
     )
+
+
+@main.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.pass_obj
+def export(folders: Folders, output: Path) -> None:
+    """Write unet/, vae/ and scheduler/ with fp16 weights to OUTPUT."""
+    for part in ("unet", "vae", "scheduler"):
+        export_halves(folders.find(part), output / part)
 
 
 if __name__ == "__main__":

@@ -75,13 +75,14 @@ def evaluate(
     bf16: bool,
 ) -> None:
     """Hand to ``report`` one record each of the test images, a random part of them, its reconstructions and samples."""
-    report({"what": "test images", **scores(classifier, to_unit(images), labels)})
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:reconstructions]
-    part, names = to_unit(images[chosen]), labels[chosen]
-    report({"what": "random test images", **scores(classifier, part, names)})
-    decoded = reconstruct(vae, part)
-    psnr = -10 * torch.log10((decoded - part).square().mean((1, 2, 3)) / 4).mean()
-    report({"what": "reconstructions", **scores(classifier, decoded, names), "psnr": round(float(psnr), 2)})
+    if reconstructions:
+        report({"what": "test images", **scores(classifier, to_unit(images), labels)})
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:reconstructions]
+        part, names = to_unit(images[chosen]), labels[chosen]
+        report({"what": "random test images", **scores(classifier, part, names)})
+        decoded = reconstruct(vae, part)
+        psnr = -10 * torch.log10((decoded - part).square().mean((1, 2, 3)) / 4).mean()
+        report({"what": "reconstructions", **scores(classifier, decoded, names), "psnr": round(float(psnr), 2)})
     if unet is not None:
         drawn, classes = sample(unet, vae, scheduler, count=count, steps=steps, seed=seed, bf16=bf16)
         report({"what": "samples", "steps": steps, "seed": seed, "bf16": bf16, **scores(classifier, drawn, classes)})
