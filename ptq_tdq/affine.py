@@ -31,7 +31,8 @@ def choose_qparams(lo: Tensor, hi: Tensor, qtype: QType) -> tuple[Tensor, Tensor
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
     """Integer codes of ``x`` (int32, the shape of x)."""
-    return (torch.round(x / scale) + zero_point).clamp_(qtype.qmin, qtype.qmax).to(torch.int32)
+    u = x.to(scale.dtype) / scale  # a 0-dim scale alone would not promote a low-precision x
+    return (torch.round(u) + zero_point).clamp_(qtype.qmin, qtype.qmax).to(torch.int32)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        u = x / scale
+        u = x.to(scale.dtype) / scale  # a 0-dim scale alone would not promote a low-precision x
         rounded = torch.round(u)
         level = torch.clamp(rounded, qmin - zero_point, qmax - zero_point)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
