@@ -2,67 +2,87 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ptq_tdq.artifacts import check_target
+from ptq_tdq.artifacts import check_output
 from ptq_tdq.calib_data import collect_cached, load_model
 from ptq_tdq.calibrate import calibrate
-from ptq_tdq.cli.options import json_option, model_option, print_json, threads_option, verbosity
-from ptq_tdq.cli.progress import Progress
+from ptq_tdq.cli.options import json_option, model_option, print_json, quiet_option, threads_option, verbose_option
+from ptq_tdq.cli.progress import Progress, show_files, show_gain
+from ptq_tdq.cli.unfinished import discard, unfinished_folder
 from ptq_tdq.config import PRESETS, Config, preset, read_config_file
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.trajectories import compare, make_reference
 
-EVALUATION_SAMPLES = 64
 COLLECT_KEYS = ("samples_per_step", "calibration_steps", "num_inference_steps", "step_distribution", "seed")
-FLAGS = (
-    "scheme",
-    "method",
-    "samples_per_step",
-    "calibration_steps",
-    "num_inference_steps",
-    "step_distribution",
-    "seed",
-)
+FLAGS = {  # choice of the preset -> metavar, help
+    "scheme": ("W<bits>A<bits>", "Bits of weights and activations, 2 to 8 each."),
+    "method": ("NAME", "static, S_N (S_4: 4 intervals), tdq, tdq-thin, step-table, step-lsq or dynamic."),
+    "samples_per_step": ("N", "Calibration samples at each step; in all N times --calibration-steps."),
+    "calibration_steps": ("N", "How many of the sampler's steps calibration looks at."),
+    "num_inference_steps": ("N", "Steps of the sampler."),
+    "step_distribution": ("NAME", "How these steps are chosen: uniform, or normal (PTQ4DM)."),
+    "seed": ("N", "Seed of noise, order and initialisation."),
+}
 
 
 def _choice_flags(command: Any) -> Any:
     """One flag for each choice that users name most; ``--set`` reaches all of them."""
-    for name in reversed(FLAGS):
-        command = click.option(f"--{name.replace('_', '-')}", name, metavar="VALUE", help="Choice of the preset.")(
-            command
-        )
+    defaults = Config().to_dict()
+    for name, (metavar, text) in reversed(FLAGS.items()):
+        flag = f"--{name.replace('_', '-')}"
+        command = click.option(flag, name, metavar=metavar, help=f"{text}  [preset default: {defaults[name]}]")(command)
     return command
 
 
 @click.command("calibrate")
 @model_option
 @click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="The artifact directory to write.")
-@click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="default", show_default=True)
+@click.option(
+    "--preset",
+    "preset_name",
+    type=click.Choice(list(PRESETS)),
+    show_default="default",
+    help="Where every choice comes from that no flag and no file names.",
+)
 @_choice_flags
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave layers whose name matches in floating point.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML or JSON file of choices.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any choice of the preset, by name.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any choice by name; --show-config lists them."
+)
+@click.option("--show-config", is_flag=True, help="Print every choice as JSON, fit for --config, and stop.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with an unfinished run.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
+@click.option(
+    "--evaluation-samples",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Samples on which the result is measured; 0 measures nothing.",
+)
 @threads_option
 @json_option
-@verbosity
+@verbose_option
+@quiet_option
+@click.pass_context
 def calibrate_command(
+    context: click.Context,
+    /,
     source: str | None,
     output_dir: Path,
-    preset_name: str,
+    preset_name: str | None,
     skip: tuple[str, ...],
     config_file: Path | None,
     settings: tuple[str, ...],
+    show_config: bool,
     resume: bool,
     overwrite: bool,
+    evaluation_samples: int,
     as_json: bool,
     verbose: bool,
     quiet: bool,
@@ -71,53 +91,73 @@ def calibrate_command(
     """Quantize a diffusion model and write its interval tables.
 
     Runs the model's own sampler for a calibration set, learns the rounding of the weights and the activation intervals
-    as a function of the time step, block by block, and writes an artifact directory. An interrupted run goes on at the
-    first unfinished block.
+    as a function of the time step, block by block, and writes an artifact directory. Flags go before the file of
+    --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the first
+    unfinished block.
     """
     began = time.perf_counter()
     config = _resolve(preset_name, config_file, flags, skip, settings)
-    check_target(output_dir, overwrite=overwrite)
+    if show_config:
+        print_json(config.to_dict())
+        return
+    check_output(output_dir, overwrite=overwrite)
+    unfinished = unfinished_folder(output_dir)
+    context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished block."
     say = Progress(quiet=quiet, verbose=verbose)
     model = load_model(source)
     for notice in model.notices:
-        say.line(notice)
+        say.notice(notice)
     say.config(config)
     calibration_set = collect_cached(
         model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_KEYS}
     )
-    unfinished = output_dir.with_name(output_dir.name + ".partial")
     if not resume:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        discard(unfinished)
     with say.units():
         quantized = calibrate(
-            model.unet, config, calibration_set, model_id=model.id, run_directory=unfinished, on_unit=say.unit
+            model.unet, config, calibration_set, model_id=_id(model.id), run_directory=unfinished, on_unit=say.unit
         )
-    say.line("Measuring against full precision, from noise that calibration has not seen")
-    reference = make_reference(
-        model, samples=EVALUATION_SAMPLES, num_inference_steps=config.num_inference_steps, seed=config.seed
-    )
-    learned = compare(reference, quantized, config.seed)
-    with quantized.intervals(quantized.static):
-        static = compare(reference, quantized, config.seed)
-    quantized.metrics = {
-        "samples": EVALUATION_SAMPLES,
-        "num_inference_steps": config.num_inference_steps,
-        "learned": learned.to_dict(),
-        "static": static.to_dict(),
-    }
+    learned = static = None
+    if evaluation_samples:
+        say.line("Measuring against full precision, from noise that calibration has not seen")
+        reference = make_reference(
+            model, samples=evaluation_samples, num_inference_steps=config.num_inference_steps, seed=config.seed
+        )
+        learned = compare(reference, quantized, config.seed)
+        with quantized.intervals(quantized.static):
+            static = compare(reference, quantized, config.seed)
+        quantized.metrics = {
+            "samples": evaluation_samples,
+            "num_inference_steps": config.num_inference_steps,
+            "learned": learned.to_dict(),
+            "static": static.to_dict(),
+        }
     quantized.save_pretrained(output_dir, overwrite=overwrite)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    say.result(output_dir, config, learned, static, time.perf_counter() - began)
+    discard(unfinished)
     if as_json:
         print_json({"output_dir": str(output_dir), **quantized.metrics})
+    elif not quiet:
+        if learned and static:
+            show_gain(config.method, learned, static)
+        show_files(output_dir, time.perf_counter() - began)
+
+
+def _id(source: str) -> str:
+    """A folder that could be taken for a hub id is written as the folder that it is."""
+    looks_like_a_hub_id = not source.startswith((".", "~", "/")) and Path(source).is_dir()
+    return f"./{source}" if looks_like_a_hub_id else source
 
 
 def _resolve(
-    name: str, file: Path | None, flags: dict[str, str | None], skip: tuple[str, ...], settings: tuple[str, ...]
+    name: str | None,
+    file: Path | None,
+    flags: dict[str, str | None],
+    skip: tuple[str, ...],
+    settings: tuple[str, ...],
 ) -> Config:
     """Preset, then config file, then flags, then ``--set``."""
     choices: dict[str, Any] = dict(read_config_file(file)) if file else {}
-    name = choices.pop("preset", name)
+    chosen = choices.pop("preset", "default")
     choices |= {key: value for key, value in flags.items() if value is not None}
     if skip:
         choices["skip"] = skip
@@ -125,6 +165,7 @@ def _resolve(
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set takes KEY=VALUE. Got {text!r} instead.")
-        choices[key.replace("-", "_")] = value
-    assert set(FLAGS) <= {f.name for f in fields(Config)}
-    return preset(name, **choices)
+        choices[key.strip().replace("-", "_")] = value.strip()
+    if "preset" in choices:
+        raise ConfigError(f"The preset is named by --preset. Got --set preset={choices['preset']} instead.")
+    return preset(name or chosen, **choices)

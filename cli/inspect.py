@@ -6,39 +6,55 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from ptq_tdq.artifacts import read_artifact, summarize
-from ptq_tdq.cli.options import json_option, print_json
+from ptq_tdq.cli.options import json_option, print_json, result_console, verbose_option
 
 
 @click.command("inspect")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @json_option
-def inspect_command(artifact: Path, as_json: bool) -> None:
+@verbose_option
+def inspect_command(artifact: Path, as_json: bool, verbose: bool) -> None:
     """Show model, choices, sizes, and each quantizer of ARTIFACT."""
     summary = summarize(read_artifact(artifact))
     if as_json:
         print_json(summary)
         return
-    console = Console()
-    base = summary["base_model"]
-    console.print(f"[bold]{base['id']}[/bold] (sha256 {base['sha256'][:12]})")
-    console.print(
-        f"{summary['scheme']}, method {summary['method']}, preset {summary['preset']}; {summary['num_layers']} layers, "
-        f"{len(summary['quantizers'])} activation quantizers, t = 0 to {summary['num_train_timesteps'] - 1}"
-    )
-    console.print(
-        f"{summary['bytes'] / 1e6:.2f} MB on disk, {summary['fp32_bytes'] / 1e6:.2f} MB in float32 "
-        f"({summary['compression']:.1f}x smaller)"
-    )
+    console = result_console()
+    for line in _facts(summary):
+        console.print(line, markup=False)
     console.print(_weights(summary["weights"]))
     console.print(_quantizers(summary["quantizers"]))
 
 
+def _facts(summary: dict[str, Any]) -> list[str]:
+    base, sizes = summary["base_model"], summary["file_bytes"]
+    lines = [
+        f"{base['id']} (SHA-256 {base['sha256'][:12]})",
+        f"{summary['scheme']}, method {summary['method']}, preset {summary['preset']}; {summary['num_layers']} layers, "
+        f"{len(summary['quantizers'])} activation quantizers, t = 0 to {summary['num_train_timesteps'] - 1}",
+        f"{summary['bytes'] / 1e6:.2f} MB: weights {sizes['weights.safetensors'] / 1e6:.2f} MB "
+        f"({summary['fp32_bytes'] / 1e6:.2f} MB in float32), "
+        f"interval tables {sizes['interval_tables.safetensors'] / 1e6:.2f} MB",
+    ]
+    metrics = summary["metrics"]
+    parts = [f"{metrics[k]['latent_sqnr_db']:.2f} dB {k}" for k in ("learned", "static") if _measured(metrics, k)]
+    if parts:
+        lines.append(f"SQNR of the final latents: {', '.join(parts)}")
+    return lines
+
+
+def _measured(metrics: dict[str, Any], name: str) -> bool:
+    return isinstance(metrics.get(name), dict) and metrics[name].get("latent_sqnr_db") is not None
+
+
 def _weights(rows: list[dict[str, Any]]) -> Table:
-    table = Table("weight", "kind", "shape", "bits", "scales", "ranges", title="Weights")
+    table = Table(title="Weights")
+    table.add_column("weight", overflow="fold")
+    for column in ("kind", "shape", "bits", "scales", "ranges"):
+        table.add_column(column)
     for r in rows:
         shape = "x".join(map(str, r["shape"]))
         table.add_row(r["name"], r["kind"], shape, str(r["bits"]), r["granularity"], str(r["channel_ranges"]))
@@ -46,9 +62,10 @@ def _weights(rows: list[dict[str, Any]]) -> Table:
 
 
 def _quantizers(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        "activation", "method", "bits", "zero point", "scale t=0", "T/2", "T-1", "max/min", title="Activations"
-    )
+    table = Table(title="Activations")
+    table.add_column("activation", overflow="fold")
+    for column in ("method", "bits", "zero point", "scale t=0", "T/2", "T-1", "max/min"):
+        table.add_column(column)
     for r in rows:
         low, high = r["zero_point_min"], r["zero_point_max"]
         keys = ("scale_first", "scale_middle", "scale_last", "scale_max_over_min")

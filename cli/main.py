@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
+from typing import Any
 
 import click
 import torch
@@ -29,17 +31,27 @@ for _command in (calibrate_command, export_command, inspect_command, sample_comm
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors raised on purpose become one line on stderr (with -v also a traceback)."""
-    given = sys.argv[1:] if args is None else args
+    state: dict[str, Any] = {}
     try:
-        cli.main(given, standalone_mode=False)
-    except click.ClickException as error:
+        cli.main(args, prog_name="ptq-tdq", standalone_mode=False, obj=state)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
+    except click.ClickException as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "ptq-tdq")
+        _fail(f"{error.format_message()} See `{command} --help`.", 2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Stopped. The same command goes on where it was.", err=True)
+        _fail(state.get("on_stop", "Stopped."), 1)
+    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing is left to say, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except PtqTdqError as error:
-        if "-v" in given or "--verbose" in given:
+        if state.get("verbose"):
             traceback.print_exc()
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo("Error: " + " ".join(message.split()), err=True)
+    sys.exit(code)

@@ -1,4 +1,4 @@
-"""Flags that several commands share."""
+"""Flags and output that several commands share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,22 @@ from typing import Any
 
 import click
 import torch
+from rich.console import Console
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+UNLIMITED = 1000  # columns; a table takes only what it needs
+
+
+def _set_threads(context: click.Context, parameter: click.Parameter, value: int) -> int:
+    torch.set_num_threads(value)
+    return value
+
+
+def _set_verbose(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    context.ensure_object(dict)["verbose"] = value  # the entry point reads it when an error ends the run
+    return value
+
 
 model_option: Decorator = click.option(
     "--model",
@@ -19,17 +33,12 @@ model_option: Decorator = click.option(
     help="A local diffusers folder that holds a UNet2DModel, or a hub id.  [default: the embedded CIFAR-10 model]",
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-verbosity_options: tuple[Decorator, ...] = (
-    click.option("-v", "--verbose", is_flag=True, help="Say more; show a traceback for errors."),
-    click.option("-q", "--quiet", is_flag=True, help="Say nothing but the result of --json and errors."),
+verbose_option: Decorator = click.option(
+    "-v", "--verbose", is_flag=True, callback=_set_verbose, help="Say more; show a traceback for errors."
 )
-
-
-def _set_threads(context: click.Context, parameter: click.Parameter, value: int) -> int:
-    torch.set_num_threads(value)
-    return value
-
-
+quiet_option: Decorator = click.option(
+    "-q", "--quiet", is_flag=True, help="Say nothing but errors and the result of --json."
+)
 threads_option: Decorator = click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -41,13 +50,12 @@ threads_option: Decorator = click.option(
 )
 
 
-def verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add -v and -q."""
-    for option in reversed(verbosity_options):
-        command = option(command)
-    return command
-
-
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    click.echo(json.dumps(value, indent=2, sort_keys=True))
+    click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+
+
+def result_console() -> Console:
+    """Where results are drawn: stdout, as wide as the terminal; a file or a pipe gets every column in full."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=UNLIMITED)

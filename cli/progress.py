@@ -1,4 +1,4 @@
-"""What ``calibrate`` tells while it runs: bars on a terminal, lines with -v, nothing otherwise."""
+"""What ``calibrate`` tells while it runs: bars on a terminal, lines with -v, only notices otherwise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from ptq_tdq.cli.options import result_console
 from ptq_tdq.config import Config
 from ptq_tdq.evaluate.trajectories import Comparison
 from ptq_tdq.recon import UnitReport
@@ -23,29 +24,32 @@ class Progress:
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
         self.quiet, self.verbose = quiet, verbose
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self._bars = Bars(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
 
+    def notice(self, text: str) -> None:
+        """Something that the user should know, wherever stderr goes."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
     def line(self, text: str) -> None:
-        """One line for the user."""
+        """What happens now; for a terminal or -v."""
         if self.console.is_terminal or self.verbose:
-            self.console.print(text, highlight=False)
+            self.notice(text)
 
     def config(self, config: Config) -> None:
         """The resolved choices."""
-        self.line(
-            f"Preset {config.preset}: " + ", ".join(f"{k} {v}" for k, v in config.to_dict().items() if k != "preset")
-        )
+        choices = {key: value for key, value in config.to_dict().items() if key != "preset"}
+        self.line(f"Preset {config.preset}: " + ", ".join(f"{key} {_text(value)}" for key, value in choices.items()))
 
     def collecting(self, done: int, total: int) -> None:
         """Calls of the U-Net so far, of how many."""
@@ -75,24 +79,32 @@ class Progress:
             self._tasks[name] = self._bars.add_task(name, total=total, note="")
         self._bars.update(self._tasks[name], completed=done, note=note)
 
-    def result(self, output_dir: Path, config: Config, learned: Comparison, static: Comparison, seconds: float) -> None:
-        """What was written and gained."""
-        if self.quiet:
-            return
-        out = Console()
-        table = Table(title="SQNR against full precision (dB, higher is better)")
-        for column in ("", "static intervals", f"{config.method}", "gain"):
-            table.add_column(column, justify="left" if not column else "right")
-        for t, before, after in zip(learned.t, static.noise_sqnr_db, learned.noise_sqnr_db, strict=True):
-            table.add_row(f"predicted noise, t = {t:g}", f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}")
-        table.add_section()
-        rows = (
-            ("predicted noise, mean over t", static.mean_noise_sqnr_db, learned.mean_noise_sqnr_db),
-            ("final latents", static.latent_sqnr_db, learned.latent_sqnr_db),
-        )
-        for name, before, after in rows:
-            table.add_row(name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}", style="bold")
-        out.print(table)
-        out.print(f"Wrote {output_dir} in {seconds / 60:.1f} minutes:", highlight=False)
-        for path in sorted(output_dir.iterdir()):
-            out.print(f"  {path.name}  {path.stat().st_size:,} bytes", highlight=False)
+
+def _text(value: object) -> str:
+    return "+".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def show_gain(method: str, learned: Comparison, static: Comparison) -> None:
+    """The learned intervals beside the static ones, as a table on stdout."""
+    table = Table(title="SQNR against full precision (dB, higher is better)")
+    for column in ("", "static intervals", method, "gain"):
+        table.add_column(column, justify="right" if column else "left")
+    for t, before, after in zip(learned.t, static.noise_sqnr_db, learned.noise_sqnr_db, strict=True):
+        table.add_row(f"predicted noise, t = {t:g}", *_row(before, after))
+    table.add_section()
+    mean = static.mean_noise_sqnr_db, learned.mean_noise_sqnr_db
+    table.add_row("predicted noise, mean over t", *_row(*mean), style="bold")
+    table.add_row("final latents", *_row(static.latent_sqnr_db, learned.latent_sqnr_db), style="bold")
+    result_console().print(table)
+
+
+def _row(before: float, after: float) -> tuple[str, str, str]:
+    return f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"
+
+
+def show_files(output_dir: Path, seconds: float) -> None:
+    """What was written."""
+    out = result_console()
+    out.print(f"Wrote {output_dir} in {seconds / 60:.1f} minutes:", markup=False)
+    for path in sorted(output_dir.iterdir()):
+        out.print(f"  {path.name}  {path.stat().st_size:,} bytes", markup=False)

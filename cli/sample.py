@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import diffusers
+from diffusers.utils import logging as diffusers_logging
 
 from ptq_tdq.artifacts import check_base_model, read_artifact, write_atomic
-from ptq_tdq.calib_data import REFERENCE_ID, load_model
-from ptq_tdq.cli.options import model_option, threads_option
-from ptq_tdq.errors import ConfigError
+from ptq_tdq.calib_data import REFERENCE_ID, LoadedModel, load_model
+from ptq_tdq.cli.options import json_option, print_json, quiet_option, threads_option, verbose_option
+from ptq_tdq.errors import ConfigError, ModelError
 from ptq_tdq.evaluate.images import decode, grid
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import make_noise, run
@@ -21,15 +23,29 @@ from ptq_tdq.load import load_quantized
 
 @click.command("sample")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@model_option
 @click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("samples.png"), show_default=True
+    "--model",
+    "source",
+    metavar="FOLDER|HUB_ID",
+    help="The full-precision model.  [default: the one that the artifact was made from]",
 )
-@click.option("--num-images", type=click.IntRange(min=1), default=40, show_default=True)
-@click.option("--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("samples.png"),
+    show_default=True,
+    help="The PNG to write.",
+)
+@click.option("--num-images", type=click.IntRange(min=1), default=40, show_default=True, help="Images of each model.")
+@click.option(
+    "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."
+)
 @click.option("--scheduler", metavar="CLASS", help="Any diffusers scheduler, e.g. EulerDiscreteScheduler.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
 @threads_option
+@json_option
+@verbose_option
+@quiet_option
 def sample_command(
     artifact: Path,
     source: str | None,
@@ -38,30 +54,69 @@ def sample_command(
     num_inference_steps: int,
     scheduler: str | None,
     seed: int,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
 ) -> None:
     """Sample with ARTIFACT and with its full-precision model, from the same noise, into a PNG."""
+    diffusers_logging.set_verbosity_error()  # schedulers report what they adjust; the user asked for a picture
     stored = read_artifact(artifact)
-    base = stored.config["base_model"]["id"]
-    model = load_model(source or (None if base == REFERENCE_ID else base))
+    model = _full_precision(source, stored.config["base_model"]["id"])
     check_base_model(stored, model.sha256)
     if scheduler:
-        cls = getattr(diffusers, scheduler, None)
-        if not scheduler.endswith("Scheduler") or cls is None:
-            raise ConfigError(
-                f"diffusers has no scheduler named {scheduler!r}; try DDIMScheduler or EulerDiscreteScheduler."
-            )
-        model = replace(model, scheduler=cls.from_config(model.scheduler.config))
+        model = replace(model, scheduler=_scheduler(scheduler, model.scheduler.config))
+    if model.vae is None and model.unet.config.out_channels not in (1, 3):
+        raise ModelError(
+            f"The samples have {model.unet.config.out_channels} channels and the model has no VAE to turn them into "
+            "images; pass --model with the pipeline folder that has one."
+        )
     noise, labels = make_noise(model, num_images, seed)
     quantized = load_quantized(artifact)
     latents = [run(unet, model, noise, labels, num_inference_steps, seed) for unet in (model.unet, quantized)]
-    images = [decode(model, x) for x in latents]
-    full, mine = images
+    full, mine = (decode(model, x) for x in latents)
     columns = model.num_classes if 0 < model.num_classes <= num_images else max(1, round(num_images**0.5))
-    panels = dict(zip(("full precision", f"{stored.config['scheme']} {stored.config['method']}"), images, strict=True))
+    panels = {"full precision": full, f"{stored.config['scheme']} {stored.config['method']}": mine}
     buffer = io.BytesIO()
     grid(panels, columns).save(buffer, format="PNG")
     write_atomic(output, buffer.getvalue())
-    click.echo(
-        f"Wrote {output}: {num_images} images, {num_inference_steps} steps of {type(model.scheduler).__name__}; "
-        f"latents {sqnr_db(*latents):.1f} dB SQNR, images {psnr_db(full, mine, peak=2.0):.1f} dB PSNR"
-    )
+    facts = {
+        "output": str(output),
+        "num_images": num_images,
+        "num_inference_steps": num_inference_steps,
+        "scheduler": type(model.scheduler).__name__,
+        "latent_sqnr_db": sqnr_db(*latents),
+        "image_psnr_db": psnr_db(full, mine, peak=2.0),
+    }
+    if as_json:
+        print_json(facts)
+    elif not quiet:
+        click.echo(
+            f"Wrote {output}: {num_images} images, {num_inference_steps} steps of {facts['scheduler']}; "
+            f"latents {facts['latent_sqnr_db']:.1f} dB SQNR, images {facts['image_psnr_db']:.1f} dB PSNR"
+        )
+
+
+def _full_precision(source: str | None, base: str) -> LoadedModel:
+    """The model named by the user, else the one that the artifact names."""
+    try:
+        return load_model(source or (None if base == REFERENCE_ID else base))
+    except ModelError as error:
+        if source:
+            raise
+        raise ModelError(
+            f"The model '{base}' that the artifact was made from cannot be loaded from here; pass --model with its "
+            f"folder or hub id ({error})."
+        ) from error
+
+
+def _scheduler(name: str, config: Any) -> Any:
+    cls = getattr(diffusers, name, None) if name.isidentifier() else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        raise ConfigError(
+            f"diffusers has no scheduler named {name!r}, or lacks a package for it; "
+            "try DDIMScheduler or EulerDiscreteScheduler."
+        )
+    try:
+        return cls.from_config(config)
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise ConfigError(f"{name} cannot be made from the model's own schedule ({error}); try another.") from error

@@ -5,7 +5,7 @@ from ptq_tdq.artifacts.atomic import check_target, publish_directory, write_atom
 from ptq_tdq.artifacts.card import model_card
 from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, schema
 from ptq_tdq.artifacts.packing import pack, unpack
-from ptq_tdq.artifacts.store import encode_artifact, read_artifact, write_artifact
+from ptq_tdq.artifacts.store import check_output, encode_artifact, read_artifact, write_artifact
 from ptq_tdq.artifacts.summary import summarize
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "IntervalTable",
     "check_artifact",
     "check_base_model",
+    "check_output",
     "check_target",
     "encode_artifact",
     "model_card",

@@ -85,6 +85,12 @@ def check_target(path: str | Path, overwrite: bool = False) -> None:
         raise OutputError(f"The output '{target}' is a file, not a folder; choose another path.")
     if os.path.ismount(target):
         raise OutputError(f"The output '{target}' is a mount point and cannot be replaced; choose a folder inside it.")
+    with _output_errors(target):
+        parent = next(folder for folder in target.parents if folder.exists())
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise OutputError(f"The output '{target}' is not empty; choose another folder or ask to overwrite it.")
 

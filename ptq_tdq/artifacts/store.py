@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ptq_tdq.artifacts.artifact import DERIVED_KEYS, Artifact, IntervalTable, check_artifact
-from ptq_tdq.artifacts.atomic import publish_directory, write_file
+from ptq_tdq.artifacts.atomic import check_target, publish_directory, write_file
 from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, check_document, decode_json, encode_json, sign
 from ptq_tdq.artifacts.packing import pack, unpack
 from ptq_tdq.errors import ArtifactCorruptError, ArtifactError, ConfigError, OutputError
@@ -58,14 +58,22 @@ def write_artifact(path: str | Path, artifact: Artifact, overwrite: bool = False
     """
     files, target = encode_artifact(artifact), Path(path)
     with publish_directory(target, overwrite) as folder:
-        foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in files) if target.exists() else []
-        if foreign:
-            raise OutputError(
-                f"The output '{target}' holds '{foreign[0]}', which is no part of an artifact; "
-                "move it away or choose another folder."
-            )
+        check_output(target, overwrite)
         for name, data in files.items():
             write_file(folder / name, data)
+
+
+def check_output(path: str | Path, overwrite: bool = False) -> None:
+    """Raise :class:`OutputError` for a directory that :func:`write_artifact` would refuse, before any work is done."""
+    target = Path(path)
+    check_target(target, overwrite)
+    names = {*_DATA_FILES, CONFIG_FILE, CARD_FILE}
+    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in names) if target.exists() else []
+    if foreign:
+        raise OutputError(
+            f"The output '{target}' holds '{foreign[0]}', which is no part of an artifact; "
+            "move it away or choose another folder."
+        )
 
 
 def read_artifact(path: str | Path) -> Artifact:
