@@ -13,7 +13,8 @@ from torch import nn
 
 from ptq_tdq.calib_data import CalibrationSet, unet_sha256
 from ptq_tdq.config import Config
-from ptq_tdq.plan import make_plan
+from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.plan import make_plan, require_timestep
 from ptq_tdq.quantized_model import QuantizedModel, base_config
 from ptq_tdq.recon import RunDirectory, Samples, UnitReport, reconstruct
 
@@ -34,8 +35,11 @@ def calibrate(
     stopped. ``on_unit`` hears of each finished unit. The result's :attr:`static` holds the static MSE intervals.
 
     Raises :class:`~ptq_tdq.errors.ModelError` (no timestep argument, 0 layers), :class:`~ptq_tdq.errors.NonFiniteError`
-    (NaN or Inf; names the layer and t) and :class:`~ptq_tdq.errors.ResumeError` (another run in the directory).
+    (NaN or Inf; names the layer and t), :class:`CalibrationSetError` for a set that does not fit the model, and
+    :class:`~ptq_tdq.errors.ResumeError` (another run in the directory).
     """
+    require_timestep(model)
+    _check_fit(model, calibration_set)
     samples = Samples(
         calibration_set.x.to(next(model.parameters()).dtype), calibration_set.t, calibration_set.class_labels
     )
@@ -46,6 +50,25 @@ def calibrate(
     steps = quantized.provenance["time_axis"]["num_train_timesteps"]
     quantized.static = reconstruct(quantized, samples, config, steps, run=run, on_unit=on_unit)
     return quantized.finalize()
+
+
+def _check_fit(model: Any, calibration_set: CalibrationSet) -> None:
+    channels, has_labels = int(model.config.in_channels), calibration_set.class_labels is not None
+    if calibration_set.x.shape[1] != channels:
+        raise CalibrationSetError(
+            f"The calibration set has {calibration_set.x.shape[1]} channels, the model takes {channels}; "
+            "collect it with this model."
+        )
+    if has_labels != bool(getattr(model.config, "num_class_embeds", None)):
+        with_or_without = "with" if has_labels else "without"
+        raise CalibrationSetError(
+            f"The calibration set is {with_or_without} class labels, unlike the model; collect it with this model."
+        )
+    if "num_train_timesteps" not in calibration_set.recipe:
+        raise CalibrationSetError(
+            "The recipe of the calibration set does not name num_train_timesteps, the length of the interval tables; "
+            "make the set with collect(), or add it."
+        )
 
 
 def provenance(model: Any, config: Config, calibration_set: CalibrationSet, model_id: str | None) -> dict[str, Any]:
@@ -66,12 +89,12 @@ def provenance(model: Any, config: Config, calibration_set: CalibrationSet, mode
 
 
 def identity(document: dict[str, Any]) -> dict[str, Any]:
-    """What must not change between two sittings of one run, by key."""
+    """What must not change between two sittings of one run, by key; causes come before what follows from them."""
     return {
         "model": document["base_model"]["sha256"],
+        **{f"choice {key}": value for key, value in document["choices"].items()},
         "calibration_set": document["calibration_set"]["sha256"],
         "threads": torch.get_num_threads(),  # the order of sums, and so the bytes, depend on it
-        **{f"choice {key}": value for key, value in document["choices"].items()},
         **{f"version of {key}": value for key, value in document["versions"].items()},
     }
 

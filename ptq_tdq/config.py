@@ -6,12 +6,13 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import inf, nextafter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.intervals import IntervalOptions, source_class
-from ptq_tdq.scheme import Scheme
+from ptq_tdq.scheme import MAX_BITS, MIN_BITS, Scheme
 
 Role = Literal["first", "last", "time_embedding", "shortcut", "downsample"]
 
@@ -73,13 +74,14 @@ class Config:
     thin_activation: Literal["relu", "silu", "tanh"] = "silu"
 
     def __post_init__(self) -> None:
-        Scheme.parse(self.scheme)
-        source_class(self.method)
         for name, kind in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
-        for name in ("samples_per_step", "calibration_steps", "num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1. Got {getattr(self, name)} instead.")
+        Scheme.parse(self.scheme)
+        source_class(self.method)
+        for name, (least, limit) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value < limit:
+                raise ConfigError(f"{name} must be {_bounds(least, limit)}. Got {value} instead.")
         if self.calibration_steps > self.num_inference_steps:
             raise ConfigError(
                 f"calibration_steps must not exceed num_inference_steps ({self.num_inference_steps}). "
@@ -113,6 +115,23 @@ class Config:
         return replace(self, **choices)
 
 
+_BOUNDS: Mapping[str, tuple[float, float]] = {  # least value, and the first that is too large
+    "seed": (0, 1 << 32),
+    **dict.fromkeys(("samples_per_step", "calibration_steps", "num_inference_steps", "batch_size"), (1, inf)),
+    **dict.fromkeys(("weight_iterations", "activation_iterations", "rounding_loss"), (0, inf)),
+    **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "loss_power"), (nextafter(0, 1), inf)),
+    **dict.fromkeys(("rounding_b_start", "rounding_b_end"), (nextafter(0, 1), inf)),
+    "rounding_warmup": (0, 1),
+    "softmax_bits": (MIN_BITS, MAX_BITS + 1),
+}
+
+
+def _bounds(least: float, limit: float) -> str:
+    if limit < inf:
+        return f"at least {least} and below {limit}"
+    return f"at least {least}" if least in (0, 1) else "above 0 and finite"
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -120,6 +139,8 @@ def _plain(value: Any) -> Any:
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """``value`` as ``kind`` (bool, int, float, str, Literal or tuple of one of these), read from text where needed."""
     if get_origin(kind) is tuple:
+        if not isinstance(value, str | list | tuple):
+            raise ConfigError(f"{name} must be a list. Got {value!r} instead.")
         items = [v for v in value.split(",") if v] if isinstance(value, str) else list(value)
         return tuple(_checked(name, item, get_args(kind)[0]) for item in items)
     if get_origin(kind) is Literal:

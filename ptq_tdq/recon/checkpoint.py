@@ -40,7 +40,7 @@ class RunDirectory:
             before = json.loads(record.read_text(encoding="utf-8"))
         except ValueError:
             raise ResumeError(f"{record} is damaged; delete {path} or start with --no-resume.") from None
-        for key in sorted(identity.keys() | before.keys()):
+        for key in [*identity, *sorted(before.keys() - identity.keys())]:
             if before.get(key) != identity.get(key):
                 raise ResumeError(
                     f"The unfinished run in {path} has another {key} ({before.get(key)!r}, now {identity.get(key)!r}); "
