@@ -83,8 +83,10 @@ class Recorder(nn.Module):
 def start_schedule(scheduler: Any, num_inference_steps: int, device: torch.device | str = "cpu") -> Any:
     """A copy of a diffusers scheduler, set to ``num_inference_steps``; the original keeps its state.
 
-    Raises :class:`ConfigError` for a number of steps that the scheduler cannot run.
+    Raises :class:`ConfigError` for a number of steps that the scheduler cannot run, and for a scheduler that does not
+    take one prediction of the U-Net per step.
     """
+    _check_interface(scheduler)
     if num_inference_steps < 1:
         raise ConfigError(f"The number of inference steps must be at least 1. Got {num_inference_steps} instead.")
     schedule = copy.deepcopy(scheduler)
@@ -96,6 +98,20 @@ def start_schedule(scheduler: Any, num_inference_steps: int, device: torch.devic
             f"{name} cannot run {num_inference_steps} inference steps; choose another number ({error})."
         ) from error
     return schedule
+
+
+def _check_interface(scheduler: Any) -> None:
+    needed = ("init_noise_sigma", "scale_model_input", "set_timesteps", "step")
+    missing = [name for name in needed if not hasattr(scheduler, name)]
+    if not missing:
+        parameters = list(inspect.signature(scheduler.step).parameters.values())
+        named = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        missing = [] if named == ["model_output", "timestep", "sample"] else ["step(model_output, timestep, sample)"]
+    if missing:
+        raise ConfigError(
+            f"{type(scheduler).__name__} does not sample with one prediction per step (it has no {missing[0]}); "
+            "use one such as DDIMScheduler."
+        )
 
 
 @torch.no_grad()
@@ -125,13 +141,37 @@ def sample_latents(
     labels = {} if class_labels is None else {"class_labels": class_labels}
     x: Tensor = noise * schedule.init_noise_sigma
     for index, t in enumerate(schedule.timesteps):
-        prediction = unet(schedule.scale_model_input(x, t), t, return_dict=False, **labels)[0]
+        scaled = schedule.scale_model_input(x, t)
+        prediction = unet(scaled, t, return_dict=False, **labels)[0]
         if not torch.isfinite(prediction).all():
+            layer = _first_non_finite(unet, scaled, t, labels)
             raise NonFiniteError(
-                f"The U-Net returned NaN or Inf at time step t = {t.item():g} (step index {index}); "
+                f"The U-Net returned NaN or Inf at time step t = {t.item():g} (step index {index}{layer}); "
                 "check its weights and dtype."
             )
         x = schedule.step(prediction, t, x, return_dict=False, **options)[0]
         if on_step is not None:
             on_step(index, t.item(), x)
     return x
+
+
+def _first_non_finite(unet: nn.Module, x: Tensor, t: Tensor, labels: dict[str, Tensor]) -> str:
+    """Name the layer whose output was the first to have NaN or Inf, as a part of a sentence; empty if none had."""
+    network = unet.unet if isinstance(unet, Recorder) else unet
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, m) for name, m in network.named_modules() if name and not any(m.children())]
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        network(x, t, return_dict=False, **labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f", first in {found[0]}" if found else ""
