@@ -1,0 +1,158 @@
+"""``ptq-tdq calibrate`` on the layouts in which users have their models (issue 2, points 1, 2 and 7)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from jsonschema import Draft202012Validator
+from PIL import Image
+
+from ptq_tdq import load_model, load_quantized
+from ptq_tdq.artifacts import schema
+from ptq_tdq.config import Config
+from ptq_tdq.plan import make_plan
+
+FILES = ["README.md", "interval_tables.safetensors", "metrics.json", "ptq_tdq_config.json", "weights.safetensors"]
+
+# config.json and scheduler_config.json of the hub's google/ddpm-cifar10-32, whose files are all at the top level
+CIFAR10_UNET: dict[str, Any] = {
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 256, 256, 256],
+    "center_input_sample": False,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "time_embedding_type": "positional",
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
+CIFAR10_SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "_diffusers_version": "0.1.1",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "variance_type": "fixed_large",
+}
+CIFAR10_INDEX = {
+    "_class_name": "DDPMPipeline",
+    "_diffusers_version": "0.1.1",
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "unet": ["diffusers", "UNet2DModel"],
+}
+
+
+def check_artifact(folder: Path) -> dict[str, Any]:
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    document: dict[str, Any] = json.loads((folder / "ptq_tdq_config.json").read_text())
+    Draft202012Validator(schema()).validate(document)
+    assert not folder.with_name(f"{folder.name}.partial").exists()
+    return document
+
+
+@pytest.mark.parametrize("name", ["pipeline", "conditional"])
+def test_pipelines_and_classes(name: str, calibrated: Callable[[Path], Path], request: pytest.FixtureRequest) -> None:
+    document = check_artifact(calibrated(request.getfixturevalue(name)))
+    assert document["time_axis"]["num_train_timesteps"] == 1000
+    assert document["calibration_set"]["num_classes"] == {"pipeline": 0, "conditional": 3}[name]
+    assert set(document["choices"]) == set(Config().to_dict())
+
+
+def test_a_bare_folder_says_that_it_guesses_the_scheduler(
+    cli: Any, small: tuple[str, ...], unet: Callable[..., UNet2DModel], tmp_path: Path
+) -> None:
+    unet().save_pretrained(tmp_path / "bare")
+    out = tmp_path / "missing" / "parent" / "out"
+    result = cli("calibrate", "--model", tmp_path / "bare", "--output-dir", out, *small, "--method", "static")
+    assert result.code == 0
+    assert result.err.splitlines() == [
+        f"'{tmp_path / 'bare'}' has no scheduler_config.json; using DDPMScheduler with its defaults."
+    ]
+    check_artifact(out)
+
+
+@pytest.fixture
+def cifar10(unet: Callable[..., UNet2DModel], tmp_path: Path) -> Callable[..., Path]:
+    """A folder as the hub's google/ddpm-cifar10-32, with other widths or sizes."""
+
+    def save(**changes: Any) -> Path:
+        folder = tmp_path / "ddpm-cifar10-32"
+        unet(**{**CIFAR10_UNET, **changes}).save_pretrained(folder)
+        (folder / "scheduler_config.json").write_text(json.dumps(CIFAR10_SCHEDULER))
+        (folder / "model_index.json").write_text(json.dumps(CIFAR10_INDEX))
+        return folder
+
+    return save
+
+
+def test_ddpm_cifar10_32_with_narrow_layers(
+    cli: Any, small: tuple[str, ...], cifar10: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = cifar10(block_out_channels=[4, 8, 8, 8], norm_num_groups=4, sample_size=16)
+    out = tmp_path / "out"
+    quick = ("--method", "static", "--set", "activation_range=minmax", "--set", "weight_range=minmax")
+    result = cli("calibrate", "--model", model, "--output-dir", out, *small, *quick)
+    assert (result.code, result.err) == (0, "")
+    document = check_artifact(out)
+    assert document["base_model"]["id"] == str(model)
+    splits = [layer["name"] for layer in document["layers"] if len(layer["splits"]) > 2]
+    assert len(splits) == 12  # four up blocks of three residual blocks, each with a shortcut over h and skip
+    picture = tmp_path / "samples.png"
+    flags = ("--num-images", "2", "--num-inference-steps", "2", "--threads", "1", "--output", picture)
+    assert cli("sample", out, *flags).code == 0
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+
+
+def test_ddpm_cifar10_32_at_full_width_loads_and_can_be_planned(cifar10: Callable[..., Path]) -> None:
+    model = load_model(str(cifar10()))
+    assert sum(p.numel() for p in model.unet.parameters()) == 35_746_307  # the hub's model card: 35.7M
+    with torch.no_grad():
+        plan = make_plan(model.unet, Config(), lambda: model.unet(torch.zeros(1, 3, 32, 32), 0))
+    assert plan[0].name == "conv_in" and plan[-1].name == "conv_out"
+    assert len([record for record in plan if record.kind == "attention"]) == 6  # 2 down, 1 mid, 3 up
+
+
+def test_a_hub_id_offline_is_one_clear_line(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read from the environment at import
+    result = cli("calibrate", "--model", "google/ddpm-cifar10-32", "--output-dir", tmp_path / "out")
+    assert result.code == 1 and result.out == ""
+    assert result.err == (
+        "Error: 'google/ddpm-cifar10-32' is no local folder and the hub could not be reached; "
+        "pass the path of a diffusers folder.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_named_like_a_hub_id_is_recorded_as_a_folder(
+    cli: Any, small: tuple[str, ...], pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pipeline.parent)
+    out = tmp_path / "out"
+    quick = ("--method", "static", "--set", "activation_iterations=0", "--set", "rounding=nearest")
+    assert cli("calibrate", "--model", pipeline.name, "--output-dir", out, *small, *quick, "-q").code == 0
+    assert check_artifact(out)["base_model"]["id"] == f"./{pipeline.name}"
+    assert "base_model:" not in (out / "README.md").read_text()
+    assert load_quantized(out).config.sample_size == 8
+    monkeypatch.chdir(tmp_path)
+    result = cli("sample", out)
+    assert result.code == 1 and "pass --model with its folder or hub id" in result.err
