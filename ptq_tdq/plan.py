@@ -79,7 +79,9 @@ def trace(model: nn.Module, call: Callable[[], Any]) -> list[Traced]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             width = x.shape[-1] if layer_kind(module) == "linear" else x.shape[1]
-            found.setdefault(name, Traced(name, module, width, x.ndim, mode.parts(x)))
+            # dim 1 holds tokens in [B, N, C], and a grouped weight has no columns for a second range
+            channels = (layer_kind(module) != "linear" or x.ndim == 2) and getattr(module, "groups", 1) == 1
+            found.setdefault(name, Traced(name, module, width, x.ndim, mode.parts(x) if channels else ()))
 
         return hook
 

@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
+from diffusers import UNet2DModel
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_unet() -> Callable[..., UNet2DModel]:
+    """Build a U-Net of 8 and 16 channels with random weights, attention and skips of different widths."""
+
+    def make(**changes: Any) -> UNet2DModel:
+        torch.manual_seed(0)
+        options = {
+            "sample_size": 8,
+            "block_out_channels": (8, 16),
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "norm_num_groups": 4,
+        }
+        return UNet2DModel(**(options | changes)).eval().requires_grad_(False)
+
+    return make

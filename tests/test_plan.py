@@ -1,0 +1,199 @@
+"""What is quantized, against the layers that diffusers' U-Nets are known to have and method section 3's presets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from ptq_tdq.config import Config, preset
+from ptq_tdq.errors import ModelError
+from ptq_tdq.plan import make_plan
+from ptq_tdq.records import LayerRecord
+
+Plan = dict[str, LayerRecord]
+
+
+def plan_of(model: nn.Module, config: Config, *inputs: Tensor, **kwargs: Any) -> Plan:
+    x, t = inputs or (torch.randn(2, 3, 8, 8), torch.tensor([3, 5]))
+    return {r.name: r for r in make_plan(model, config, lambda: model(x, t, **kwargs))}
+
+
+def layers_of(model: nn.Module) -> set[str]:
+    return {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+
+
+def named(names: set[str], *parts: str) -> set[str]:
+    return {n for n in names if any(part in n for part in parts)}
+
+
+@pytest.fixture
+def unet(tiny_unet: Callable[..., UNet2DModel]) -> UNet2DModel:
+    return tiny_unet()
+
+
+def test_qdiff_quantizes_all_layers_and_attention_products_at_the_scheme_bits(unet: UNet2DModel) -> None:
+    plan = plan_of(unet, preset("qdiff", scheme="W3A5", method="static"))
+    attention = {n for n, r in plan.items() if r.kind == "attention"}
+    assert set(plan) - attention == layers_of(unet)
+    assert attention == {n for n, m in unet.named_modules() if type(m).__name__ == "Attention"}
+    assert {plan[n].weight_bits for n in layers_of(unet)} == {3}
+    assert {q.bits for n in layers_of(unet) for q in plan[n].inputs} == {5}
+    for name in attention:
+        q, k, v, softmax = plan[name].inputs
+        assert [i.name.removeprefix(name) for i in (q, k, v, softmax)] == [".q", ".k", ".v", ".softmax"]
+        assert (q.bits, k.bits, v.bits, softmax.bits) == (5, 5, 5, 8)
+        assert [i.from_zero for i in (q, k, v, softmax)] == [False, False, False, True]
+
+
+def test_paper_leaves_shortcuts_downsampling_and_attention_products_in_floating_point(unet: UNet2DModel) -> None:
+    names = layers_of(unet)
+    plan = plan_of(unet, preset("paper", scheme="W4A6"))
+    assert set(plan) == names - named(names, "conv_shortcut", "downsamplers")
+    eight = {"conv_in", "conv_out"} | named(names, "time_emb")
+    for name, record in plan.items():
+        assert record.weight_bits == (8 if name in eight else 4), name
+        assert [q.bits for q in record.inputs] == [8 if name in eight else 6], name
+
+
+def test_default_leaves_the_time_embedding_in_floating_point_and_the_ends_at_8_bits(unet: UNet2DModel) -> None:
+    names = layers_of(unet)
+    plan = plan_of(unet, preset("default", scheme="W4A6"))
+    weights = {n: r.weight_bits for n, r in plan.items() if r.weight_bits}
+    assert set(weights) == names - named(names, "time_emb")
+    assert {n for n, bits in weights.items() if bits == 8} == {"conv_in", "conv_out"}
+    assert any(r.kind == "attention" for r in plan.values())
+    assert any(len(r.splits) == 3 for r in plan.values())
+
+
+def test_layers_come_in_the_order_of_the_forward_pass(unet: UNet2DModel) -> None:
+    order: list[str] = []
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda m, a, o, name=name: order.append(name))
+    plan = plan_of(unet, preset("qdiff"))
+    order.clear()
+    unet(torch.randn(1, 3, 8, 8), 7)
+    assert [n for n, r in plan.items() if r.kind != "attention"] == order
+
+
+def test_split_shortcuts_have_the_widths_of_the_stream_and_of_the_skip(unet: UNet2DModel) -> None:
+    # skips: conv_in 8, down 8, downsampler 8, down 16, taken from the last; the stream has 16 channels, 8 after up_1.0
+    expected = {
+        "up_blocks.0.resnets.0.conv_shortcut": (0, 16, 32),
+        "up_blocks.0.resnets.1.conv_shortcut": (0, 16, 24),
+        "up_blocks.1.resnets.0.conv_shortcut": (0, 16, 24),
+        "up_blocks.1.resnets.1.conv_shortcut": (0, 8, 16),
+    }
+    plan = plan_of(unet, preset("qdiff"))
+    assert {n: r.splits for n, r in plan.items() if len(r.splits) > 2} == expected
+    for name in expected:
+        assert [q.name for q in plan[name].inputs] == [f"{name}.0", f"{name}.1"]
+    for name, record in plan.items():
+        if name not in expected and record.kind != "attention":
+            module = unet.get_submodule(name)
+            assert record.splits == (0, getattr(module, "in_channels", getattr(module, "in_features", None)))
+    whole = plan_of(unet, preset("qdiff", split_shortcuts=False))
+    assert all(len(whole[n].inputs) == 1 and whole[n].splits == (0, s[-1]) for n, s in expected.items())
+
+
+def test_units_are_residual_and_attention_blocks_and_single_layers(unet: UNet2DModel) -> None:
+    for name, record in plan_of(unet, preset("qdiff")).items():
+        block = [p for p in (".resnets.", ".attentions.") if p in name]
+        expected = ".".join(name.split(".")[: name.split(".").index(block[0].strip(".")) + 2]) if block else name
+        assert record.unit == expected
+
+
+def test_a_skip_pattern_leaves_its_layers_in_floating_point(unet: UNet2DModel) -> None:
+    full, plan = plan_of(unet, preset("qdiff")), plan_of(unet, preset("qdiff", skip="up_blocks.*,conv_out"))
+    assert set(full) - set(plan) == {n for n in full if n.startswith("up_blocks.") or n == "conv_out"}
+
+
+def test_static_layers_get_a_static_interval_and_others_the_method(unet: UNet2DModel) -> None:
+    plan = plan_of(unet, preset("qdiff", method="S_4", static_layers="first,time_embedding", input_range="minmax"))
+    static = {"conv_in"} | named(set(plan), "time_emb")
+    for name, record in plan.items():
+        assert {q.method for q in record.inputs} == {"static" if name in static else "S_4"}, name
+        assert {q.range_method for q in record.inputs} == {"minmax" if name == "conv_in" else "mse"}, name
+
+
+def test_a_skip_pattern_without_a_layer_is_an_error(unet: UNet2DModel) -> None:
+    with pytest.raises(ModelError, match=r"'conv_inn' matches no layer"):
+        plan_of(unet, preset("qdiff", skip="conv_inn"))
+
+
+def test_a_plan_without_layers_is_an_error(unet: UNet2DModel) -> None:
+    with pytest.raises(ModelError, match="0 layers"):
+        plan_of(unet, preset("qdiff", skip="*"))
+
+
+def test_a_model_without_timestep_is_an_error() -> None:
+    with pytest.raises(ModelError, match=r"Sequential.*'timestep'"):
+        make_plan(nn.Sequential(nn.Linear(2, 2)), Config(), lambda: None)
+
+
+# models that diffusers does not have
+
+
+class Joined(nn.Module):
+    """Joins x [B, C, ...] with itself along ``dim`` and gives the result, through ``between``, to ``layer``."""
+
+    def __init__(self, layer: nn.Module, dim: int = 1, between: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer, self.dim, self.between = layer, dim, between or nn.Identity()
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        result: Tensor = self.layer(self.between(torch.cat([sample, sample], dim=self.dim)))
+        return result
+
+
+def joined_splits(model: nn.Module, *shape: int) -> tuple[int, ...]:
+    return plan_of(model, preset("qdiff"), torch.randn(shape), torch.tensor([1, 2]))["layer"].splits
+
+
+def test_concatenated_channels_are_split_also_in_one_dimension() -> None:
+    assert joined_splits(Joined(nn.Conv1d(6, 2, 3)), 2, 3, 10) == (0, 3, 6)
+
+
+def test_concatenated_features_of_a_linear_layer_are_split() -> None:
+    assert joined_splits(Joined(nn.Linear(6, 2)), 2, 3) == (0, 3, 6)
+
+
+def test_concatenated_tokens_are_no_channels() -> None:
+    """[B, N, C] joined along N has 2 N tokens of C features: a linear layer's input is not split, whatever N is."""
+    assert joined_splits(Joined(nn.Linear(6, 2)), 2, 5, 6) == (0, 6)
+    assert joined_splits(Joined(nn.Linear(6, 2)), 2, 3, 6) == (0, 6)
+
+
+def test_a_concatenation_that_is_normalized_first_is_not_split() -> None:
+    assert joined_splits(Joined(nn.Conv2d(6, 2, 1), between=nn.GroupNorm(2, 6)), 2, 3, 4, 4) == (0, 6)
+
+
+def test_a_concatenation_along_space_is_not_split() -> None:
+    assert joined_splits(Joined(nn.Conv2d(3, 2, 1), dim=2), 2, 3, 4, 4) == (0, 3)
+
+
+def test_a_grouped_convolution_is_not_split() -> None:
+    """Its weight [O, C / groups, ...] has no columns for the second range."""
+    assert joined_splits(Joined(nn.Conv2d(6, 2, 1, groups=2)), 2, 3, 4, 4) == (0, 6)
+
+
+def test_first_and_last_are_the_ends_of_the_spatial_layers() -> None:
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.a, self.b, self.c = nn.Linear(1, 4), *(nn.Conv1d(4, 4, 1) for _ in range(3))
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            shift = self.embed(timestep[:, None].float())
+            result: Tensor = self.c(self.b(self.a(sample) + shift[:, :, None]))
+            return result
+
+    config = preset("qdiff", scheme="W4A4", eight_bit_layers="first,last", float_layers="time_embedding")
+    plan = plan_of(Timed(), config, torch.randn(2, 4, 6), torch.tensor([1, 2]))
+    assert {n: r.weight_bits for n, r in plan.items()} == {"a": 8, "b": 4, "c": 8}
+    assert {r.kind for r in plan.values()} == {"conv1d"}
