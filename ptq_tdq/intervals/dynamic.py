@@ -26,7 +26,7 @@ class Dynamic(IntervalSource):
 
     @classmethod
     def build(cls, method: str, observed: Observed) -> Dynamic:
-        return cls(observed.static.zero_point, observed.qtype)
+        return cls(observed.static.zero_point.clone(), observed.qtype)  # one tensor in two places cannot be saved
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.flatten(1)
