@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ptq_tdq.affine import fake_quantize
@@ -30,6 +31,7 @@ class ActivationQuantizer(nn.Module):
             return x
         if not self.enabled or self.source is None:
             return x
-        scale, zero_point = self.source(self.clock.read(len(x)), x)
+        with torch.autocast(x.device.type, enabled=False):  # intervals are float32 whatever the products are
+            scale, zero_point = self.source(self.clock.read(len(x)), x)
         shape = (len(x),) + (1,) * (x.ndim - 1)
         return fake_quantize(x, scale.view(shape), zero_point.view(shape), self.qtype)

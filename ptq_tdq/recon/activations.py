@@ -14,7 +14,7 @@ from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.observe import Observer
 from ptq_tdq.recon.streams import UnitCall
-from ptq_tdq.recon.unit import Unit, reconstruction_loss
+from ptq_tdq.recon.unit import Unit
 from ptq_tdq.search import QParams
 
 CHECKS = 4  # how often the best state is looked for during learning
@@ -76,7 +76,7 @@ def reconstruct_activations(
     sources.eval()
     before = after = unit.loss(call, target, config.loss_power)
     if config.activation_iterations and any(True for _ in sources.parameters()):
-        with unit.learning(config):
+        with torch.enable_grad():
             after = _learn(unit, call, target, sources, config, generator, before)
     for quantizer in quantizers:
         freeze(quantizer, num_train_timesteps)
@@ -111,7 +111,7 @@ def _learn(
     for iteration in range(1, config.activation_iterations + 1):
         sources.train()
         index = torch.randint(len(target), (config.batch_size,), generator=generator)
-        loss = reconstruction_loss(unit.run(call, index), target[index], config.loss_power)
+        loss = unit.learning_loss(call, target, config.loss_power, config, index)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

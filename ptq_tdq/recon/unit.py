@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,15 +60,16 @@ class Unit:
         if not bool(finite.all()):
             raise NonFiniteError(f"{self.name} gives NaN or Inf at t = {t[~finite][0].item():g}; the run stops there.")
 
-    @contextmanager
-    def learning(self, config: Config) -> Iterator[None]:
-        """Gradients on, and products in the config's ``compute_dtype``."""
+    def learning_loss(self, call: UnitCall, target: Tensor, power: float, config: Config, index: Tensor) -> Tensor:
+        """The reconstruction loss over some samples, with gradients; products are in the config's ``compute_dtype``."""
         dtype = getattr(torch, config.compute_dtype)
-        with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            yield
+        # without the cache: it would keep the first low-precision copy of a parameter while the parameter learns
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            output = self.run(call, index)
+        return reconstruction_loss(output, target[index], power)
 
     def loss(self, call: UnitCall, target: Tensor, power: float) -> float:
-        """The reconstruction loss over all samples."""
+        """The reconstruction loss over all samples, in float32."""
         with torch.no_grad():
             sums = [
                 reconstruction_loss(self.run(call, b), target[b], power).item() * len(self.t[b]) for b in self.batches()

@@ -9,7 +9,7 @@ from ptq_tdq.affine import quantize
 from ptq_tdq.config import Config
 from ptq_tdq.modules import QuantLayer, WeightQuantizer
 from ptq_tdq.recon.streams import UnitCall
-from ptq_tdq.recon.unit import Unit, reconstruction_loss
+from ptq_tdq.recon.unit import Unit
 from ptq_tdq.rounding import AdaRound, annealed_b
 from ptq_tdq.search import weight_qparams
 
@@ -43,7 +43,7 @@ def reconstruct_weights(
     ]
     nearest = [quantizer.codes for _, _, quantizer in learned]
     roundings = [_begin(layer, index, quantizer) for layer, index, quantizer in learned]
-    with unit.learning(config):
+    with torch.enable_grad():
         _learn(unit, call, target, roundings, config, generator)
     for (layer, index, quantizer), rounding in zip(learned, roundings, strict=True):
         _assign(layer, index, quantizer, rounding.hard_codes())
@@ -76,7 +76,7 @@ def _learn(
     optimizer = torch.optim.Adam([r.alpha for r in roundings], lr=config.weight_lr)
     for iteration in range(config.weight_iterations):
         index = torch.randint(len(target), (config.batch_size,), generator=generator)
-        loss = reconstruction_loss(unit.run(call, index), target[index], LOSS_POWER)
+        loss = unit.learning_loss(call, target, LOSS_POWER, config, index)
         b = annealed_b(
             iteration / config.weight_iterations,
             warmup=config.rounding_warmup,
