@@ -1,0 +1,55 @@
+"""A quantized U-Net with samples at three time steps, small enough for whole runs of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from ptq_tdq.config import Config, preset
+from ptq_tdq.plan import make_plan
+from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.recon import Samples
+
+
+@pytest.fixture
+def unet(tiny_unet: Callable[..., UNet2DModel]) -> UNet2DModel:
+    return tiny_unet(
+        num_class_embeds=3,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("AttnUpBlock2D",),
+        add_attention=False,
+    )
+
+
+@pytest.fixture
+def samples() -> Samples:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(12, 3, 4, 4, generator=generator)
+    return Samples(x, torch.tensor([999.0, 500.0, 1.0]).repeat(4), torch.arange(12) % 3)
+
+
+@pytest.fixture
+def choose() -> Callable[..., Config]:
+    """Build a config of few iterations, with everything quantized."""
+
+    def make(**choices: Any) -> Config:
+        few = {"weight_iterations": 4, "activation_iterations": 4, "batch_size": 6, "compute_dtype": "float32"}
+        return preset("qdiff", **{"method": "S_2", "scheme": "W3A4", "weight_lr": 1e-2, **few, **choices})
+
+    return make
+
+
+@pytest.fixture
+def wrap(unet: UNet2DModel, samples: Samples) -> Callable[[Config], QuantizedModel]:
+    """Build a quantized copy of the U-Net."""
+
+    def make(config: Config) -> QuantizedModel:
+        plan = make_plan(unet, config, lambda: unet(**samples.inputs(slice(0, 2))))
+        return QuantizedModel.copy_of(unet, plan)
+
+    return make

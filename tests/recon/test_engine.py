@@ -1,0 +1,238 @@
+"""Whole runs of both phases on a tiny U-Net: guarantees, not values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq_tdq.config import Config
+from ptq_tdq.errors import NonFiniteError, ResumeError
+from ptq_tdq.intervals.dynamic import Dynamic
+from ptq_tdq.intervals.table import TableSource
+from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.recon import RunDirectory, Samples, UnitReport, reconstruct
+from ptq_tdq.recon.streams import UnitCall
+from ptq_tdq.recon.unit import Unit, reconstruction_loss
+from ptq_tdq.recon.weights import LOSS_POWER, reconstruct_weights
+
+T = 1000
+Wrap = Callable[[Config], QuantizedModel]
+Choose = Callable[..., Config]
+
+
+def run(quantized: QuantizedModel, samples: Samples, config: Config, **options: Any) -> list[UnitReport]:
+    reports: list[UnitReport] = []
+    quantized.static = reconstruct(quantized, samples, config, T, on_unit=reports.append, **options)
+    return reports
+
+
+def state(quantized: QuantizedModel) -> dict[str, Tensor]:
+    """Everything that a run decides."""
+    found: dict[str, Tensor] = {}
+    for name, layer in quantized.layers().items():
+        for i, weight in enumerate(layer.weight_quantizers()):
+            assert weight.codes is not None and weight.scale is not None and weight.zero_point is not None
+            found |= {f"{name}.{i}.c": weight.codes, f"{name}.{i}.s": weight.scale, f"{name}.{i}.z": weight.zero_point}
+    for name, quantizer in quantized.quantizers().items():
+        assert isinstance(quantizer.source, TableSource | Dynamic)
+        found |= {f"{name}.{key}": value for key, value in quantizer.source.named_buffers()}
+        found |= {f"{name}.static": quantized.static[name].scale, f"{name}.z": quantized.static[name].zero_point}
+    return found
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"method": "S_2"},
+        {"method": "tdq-thin", "module_start": "steps", "zero_point": "step"},
+        {"method": "tdq", "activation_iterations": 4},
+        {"method": "dynamic"},
+        {
+            "method": "step-lsq",
+            "interval_parameter": "log",
+            "weight_granularity": "per_tensor",
+            "activation_range": "ema",
+        },
+        {"method": "static", "compute_dtype": "bfloat16", "weight_lr": 1.0, "interval_lr": 1.0},
+    ],
+    ids=lambda c: c["method"],
+)
+def test_no_unit_ends_worse_than_it_began(wrap: Wrap, choose: Choose, samples: Samples, choices: Any) -> None:
+    config = choose(**choices)
+    quantized = wrap(config)
+    reports = run(quantized, samples, config)
+    units = quantized.units()
+    assert [r.unit for r in reports] == units * 2
+    assert [r.index for r in reports] == [*range(len(units))] * 2
+    assert {r.total for r in reports} == {len(units)}
+    assert all(r.after <= r.before for r in reports), [r for r in reports if r.after > r.before]
+    for layer in quantized.layers().values():
+        for weight in layer.weight_quantizers():
+            assert weight.rounding is None and weight.codes is not None
+            assert weight.codes.max() <= 2**3 - 1 and weight.codes.unique().numel() > 1
+    for quantizer in quantized.quantizers().values():
+        if choices["method"] != "dynamic":
+            assert isinstance(quantizer.source, TableSource)
+            scale, zero_point = quantizer.source.scale, quantizer.source.zero_point
+            assert scale.shape == zero_point.shape == (T,) and bool((scale > 0).all() and scale.isfinite().all())
+            assert zero_point.min() >= 0 and zero_point.max() <= quantizer.qtype.qmax
+    output = quantized(**samples.inputs(slice(0, 12))).sample
+    assert bool(output.isfinite().all())
+
+
+def test_learning_helps_against_nearest_rounding(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+    """Same data for learning and for the loss: the sum over all units must fall."""
+    config = choose(
+        weight_iterations=20, weight_lr=0.1, activation_iterations=16, interval_lr=2e-2, interval_parameter="log"
+    )
+    reports = run(wrap(config), samples, config)
+    for phase in ("weights", "activations"):
+        mine = [r for r in reports if r.phase == phase]
+        assert sum(r.after < r.before for r in mine) > len(mine) / 2
+
+
+def test_the_reported_weight_loss_is_that_of_the_quantized_prefix(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+    """The last layer's loss, recomputed by plain forward passes: its target is the full-precision model's output."""
+    config = choose(rounding="nearest")
+    quantized = wrap(config)
+    reports = run(quantized, samples, config)
+    inputs = samples.inputs(slice(0, 12))
+    quantized.quantize(weights=False, activations=False)
+    target = quantized(**inputs).sample
+    quantized.quantize(weights=True, activations=False)
+    expected = (quantized(**inputs).sample - target).square().sum(1).mean().item()
+    last = [r for r in reports if r.phase == "weights"][-1]
+    assert last.unit == "conv_out" and last.after == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_in_an_activation_names_the_layer_and_t(wrap: Wrap, choose: Choose, samples: Samples, bad: float) -> None:
+    config = choose()
+    x = samples.x.clone()
+    x[4, 0, 1, 2] = bad  # sample 4 has t = 500
+    with pytest.raises(NonFiniteError, match=r"conv_in .*t = 500\b"):
+        run(wrap(config), Samples(x, samples.t, samples.class_labels), config)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("method", "fraction"), [("S_2", 0.3), ("tdq-thin", 1.4), ("dynamic", 1.6)])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    wrap: Wrap, choose: Choose, samples: Samples, tmp_path: Path, method: str, fraction: float
+) -> None:
+    config = choose(method=method, weight_iterations=2, activation_iterations=2)
+    whole = wrap(config)
+    expected = run(whole, samples, config)
+    total = len(whole.units())
+    stop_after = int(fraction * total)
+    seen: list[UnitReport] = []
+
+    def on_unit(report: UnitReport) -> None:
+        seen.append(report)
+        if len(seen) == stop_after:
+            raise Stop
+
+    identity = {"model": "m", "scheme": config.scheme}
+    with pytest.raises(Stop):
+        reconstruct(wrap(config), samples, config, T, run=RunDirectory(tmp_path, identity), on_unit=on_unit)
+    resumed = wrap(config)
+    reports = run(resumed, samples, config, run=RunDirectory(tmp_path, identity))
+    assert [r.seconds == 0 for r in reports] == [True] * stop_after + [False] * (2 * total - stop_after)
+    assert [(r.unit, r.before, r.after) for r in reports] == [(r.unit, r.before, r.after) for r in expected]
+    assert_same(state(resumed), state(whole))
+
+
+def test_two_runs_are_equal_and_another_seed_is_not(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+    found = []
+    for seed in (0, 0, 1):
+        config = choose(seed=seed, weight_iterations=6, weight_lr=0.3)
+        quantized = wrap(config)
+        torch.manual_seed(len(found))  # the run owes nothing to the global generator
+        run(quantized, samples, config)
+        found.append(state(quantized))
+    assert_same(found[0], found[1])
+    assert any(not torch.equal(found[0][k], found[2][k]) for k in found[0])
+
+
+@pytest.mark.parametrize("now", [{"model": "other", "seed": 0}, {"model": "m", "seed": 1}, {"model": "m"}])
+def test_another_run_in_the_folder_is_an_error_that_names_the_key(tmp_path: Path, now: dict[str, Any]) -> None:
+    before = {"model": "m", "seed": 0}
+    RunDirectory(tmp_path, before)
+    key = next(k for k in before if before[k] != now.get(k))
+    with pytest.raises(ResumeError, match=rf"another {key} \({before[key]!r}, now {now.get(key)!r}\)"):
+        RunDirectory(tmp_path, now)
+    RunDirectory(tmp_path, before)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\0" * 200])
+def test_damaged_files_of_a_run_are_an_error(tmp_path: Path, damage: bytes) -> None:
+    folder = RunDirectory(tmp_path, {"model": "m"})
+    folder.write("weights", 0, {"a": torch.ones(2)}, (2.0, 1.0))
+    tensors, losses = folder.read("weights", 0) or ({}, None)
+    assert torch.equal(tensors["a"], torch.ones(2)) and losses == (2.0, 1.0)
+    assert folder.read("weights", 1) is None and folder.read("activations", 0) is None
+    (path,) = tmp_path.glob("weights-*")
+    path.write_bytes(damage)
+    with pytest.raises(ResumeError, match="damaged"):
+        folder.read("weights", 0)
+    (tmp_path / "run.json").write_bytes(damage)
+    with pytest.raises(ResumeError, match="damaged"):
+        RunDirectory(tmp_path, {"model": "m"})
+
+
+def test_rounding_is_learned_in_both_halves_of_a_split_shortcut(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+    """The public Q-Diffusion code forgets the second half (method section 3.7)."""
+    config = choose(
+        weight_iterations=200, weight_lr=3e-2, rounding_warmup=0.0, rounding_loss=1.0, weight_granularity="per_channel"
+    )
+    quantized = wrap(config)
+    name = "up_blocks.0.resnets.0.conv_shortcut"
+    layer = quantized.layers()[name]
+    assert len(layer.ranges) == 2
+    shape = (12, layer.ranges[-1][1], 4, 4)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    unit = Unit(name, layer, quantized.clock, samples.t)
+    target = layer(x)
+    began: list[list[Tensor]] = []
+    decided: list[list[Tensor]] = []
+
+    def watch(module: Any, args: Any, output: Any) -> None:
+        roundings = [w.rounding for w in layer.weight_quantizers()]
+        if all(r is not None for r in roundings):
+            now = [r.alpha.detach().clone() for r in roundings if r is not None]
+            began.append(now) if not began else None
+            decided[:] = [[r.h().detach().clone() for r in roundings if r is not None]]
+
+    handle = layer.register_forward_hook(watch)
+    before, after = reconstruct_weights(
+        unit, UnitCall(name, (x,), {}), target, config, torch.Generator().manual_seed(0)
+    )
+    handle.remove()
+    assert after <= before
+    for half in range(2):
+        h = decided[0][half]
+        # without the regularizer they would stay between 0 and 1, as they began
+        undecided = ((h > 0.01) & (h < 0.99)).float().mean()
+        at_first = torch.sigmoid(began[0][half]) * 1.2 - 0.1
+        assert undecided < 0.1 < ((at_first > 0.01) & (at_first < 0.99)).float().mean()
+
+
+@pytest.mark.parametrize("power", [2.0, 2.4])
+def test_the_loss_sums_over_channels_and_averages_the_rest(power: float) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    expected = sum(value**power for value in (a - b).abs().flatten().tolist())
+    assert reconstruction_loss(a, b, power).item() == pytest.approx(expected / (2 * 4 * 5), rel=1e-5)
+    assert LOSS_POWER == 2.0

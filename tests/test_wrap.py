@@ -1,0 +1,226 @@
+"""Whole models with quantizers in them: off they are the original, on they follow each sample's t."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from ptq_tdq.calib_data import load_model
+from ptq_tdq.config import preset
+from ptq_tdq.errors import ModelError, NonFiniteError, TimestepError
+from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.intervals import Observed
+from ptq_tdq.intervals.table import TableSource
+from ptq_tdq.observe import Observer
+from ptq_tdq.plan import make_plan
+from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.recon.weights import initialize
+from ptq_tdq.search import QParams
+
+T = 1000
+MODELS: dict[str, dict[str, Any]] = {
+    "unconditional": {},
+    "classes": {"num_class_embeds": 3},
+    "timestep-classes": {"class_embed_type": "timestep"},
+    "scale-shift": {"resnet_time_scale_shift": "scale_shift"},
+    "no-attention": {
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+        "add_attention": False,
+    },
+}
+
+
+def inputs_of(options: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(1)
+    inputs: dict[str, Any] = {"sample": torch.randn(4, 3, 8, 8), "timestep": torch.tensor([999, 3, 500, 3])}
+    if "num_class_embeds" in options or "class_embed_type" in options:
+        inputs["class_labels"] = torch.tensor([2, 0, 1, 1])
+    return inputs
+
+
+def wrap(model: nn.Module, inputs: dict[str, Any], scheme: str = "W8A8", **choices: Any) -> QuantizedModel:
+    config = preset("qdiff", scheme=scheme, method="static", **choices)
+    quantized = QuantizedModel.copy_of(model, make_plan(model, config, lambda: model(**inputs)))
+    for layer in quantized.layers().values():
+        initialize(layer, config)
+    return quantized
+
+
+def calibrate(quantized: QuantizedModel, inputs: dict[str, Any], over_time: Tensor) -> None:
+    """Static min-max intervals of these inputs, times ``over_time`` [T]."""
+    steps = inputs["timestep"].unique().float()
+    quantizers = quantized.quantizers()
+    for name, quantizer in quantizers.items():
+        quantizer.observer = Observer(name, steps)
+    quantized(**inputs)
+    for quantizer in quantizers.values():
+        assert quantizer.observer is not None
+        quantizer.observer.start_counting()
+    quantized(**inputs)
+    for quantizer in quantizers.values():
+        observer, quantizer.observer = quantizer.observer, None
+        assert observer is not None
+        from_zero = quantizer.record.from_zero
+        found = Observed(T, steps, observer.histogram(), quantizer.qtype, "minmax", from_zero).static
+        quantizer.source = TableSource(found.scale * over_time, found.zero_point.expand(T))
+    quantized.quantize()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("attention", [True, False])
+def test_with_quantizers_off_the_model_is_the_original_bit_for_bit(
+    tiny_unet: Callable[..., UNet2DModel], name: str, attention: bool
+) -> None:
+    model, inputs = tiny_unet(**MODELS[name]), inputs_of(MODELS[name])
+    expected = model(**inputs).sample
+    quantized = wrap(model, inputs, attention=attention)
+    assert torch.equal(quantized(**inputs).sample, expected)
+    assert torch.equal(quantized(**inputs, return_dict=False)[0], expected)
+    assert torch.equal(model(**inputs).sample, expected), "the original has no quantizers"
+
+
+@torch.no_grad()
+def test_the_embedded_model_wrapped_is_itself_bit_for_bit() -> None:
+    model = load_model().unet
+    inputs = {"sample": torch.randn(1, 4, 16, 16), "timestep": torch.tensor([500]), "class_labels": torch.tensor([3])}
+    expected = model(**inputs).sample
+    for name in ("default", "paper"):
+        plan = make_plan(model, preset(name), lambda: model(**inputs))
+        assert torch.equal(QuantizedModel.copy_of(model, plan)(**inputs).sample, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_8_bits_are_close_and_3_bits_are_not(tiny_unet: Callable[..., UNet2DModel], name: str) -> None:
+    model, inputs = tiny_unet(**MODELS[name]), inputs_of(MODELS[name])
+    expected = model(**inputs).sample
+    ratio = {}
+    for scheme in ("W8A8", "W3A3"):
+        quantized = wrap(model, inputs, scheme)
+        calibrate(quantized, inputs, torch.ones(T))
+        ratio[scheme] = sqnr_db(expected, quantized(**inputs).sample)
+    assert ratio["W8A8"] > 25
+    # each bit halves the interval: 6 dB; 5 bits make 30
+    assert 15 < ratio["W8A8"] - ratio["W3A3"] < 45
+
+
+def test_a_batch_of_mixed_time_steps_equals_its_samples_one_by_one(tiny_unet: Callable[..., UNet2DModel]) -> None:
+    model, inputs = tiny_unet(**MODELS["classes"]), inputs_of(MODELS["classes"])
+    quantized = wrap(model, inputs)
+    calibrate(quantized, inputs, torch.linspace(0.3, 4, T))
+    together = quantized(**inputs).sample
+    for i in range(4):
+        alone = quantized(**{k: v[i : i + 1] for k, v in inputs.items()}).sample[0]
+        # a sum in another order can flip a code now and then
+        assert sqnr_db(alone, together[i]) > 45
+        one_t = inputs["timestep"][i].item()
+        scalar = quantized(inputs["sample"][i : i + 1], one_t, inputs["class_labels"][i : i + 1]).sample[0]
+        assert torch.equal(scalar, alone)
+
+
+def test_the_table_entry_of_t_is_used_and_of_no_other_step(tiny_unet: Callable[..., UNet2DModel]) -> None:
+    model, inputs = tiny_unet(), inputs_of({})
+    quantized = wrap(model, inputs)
+    calibrate(quantized, inputs, torch.ones(T))
+    expected = quantized(**inputs).sample
+    used = inputs["timestep"].unique()
+    for quantizer in quantized.quantizers().values():
+        assert isinstance(quantizer.source, TableSource)
+        others = torch.ones(T, dtype=torch.bool).index_fill(0, used, False)
+        quantizer.source.scale = torch.where(others, torch.nan, quantizer.source.scale)
+    assert torch.equal(quantized(**inputs).sample, expected)
+    assert not bool(quantized(inputs["sample"], 42).sample.isfinite().any())
+
+
+@pytest.mark.parametrize("t", [1000, -1])
+def test_a_time_step_outside_the_tables_is_an_error(tiny_unet: Callable[..., UNet2DModel], t: int) -> None:
+    model, inputs = tiny_unet(), inputs_of({})
+    quantized = wrap(model, inputs)
+    calibrate(quantized, inputs, torch.ones(T))
+    with pytest.raises(TimestepError, match="0 to 999"):
+        quantized(inputs["sample"], t)
+
+
+def test_other_intervals_hold_inside_the_block_only(tiny_unet: Callable[..., UNet2DModel]) -> None:
+    model, inputs = tiny_unet(), inputs_of({})
+    quantized = wrap(model, inputs)
+    calibrate(quantized, inputs, torch.ones(T))
+    quantized.provenance = {"time_axis": {"num_train_timesteps": T}}
+    expected = quantized(**inputs).sample
+    coarse = {n: QParams(q.source(torch.tensor([0]), inputs["sample"])[0][0] * 8, torch.tensor(128, dtype=torch.int32))
+              for n, q in quantized.quantizers().items() if q.source is not None}  # fmt: skip
+    with pytest.raises(KeyError), quantized.intervals(coarse):
+        assert sqnr_db(expected, quantized(**inputs).sample) < 20
+        raise KeyError
+    assert torch.equal(quantized(**inputs).sample, expected)
+
+
+def test_finalized_weights_are_the_quantized_ones(tiny_unet: Callable[..., UNet2DModel]) -> None:
+    model, inputs = tiny_unet(), inputs_of({})
+    quantized = wrap(model, inputs, "W4A8")
+    quantized.quantize(weights=True, activations=False)
+    expected = quantized(**inputs).sample
+    quantized.finalize().quantize(weights=False, activations=False)
+    assert torch.equal(quantized(**inputs).sample, expected)
+    for name, layer in quantized.layers().items():
+        levels = max(row.unique().numel() for row in layer.weight.flatten(1))
+        assert levels <= 16 * len(layer.ranges), name
+
+
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_names_the_layer(
+    tiny_unet: Callable[..., UNet2DModel], parameter: str, value: float
+) -> None:
+    model, inputs = tiny_unet(), inputs_of({})
+    getattr(model.mid_block.resnets[0].conv1, parameter).data.view(-1)[3] = value
+    with pytest.raises(NonFiniteError, match=rf"mid_block\.resnets\.0\.conv1 has NaN or Inf in its {parameter}"):
+        wrap(model, inputs)
+
+
+def test_a_plan_of_another_model_is_an_error(tiny_unet: Callable[..., UNet2DModel]) -> None:
+    deep, shallow = tiny_unet(layers_per_block=2), tiny_unet()
+    plan = make_plan(deep, preset("qdiff"), lambda: deep(**inputs_of({})))
+    with pytest.raises(ModelError, match="no layer named"):
+        QuantizedModel.copy_of(shallow, plan)
+
+
+def test_a_custom_model_of_one_dimension_follows_t(tiny_unet: Callable[..., UNet2DModel]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(11, 3, 3, padding=1)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            h = self.a(sample).tanh()
+            result: Tensor = self.b(torch.cat([h, sample], dim=1))
+            return result
+
+    model, inputs = (
+        Net().requires_grad_(False),
+        {"sample": torch.randn(4, 3, 16), "timestep": torch.tensor([0, 9, 5, 0])},
+    )
+    expected = model(**inputs)
+    quantized = wrap(model, inputs)
+    assert list(quantized.layers()) == ["a", "b"]
+    assert list(quantized.quantizers()) == ["a", "b.0", "b.1"]
+    assert torch.equal(quantized(**inputs), expected)
+    calibrate(quantized, inputs, torch.where(torch.arange(T) == 9, 30.0, 1.0))
+    found = quantized(**inputs)
+    error = [sqnr_db(expected[i], found[i]) for i in range(4)]
+    assert min(error[0], error[2], error[3]) > 30 and error[1] < 20, "only the sample at t = 9 has coarse intervals"
+
+
+def test_the_wrapped_model_shows_what_a_pipeline_asks_for(tiny_unet: Callable[..., UNet2DModel]) -> None:
+    model = tiny_unet()
+    quantized = wrap(model, inputs_of({}))
+    assert quantized.config == model.config
+    assert quantized.dtype == torch.float32 and quantized.device == torch.device("cpu")
+    with pytest.raises(ModelError, match="not calibrated"):
+        quantized.to_artifact()
