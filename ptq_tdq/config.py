@@ -21,8 +21,8 @@ Role = Literal["first", "last", "time_embedding", "shortcut", "downsample"]
 class Config:
     """All choices of one run. The defaults are preset ``default``.
 
-    Layers: ``eight_bit_layers``, ``float_layers`` and ``static_layers`` hold roles; ``skip`` holds name patterns of
-    layers to leave in floating point. ``input_range`` is how x_t's own interval is found; "minmax" never clips it.
+    Layers: ``eight_bit_layers``, ``float_layers`` and ``fixed_layers`` hold roles; ``skip`` holds name patterns of
+    layers to leave in floating point. The input of a fixed layer keeps one interval that clips nothing (``fixed``).
 
     Learning (:mod:`ptq_tdq.recon.weights`, :mod:`ptq_tdq.recon.activations`): ``interval_lr`` is the rate of a learned
     scale, ``module_lr`` that of a module's weights. ``compute_dtype`` is that of the products inside the learning
@@ -41,7 +41,7 @@ class Config:
     # layers
     eight_bit_layers: tuple[Role, ...] = ("first", "last")
     float_layers: tuple[Role, ...] = ("time_embedding",)
-    static_layers: tuple[Role, ...] = ("first",)
+    fixed_layers: tuple[Role, ...] = ("first",)
     skip: tuple[str, ...] = ()
     split_shortcuts: bool = True
     attention: bool = True
@@ -59,7 +59,6 @@ class Config:
     rounding_b_end: float = 2.0
     # phase A
     activation_range: Literal["mse", "minmax", "ema"] = "mse"
-    input_range: Literal["mse", "minmax", "ema"] = "minmax"
     activation_iterations: int = 200
     interval_lr: float = 1e-2
     module_lr: float = 2e-3
@@ -170,7 +169,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_inference_steps": 100,
         "eight_bit_layers": (),
         "float_layers": (),
-        "static_layers": (),
+        "fixed_layers": (),
         "weight_iterations": 20000,
         "weight_lr": 1e-3,
         "activation_iterations": 5000,
@@ -178,7 +177,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "module_lr": 4e-4,
         "interval_parameter": "raw",
         "zero_point": "fixed",
-        "input_range": "mse",
         "module_start": "as-is",
         "thin_activation": "relu",
         "compute_dtype": "float32",
@@ -190,7 +188,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_inference_steps": 100,
         "eight_bit_layers": ("first", "last", "time_embedding"),
         "float_layers": ("shortcut", "downsample"),
-        "static_layers": (),
+        "fixed_layers": (),
         "split_shortcuts": False,
         "attention": False,
         "weight_granularity": "per_tensor",
@@ -201,7 +199,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "module_lr": 4e-4,
         "interval_parameter": "raw",
         "zero_point": "fixed",
-        "input_range": "mse",
         "module_start": "as-is",
         "thin_activation": "relu",
         "compute_dtype": "float32",

@@ -142,9 +142,10 @@ def make_plan(model: nn.Module, config: Config, call: Callable[[], Any]) -> tupl
             continue
 
         eight = bool(mine & set(config.eight_bit_layers))
-        method = "static" if mine & set(config.static_layers) else config.method
+        fixed = bool(mine & set(config.fixed_layers))
+        method = "fixed" if fixed else config.method
         bits = 8 if eight else scheme.activation_bits
-        range_method = config.input_range if "first" in mine else config.activation_range
+        range_method = "minmax" if fixed else config.activation_range
         unit = unit_of(model, t.name)
         if kind is None:
             inputs = tuple(

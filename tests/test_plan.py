@@ -113,12 +113,12 @@ def test_a_skip_pattern_leaves_its_layers_in_floating_point(unet: UNet2DModel) -
     assert set(full) - set(plan) == {n for n in full if n.startswith("up_blocks.") or n == "conv_out"}
 
 
-def test_static_layers_get_a_static_interval_and_others_the_method(unet: UNet2DModel) -> None:
-    plan = plan_of(unet, preset("qdiff", method="S_4", static_layers="first,time_embedding", input_range="minmax"))
-    static = {"conv_in"} | named(set(plan), "time_emb")
+def test_fixed_layers_keep_the_whole_range_and_others_the_method(unet: UNet2DModel) -> None:
+    plan = plan_of(unet, preset("qdiff", method="S_4", fixed_layers="first,time_embedding"))
+    fixed = {"conv_in"} | named(set(plan), "time_emb")
     for name, record in plan.items():
-        assert {q.method for q in record.inputs} == {"static" if name in static else "S_4"}, name
-        assert {q.range_method for q in record.inputs} == {"minmax" if name == "conv_in" else "mse"}, name
+        expected = ("fixed", "minmax") if name in fixed else ("S_4", "mse")
+        assert {(q.method, q.range_method) for q in record.inputs} == {expected}, name
 
 
 def test_a_skip_pattern_without_a_layer_is_an_error(unet: UNet2DModel) -> None:
