@@ -157,7 +157,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 def test_two_runs_are_equal_and_another_seed_is_not(wrap: Wrap, choose: Choose, samples: Samples) -> None:
     found = []
     for seed in (0, 0, 1):
-        config = choose(seed=seed, weight_iterations=6, weight_lr=0.3)
+        config = choose(seed=seed, weight_iterations=6, weight_lr=0.3, skip="mid_block.*,down_blocks.*")
         quantized = wrap(config)
         torch.manual_seed(len(found))  # the run owes nothing to the global generator
         run(quantized, samples, config)
