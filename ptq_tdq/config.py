@@ -6,8 +6,9 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from math import inf, nextafter
+from math import inf
 from pathlib import Path
+from sys import float_info
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ptq_tdq.errors import ConfigError
@@ -118,8 +119,8 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {  # least value, and the first tha
     "seed": (0, 1 << 32),
     **dict.fromkeys(("samples_per_step", "calibration_steps", "num_inference_steps", "batch_size"), (1, inf)),
     **dict.fromkeys(("weight_iterations", "activation_iterations", "rounding_loss"), (0, inf)),
-    **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "loss_power"), (nextafter(0, 1), inf)),
-    **dict.fromkeys(("rounding_b_start", "rounding_b_end"), (nextafter(0, 1), inf)),
+    **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "loss_power"), (float_info.min, inf)),
+    **dict.fromkeys(("rounding_b_start", "rounding_b_end"), (float_info.min, inf)),
     "rounding_warmup": (0, 1),
     "softmax_bits": (MIN_BITS, MAX_BITS + 1),
 }
