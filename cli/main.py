@@ -42,7 +42,8 @@ def main(args: list[str] | None = None) -> None:
         command = getattr(getattr(error, "ctx", None), "command_path", "ptq-tdq")
         _fail(f"{error.format_message()} See `{command} --help`.", 2)
     except (click.Abort, KeyboardInterrupt):
-        _fail(state.get("on_stop", "Stopped."), 1)
+        click.echo(state.get("on_stop", "Stopped."), err=True)
+        sys.exit(1)
     except BrokenPipeError:  # the reader of a pipe has seen enough; nothing is left to say, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

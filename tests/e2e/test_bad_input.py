@@ -1,0 +1,272 @@
+"""Each bad input ends in one clear line, the right exit code and nothing half-written (issue 2, "Bad input")."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from ptq_tdq import CalibrationSet, calibrate, load_quantized, preset
+from ptq_tdq.errors import ArtifactCorruptError, CalibrationSetError, ModelError, NonFiniteError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+QUICK = ("--method", "static", "--set", "activation_iterations=0", "--set", "rounding=nearest", "--set")
+
+
+def check_refusal(result: Any, code: int, *said: str) -> None:
+    assert result.code == code, result
+    assert result.out == ""
+    assert len(result.err.splitlines()) == 1 and result.err.startswith("Error: ") and "Traceback" not in result.err
+    for text in said:
+        assert text in result.err
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk that takes no file above ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def saved(unet: Callable[..., UNet2DModel], tmp_path: Path) -> Callable[[Callable[[UNet2DModel], None]], Path]:
+    """A model folder with changed weights."""
+
+    def save(change: Callable[[UNet2DModel], None]) -> Path:
+        model = unet()
+        change(model)
+        folder = tmp_path / "model"
+        model.save_pretrained(folder)
+        DDPMScheduler().save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_weights_name_their_layer(value: float, cli: Any, saved: Any, tmp_path: Path) -> None:
+    model = saved(lambda u: u.mid_block.resnets[0].conv1.weight.view(-1)[3].fill_(value))
+    result = cli("calibrate", "--model", model, "--output-dir", tmp_path / "out")
+    check_refusal(result, 1, "mid_block.resnets.0.conv1", "NaN or Inf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_activations_that_overflow_name_layer_and_t(
+    cli: Any, saved: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = saved(lambda u: u.conv_in.weight.fill_(3e38))
+    result = cli("calibrate", "--model", model, "--output-dir", tmp_path / "out", *small)
+    check_refusal(result, 1, "t = 750", "first in conv_in")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def small_set(labels: Tensor | None = None, **recipe: Any) -> CalibrationSet:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return CalibrationSet(x, torch.tensor([0.0, 0.0, 7.0, 7.0]), labels, recipe)
+
+
+def test_activations_that_overflow_in_calibration_name_layer_and_t(unet: Callable[..., UNet2DModel]) -> None:
+    model = unet()
+    model.up_blocks[0].resnets[0].conv1.weight.fill_(3e38)
+    with pytest.raises(NonFiniteError, match=r"up_blocks\.0\.resnets\.0.* NaN or Inf at t = 0"):
+        calibrate(model, preset("default", weight_iterations=0), small_set(num_train_timesteps=10))
+
+
+def test_an_empty_calibration_set(cli: Any, pipeline: Path, tmp_path: Path) -> None:
+    flags = ("--model", pipeline, "--output-dir", tmp_path / "out", "--samples-per-step", "0")
+    check_refusal(cli("calibrate", *flags), 2, "samples_per_step must be at least 1. Got 0 instead.")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CalibrationSetError, match="empty"):
+        CalibrationSet(torch.empty(0, 3, 8, 8), torch.empty(0), None)
+
+
+class NoTime(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.conv(sample)
+
+
+@pytest.mark.parametrize("model", [NoTime(), nn.Identity()])
+def test_a_model_without_a_timestep_argument(model: nn.Module) -> None:
+    with pytest.raises(ModelError, match="no argument named 'timestep'"):
+        calibrate(model, preset("default"), small_set(num_train_timesteps=10))
+
+
+def test_a_calibration_set_of_another_kind_of_model(unet: Callable[..., UNet2DModel]) -> None:
+    config, labels = preset("default"), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(CalibrationSetError, match="is with class labels, unlike the model"):
+        calibrate(unet(), config, small_set(labels, num_train_timesteps=10))
+    with pytest.raises(CalibrationSetError, match="is without class labels, unlike the model"):
+        calibrate(unet(num_class_embeds=3), config, small_set(num_train_timesteps=10))
+    with pytest.raises(CalibrationSetError, match="has 3 channels, the model takes 4"):
+        calibrate(unet(in_channels=4), config, small_set(num_train_timesteps=10))
+    with pytest.raises(CalibrationSetError, match="does not name num_train_timesteps"):
+        calibrate(unet(), config, small_set())
+
+
+def test_no_layer_left_and_a_pattern_that_matches_nothing(
+    cli: Any, small: tuple[str, ...], pipeline: Path, tmp_path: Path
+) -> None:
+    run = ("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small)
+    check_refusal(cli(*run, "--skip", "*"), 1, "0 layers of the model match")
+    check_refusal(cli(*run, "--skip", "conv_middle"), 1, "The skip pattern 'conv_middle' matches no layer")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--scheme", "W1A99"), "for example W4A8. Got 'W1A99' instead."),
+        (("--method", "magic"), "The method must be one of"),
+        (("--preset", "best"), "'best' is not one of 'default', 'qdiff', 'paper'"),
+        (("--colour", "red"), "No such option"),
+        (("--threads", "0"), "0 is not in the range x>=1"),
+        (("--calibration-steps", "9", "--num-inference-steps", "8"), "calibration_steps must not exceed"),
+        (("--num-inference-steps", "5000"), "cannot run 5000 inference steps"),
+    ],
+)
+def test_usage_errors(flags: tuple[str, ...], said: str, cli: Any, pipeline: Path, tmp_path: Path) -> None:
+    check_refusal(cli("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *flags), 2, said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["NoScheduler", "UNet2DModel", "os.path", "FlowMatchEulerDiscreteScheduler"])
+def test_an_unknown_or_unfit_scheduler(name: str, cli: Any, calibrated: Any, pipeline: Path, tmp_path: Path) -> None:
+    check_refusal(cli("sample", calibrated(pipeline), "--output", tmp_path / "x.png", "--scheduler", name), 2, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_artifact_of_another_model(
+    cli: Any, calibrated: Any, pipeline: Path, conditional: Path, tmp_path: Path
+) -> None:
+    flags = ("--model", conditional, "--output", tmp_path / "x.png")
+    check_refusal(cli("sample", calibrated(pipeline), *flags), 1, "The artifact was made from")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_that_are_no_images(
+    cli: Any, small: tuple[str, ...], unet: Callable[..., UNet2DModel], tmp_path: Path
+) -> None:
+    model = tmp_path / "latent"
+    unet(in_channels=4, out_channels=4).save_pretrained(model)
+    DDPMScheduler().save_pretrained(model)
+    out = tmp_path / "out"
+    assert cli("calibrate", "--model", model, "--output-dir", out, *small, *QUICK, "activation_range=minmax").code == 0
+    check_refusal(cli("sample", out, "--output", tmp_path / "x.png"), 1, "4 channels and the model has no VAE")
+
+
+def test_output_paths_that_cannot_be_written_are_refused_before_the_work(
+    cli: Any, calibrated: Any, contents: Any, pipeline: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    before = contents(tmp_path)
+    for out, code, *said in (
+        (tmp_path / "file", 1, "is a file, not a folder"),
+        (tmp_path / "file" / "out", 1, "a part of its path is a file"),
+        (tmp_path / "file" / "a" / "out", 1, "a part of its path is a file"),
+        (tmp_path / "full", 1, "is not empty"),
+        ("/", 1, "mount point"),
+    ):
+        check_refusal(cli("calibrate", "--model", "nowhere", "--output-dir", out), code, *said)
+    overwrite = ("--output-dir", tmp_path / "full", "--overwrite")
+    check_refusal(cli("calibrate", "--model", "nowhere", *overwrite), 1, "holds 'letter.txt', which is no part")
+    check_refusal(cli("export", calibrated(pipeline), "--output", tmp_path / "file" / "t.csv"), 1, "cannot be written")
+    sample = ("--output", tmp_path / "file" / "x.png", "--num-images", "1", "--num-inference-steps", "1")
+    check_refusal(cli("sample", calibrated(pipeline), *sample), 1, "cannot be written")
+    assert contents(tmp_path) == before
+
+
+def test_an_existing_artifact_is_replaced_only_on_request(
+    cli: Any, small: tuple[str, ...], contents: Any, calibrated: Any, copy_of: Any, pipeline: Path
+) -> None:
+    out = copy_of(calibrated(pipeline))
+    before = contents(out)
+    run = ("calibrate", "--model", pipeline, "--output-dir", out, *small, *QUICK, "activation_range=minmax", "-q")
+    check_refusal(cli(*run), 1, "is not empty; choose another folder or ask to overwrite it")
+    assert contents(out) == before
+    assert cli(*run, "--overwrite").code == 0
+    assert contents(out) != before and set(contents(out)) == set(before)
+
+
+def test_a_full_disk_leaves_only_what_the_next_run_needs(
+    cli: Any, small: tuple[str, ...], contents: Any, calibrated: Any, pipeline: Path, tmp_path: Path
+) -> None:
+    reference = contents(calibrated(pipeline))
+    run = ("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small)
+    with largest_file(max(map(len, reference.values())) - 1):  # units fit, the artifact's largest file does not
+        result = cli(*run)
+    check_refusal(result, 1, "cannot be written (File too large): free some space or choose another folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert not list((tmp_path / "out.partial").glob(".*"))
+    assert cli(*run).code == 0
+    assert contents(tmp_path) == {f"out/{name}": data for name, data in reference.items()}
+    with largest_file(100):
+        check_refusal(cli("export", tmp_path / "out", "--output", tmp_path / "t.csv"), 1, "free some space")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_truncated_model(cli: Any, saved: Any, tmp_path: Path) -> None:
+    model = saved(lambda u: None)
+    weights = model / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    result = cli("calibrate", "--model", model, "--output-dir", tmp_path / "out")
+    check_refusal(result, 1, str(model), "truncated or of another model, so copy or download them again")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "interval_tables.safetensors", "ptq_tdq_config.json"])
+def test_a_truncated_artifact(
+    name: str, cli: Any, calibrated: Any, copy_of: Any, pipeline: Path, tmp_path: Path
+) -> None:
+    artifact = copy_of(calibrated(pipeline))
+    (artifact / name).write_bytes((artifact / name).read_bytes()[:-100])
+    for command in (
+        ("inspect",),
+        ("export", "--output", tmp_path / "t.csv"),
+        ("sample", "--output", tmp_path / "x.png"),
+    ):
+        check_refusal(cli(command[0], artifact, *command[1:]), 1, name, "copy or make the artifact again")
+    with pytest.raises(ArtifactCorruptError, match=name):
+        load_quantized(artifact)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_artifact_at_all(cli: Any, pipeline: Path, tmp_path: Path) -> None:
+    for path, said in ((tmp_path / "missing", "is not a directory"), (pipeline, "has no ptq_tdq_config.json")):
+        check_refusal(cli("inspect", path), 1, said, "give the path of a ptq-tdq artifact")
+
+
+def test_a_cache_that_cannot_be_used(
+    cli: Any, small: tuple[str, ...], pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("PTQ_TDQ_CACHE", str(tmp_path / "cache"))
+    result = cli("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small)
+    check_refusal(result, 1, str(tmp_path / "cache"), "a part of its path is a file")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize("flag", ["-v", "--verbose"])
+def test_a_traceback_only_on_request(flag: str, cli: Any, tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    for command in (("inspect", missing), ("export", missing, "--output", tmp_path / "t.csv"), ("sample", missing)):
+        check_refusal(cli(*command), 1)
+        told = cli(*command, flag)
+        assert told.code == 1 and "Traceback (most recent call last)" in told.err
+        assert told.err.splitlines()[-1].startswith("Error: ")

@@ -1,0 +1,103 @@
+"""Where each choice of a run comes from: preset, config file, flag, --set (issue 2, point 6)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptq_tdq.config import PRESETS, preset
+
+
+def choices(cli: Any, *flags: object) -> dict[str, Any]:
+    result = cli("calibrate", "--output-dir", "unused", "--show-config", *flags)
+    assert (result.code, result.err) == (0, "")
+    found: dict[str, Any] = json.loads(result.out)
+    assert not Path("unused").exists()
+    return found
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_what_it_says(name: str, cli: Any) -> None:
+    assert choices(cli, "--preset", name) == preset(name).to_dict()
+    assert choices(cli) == preset("default").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("choices.toml", 'preset = "qdiff"\nscheme = "W3A5"\nseed = 7\nskip = ["conv_*", "mid_block.*"]\n'),
+        ("choices.json", '{"preset": "qdiff", "scheme": "W3A5", "seed": 7, "skip": ["conv_*", "mid_block.*"]}'),
+    ],
+)
+def test_flags_go_before_the_file_and_set_before_flags(name: str, text: str, cli: Any, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    assert (
+        choices(cli, "--config", file)
+        == preset("qdiff", scheme="W3A5", seed=7, skip=("conv_*", "mid_block.*")).to_dict()
+    )
+    found = choices(cli, "--config", file, "--scheme", "W2A8", "--seed", "1", "--set", "seed=2", "--skip", "conv_in")
+    assert (found["scheme"], found["seed"], found["skip"]) == ("W2A8", 2, ["conv_in"])
+    assert found["calibration_steps"] == preset("qdiff").calibration_steps
+    assert choices(cli, "--config", file, "--preset", "paper")["preset"] == "paper"
+
+
+def test_what_show_config_prints_is_a_config_file(cli: Any, tmp_path: Path) -> None:
+    file = tmp_path / "all.json"
+    first = choices(cli, "--preset", "paper", "--set", "time-encoding=fourier", "--set", "attention=true")
+    file.write_text(json.dumps(first))
+    assert choices(cli, "--config", file) == first
+    assert (first["time_encoding"], first["attention"]) == ("fourier", True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("colour=red", "There is no choice named 'colour'"),
+        ("weight_iterations=many", "weight_iterations must be of type int. Got 'many' instead."),
+        ("weight_iterations=2.5", "weight_iterations must be of type int. Got '2.5' instead."),
+        ("weight_iterations=-1", "weight_iterations must be at least 0. Got -1 instead."),
+        ("weight_lr=0", "weight_lr must be above 0 and finite. Got 0.0 instead."),
+        ("weight_lr=nan", "weight_lr must be above 0 and finite. Got nan instead."),
+        ("attention=maybe", "attention must be of type bool. Got 'maybe' instead."),
+        ("rounding=up", "rounding must be one of adaround, nearest. Got 'up' instead."),
+        ("softmax_bits=99", "softmax_bits must be at least 2 and below 9. Got 99 instead."),
+        ("seed=-1", "seed must be at least 0 and below 4294967296. Got -1 instead."),
+        ("seed", "--set takes KEY=VALUE. Got 'seed' instead."),
+        ("eight_bit_layers=first,middle", "eight_bit_layers must be one of first, last"),
+        ("preset=paper", "The preset is named by --preset."),
+    ],
+)
+def test_a_wrong_choice_is_a_usage_error(setting: str, said: str, cli: Any, tmp_path: Path) -> None:
+    result = cli("calibrate", "--output-dir", tmp_path / "out", "--set", setting)
+    assert result.code == 2 and result.out == "" and len(result.err.splitlines()) == 1
+    assert result.err.startswith(f"Error: {said}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.toml", "scheme = 4", "The scheme must be written W<bits>A<bits>"),
+        ("a.toml", "method = 3", "The method must be one of "),
+        ("a.toml", "skip = 3", "skip must be a list. Got 3 instead."),
+        ("a.toml", "seed = true", "seed must be of type int. Got True instead."),
+        ("a.toml", "seed 3", "cannot be read ("),
+        ("a.json", "[1]", "must hold a table of choices."),
+        ("a.json", '{"shade": 1}', "There is no choice named 'shade'; the choices are preset, scheme,"),
+        ("a.json", '{"preset": "best"}', "The preset must be one of default, qdiff, paper. Got 'best' instead."),
+        ("a.json", '{"preset": ["paper"]}', "The preset must be one of default, qdiff, paper."),
+        ("a.json", "\xff", "cannot be read ("),
+    ],
+)
+def test_a_wrong_config_file_is_a_usage_error(name: str, text: str, said: str, cli: Any, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(text.encode("latin-1"))
+    result = cli("calibrate", "--output-dir", tmp_path / "out", "--config", file)
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and said in result.err
+    missing = cli("calibrate", "--output-dir", tmp_path / "out", "--config", tmp_path / "missing.toml")
+    assert missing.code == 2 and "cannot be read" in missing.err
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -1,0 +1,160 @@
+"""A run that is killed goes on at the first unfinished block and ends with the same bytes (issue 2, point 9)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
+
+
+def kill_after(units: int, phase: str, arguments: list[str], partial: Path) -> None:
+    """Start the command and kill it when ``units`` units of ``phase`` are on disk."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", START, *arguments], env=environment, stderr=subprocess.PIPE)
+    try:
+        while len(list(partial.glob(f"{phase}-*.safetensors"))) < units:
+            assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def killed(
+    pipeline: Path, small: tuple[str, ...], shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Path], Path]:
+    """The .partial folder of a run killed in a phase, copied to where the test wants its output."""
+    made: dict[str, Path] = {}
+
+    def partial_of(phase: str, out: Path) -> Path:
+        if phase not in made:
+            first = tmp_path_factory.mktemp("killed") / "out"
+            made[phase] = first.with_name("out.partial")
+            kill_after(
+                2, phase, ["calibrate", "--model", str(pipeline), "--output-dir", str(first), *small], made[phase]
+            )
+            assert not first.exists()
+        return Path(shutil.copytree(made[phase], out.with_name(f"{out.name}.partial")))
+
+    return partial_of
+
+
+@pytest.mark.parametrize("phase", ["weights", "activations"])
+def test_a_killed_run_ends_with_the_same_bytes(
+    phase: str,
+    killed: Callable[[str, Path], Path],
+    cli: Any,
+    small: tuple[str, ...],
+    contents: Any,
+    calibrated: Any,
+    pipeline: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    partial = killed(phase, out)
+    kept = sorted(path.name for path in partial.glob("*.safetensors"))
+    result = cli("calibrate", "--model", pipeline, "--output-dir", out, *small, "-v")
+    assert result.code == 0, result.err
+    read = [line for line in result.err.splitlines() if line.endswith("(0.0 s)")]
+    assert len(read) >= len(kept)  # finished units are read, not computed again
+    assert contents(out) == contents(calibrated(pipeline))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (("--set", "weight_lr=0.5"), "choice weight_lr (0.01, now 0.5)"),
+        (("--scheme", "W3A3"), "choice scheme ('W4A8', now 'W3A3')"),
+        (("--seed", "5"), "choice seed (0, now 5)"),
+        (("--samples-per-step", "5"), "choice samples_per_step (4, now 5)"),
+    ],
+)
+def test_another_choice_is_refused_by_name(
+    change: tuple[str, str],
+    key: str,
+    killed: Callable[[str, Path], Path],
+    cli: Any,
+    small: tuple[str, ...],
+    contents: Any,
+    pipeline: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    partial = killed("weights", out)
+    before = contents(partial)
+    result = cli("calibrate", "--model", pipeline, "--output-dir", out, *small, *change)
+    assert result.code == 1 and len(result.err.splitlines()) == 1
+    assert f"has another {key}; start with --no-resume" in result.err
+    assert not out.exists() and contents(partial) == before
+
+
+def test_another_model_and_another_calibration_set_are_refused(
+    killed: Callable[[str, Path], Path],
+    cli: Any,
+    small: tuple[str, ...],
+    unet: Callable[..., UNet2DModel],
+    pipeline: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    killed("weights", out)
+    changed = Path(shutil.copytree(pipeline, tmp_path / "model"))
+    model = unet()
+    with torch.no_grad():
+        model.conv_in.weight[0, 0, 0, 0] += 1
+    model.save_pretrained(changed / "unet")
+    result = cli("calibrate", "--model", changed, "--output-dir", out, *small)
+    assert result.code == 1 and "has another model ('" in result.err
+
+    scheduler = changed / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"beta_end": 0.02', '"beta_end": 0.03'))
+    unet().save_pretrained(changed / "unet")
+    result = cli("calibrate", "--model", changed, "--output-dir", out, *small)
+    assert result.code == 1 and "has another calibration_set ('" in result.err
+
+
+def test_no_resume_starts_afresh(
+    killed: Callable[[str, Path], Path],
+    cli: Any,
+    small: tuple[str, ...],
+    contents: Any,
+    calibrated: Any,
+    pipeline: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    partial = killed("weights", out)
+    for path in partial.iterdir():
+        path.write_bytes(b"damaged")
+    refused = cli("calibrate", "--model", pipeline, "--output-dir", out, *small)
+    assert refused.code == 1 and "start with --no-resume" in refused.err
+    assert cli("calibrate", "--model", pipeline, "--output-dir", out, *small, "--no-resume").code == 0
+    assert contents(out) == contents(calibrated(pipeline))
+    assert not partial.exists()
+
+
+def test_a_folder_of_the_user_with_the_name_of_an_unfinished_run_is_left_alone(
+    cli: Any, small: tuple[str, ...], contents: Any, pipeline: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "out.partial"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("mine")
+    for flags in ((), ("--no-resume",)):
+        result = cli("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small, *flags)
+        assert result.code == 1 and "holds 'letter.txt', which is no part of one" in result.err
+    assert contents(tmp_path) == {"out.partial/letter.txt": b"mine"}
