@@ -25,7 +25,8 @@ class IntervalOptions:
     """The choices that interval sources share; each preset names all of them.
 
     parameter: a learned scale is stored raw (LSQ) or as its logarithm.
-    zero_point: "fixed" at its static value, or "step": interpolated over t between the observed steps' best ones.
+    zero_point: of modules and step sources: "fixed" at the static value, or "step": interpolated over t between the
+        observed steps' best ones. S_N searches one per bin.
     start: modules start "as-is" (their random initialisation around the static interval), fitted to the "static"
         interval, or fitted to the "steps"' best intervals (regression in log s).
     encoding: time encoding of ``tdq`` (supp Table 2). weights: initialisation of ``tdq`` (supp Table 7).
@@ -108,6 +109,7 @@ class IntervalSource(nn.Module, ABC):
 
     def table(self, num_train_timesteps: int) -> tuple[Tensor, Tensor]:
         """Scale float32 [T] and zero_point int32 [T] at every time step."""
+        self.eval()
         with torch.no_grad():
             t = torch.arange(num_train_timesteps)
             scale, zero_point = self(t, torch.empty(num_train_timesteps, 0))

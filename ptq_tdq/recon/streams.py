@@ -39,17 +39,19 @@ class UnitCall:
         return UnitCall(self.unit, tuple(map(each, self.args)), {k: each(v) for k, v in self.kwargs.items()})
 
 
-def merge(calls: Sequence[UnitCall], store: Callable[[Sequence[Tensor]], Tensor]) -> UnitCall:
+def merge(calls: Sequence[UnitCall], sizes: Sequence[int], store: Callable[[Sequence[Tensor]], Tensor]) -> UnitCall:
     """The calls of all chunks as one; tensors are concatenated along the samples, anything else must not differ."""
     first = calls[0]
-    args = tuple(
-        store([c.args[i] for c in calls]) if isinstance(value, Tensor) else value for i, value in enumerate(first.args)
-    )
-    kwargs = {
-        k: store([c.kwargs[k] for c in calls]) if isinstance(value, Tensor) else value
-        for k, value in first.kwargs.items()
-    }
-    return UnitCall(first.unit, args, kwargs)
+
+    def together(values: list[Any]) -> Any:
+        if not isinstance(values[0], Tensor):
+            return values[0]
+        if [len(v) for v in values] != list(sizes):
+            raise ModelError(f"{first.unit} gets a tensor without one row per sample; skip its layers.")
+        return store(values)
+
+    args = tuple(together([c.args[i] for c in calls]) for i in range(len(first.args)))
+    return UnitCall(first.unit, args, {key: together([c.kwargs[key] for c in calls]) for key in first.kwargs})
 
 
 class Lane(greenlet):  # type: ignore[misc]
@@ -142,14 +144,18 @@ def sweep(
     with intercepted(model, units), torch.no_grad():
         lanes = [Lane(forward) for forward in (*forwards, *forwards)]
         calls = [lane.resume() for lane in lanes]
+        done: set[str] = set()
         while present := [c for c in calls if c is not None]:
             names = {c.unit for c in present}
             if len(present) < len(lanes) or len(names) > 1:
                 raise ModelError(
                     f"The model's forward pass takes different ways for different samples (at {sorted(names)})."
                 )
-            half = len(present) // 2
-            full, quantized = merge(present[:half], store), merge(present[half:], store)
+            if names & done:
+                raise ModelError(f"The model calls {names.pop()} twice in one forward pass; skip its layers.")
+            done |= names
+            count = len(present) // 2
+            full, quantized = (merge(half, sizes, store) for half in (present[:count], present[count:]))
             calls = [None] * len(lanes)
             present.clear()
             outputs = process(full, quantized)
