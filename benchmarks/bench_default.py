@@ -39,9 +39,7 @@ def main(schemes: str, methods: str, seeds: str, results: Path, threads: int, re
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     if not render:
         model = load_model()
-        reference = make_reference(
-            model, samples=EVALUATION_SAMPLES, num_inference_steps=25, seed=EVALUATION_SEED
-        )
+        reference = make_reference(model, samples=EVALUATION_SAMPLES, num_inference_steps=25, seed=EVALUATION_SEED)
         known = {(line["scheme"], line["method"], line["seed"]) for line in lines}
         results.parent.mkdir(exist_ok=True)
         for scheme in schemes.split(","):
@@ -98,7 +96,10 @@ def run(model: Any, reference: Reference, scheme: str, method: str, seed: int, f
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: mean and deviation over seeds, and each seed's difference to S_1."""
-    rows = ["| scheme | method | final latents (dB) | against S_1, each seed | predicted noise, mean over t (dB) |", "|---|---|---|---|---|"]
+    rows = [
+        "| scheme | method | final latents (dB) | against S_1, each seed | predicted noise, mean over t (dB) |",
+        "|---|---|---|---|---|",
+    ]
     for scheme in dict.fromkeys(line["scheme"] for line in lines):
         here = [line for line in lines if line["scheme"] == scheme]
         base = {line["seed"]: line["latent_sqnr_db"] for line in here if line["method"] == "static"}

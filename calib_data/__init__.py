@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ptq_tdq.calib_data.calibration_set import CalibrationSet
 from ptq_tdq.calib_data.collect import collect, collect_cached, default_cache_dir, make_recipe
-from ptq_tdq.calib_data.load import REFERENCE_ID, LoadedModel, check_unet, load_model, unet_sha256
+from ptq_tdq.calib_data.load import REFERENCE_ID, LoadedModel, check_unet, load_model, unet_sha256, with_scheduler
 from ptq_tdq.calib_data.sampling import Record, Recorder, sample_latents, start_schedule
 from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 
@@ -25,4 +25,5 @@ __all__ = [
     "sample_latents",
     "start_schedule",
     "unet_sha256",
+    "with_scheduler",
 ]

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,24 @@ def load_model(
     except (RuntimeError, AssertionError) as error:  # torch reports a missing backend as either
         raise ConfigError(f"The device '{device}' cannot be used here ({error}); choose another.") from error
     return LoadedModel(unet, scheduler, vae, source or REFERENCE_ID, sha256, classes, notices)
+
+
+def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
+    """Return the model with another diffusers scheduler, of the class ``name``, on the model's own noise schedule.
+
+    Raises :class:`ConfigError` for a class that diffusers does not have or that cannot be made from this schedule.
+    """
+    cls = getattr(diffusers, name, None) if name.isidentifier() else None
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        raise ConfigError(
+            f"diffusers has no scheduler named {name!r}, or lacks a package for it; "
+            "try DDIMScheduler or EulerDiscreteScheduler."
+        )
+    try:
+        with _quiet_diffusers():
+            return replace(model, scheduler=cls.from_config(model.scheduler.config))
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise ConfigError(f"{name} cannot be made from the model's own schedule ({error}); try another.") from error
 
 
 def check_unet(unet: nn.Module) -> None:

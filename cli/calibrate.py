@@ -9,9 +9,17 @@ from typing import Any
 import click
 
 from ptq_tdq.artifacts import check_output
-from ptq_tdq.calib_data import collect_cached, load_model
+from ptq_tdq.calib_data import collect_cached, load_model, with_scheduler
 from ptq_tdq.calibrate import calibrate
-from ptq_tdq.cli.options import json_option, model_option, print_json, quiet_option, threads_option, verbose_option
+from ptq_tdq.cli.options import (
+    json_option,
+    model_option,
+    print_json,
+    quiet_option,
+    scheduler_option,
+    threads_option,
+    verbose_option,
+)
 from ptq_tdq.cli.progress import Progress, show_files, show_gain
 from ptq_tdq.cli.unfinished import discard, unfinished_folder
 from ptq_tdq.config import PRESETS, Config, preset, read_config_file
@@ -50,6 +58,7 @@ def _choice_flags(command: Any) -> Any:
     help="Where every choice comes from that no flag and no file names.",
 )
 @_choice_flags
+@scheduler_option
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave layers whose name matches in floating point.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML or JSON file of choices.")
 @click.option(
@@ -76,6 +85,7 @@ def calibrate_command(
     source: str | None,
     output_dir: Path,
     preset_name: str | None,
+    scheduler: str | None,
     skip: tuple[str, ...],
     config_file: Path | None,
     settings: tuple[str, ...],
@@ -105,6 +115,8 @@ def calibrate_command(
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished block."
     say = Progress(quiet=quiet, verbose=verbose)
     model = load_model(source)
+    if scheduler:
+        model = with_scheduler(model, scheduler)
     for notice in model.notices:
         say.notice(notice)
     say.config(config)

@@ -32,6 +32,11 @@ model_option: Decorator = click.option(
     metavar="FOLDER|HUB_ID",
     help="A local diffusers folder that holds a UNet2DModel, or a hub id.  [default: the embedded CIFAR-10 model]",
 )
+scheduler_option: Decorator = click.option(
+    "--scheduler",
+    metavar="CLASS",
+    help="Any diffusers scheduler, e.g. EulerDiscreteScheduler.  [default: the model's own]",
+)
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 verbose_option: Decorator = click.option(
     "-v", "--verbose", is_flag=True, callback=_set_verbose, help="Say more; show a traceback for errors."

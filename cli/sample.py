@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
-import diffusers
 from diffusers.utils import logging as diffusers_logging
 
 from ptq_tdq.artifacts import check_base_model, read_artifact, write_atomic
-from ptq_tdq.calib_data import REFERENCE_ID, LoadedModel, load_model
-from ptq_tdq.cli.options import json_option, print_json, quiet_option, threads_option, verbose_option
-from ptq_tdq.errors import ConfigError, ModelError
+from ptq_tdq.calib_data import REFERENCE_ID, LoadedModel, load_model, with_scheduler
+from ptq_tdq.cli.options import json_option, print_json, quiet_option, scheduler_option, threads_option, verbose_option
+from ptq_tdq.errors import ModelError
 from ptq_tdq.evaluate.images import decode, grid
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import make_noise, run
@@ -40,7 +37,7 @@ from ptq_tdq.load import load_quantized
 @click.option(
     "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."
 )
-@click.option("--scheduler", metavar="CLASS", help="Any diffusers scheduler, e.g. EulerDiscreteScheduler.")
+@scheduler_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
 @threads_option
 @json_option
@@ -64,7 +61,7 @@ def sample_command(
     model = _full_precision(source, stored.config["base_model"]["id"])
     check_base_model(stored, model.sha256)
     if scheduler:
-        model = replace(model, scheduler=_scheduler(scheduler, model.scheduler.config))
+        model = with_scheduler(model, scheduler)
     if model.vae is None and model.unet.config.out_channels not in (1, 3):
         raise ModelError(
             f"The samples have {model.unet.config.out_channels} channels and the model has no VAE to turn them into "
@@ -107,16 +104,3 @@ def _full_precision(source: str | None, base: str) -> LoadedModel:
             f"The model '{base}' that the artifact was made from cannot be loaded from here; pass --model with its "
             f"folder or hub id ({error})."
         ) from error
-
-
-def _scheduler(name: str, config: Any) -> Any:
-    cls = getattr(diffusers, name, None) if name.isidentifier() else None
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
-        raise ConfigError(
-            f"diffusers has no scheduler named {name!r}, or lacks a package for it; "
-            "try DDIMScheduler or EulerDiscreteScheduler."
-        )
-    try:
-        return cls.from_config(config)
-    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise ConfigError(f"{name} cannot be made from the model's own schedule ({error}); try another.") from error
