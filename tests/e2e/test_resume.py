@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -19,18 +18,17 @@ from diffusers import UNet2DModel
 START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
 
 
-def kill_after(units: int, phase: str, arguments: list[str], partial: Path) -> None:
-    """Start the command and kill it when ``units`` units of ``phase`` are on disk."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", START, *arguments], env=environment, stderr=subprocess.PIPE)
+def stop_after(units: int, phase: str, arguments: list[str], partial: Path, stop: signal.Signals) -> tuple[int, str]:
+    """Start the command, send ``stop`` when ``units`` units of ``phase`` are on disk; return exit code and stderr."""
+    process = subprocess.Popen([sys.executable, "-c", START, *arguments], stderr=subprocess.PIPE, text=True)
     try:
-        while len(list(partial.glob(f"{phase}-*.safetensors"))) < units:
-            assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        while process.poll() is None and len(list(partial.glob(f"{phase}-*.safetensors"))) < units:
             time.sleep(0.002)
+        process.send_signal(stop)
+        _, err = process.communicate()
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
+        process.kill()
+    return process.returncode, err
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +42,9 @@ def killed(
         if phase not in made:
             first = tmp_path_factory.mktemp("killed") / "out"
             made[phase] = first.with_name("out.partial")
-            kill_after(
-                2, phase, ["calibrate", "--model", str(pipeline), "--output-dir", str(first), *small], made[phase]
-            )
+            command = ["calibrate", "--model", str(pipeline), "--output-dir", str(first), *small]
+            code, err = stop_after(2, phase, command, made[phase], signal.SIGKILL)
+            assert code == -signal.SIGKILL, err
             assert not first.exists()
         return Path(shutil.copytree(made[phase], out.with_name(f"{out.name}.partial")))
 
@@ -158,3 +156,12 @@ def test_a_folder_of_the_user_with_the_name_of_an_unfinished_run_is_left_alone(
         result = cli("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small, *flags)
         assert result.code == 1 and "holds 'letter.txt', which is no part of one" in result.err
     assert contents(tmp_path) == {"out.partial/letter.txt": b"mine"}
+
+
+def test_ctrl_c_keeps_the_finished_blocks_and_says_so(small: tuple[str, ...], pipeline: Path, tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = ["calibrate", "--model", str(pipeline), "--output-dir", str(out), *small]
+    code, err = stop_after(1, "weights", command, partial, signal.SIGINT)
+    assert (code, err.strip()) == (1, "Stopped; the same command goes on after the last finished block.")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert (partial / "weights-0000.safetensors").exists()
