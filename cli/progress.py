@@ -85,9 +85,9 @@ def _text(value: object) -> str:
 
 
 def show_gain(method: str, learned: Comparison, static: Comparison) -> None:
-    """The learned intervals beside the static ones, as a table on stdout."""
+    """The learned intervals beside static ones (the best single interval of each quantizer, not learned), on stdout."""
     table = Table(title="SQNR against full precision (dB, higher is better)")
-    for column in ("", "static intervals", method, "gain"):
+    for column in ("", "static (MSE)", f"{method} (learned)", "gain"):
         table.add_column(column, justify="right" if column else "left")
     for t, before, after in zip(learned.t, static.noise_sqnr_db, learned.noise_sqnr_db, strict=True):
         table.add_row(f"predicted noise, t = {t:g}", *_row(before, after))

@@ -13,7 +13,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ptq_tdq.calib_data import REFERENCE_ID, check_unet, collect, load_model, unet_sha256
+from ptq_tdq.calib_data import REFERENCE_ID, check_unet, collect, load_model, unet_sha256, with_scheduler
 from ptq_tdq.calib_data.reference import reference_path
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
 
@@ -243,6 +243,15 @@ def test_class_embeddings_that_are_no_labels_are_refused(tmp_path: Path) -> None
 def test_an_unusable_device_is_a_usage_error(bare: Path) -> None:
     with pytest.raises(ConfigError, match="'nonsense'"):
         load_model(str(bare), device="nonsense")
+
+
+def test_another_scheduler_keeps_the_noise_schedule_of_the_model() -> None:
+    model = load_model()
+    other = with_scheduler(model, "EulerDiscreteScheduler")
+    assert type(other.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert torch.equal(other.scheduler.alphas_cumprod, model.scheduler.alphas_cumprod)
+    with pytest.raises(ConfigError, match="'UNet2DModel'"):
+        with_scheduler(model, "UNet2DModel")
 
 
 def test_a_hub_id_without_the_hub_says_to_pass_a_folder(tmp_path: Path) -> None:

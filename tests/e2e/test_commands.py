@@ -102,7 +102,7 @@ def test_off_a_terminal_calibrate_prints_the_result_and_nothing_else(
     run = ("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small, *QUICK, "--overwrite")
     plain = cli(*run)
     assert (plain.code, plain.err) == (0, "")
-    for expected in ("static intervals", "predicted noise, t = 750", "final latents", f"Wrote {tmp_path / 'out'}"):
+    for expected in ("static (MSE)", "predicted noise, t = 750", "final latents", f"Wrote {tmp_path / 'out'}"):
         assert expected in plain.out
     assert "weights.safetensors" in plain.out
 
@@ -117,7 +117,7 @@ def test_off_a_terminal_calibrate_prints_the_result_and_nothing_else(
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {}
 
     verbose = cli(*run, "--verbose", "--evaluation-samples", "0")
-    assert verbose.code == 0 and "static intervals" not in verbose.out and f"Wrote {tmp_path / 'out'}" in verbose.out
+    assert verbose.code == 0 and "static (MSE)" not in verbose.out and f"Wrote {tmp_path / 'out'}" in verbose.out
     assert "Preset default: scheme W4A8" in verbose.err and "weights 1/" in verbose.err
 
 

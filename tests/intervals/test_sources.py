@@ -293,6 +293,15 @@ def test_dynamic_clips_nothing_and_uses_the_whole_range(bits: int) -> None:
     assert bool(reached.all())
 
 
+def test_fixed_clips_nothing_at_any_step_and_is_not_learned() -> None:
+    source = build("fixed", replace(observe(bits=8), range_method="minmax"))
+    x = activation(STEPS)
+    scale, zero_point = source(STEPS, x)
+    assert not list(source.parameters())
+    assert (scale * (0 - zero_point) <= x.flatten(1).amin(1)).all()
+    assert (scale * (255 - zero_point) >= x.flatten(1).amax(1)).all()
+
+
 def test_dynamic_is_abs_max_for_a_symmetric_zero_point() -> None:
     source = source_class("dynamic")(torch.tensor(0), QType(8, signed=True))  # type: ignore[call-arg]
     x = torch.tensor([[3.0, -1.0], [1.0, -8.0]])
