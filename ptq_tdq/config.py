@@ -52,7 +52,7 @@ class Config:
     weight_range: Literal["mse", "minmax"] = "mse"
     weight_symmetric: bool = False
     rounding: Literal["adaround", "nearest"] = "adaround"
-    weight_iterations: int = 400
+    weight_iterations: int = 300
     weight_lr: float = 1e-2
     rounding_loss: float = 0.01
     rounding_warmup: float = 0.2
@@ -60,7 +60,7 @@ class Config:
     rounding_b_end: float = 2.0
     # phase A
     activation_range: Literal["mse", "minmax", "ema"] = "mse"
-    activation_iterations: int = 200
+    activation_iterations: int = 100
     interval_lr: float = 1e-2
     module_lr: float = 2e-3
     loss_power: float = 2.4
