@@ -161,48 +161,41 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"{name} must be of type {kind.__name__}. Got {value!r} instead.") from None
 
 
+_PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
+    "num_inference_steps": 100,
+    "fixed_layers": (),
+    "weight_lr": 1e-3,
+    "activation_iterations": 5000,
+    "interval_lr": 4e-4,
+    "module_lr": 4e-4,
+    "interval_parameter": "raw",
+    "zero_point": "fixed",
+    "module_start": "as-is",
+    "thin_activation": "relu",
+    "compute_dtype": "float32",
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     # Q-Diffusion (arXiv 2302.04304) as its public code runs it: the strong baseline
     "qdiff": {
+        **_PUBLISHED,
         "samples_per_step": 256,
         "calibration_steps": 20,
-        "num_inference_steps": 100,
         "eight_bit_layers": (),
         "float_layers": (),
-        "fixed_layers": (),
         "weight_iterations": 20000,
-        "weight_lr": 1e-3,
-        "activation_iterations": 5000,
-        "interval_lr": 4e-4,
-        "module_lr": 4e-4,
-        "interval_parameter": "raw",
-        "zero_point": "fixed",
-        "module_start": "as-is",
-        "thin_activation": "relu",
-        "compute_dtype": "float32",
     },
     # the recipe under supp Table 4 (PTQD's public one)
     "paper": {
+        **_PUBLISHED,
         "samples_per_step": 16,
         "calibration_steps": 16,
-        "num_inference_steps": 100,
         "eight_bit_layers": ("first", "last", "time_embedding"),
         "float_layers": ("shortcut", "downsample"),
-        "fixed_layers": (),
         "split_shortcuts": False,
         "attention": False,
         "weight_granularity": "per_tensor",
         "weight_iterations": 10000,
-        "weight_lr": 1e-3,
-        "activation_iterations": 5000,
-        "interval_lr": 4e-4,
-        "module_lr": 4e-4,
-        "interval_parameter": "raw",
-        "zero_point": "fixed",
-        "module_start": "as-is",
-        "thin_activation": "relu",
-        "compute_dtype": "float32",
     },
 }
 

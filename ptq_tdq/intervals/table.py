@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 from torch import Tensor
 
 from ptq_tdq.intervals.base import IntervalSource, Observed
@@ -22,6 +25,13 @@ class TableSource(IntervalSource):
     def build(cls, method: str, observed: Observed) -> TableSource:
         """The best interval of each observed step, spread over the axis; not learned."""
         return cls(observed.spread(observed.steps.scale), observed.zero_point_table())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model but stay float32: ``model.half()`` must not round the intervals."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        return self
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return lookup(self.scale, t), lookup(self.zero_point, t)

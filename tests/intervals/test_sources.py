@@ -293,6 +293,12 @@ def test_dynamic_clips_nothing_and_uses_the_whole_range(bits: int) -> None:
     assert bool(reached.all())
 
 
+def test_a_table_stays_float32_in_a_half_precision_model() -> None:
+    scale = torch.rand(T) + 0.1
+    table = TableSource(scale, torch.zeros(T, dtype=torch.int32)).half()
+    assert table.scale.dtype == torch.float32 and torch.equal(table.scale, scale)
+
+
 def test_fixed_clips_nothing_at_any_step_and_is_not_learned() -> None:
     source = build("fixed", replace(observe(bits=8), range_method="minmax"))
     x = activation(STEPS)
