@@ -26,8 +26,9 @@ class Config:
     layers to leave in floating point. The input of a fixed layer keeps one interval that clips nothing (``fixed``).
 
     Learning (:mod:`ptq_tdq.recon.weights`, :mod:`ptq_tdq.recon.activations`): ``interval_lr`` is the rate of a learned
-    scale, ``module_lr`` that of a module's weights. ``compute_dtype`` is that of the products inside the learning
-    loops; losses that decide anything are always evaluated in float32.
+    scale, ``module_lr`` that of a module's weights, ``bias_lr`` that of the layers' biases in both phases (0 keeps
+    them). ``compute_dtype`` is that of the products inside the learning loops; losses that decide anything are always
+    evaluated in float32.
     """
 
     preset: str = "default"
@@ -52,7 +53,7 @@ class Config:
     weight_range: Literal["mse", "minmax"] = "mse"
     weight_symmetric: bool = False
     rounding: Literal["adaround", "nearest"] = "adaround"
-    weight_iterations: int = 300
+    weight_iterations: int = 200
     weight_lr: float = 1e-2
     rounding_loss: float = 0.01
     rounding_warmup: float = 0.2
@@ -60,11 +61,12 @@ class Config:
     rounding_b_end: float = 2.0
     # phase A
     activation_range: Literal["mse", "minmax", "ema"] = "mse"
-    activation_iterations: int = 100
+    activation_iterations: int = 80
     interval_lr: float = 1e-2
     module_lr: float = 2e-3
     loss_power: float = 2.4
     batch_size: int = 32
+    bias_lr: float = 1e-3
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     interval_parameter: Literal["raw", "log"] = "log"
     zero_point: Literal["fixed", "step"] = "step"
@@ -118,7 +120,7 @@ class Config:
 _BOUNDS: Mapping[str, tuple[float, float]] = {  # least value, and the first that is too large
     "seed": (0, 1 << 32),
     **dict.fromkeys(("samples_per_step", "calibration_steps", "num_inference_steps", "batch_size"), (1, inf)),
-    **dict.fromkeys(("weight_iterations", "activation_iterations", "rounding_loss"), (0, inf)),
+    **dict.fromkeys(("weight_iterations", "activation_iterations", "rounding_loss", "bias_lr"), (0, inf)),
     **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "loss_power"), (float_info.min, inf)),
     **dict.fromkeys(("rounding_b_start", "rounding_b_end"), (float_info.min, inf)),
     "rounding_warmup": (0, 1),
@@ -173,6 +175,7 @@ _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
     "module_start": "as-is",
     "thin_activation": "relu",
     "compute_dtype": "float32",
+    "bias_lr": 0.0,
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},

@@ -18,24 +18,24 @@ from ptq_tdq.modules.weight import WeightQuantizer
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.timeaxis import Clock
 
-Operation = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Operation = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _conv2d(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def _conv2d(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert isinstance(layer, nn.Conv2d)
-    y: Tensor = layer._conv_forward(x, weight, layer.bias)
+    y: Tensor = layer._conv_forward(x, weight, bias)
     return y
 
 
-def _conv1d(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def _conv1d(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert isinstance(layer, nn.Conv1d)
-    y: Tensor = layer._conv_forward(x, weight, layer.bias)
+    y: Tensor = layer._conv_forward(x, weight, bias)
     return y
 
 
-def _linear(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def _linear(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert isinstance(layer, nn.Linear)
-    return functional.linear(x, weight, layer.bias)
+    return functional.linear(x, weight, bias)
 
 
 QUANTIZED_LAYERS: dict[type[nn.Module], tuple[str, int, Operation]] = {  # class -> kind, channel dim of x, operation
@@ -70,6 +70,7 @@ class QuantLayer(nn.Module):
         self.weights = nn.ModuleList(WeightQuantizer(record.weight_bits) for _ in self.ranges)
         self.inputs = nn.ModuleList(ActivationQuantizer(q, clock) for q in record.inputs)
         self.weights_enabled = False
+        self.shift = None if self.bias is None else nn.Parameter(torch.zeros_like(self.bias), requires_grad=False)
         self._final: Tensor | None = None
 
     @property
@@ -78,6 +79,13 @@ class QuantLayer(nn.Module):
         weight = self.layer.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own bias [O], or None."""
+        bias = self.layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
 
     def weight_quantizers(self) -> list[WeightQuantizer]:
         return [w for w in self.weights if isinstance(w, WeightQuantizer)]
@@ -105,6 +113,9 @@ class QuantLayer(nn.Module):
         """Replace the original weight by the quantized one."""
         with torch.no_grad():
             self.weight.copy_(self.quantized_weight())
+            if self.bias is not None and self.shift is not None:
+                self.bias.add_(self.shift)
+                self.shift.zero_()
         self._final = self.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,4 +125,7 @@ class QuantLayer(nn.Module):
             sizes = [hi - lo for lo, hi in self.ranges]
             parts = x.split(sizes, self.channel_dim)
             x = torch.cat([q(p) for q, p in zip(self.inputs, parts, strict=True)], self.channel_dim)
-        return self.operation(self.layer, x, self.quantized_weight() if self.weights_enabled else self.weight)
+        if not self.weights_enabled:
+            return self.operation(self.layer, x, self.weight, self.bias)
+        bias = None if self.bias is None or self.shift is None else self.bias + self.shift
+        return self.operation(self.layer, x, self.quantized_weight(), bias)

@@ -76,7 +76,7 @@ def reconstruct_activations(
     sources.eval()
     before = after = unit.loss(call, target, config.loss_power)
     if config.activation_iterations and any(True for _ in sources.parameters()):
-        with torch.enable_grad():
+        with unit.learning():
             after = _learn(unit, call, target, sources, config, generator, before)
     for quantizer in quantizers:
         freeze(quantizer, num_train_timesteps)
@@ -103,10 +103,14 @@ def _learn(
     known = {id(p) for p in raw}
     weights = [p for p in sources.parameters() if id(p) not in known]
     optimizer = torch.optim.Adam(
-        [{"params": raw, "lr": config.interval_lr}, {"params": weights, "lr": config.module_lr}]
+        [
+            {"params": raw, "lr": config.interval_lr},
+            {"params": weights, "lr": config.module_lr},
+            {"params": unit.shifts(), "lr": config.bias_lr},
+        ]
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.activation_iterations)
-    best, best_state = before, copy.deepcopy(sources.state_dict())
+    best, best_state, best_shifts = before, *_state(unit, sources)
     interval = -(-config.activation_iterations // CHECKS)
     for iteration in range(1, config.activation_iterations + 1):
         sources.train()
@@ -120,7 +124,15 @@ def _learn(
             sources.eval()
             now = unit.loss(call, target, config.loss_power)
             if now < best:
-                best, best_state = now, copy.deepcopy(sources.state_dict())
+                best, best_state, best_shifts = now, *_state(unit, sources)
     sources.load_state_dict(best_state)
+    with torch.no_grad():
+        for shift, value in zip(unit.shifts(), best_shifts, strict=True):
+            shift.copy_(value)
     sources.eval()
     return best
+
+
+def _state(unit: Unit, sources: nn.ModuleList) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Copies of all that phase A learns."""
+    return copy.deepcopy(sources.state_dict()), [shift.detach().clone() for shift in unit.shifts()]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -75,7 +76,7 @@ def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
             for index, weight in enumerate(layer.weight_quantizers()):
                 for key in ("codes", "scale", "zero_point"):
                     tensors[f"{layer.record.name}.{index}.{key}"] = getattr(weight, key)
-        return tensors
+        return tensors | _shifts(unit)
     for quantizer in unit.quantizers():
         name, source = quantizer.record.name, quantizer.source
         tensors[f"{name}.static_scale"] = static[name].scale
@@ -84,7 +85,11 @@ def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
             tensors[f"{name}.scale"] = source.scale
         assert isinstance(source, TableSource | Dynamic)
         tensors[f"{name}.zero_point"] = source.zero_point
-    return tensors
+    return tensors | _shifts(unit)
+
+
+def _shifts(unit: Unit) -> Tensors:
+    return {f"{layer.record.name}.shift": layer.shift.detach() for layer in unit.layers() if layer.shift is not None}
 
 
 def restore(
@@ -92,6 +97,9 @@ def restore(
 ) -> tuple[float, float]:
     """Inverse of :func:`snapshot`; switches the phase's quantizers on and returns the losses."""
     tensors, losses = saved
+    with torch.no_grad():
+        for name, shift in _shifts(unit).items():
+            shift.copy_(tensors[name])
     if phase == "weights":
         for layer in unit.layers():
             layer.weights_enabled = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,23 @@ class Unit:
 
     def quantizers(self) -> list[ActivationQuantizer]:
         return [m for m in self.module.modules() if isinstance(m, ActivationQuantizer)]
+
+    def shifts(self) -> list[nn.Parameter]:
+        """The learned corrections of the layers' biases."""
+        return [layer.shift for layer in self.layers() if layer.shift is not None]
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Gradients on, for the bias corrections too."""
+        for shift in self.shifts():
+            shift.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for shift in self.shifts():
+                shift.requires_grad_(False)
+                shift.grad = None
 
     def run(self, call: UnitCall, index: Tensor | slice) -> Tensor:
         """Output of the unit for some samples, as its quantizers now stand."""

@@ -43,7 +43,7 @@ def reconstruct_weights(
     ]
     nearest = [quantizer.codes for _, _, quantizer in learned]
     roundings = [_begin(layer, index, quantizer) for layer, index, quantizer in learned]
-    with torch.enable_grad():
+    with unit.learning():
         _learn(unit, call, target, roundings, config, generator)
     for (layer, index, quantizer), rounding in zip(learned, roundings, strict=True):
         _assign(layer, index, quantizer, rounding.hard_codes())
@@ -53,6 +53,9 @@ def reconstruct_weights(
     for (layer, index, quantizer), codes in zip(learned, nearest, strict=True):
         assert codes is not None
         _assign(layer, index, quantizer, codes)
+    with torch.no_grad():
+        for shift in unit.shifts():
+            shift.zero_()
     return before, before
 
 
@@ -73,7 +76,12 @@ def _assign(layer: QuantLayer, index: int, quantizer: WeightQuantizer, codes: Te
 def _learn(
     unit: Unit, call: UnitCall, target: Tensor, roundings: list[AdaRound], config: Config, generator: torch.Generator
 ) -> None:
-    optimizer = torch.optim.Adam([r.alpha for r in roundings], lr=config.weight_lr)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [r.alpha for r in roundings], "lr": config.weight_lr},
+            {"params": unit.shifts(), "lr": config.bias_lr},
+        ]
+    )
     for iteration in range(config.weight_iterations):
         index = torch.randint(len(target), (config.batch_size,), generator=generator)
         loss = unit.learning_loss(call, target, LOSS_POWER, config, index)
