@@ -56,7 +56,11 @@ def layer_kind(layer: nn.Module) -> str | None:
 
 
 class QuantLayer(nn.Module):
-    """A layer whose weight and input pass through quantizers; with both off it is the original, bit for bit."""
+    """A layer whose weight and input pass through quantizers; with both off it is the original, bit for bit.
+
+    ``shift`` [O] is the learned correction of the bias (None without a bias); it counts while the weights' quantizers
+    are on, and :meth:`finalize` adds it to the bias.
+    """
 
     def __init__(self, layer: nn.Module, record: LayerRecord, clock: Clock) -> None:
         super().__init__()
@@ -110,7 +114,7 @@ class QuantLayer(nn.Module):
         return self._final
 
     def finalize(self) -> None:
-        """Replace the original weight by the quantized one."""
+        """Replace the original weight by the quantized one, and the bias by the corrected one."""
         with torch.no_grad():
             self.weight.copy_(self.quantized_weight())
             if self.bias is not None and self.shift is not None:

@@ -1,4 +1,4 @@
-"""Phase A of one unit: observe its activations, start its interval sources, learn them, freeze them to tables."""
+"""Phase A of one unit: observe, start the interval sources, learn them and the biases, freeze them to tables."""
 
 from __future__ import annotations
 

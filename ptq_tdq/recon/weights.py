@@ -1,4 +1,4 @@
-"""Phase W of one unit: intervals of its weights, then learned rounding (AdaRound) against the full-precision output."""
+"""Phase W of one unit: intervals of its weights, then learned rounding (AdaRound) and biases."""
 
 from __future__ import annotations
 

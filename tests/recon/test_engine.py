@@ -38,6 +38,8 @@ def state(quantized: QuantizedModel) -> dict[str, Tensor]:
         for i, weight in enumerate(layer.weight_quantizers()):
             assert weight.codes is not None and weight.scale is not None and weight.zero_point is not None
             found |= {f"{name}.{i}.c": weight.codes, f"{name}.{i}.s": weight.scale, f"{name}.{i}.z": weight.zero_point}
+        if layer.shift is not None:
+            found[f"{name}.shift"] = layer.shift.detach().clone()
     for name, quantizer in quantized.quantizers().items():
         assert isinstance(quantizer.source, TableSource | Dynamic)
         found |= {f"{name}.{key}": value for key, value in quantizer.source.named_buffers()}
@@ -132,7 +134,7 @@ class Stop(Exception):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     wrap: Wrap, choose: Choose, samples: Samples, tmp_path: Path, method: str, fraction: float
 ) -> None:
-    config = choose(method=method, weight_iterations=2, activation_iterations=2)
+    config = choose(method=method, weight_iterations=2, activation_iterations=2, bias_lr=1e-3)
     whole = wrap(config)
     expected = run(whole, samples, config)
     total = len(whole.units())
@@ -236,3 +238,25 @@ def test_the_loss_sums_over_channels_and_averages_the_rest(power: float) -> None
     expected = sum(value**power for value in (a - b).abs().flatten().tolist())
     assert reconstruction_loss(a, b, power).item() == pytest.approx(expected / (2 * 4 * 5), rel=1e-5)
     assert LOSS_POWER == 2.0
+
+
+def test_published_presets_keep_the_biases(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+    quantized = wrap(choose())
+    original = {name: layer.bias.clone() for name, layer in quantized.layers().items() if layer.bias is not None}
+    run(quantized, samples, choose())
+    quantized.finalize()
+    assert original and all(torch.equal(quantized.layers()[name].bias, bias) for name, bias in original.items())
+
+
+def test_learned_biases_are_part_of_the_final_layer(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+    config = choose(bias_lr=1e-3, weight_iterations=20)
+    quantized = wrap(config)
+    original = {name: layer.bias.clone() for name, layer in quantized.layers().items() if layer.bias is not None}
+    run(quantized, samples, config)
+    shift = {name: layer.shift.detach().clone() for name, layer in quantized.layers().items() if name in original}
+    before = quantized(**samples.inputs(slice(0, 4))).sample
+    quantized.finalize()
+    assert any(bool(value.any()) for value in shift.values())
+    for name, bias in original.items():
+        assert torch.equal(quantized.layers()[name].bias, bias + shift[name])
+    assert torch.equal(quantized(**samples.inputs(slice(0, 4))).sample, before)
