@@ -44,11 +44,17 @@ verbose_option: Decorator = click.option(
 quiet_option: Decorator = click.option(
     "-q", "--quiet", is_flag=True, help="Say nothing but errors and the result of --json."
 )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 threads_option: Decorator = click.option(
     "--threads",
     type=click.IntRange(min=1),
-    default=lambda: os.cpu_count() or 1,
-    show_default="all cores",
+    default=_cores,
+    show_default="the cores that this process may use",
     callback=_set_threads,
     expose_value=False,
     help="CPU threads; the last digits of a result depend on them.",
