@@ -29,7 +29,7 @@ class TableSource(IntervalSource):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the model but stay float32: ``model.half()`` must not round the intervals."""
         scale = self.scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scale = scale.to(self.scale.device)
         return self
 
