@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,14 @@ import torch
 from diffusers import UNet2DModel
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def processor_state() -> Iterator[None]:
+    """Undo what a command run inside the test process sets for the process as a whole."""
+    yield
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture
