@@ -20,7 +20,12 @@ START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
 
 def stop_after(units: int, phase: str, arguments: list[str], partial: Path, stop: signal.Signals) -> tuple[int, str]:
     """Start the command, send ``stop`` when ``units`` units of ``phase`` are on disk; return exit code and stderr."""
-    process = subprocess.Popen([sys.executable, "-c", START, *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores Ctrl-C
+    )
     try:
         while process.poll() is None and len(list(partial.glob(f"{phase}-*.safetensors"))) < units:
             time.sleep(0.002)
