@@ -25,6 +25,9 @@ class Config:
     Layers: ``eight_bit_layers``, ``float_layers`` and ``fixed_layers`` hold roles; ``skip`` holds name patterns of
     layers to leave in floating point. The input of a fixed layer keeps one interval that clips nothing (``fixed``).
 
+    ``weight_symmetric`` names the weights whose zero point is the middle code: 8-bit codes minus 128 then fit the
+    signed bytes that integer kernels take.
+
     Learning (:mod:`ptq_tdq.recon.weights`, :mod:`ptq_tdq.recon.activations`): ``interval_lr`` is the rate of a learned
     scale, ``module_lr`` that of a module's weights, ``bias_lr`` that of the layers' biases in both phases (0 keeps
     them). ``compute_dtype`` is that of the products inside the learning loops; losses that decide anything are always
@@ -51,7 +54,7 @@ class Config:
     # phase W
     weight_granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     weight_range: Literal["mse", "minmax"] = "mse"
-    weight_symmetric: bool = False
+    weight_symmetric: Literal["never", "8-bit", "always"] = "8-bit"
     rounding: Literal["adaround", "nearest"] = "adaround"
     weight_iterations: int = 200
     weight_lr: float = 1e-2
@@ -104,6 +107,10 @@ class Config:
             weights=self.module_weights,
             activation=self.thin_activation,
         )
+
+    def symmetric_weights(self, bits: int) -> bool:
+        """Whether weights of so many bits have the middle code as their zero point."""
+        return self.weight_symmetric == "always" or (self.weight_symmetric == "8-bit" and bits == 8)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, every choice by name."""
@@ -166,6 +173,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
     "num_inference_steps": 100,
     "fixed_layers": (),
+    "weight_symmetric": "never",
     "weight_lr": 1e-3,
     "activation_iterations": 5000,
     "interval_lr": 4e-4,

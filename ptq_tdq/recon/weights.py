@@ -21,7 +21,8 @@ def initialize(layer: QuantLayer, config: Config) -> None:
     for index, quantizer in enumerate(layer.weight_quantizers()):
         weight = layer.part(index)
         rows = weight.flatten(1) if config.weight_granularity == "per_channel" else weight.reshape(1, -1)
-        found = weight_qparams(rows, quantizer.qtype, method=config.weight_range, symmetric=config.weight_symmetric)
+        symmetric = config.symmetric_weights(quantizer.qtype.bits)
+        found = weight_qparams(rows, quantizer.qtype, method=config.weight_range, symmetric=symmetric)
         shape = (-1,) + (1,) * (weight.ndim - 1)
         codes = quantize(weight, found.scale.view(shape), found.zero_point.view(shape), quantizer.qtype)
         layer.assign(index, codes, found.scale, found.zero_point)

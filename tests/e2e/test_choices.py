@@ -23,6 +23,7 @@ def choices(cli: Any, *flags: object) -> dict[str, Any]:
 def test_every_preset_is_what_it_says(name: str, cli: Any) -> None:
     assert choices(cli, "--preset", name) == preset(name).to_dict()
     assert choices(cli) == preset("default").to_dict()
+    assert choices(cli, "--preset", name)["weight_symmetric"] == ("8-bit" if name == "default" else "never")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,7 @@ def test_what_show_config_prints_is_a_config_file(cli: Any, tmp_path: Path) -> N
         ("weight_lr=nan", "weight_lr must be above 0 and finite. Got nan instead."),
         ("attention=maybe", "attention must be of type bool. Got 'maybe' instead."),
         ("rounding=up", "rounding must be one of adaround, nearest. Got 'up' instead."),
+        ("weight_symmetric=true", "weight_symmetric must be one of never, 8-bit, always. Got 'true' instead."),
         ("softmax_bits=99", "softmax_bits must be at least 2 and below 9. Got 99 instead."),
         ("seed=-1", "seed must be at least 0 and below 4294967296. Got -1 instead."),
         ("seed", "--set takes KEY=VALUE. Got 'seed' instead."),

@@ -117,6 +117,25 @@ def test_the_reported_weight_loss_is_that_of_the_quantized_prefix(wrap: Wrap, ch
     assert last.unit == "conv_out" and last.after == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(("symmetric", "bits"), [("never", set()), ("8-bit", {8}), ("always", {4, 8})])
+def test_symmetric_weights_have_the_middle_code_as_zero_point(
+    wrap: Wrap, choose: Choose, samples: Samples, symmetric: str, bits: set[int]
+) -> None:
+    layers = {"eight_bit_layers": "first,last", "weight_symmetric": symmetric}
+    config = choose(scheme="W4A8", rounding="nearest", method="step-table", **layers)
+    quantized = wrap(config)
+    run(quantized, samples, config)
+    found: dict[int, set[int]] = {4: set(), 8: set()}
+    for layer in quantized.layers().values():
+        for weight in layer.weight_quantizers():
+            assert weight.zero_point is not None and weight.codes is not None
+            found[weight.qtype.bits] |= set(weight.zero_point.tolist())
+            if symmetric == "8-bit" and weight.qtype.bits == 8:
+                codes = weight.codes.int() - weight.zero_point.view(-1, *(1,) * (weight.codes.ndim - 1))
+                assert torch.equal(codes, codes.to(torch.int8).int())
+    assert {b for b, zero_points in found.items() if zero_points == {1 << (b - 1)}} == bits
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_in_an_activation_names_the_layer_and_t(wrap: Wrap, choose: Choose, samples: Samples, bad: float) -> None:
     config = choose()
