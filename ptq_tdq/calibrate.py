@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ptq_tdq.calib_data import CalibrationSet, unet_sha256
-from ptq_tdq.config import Config
+from ptq_tdq.config import ACTIVATION_CHOICES, Config
 from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.plan import make_plan, require_timestep
 from ptq_tdq.quantized_model import QuantizedModel, base_config
 from ptq_tdq.recon import RunDirectory, Samples, UnitReport, reconstruct
+from ptq_tdq.scheme import Scheme
 
 
 def calibrate(
@@ -26,13 +27,16 @@ def calibrate(
     *,
     model_id: str | None = None,
     run_directory: Path | None = None,
+    weights_directory: Path | None = None,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
 ) -> QuantizedModel:
     """Quantize a copy of ``model`` block by block; the model itself stays as it is.
 
     ``model`` is a diffusers UNet2DModel (or a module with its call signature and ``config``); ``model_id`` is its name
     in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
-    stopped. ``on_unit`` hears of each finished unit. The result's :attr:`static` holds the static MSE intervals.
+    stopped. With a ``weights_directory`` as well, phase W is kept there: runs that differ only in what phase A decides
+    may share it, one after the other. ``on_unit`` hears of each finished unit. The result's :attr:`static` holds the
+    static MSE intervals.
 
     Raises :class:`~ptq_tdq.errors.ModelError` (no timestep argument, 0 layers), :class:`~ptq_tdq.errors.NonFiniteError`
     (NaN or Inf; names the layer and t), :class:`CalibrationSetError` for a set that does not fit the model, and
@@ -46,10 +50,17 @@ def calibrate(
     plan = make_plan(model, config, lambda: model(**samples.inputs(slice(0, 2))))
     quantized = QuantizedModel.copy_of(model, plan)
     quantized.provenance = provenance(model, config, calibration_set, model_id)
-    run = RunDirectory(run_directory, identity(quantized.provenance)) if run_directory else None
+    run = _open_run(run_directory, weights_directory, quantized.provenance)
     steps = quantized.provenance["time_axis"]["num_train_timesteps"]
     quantized.static = reconstruct(quantized, samples, config, steps, run=run, on_unit=on_unit)
     return quantized.finalize()
+
+
+def _open_run(folder: Path | None, weights: Path | None, document: dict[str, Any]) -> RunDirectory | None:
+    if folder is None:
+        return None
+    shared = RunDirectory(weights, weight_identity(document)) if weights else None
+    return RunDirectory(folder, identity(document), weights=shared)
 
 
 def _check_fit(model: Any, calibration_set: CalibrationSet) -> None:
@@ -97,6 +108,14 @@ def identity(document: dict[str, Any]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),  # the order of sums, and so the bytes, depend on it
         **{f"version of {key}": value for key, value in document["versions"].items()},
     }
+
+
+def weight_identity(document: dict[str, Any]) -> dict[str, Any]:
+    """The part of :func:`identity` that phase W depends on."""
+    found = {
+        key: value for key, value in identity(document).items() if key.removeprefix("choice ") not in ACTIVATION_CHOICES
+    }
+    return {**found, "choice scheme": f"W{Scheme.parse(document['scheme']).weight_bits}"}
 
 
 def _name(model: Any) -> str:

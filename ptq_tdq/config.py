@@ -124,6 +124,14 @@ class Config:
         return replace(self, **choices)
 
 
+ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is there in part
+    (
+        *("preset", "method", "softmax_bits", "fixed_layers", "activation_range", "activation_iterations"),
+        *("interval_lr", "module_lr", "loss_power", "interval_parameter", "zero_point"),
+        *("module_start", "time_encoding", "module_weights", "thin_activation"),
+    )
+)
+
 _BOUNDS: Mapping[str, tuple[float, float]] = {  # least value, and the first that is too large
     "seed": (0, 1 << 32),
     **dict.fromkeys(("samples_per_step", "calibration_steps", "num_inference_steps", "batch_size"), (1, inf)),

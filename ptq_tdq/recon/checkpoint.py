@@ -24,9 +24,13 @@ Tensors = dict[str, Tensor]
 class RunDirectory:
     """``run.json`` with the run's identity (a flat dict), and ``<phase>-<index>.safetensors`` per finished unit."""
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        """Open or begin a run; raises :class:`ResumeError` naming the key that differs from the run on disk."""
+    def __init__(self, path: Path, identity: dict[str, Any], *, weights: RunDirectory | None = None) -> None:
+        """Open or begin a run; raises :class:`ResumeError` naming the key that differs from the run on disk.
+
+        ``weights`` keeps phase W instead: runs that differ only in phase A share it.
+        """
         self.path = path
+        self._homes = {"weights": weights.path if weights else path, "activations": path}
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -49,7 +53,7 @@ class RunDirectory:
                 )
 
     def _file(self, phase: str, index: int) -> Path:
-        return self.path / f"{phase}-{index:04d}.safetensors"
+        return self._homes[phase] / f"{phase}-{index:04d}.safetensors"
 
     def write(self, phase: str, index: int, tensors: Tensors, losses: tuple[float, float]) -> None:
         data = save({k: v.contiguous() for k, v in tensors.items()}, metadata={"losses": json.dumps(losses)})
@@ -66,6 +70,10 @@ class RunDirectory:
                 return {key: file.get_tensor(key) for key in file.keys()}, (before, after)  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError) as error:
             raise ResumeError(f"{path} is damaged ({error}); start with --no-resume.") from None
+
+    def finished(self, phase: str, units: int) -> bool:
+        """Whether all ``units`` of a phase are there."""
+        return all(self._file(phase, index).exists() for index in range(units))
 
 
 def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:

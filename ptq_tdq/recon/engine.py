@@ -74,7 +74,16 @@ def reconstruct(
     store = Store(_stream_bytes(quantized, samples) > CACHE_BYTES)
     static: dict[str, QParams] = {}
 
+    def restore_all(phase: Phase, run: RunDirectory) -> None:
+        for index, name in enumerate(units):
+            unit = Unit(name, quantized.model.get_submodule(name), quantized.clock, samples.t)
+            saved = run.read(phase, index)
+            assert saved is not None
+            on_unit(UnitReport(phase, index, len(units), name, *restore(unit, phase, saved, static), 0.0))
+
     def pass_over(phase: Phase) -> None:
+        if run and run.finished(phase, len(units)):
+            return restore_all(phase, run)  # nothing is left to learn, so no stream has to flow
         done = 0
 
         def process(full: UnitCall, mine: UnitCall) -> tuple[Tensor, Tensor]:
