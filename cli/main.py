@@ -12,6 +12,7 @@ import torch
 
 import ptq_tdq
 from ptq_tdq.cli.calibrate import calibrate_command
+from ptq_tdq.cli.evaluate import evaluate_command
 from ptq_tdq.cli.export import export_command
 from ptq_tdq.cli.inspect import inspect_command
 from ptq_tdq.cli.sample import sample_command
@@ -25,7 +26,7 @@ def cli() -> None:
     torch.set_flush_denormal(True)
 
 
-for _command in (calibrate_command, export_command, inspect_command, sample_command):
+for _command in (calibrate_command, evaluate_command, export_command, inspect_command, sample_command):
     cli.add_command(_command)
 
 

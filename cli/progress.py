@@ -57,6 +57,12 @@ class Progress:
         if done == total:
             self._bars.stop()
 
+    def counting(self, name: str, done: int, total: int) -> None:
+        """Some other work, ``done`` of ``total``."""
+        self._advance(name, done, total, "")
+        if done == total:
+            self._bars.stop()
+
     @contextmanager
     def units(self) -> Iterator[None]:
         """Around the reconstruction."""

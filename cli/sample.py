@@ -9,8 +9,9 @@ import click
 from diffusers.utils import logging as diffusers_logging
 
 from ptq_tdq.artifacts import check_base_model, read_artifact, write_atomic
-from ptq_tdq.calib_data import REFERENCE_ID, LoadedModel, load_model, with_scheduler
+from ptq_tdq.calib_data import with_scheduler
 from ptq_tdq.cli.options import json_option, print_json, quiet_option, scheduler_option, threads_option, verbose_option
+from ptq_tdq.cli.original import load_original
 from ptq_tdq.errors import ModelError
 from ptq_tdq.evaluate.images import decode, grid
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
@@ -58,7 +59,7 @@ def sample_command(
     """Sample with ARTIFACT and with its full-precision model, from the same noise, into a PNG."""
     diffusers_logging.set_verbosity_error()  # schedulers report what they adjust; the user asked for a picture
     stored = read_artifact(artifact)
-    model = _full_precision(source, stored.config["base_model"]["id"])
+    model = load_original(source, stored.config["base_model"]["id"])
     check_base_model(stored, model.sha256)
     if scheduler:
         model = with_scheduler(model, scheduler)
@@ -91,16 +92,3 @@ def sample_command(
             f"Wrote {output}: {num_images} images, {num_inference_steps} steps of {facts['scheduler']}; "
             f"latents {facts['latent_sqnr_db']:.1f} dB SQNR, images {facts['image_psnr_db']:.1f} dB PSNR"
         )
-
-
-def _full_precision(source: str | None, base: str) -> LoadedModel:
-    """The model named by the user, else the one that the artifact names."""
-    try:
-        return load_model(source or (None if base == REFERENCE_ID else base))
-    except ModelError as error:
-        if source:
-            raise
-        raise ModelError(
-            f"The model '{base}' that the artifact was made from cannot be loaded from here; pass --model with its "
-            f"folder or hub id ({error})."
-        ) from error

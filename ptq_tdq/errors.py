@@ -10,6 +10,7 @@ PtqTdqError
 ├── TimestepError           a time step outside the interval tables
 ├── ResumeError             an unfinished run that belongs to another model, config or calibration set
 ├── OutputError             an output path that cannot be written
+├── MissingExtraError       an optional package, or a file that it needs, is not there
 └── ArtifactError           an artifact directory that cannot be used
     ├── ArtifactCorruptError    missing, truncated or altered files
     └── ArtifactMismatchError   an intact artifact that belongs to another model or version
@@ -56,6 +57,10 @@ class ResumeError(PtqTdqError):
 
 class OutputError(PtqTdqError):
     """An output path that cannot be written."""
+
+
+class MissingExtraError(PtqTdqError):
+    """An optional package, or a file that it needs, is not there."""
 
 
 class ArtifactError(PtqTdqError):

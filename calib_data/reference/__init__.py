@@ -1,7 +1,8 @@
 """The embedded reference model: a small class-conditional latent diffusion model of CIFAR-10.
 
 The folder holds ``unet/``, ``vae/`` and ``scheduler/`` as diffusers writes them (fp16 weights), a CIFAR-10 classifier
-and the statistics of its features over the training images, to which FD-C10 is measured. ``README.md`` is the card.
+and the statistics of its features over the training images, to which FD-C10 is measured, with the features of 1,000 of
+these images for metrics that need single ones. ``README.md`` is the card.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from safetensors.torch import load_file
 
 from ptq_tdq.calib_data.reference.classifier import FEATURES, Cifar10Classifier
 
-__all__ = ["FEATURES", "NO_CLASS", "Cifar10Classifier", "load_classifier", "reference_path", "reference_statistics"]
+__all__ = [
+    "FEATURES",
+    "NO_CLASS",
+    "Cifar10Classifier",
+    "load_classifier",
+    "reference_features",
+    "reference_path",
+    "reference_statistics",
+]
 
 NO_CLASS = 10
 """The class label that means "no class" (for classifier-free guidance); 0-9 are the CIFAR-10 classes in their order."""
@@ -42,3 +51,9 @@ def reference_statistics() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Load the mean float64 [256] and the covariance float64 [256, 256] of the features of 50,000 training images."""
     stored = load_arrays(reference_path() / "cifar10_train_features.safetensors")
     return stored["mean"].astype(np.float64), stored["cov"].astype(np.float64)
+
+
+def reference_features() -> NDArray[np.float32]:
+    """Load the features float32 [1000, 256] (stored in float16) of 1,000 training images, 100 of each class in turn."""
+    stored = load_arrays(reference_path() / "cifar10_train_sample.safetensors")
+    return stored["features"].astype(np.float32)

@@ -1,0 +1,221 @@
+"""``ptq-tdq evaluate``: what a quantized model loses."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from diffusers.utils import logging as diffusers_logging
+from rich.table import Table
+from torch import Tensor
+
+from ptq_tdq.artifacts import check_base_model, check_target, publish_directory, read_artifact
+from ptq_tdq.artifacts.atomic import write_file
+from ptq_tdq.calib_data import with_scheduler
+from ptq_tdq.cli.options import (
+    json_option,
+    print_json,
+    quiet_option,
+    result_console,
+    scheduler_option,
+    threads_option,
+    verbose_option,
+)
+from ptq_tdq.cli.original import load_original
+from ptq_tdq.cli.progress import Progress
+from ptq_tdq.errors import UsageError
+from ptq_tdq.evaluate import inception
+from ptq_tdq.evaluate.baseline import Baseline, Measured, make_baseline
+from ptq_tdq.evaluate.images import grid
+from ptq_tdq.evaluate.names import METRICS, Metric
+from ptq_tdq.load import load_quantized
+
+GRID_IMAGES = 40
+FIXED = "First part: the quantized model compared with full precision from the same noise"
+DATA = (
+    "Below the line: compared with CIFAR-10 training images in the features of the embedded classifier "
+    "(FD: the statistics of all 50,000; KID, precision and recall: the features of 1,000)"
+)
+INCEPTION = "Inception metrics compare with the images of --data"
+NO_CLASSIFIER = (
+    "This is not the embedded model, so there is no classifier to compare its samples with data: only the distances to "
+    "full precision are given; --data adds Inception metrics."
+)
+
+
+@click.command("evaluate")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    "source",
+    metavar="FOLDER|HUB_ID",
+    help="The full-precision model.  [default: the one that the artifact was made from]",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=8),
+    default=1000,
+    show_default=True,
+    help="Samples of each model; distances to data depend on it, compare them at one number only.",
+)
+@click.option(
+    "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."
+)
+@scheduler_option
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="A folder of real images: adds Inception FID, sFID and IS (extra: fidelity).",
+)
+@click.option(
+    "--output-dir", type=click.Path(path_type=Path), help="Also write evaluation.json, evaluation.md and samples.png."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an output directory that is already there.")
+@threads_option
+@json_option
+@verbose_option
+@quiet_option
+def evaluate_command(
+    artifact: Path,
+    source: str | None,
+    samples: int,
+    num_inference_steps: int,
+    scheduler: str | None,
+    seed: int,
+    data: Path | None,
+    output_dir: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Measure what ARTIFACT loses against its full-precision model.
+
+    Both sample from the same noise. Distances between the two are given for every model; for the embedded model also
+    the distances of each to its training images, in the features of the embedded classifier (-C10, no FID).
+    """
+    diffusers_logging.set_verbosity_error()
+    if output_dir:
+        check_target(output_dir, overwrite)
+    stored = read_artifact(artifact)
+    model = load_original(source, stored.config["base_model"]["id"])
+    check_base_model(stored, model.sha256)
+    if scheduler:
+        model = with_scheduler(model, scheduler)
+    say = Progress(quiet=quiet, verbose=verbose)
+    network = inception.load_inception() if data else None
+    baseline = make_baseline(
+        model,
+        samples=samples,
+        num_inference_steps=num_inference_steps,
+        seed=seed,
+        on_progress=lambda done, total: say.counting("Sampling with full precision", done, total),
+    )
+    real = _real(network, data, baseline)
+    measured = baseline.measure(
+        load_quantized(artifact), lambda done, total: say.counting("Sampling with the quantized model", done, total)
+    )
+    full = baseline.quality() | _inception(network, baseline.images, real)
+    mine = measured.results | _inception(network, measured.images, real)
+    document = {
+        "artifact": str(artifact),
+        "model": {"id": model.id, "sha256": model.sha256},
+        "scheme": stored.config["scheme"],
+        "method": stored.config["method"],
+        "preset": stored.config["preset"],
+        "samples": samples,
+        "steps_compared_on": len(baseline.reference.x[0]),
+        "num_inference_steps": num_inference_steps,
+        "scheduler": type(model.scheduler).__name__,
+        "seed": seed,
+        "compared_with": _notes(baseline, network),
+        "full_precision": full,
+        "quantized": mine,
+    }
+    if output_dir:
+        _write(output_dir, document, baseline, measured, overwrite)
+    if as_json:
+        print_json(document)
+    elif not quiet:
+        _show(document)
+        if output_dir:
+            click.echo(f"Wrote {output_dir}")
+
+
+def _real(network: Any, data: Path | None, baseline: Baseline) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What Inception says of the real images."""
+    if network is None or data is None:
+        return None
+    if baseline.images is None:
+        raise UsageError("The samples are latents and the model has no VAE to turn them into images; leave out --data.")
+    height, width = baseline.images.shape[2:]
+    return inception.describe(network, inception.load_folder(data, (height, width)))
+
+
+def _inception(network: Any, images: Tensor | None, real: tuple[Tensor, Tensor, Tensor] | None) -> dict[str, float]:
+    return {} if images is None or real is None else inception.against_data(network, images, real)
+
+
+def _notes(baseline: Baseline, network: Any) -> list[str]:
+    notes = [FIXED, DATA if baseline.described else NO_CLASSIFIER]
+    return [*notes, INCEPTION] if network is not None else notes
+
+
+def _rows(document: dict[str, Any]) -> list[tuple[Metric, str, str, str]]:
+    """Metric, full precision, quantized, difference."""
+    full, mine = document["full_precision"], document["quantized"]
+    rows = []
+    for metric in METRICS:
+        if metric.key in mine:
+            value, before = mine[metric.key], full.get(metric.key)
+            change = "" if before is None else f"{value - before:+.{metric.digits}f}"
+            rows.append((metric, "" if before is None else metric.text(before), metric.text(value), change))
+    return rows
+
+
+def _title(metric: Metric) -> str:
+    return f"{metric.title} {'↑' if metric.higher_is_better else '↓'}"
+
+
+def _headline(document: dict[str, Any]) -> str:
+    return (
+        f"{document['scheme']} {document['method']}: {document['samples']} samples, "
+        f"{document['num_inference_steps']} steps of {document['scheduler']}, seed {document['seed']}"
+    )
+
+
+def _show(document: dict[str, Any]) -> None:
+    table = Table(title=_headline(document), caption="↑ higher is better, ↓ lower is better", title_justify="left")
+    for column in ("", "full precision", "quantized", "difference"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = _rows(document)
+    for i, (metric, *cells) in enumerate(rows):
+        table.add_row(
+            _title(metric), *cells, end_section=i + 1 < len(rows) and rows[i + 1][0].against != metric.against
+        )
+    console = result_console()
+    console.print(table)
+    for note in document["compared_with"]:
+        console.print(note, markup=False)
+
+
+def _write(output_dir: Path, document: dict[str, Any], baseline: Baseline, measured: Measured, overwrite: bool) -> None:
+    lines = [f"# {_headline(document)}", "", "| | full precision | quantized | difference |", "|---|---:|---:|---:|"]
+    lines += [f"| {_title(metric)} | {' | '.join(cells)} |" for metric, *cells in _rows(document)]
+    lines += ["", *(f"- {note}" for note in document["compared_with"]), ""]
+    text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    with publish_directory(output_dir, overwrite) as folder:
+        write_file(folder / "evaluation.json", text.encode())
+        write_file(folder / "evaluation.md", "\n".join(lines).encode())
+        if baseline.images is not None and measured.images is not None:
+            classes = baseline.reference.model.num_classes
+            shown = min(GRID_IMAGES, len(baseline.images))
+            columns = classes if 0 < classes <= shown else max(1, round(shown**0.5))
+            panels = {"full precision": baseline.images[:shown], document["scheme"]: measured.images[:shown]}
+            buffer = io.BytesIO()
+            grid(panels, columns).save(buffer, format="PNG")
+            write_file(folder / "samples.png", buffer.getvalue())

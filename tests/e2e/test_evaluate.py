@@ -1,0 +1,55 @@
+"""``ptq-tdq evaluate``: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+FLAGS = ("--samples", "8", "--num-inference-steps", "2", "--threads", "1")
+
+
+def test_a_model_without_classifier_gets_the_distances_to_full_precision_and_is_told_so(
+    cli: Any, calibrated: Any, pipeline: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "evaluation"
+    result = cli("evaluate", calibrated(pipeline), *FLAGS, "--output-dir", out)
+    assert (result.code, result.err) == (0, "")
+    assert "final latents, SQNR (dB) ↑" in result.out and "no classifier" in result.out and "C10" not in result.out
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "evaluation.md", "samples.png"]
+    document = json.loads((out / "evaluation.json").read_text())
+    assert document["full_precision"] == {} and document["quantized"]["latent_sqnr_db"] > 0
+    assert set(document["quantized"]["noise_sqnr_db"]) == {"500", "0"}
+    assert f"| {document['quantized']['latent_sqnr_db']:.2f} |" in (out / "evaluation.md").read_text()
+    with Image.open(out / "samples.png") as picture:
+        picture.load()
+    again = cli("evaluate", calibrated(pipeline), *FLAGS, "--output-dir", out)
+    assert again.code == 1 and again.err.count("\n") == 1 and "is not empty" in again.err
+    replaced = cli("evaluate", calibrated(pipeline), *FLAGS, "--output-dir", out, "--overwrite", "--json")
+    assert json.loads(replaced.out) == document
+
+
+def test_the_seed_decides(cli: Any, calibrated: Any, conditional: Path) -> None:
+    first, again, other = (
+        json.loads(cli("evaluate", calibrated(conditional), *FLAGS, "--seed", seed, "--json").out)["quantized"]
+        for seed in (0, 0, 1)
+    )
+    assert first == again and first["latent_sqnr_db"] != other["latent_sqnr_db"]
+
+
+def test_bad_requests_are_one_line(
+    cli: Any, calibrated: Any, pipeline: Path, conditional: Path, tmp_path: Path
+) -> None:
+    artifact = calibrated(pipeline)
+    for code, words, flags in (
+        (2, "--samples", (artifact, "--samples", "2")),
+        (1, "absent", (tmp_path / "absent",)),
+        (1, "load the artifact with the model", (artifact, "--model", conditional)),
+        (1, "torch-fidelity", (artifact, "--data", tmp_path)),
+        (1, "is a file, not a folder", (artifact, "--output-dir", __file__)),
+    ):
+        result = cli("evaluate", *flags)
+        assert (result.code, result.out, result.err.count("\n")) == (code, "", 1), result.err
+        assert words in result.err

@@ -1,0 +1,55 @@
+"""Inception metrics: what is said where torch-fidelity or its weights are missing, and the images that they take."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ptq_tdq.errors import MissingExtraError, UsageError
+from ptq_tdq.evaluate.inception import load_folder, load_inception, to_uint8
+
+
+@pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
+def test_without_the_package_one_sentence_says_what_to_install() -> None:
+    with pytest.raises(MissingExtraError, match=r"torch-fidelity .*pip install 'ptq-tdq\[fidelity\]'"):
+        load_inception()
+
+
+@pytest.mark.skipif(find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed")
+def test_without_the_weights_one_sentence_says_where_they_belong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(MissingExtraError, match=r"weights are missing; put https://.*\.pth into .*checkpoints"):
+        load_inception()
+
+
+def test_images_of_a_folder_and_of_its_folders_are_read_in_order(tmp_path: Path) -> None:
+    for i, name in enumerate(("b/1.png", "a.png", "b/0.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 6), (i, 0, 9)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    images = load_folder(tmp_path, (6, 4))
+    assert images.shape == (3, 3, 6, 4) and images.dtype == torch.uint8
+    assert images[:, 0, 0, 0].tolist() == [1, 2, 0] and (images[:, 2] == 9).all()
+
+
+def test_a_folder_that_cannot_be_compared_with_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="at least 2 images"):
+        load_folder(tmp_path / "absent", (4, 4))
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    Image.new("RGB", (8, 4)).save(tmp_path / "1.png")
+    with pytest.raises(UsageError, match=r"1\.png' is 8x4, the samples are 4x4"):
+        load_folder(tmp_path, (4, 4))
+    (tmp_path / "1.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"1\.png' cannot be read"):
+        load_folder(tmp_path, (4, 4))
+
+
+def test_pixels_are_rounded_and_grey_becomes_three_channels() -> None:
+    images = torch.tensor([-1.0, 0.0, 1.0, 2.0]).view(4, 1, 1, 1)
+    assert to_uint8(images)[:, :, 0, 0].tolist() == [[v] * 3 for v in (0, 128, 255, 255)]
