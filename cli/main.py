@@ -11,6 +11,7 @@ import click
 import torch
 
 import ptq_tdq
+from ptq_tdq.cli.benchmark import benchmark_command
 from ptq_tdq.cli.calibrate import calibrate_command
 from ptq_tdq.cli.evaluate import evaluate_command
 from ptq_tdq.cli.export import export_command
@@ -26,7 +27,14 @@ def cli() -> None:
     torch.set_flush_denormal(True)
 
 
-for _command in (calibrate_command, evaluate_command, export_command, inspect_command, sample_command):
+for _command in (
+    benchmark_command,
+    calibrate_command,
+    evaluate_command,
+    export_command,
+    inspect_command,
+    sample_command,
+):
     cli.add_command(_command)
 
 

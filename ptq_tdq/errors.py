@@ -10,6 +10,7 @@ PtqTdqError
 ├── TimestepError           a time step outside the interval tables
 ├── ResumeError             an unfinished run that belongs to another model, config or calibration set
 ├── OutputError             an output path that cannot be written
+├── WorkerError             a process of a study that ended before its work
 ├── MissingExtraError       an optional package, or a file that it needs, is not there
 └── ArtifactError           an artifact directory that cannot be used
     ├── ArtifactCorruptError    missing, truncated or altered files
@@ -57,6 +58,10 @@ class ResumeError(PtqTdqError):
 
 class OutputError(PtqTdqError):
     """An output path that cannot be written."""
+
+
+class WorkerError(PtqTdqError):
+    """A process of a study that ended before its work."""
 
 
 class MissingExtraError(PtqTdqError):

@@ -1,0 +1,197 @@
+"""``ptq-tdq benchmark``: which method and bit width, for a matrix of them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ptq_tdq.artifacts import write_atomic
+from ptq_tdq.calib_data import load_model
+from ptq_tdq.cli.options import model_option, quiet_option, threads_option, verbose_option
+from ptq_tdq.config import PRESETS
+from ptq_tdq.errors import ConfigError, UsageError
+from ptq_tdq.evaluate.names import METRICS
+from ptq_tdq.study.matrix import METHODS, Cell, make_cells
+from ptq_tdq.study.render import Table, find_metric, make_table, markdown, title, to_csv
+from ptq_tdq.study.results import Line, read_lines, unfinished
+from ptq_tdq.study.run import run_study, seconds_left
+
+FORMATS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "csv": to_csv}
+
+
+@click.command("benchmark")
+@model_option
+@click.option("--presets", metavar="NAMES", default="default", show_default=True, help=f"Of {', '.join(PRESETS)}.")
+@click.option("--schemes", metavar="NAMES", default="W4A8,W4A6", show_default=True, help="Bit widths.")
+@click.option(
+    "--methods",
+    metavar="NAMES",
+    default=",".join(METHODS),
+    show_default=True,
+    help="Methods; with choices of its own a method is a column too: tdq-thin:module_start=static+bias_lr=0.",
+)
+@click.option("--seeds", metavar="NUMBERS", default="0,1,2", show_default=True, help="Seeds.")
+@click.option(
+    "--samples", type=click.IntRange(min=8), default=1000, show_default=True, help="Samples that a cell is measured on."
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="[PRESET:]KEY=VALUE",
+    help="Any choice of calibrate --set, for all presets or for one; num_inference_steps holds for the samples too.",
+)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("benchmark.jsonl"),
+    show_default=True,
+    help="The file of finished cells; the same command goes on after them.",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes; they share --threads."
+)
+@click.option(
+    "--metric",
+    "flag",
+    metavar="NAME",
+    default="fd-c10",
+    show_default=True,
+    help=f"What the table shows: {', '.join(metric.flag for metric in METRICS)}.",
+)
+@click.option(
+    "--format", "form", type=click.Choice(list(FORMATS)), default="markdown", show_default=True, help="Of the table."
+)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here, not to stdout.")
+@click.option(
+    "--render", type=click.Path(path_type=Path, dir_okay=False), help="Only draw the table of this results file."
+)
+@threads_option
+@verbose_option
+@quiet_option
+@click.pass_context
+def benchmark_command(
+    context: click.Context,
+    /,
+    source: str | None,
+    presets: str,
+    schemes: str,
+    methods: str,
+    seeds: str,
+    samples: int,
+    settings: tuple[str, ...],
+    results: Path,
+    workers: int,
+    flag: str,
+    form: str,
+    output: Path | None,
+    render: Path | None,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Calibrate and measure every method x scheme x preset x seed, and draw a table of one metric.
+
+    Each finished cell is a line of the results file; a run that was stopped goes on when the same command is given
+    again. Cells that differ only in activations share their weights. Each seed has its own calibration set and noise;
+    methods are compared with S_1 (Q-Diffusion) on the same seed.
+    """
+    metric = find_metric(flag)
+    if render:
+        if not render.exists():
+            raise UsageError(f"There is no results file '{render}'; run the study first.")
+        _give(make_table(read_lines(render), metric), form, output)
+        return
+    cells = make_cells(_names(presets), _names(schemes), _names(methods), _numbers(seeds), settings, samples)
+    lines = read_lines(results)
+    model = load_model(source)
+    left = unfinished(cells, lines, model.sha256)
+    context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished cell."
+    with _Bars(left, lines, workers, quiet=quiet, verbose=verbose, total=len(cells)) as bars:
+        command = shlex.join(["ptq-tdq", *sys.argv[1:]])
+        run_study(left, results, source=source, command=command, count=workers, on_line=bars.finished, on_say=bars.now)
+    if not quiet or output:
+        _give(make_table(read_lines(results), metric), form, output)
+
+
+class _Bars:
+    """Cells done, what each worker does, and the time left: a bar on a terminal, a line per cell with -v."""
+
+    def __init__(
+        self, left: list[Cell], lines: list[Line], workers: int, *, quiet: bool, verbose: bool, total: int
+    ) -> None:
+        self.left, self.lines, self.workers, self.verbose = list(left), list(lines), workers, verbose
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.doing: dict[int, str] = {}
+        self.bars = Progress(
+            TextColumn("cells"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=self.console, disable=quiet or not self.console.is_terminal,
+        )  # fmt: skip
+        self.task = self.bars.add_task("", total=total, completed=total - len(left), note="")
+
+    def __enter__(self) -> _Bars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def now(self, worker: int, cell: Cell, text: str) -> None:
+        """What a worker does."""
+        self.doing[worker] = f"{_place(cell.preset, cell.scheme, cell.method, cell.seed)}: {text}"
+        self._show()
+
+    def finished(self, line: Line) -> None:
+        """A cell is in the results file."""
+        key = line["preset"], line["scheme"], line["method"], line["seed"]
+        self.left = [cell for cell in self.left if cell.key != key]
+        self.lines.append(line)
+        self.bars.advance(self.task)
+        self._show()
+        if self.verbose:
+            how = line.get("failed") or f"{sum(line['seconds'].values()):.0f} s"
+            self.console.print(f"{_place(*key)}: {how}; {self._left()}", markup=False, soft_wrap=True)
+
+    def _show(self) -> None:
+        self.bars.update(self.task, note="; ".join([self._left(), *(self.doing[i] for i in sorted(self.doing))]))
+
+    def _left(self) -> str:
+        seconds = seconds_left(self.left, self.lines, self.workers)
+        if not self.left:
+            return "no cell left"
+        if seconds is None:
+            return f"{len(self.left)} cells left"
+        until = time.strftime("%H:%M", time.localtime(time.time() + seconds))
+        return f"{len(self.left)} cells left, about {seconds / 60:.0f} minutes, until {until}"
+
+
+def _place(preset: str, scheme: str, method: str, seed: int) -> str:
+    return " ".join([part for part in (preset, scheme) if part] + [title(method), f"seed {seed}"])
+
+
+def _give(table: Table, form: str, output: Path | None) -> None:
+    text = FORMATS[form](table)
+    if output:
+        write_atomic(output, text.encode())
+        click.echo(f"Wrote {output}", err=True)
+    else:
+        click.echo(text, nl=False)
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _numbers(text: str) -> list[Any]:
+    try:
+        return [int(part) for part in _names(text)]
+    except ValueError:
+        raise ConfigError(f"--seeds takes numbers, for example 0,1,2. Got {text!r} instead.") from None

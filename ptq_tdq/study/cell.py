@@ -1,0 +1,97 @@
+"""One cell: calibrate with its choices, on shared weights, and measure the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ptq_tdq.calib_data import CalibrationSet, LoadedModel, collect_cached
+from ptq_tdq.calibrate import calibrate, identity, provenance, weight_identity
+from ptq_tdq.errors import NonFiniteError
+from ptq_tdq.evaluate.baseline import Baseline, load_baseline, make_baseline, save_baseline
+from ptq_tdq.recon import UnitReport
+from ptq_tdq.study.matrix import COLLECT_KEYS, FULL_PRECISION, Cell
+
+Say = Callable[[str], None]
+
+
+def run_cell(model: LoadedModel, cell: Cell, work: Path, say: Say = lambda text: None) -> dict[str, Any]:
+    """What the cell's line says, but for the facts of the machine.
+
+    ``work`` keeps what cells share (weights, full-precision samples) and the cell's own unfinished state. A
+    calibration that diverges is a result, not an error: its line has "failed" instead of "results".
+    """
+    line: dict[str, Any] = {
+        "preset": cell.preset,
+        "scheme": cell.scheme,
+        "method": cell.method,
+        "seed": cell.seed,
+        "evaluation": cell.evaluation,
+        "model": model.id,
+        "model_sha256": model.sha256,
+    }
+    began = time.perf_counter()
+    baseline = _baseline(model, cell, work, say)
+    if cell.method == FULL_PRECISION:
+        return {**line, "results": baseline.quality(), "seconds": {"evaluation": time.perf_counter() - began}}
+    line["choices"] = cell.config.to_dict()
+    say("calibration set")
+    calibration_set = collect_cached(model, **{key: getattr(cell.config, key) for key in COLLECT_KEYS})
+    try:
+        return {**line, **_measure(model, cell, baseline, calibration_set, work, say)}
+    except NonFiniteError as error:
+        return {**line, "failed": str(error), "results": {}, "seconds": {}}
+
+
+def _measure(
+    model: LoadedModel, cell: Cell, baseline: Baseline, calibration_set: CalibrationSet, work: Path, say: Say
+) -> dict[str, Any]:
+    seconds = {"weights": 0.0, "activations": 0.0}
+    loss = {"weights": 0.0, "activations": 0.0}
+    began = time.perf_counter()
+
+    def on_unit(report: UnitReport) -> None:
+        nonlocal began
+        now = time.perf_counter()  # with the sweep between the units, unlike the report's own seconds
+        seconds[report.phase] += now - began
+        began = now
+        loss[report.phase] += report.after
+        say(f"{report.phase} {report.index + 1}/{report.total}")
+
+    document = provenance(model.unet, cell.config, calibration_set, model.id)
+    own = work / f"cell-{_name(identity(document))}"
+    quantized = calibrate(
+        model.unet,
+        cell.config,
+        calibration_set,
+        model_id=model.id,
+        run_directory=own,
+        weights_directory=work / f"weights-{_name(weight_identity(document))}",
+        on_unit=on_unit,
+    )
+    began = time.perf_counter()
+    measured = baseline.measure(quantized, lambda done, total: say(f"samples {done}/{total}"))
+    seconds["evaluation"] = time.perf_counter() - began
+    shutil.rmtree(own, ignore_errors=True)
+    return {"results": measured.results, "loss": loss, "seconds": seconds}
+
+
+def _baseline(model: LoadedModel, cell: Cell, work: Path, say: Say) -> Baseline:
+    """The full-precision side, from ``work`` if another cell has made it."""
+    path = work / f"baseline-{_name({**cell.evaluation, 'model': model.sha256})}.safetensors"
+    found = load_baseline(path, model, **cell.evaluation)
+    if found is None:
+        found = make_baseline(
+            model, **cell.evaluation, on_progress=lambda done, total: say(f"full precision {done}/{total}")
+        )
+        save_baseline(path, found)
+    return found
+
+
+def _name(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,185 @@
+"""The table of a study, from its lines alone, in the layout of supp Table 4: a row per scheme, a column per method."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from scipy.stats import ttest_rel
+
+from ptq_tdq.errors import UsageError
+from ptq_tdq.evaluate.names import METRICS, Metric
+from ptq_tdq.study.matrix import BASELINE_METHOD, FULL_PRECISION, METHODS
+from ptq_tdq.study.results import Line
+
+TITLES = {"tdq": "TDQ", "tdq-thin": "TDQ_thin", BASELINE_METHOD: "S_1", FULL_PRECISION: "FP"}
+SIGNIFICANT = 0.05
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A metric's values by seed, in one cell of the table; ``failed`` counts the seeds whose calibration diverged."""
+
+    values: dict[int, float]
+    failed: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.values.values()) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """The sample deviation over seeds; None for fewer than two."""
+        return stdev(self.values.values()) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method less S_1, over the seeds that both have, and the p value of a paired t-test (None below two seeds)."""
+
+    mean: float
+    seeds: int
+    p: float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Entries by row (preset, scheme) and column (method)."""
+
+    metric: Metric
+    columns: tuple[str, ...]
+    rows: dict[tuple[str, str], dict[str, Entry]]
+    notes: tuple[str, ...]
+
+
+def find_metric(flag: str) -> Metric:
+    """The metric of a flag's value; raises :class:`UsageError`."""
+    found = next((metric for metric in METRICS if flag in (metric.flag, metric.key)), None)
+    if found is None:
+        raise UsageError(f"There is no metric {flag!r}; the metrics are {', '.join(m.flag for m in METRICS)}.")
+    return found
+
+
+def make_table(lines: Sequence[Line], metric: Metric) -> Table:
+    """Gather a metric; raises :class:`UsageError` where no line has it."""
+    if not any(metric.key in line["results"] for line in lines):
+        raise UsageError(f"No line has the metric {metric.flag}; run the study first or choose another metric.")
+    rows: dict[tuple[str, str], dict[str, Entry]] = {}
+    for line in lines:
+        if line["method"] != FULL_PRECISION:
+            rows.setdefault((line["preset"], line["scheme"]), {})
+    for row, entries in rows.items():
+        mine = [line for line in lines if (line["preset"], line["scheme"]) == row]
+        steps = {line["evaluation"]["num_inference_steps"] for line in mine}
+        full = [
+            line
+            for line in lines
+            if line["method"] == FULL_PRECISION and line["evaluation"]["num_inference_steps"] in steps
+        ]
+        for line in (*mine, *full):
+            entry = entries.setdefault(line["method"], Entry({}))
+            value = line["results"].get(metric.key)
+            if value is not None:
+                entry.values[line["seed"]] = value
+            elif "failed" in line:
+                entries[line["method"]] = Entry(entry.values, entry.failed + 1)
+    present = [method for entries in rows.values() for method in entries]
+    others = [m for m in dict.fromkeys(present) if m not in (*METHODS, FULL_PRECISION)]
+    full_too = [FULL_PRECISION] if any(e[FULL_PRECISION].values for e in rows.values() if FULL_PRECISION in e) else []
+    columns = (*(m for m in METHODS if m in present), *others, *full_too)
+    return Table(metric, columns, rows, tuple(_notes(lines)))
+
+
+def difference(table: Table, row: tuple[str, str], column: str) -> Difference | None:
+    """A column against S_1 in a row; None without a common seed."""
+    entries = table.rows[row]
+    base, mine = (entries.get(name, Entry({})).values for name in (BASELINE_METHOD, column))
+    seeds = sorted(base.keys() & mine.keys())
+    if not seeds:
+        return None
+    pairs = [(mine[seed], base[seed]) for seed in seeds]
+    changes = [a - b for a, b in pairs]
+    p = None
+    if len(set(changes)) > 1:  # equal differences have no deviation to test against
+        p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    return Difference(mean(changes), len(seeds), p)
+
+
+def markdown(table: Table) -> str:
+    """Values with their deviation over seeds, then the differences to S_1."""
+    metric, titles = table.metric, [title(column) for column in table.columns]
+    most = max((len(e.values) for entries in table.rows.values() for e in entries.values()), default=0)
+    better = "higher" if metric.higher_is_better else "lower"
+    lines = [f"**{metric.title}** ({better} is better), mean ± standard deviation over seeds", ""]
+    lines += ["| preset | scheme | " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(titles)]
+    for (preset, scheme), entries in table.rows.items():
+        cells = [_text(metric, entries.get(column), most) for column in table.columns]
+        lines.append(f"| {preset} | {scheme} | " + " | ".join(cells) + " |")
+    others = [c for c in table.columns if c not in (BASELINE_METHOD, FULL_PRECISION)]
+    if others and any(BASELINE_METHOD in entries for entries in table.rows.values()):
+        lines += ["", "Difference to S_1 on the same seeds (p of a paired t-test; **bold**: better with p < 0.05)", ""]
+        lines += ["| preset | scheme | " + " | ".join(map(title, others)) + " |", "|---|---|" + "---:|" * len(others)]
+        for row in table.rows:
+            cells = [_change(metric, difference(table, row, column)) for column in others]
+            lines.append(f"| {' | '.join(row)} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *table.notes]) + "\n"
+
+
+def to_csv(table: Table) -> str:
+    """One line per row of the table, five columns per method."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    parts = ("mean", "deviation", "seeds", "minus S_1", "p")
+    writer.writerow(["preset", "scheme", "metric", *(f"{title(c)} {part}" for c in table.columns for part in parts)])
+    for row, entries in table.rows.items():
+        cells: list[object] = [*row, table.metric.key]
+        for column in table.columns:
+            entry, change = entries.get(column, Entry({})), difference(table, row, column)
+            against = (change.mean, change.p) if change and column != BASELINE_METHOD else (None, None)
+            cells += [entry.mean, entry.deviation, len(entry.values), *against]
+        writer.writerow(["" if cell is None else cell for cell in cells])
+    return buffer.getvalue()
+
+
+def title(method: str) -> str:
+    """The heading of a method's column."""
+    name, colon, change = method.partition(":")
+    return f"{TITLES.get(name, name)}{colon}{change}"
+
+
+def _text(metric: Metric, entry: Entry | None, most: int) -> str:
+    if entry is None or not (entry.values or entry.failed):
+        return ABSENT
+    if entry.mean is None:
+        return "fails"
+    text = metric.text(entry.mean)
+    if entry.deviation is not None:
+        text += f" ± {metric.text(entry.deviation)}"
+    if entry.failed:
+        text += f" ({entry.failed} failed)"
+    elif len(entry.values) < most:
+        text += f" (n = {len(entry.values)})"
+    return text
+
+
+def _change(metric: Metric, change: Difference | None) -> str:
+    if change is None:
+        return ABSENT
+    text = f"{change.mean:+.{metric.digits}f}"
+    if change.p is None:
+        return text
+    better = (change.mean > 0) == metric.higher_is_better
+    text = f"**{text}**" if better and change.p < SIGNIFICANT else text
+    return f"{text} ({change.p:.2g})"
+
+
+def _notes(lines: Sequence[Line]) -> list[str]:
+    seen = dict.fromkeys(
+        f"{line['evaluation']['samples']} samples, {line['evaluation']['num_inference_steps']} steps" for line in lines
+    )
+    seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
+    return [f"Each cell: {'; '.join(seen)}. Seeds: {seeds}. Each seed has its own calibration set and noise."]

@@ -1,0 +1,99 @@
+"""The results file: one JSON line per finished cell, safe against a run that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ptq_tdq.errors import OutputError, UsageError
+from ptq_tdq.study.matrix import Cell
+
+Line = dict[str, Any]
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The finished cells; none where there is no file. A last line that was cut off by a kill does not count.
+
+    Raises :class:`UsageError` for a file that holds anything else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The results file '{path}' cannot be read ({error}); choose another one.") from None
+    lines = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            lines.append(_known(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"Line {number} of '{path}' is no result of a study; choose another file.") from None
+    return lines
+
+
+def append_line(path: Path, line: Line) -> None:
+    """Add a line and wait until the disk has it; a cut-off line at the end is removed first."""
+    data = (json.dumps(line, sort_keys=True, allow_nan=False) + "\n").encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            file.seek(0)
+            kept = file.read().rfind(b"\n") + 1
+            file.truncate(kept)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(
+            f"The results file '{path}' cannot be written ({error.strerror or error}); "
+            "free some space or choose another one."
+        ) from None
+
+
+def unfinished(cells: Sequence[Cell], lines: Sequence[Line], model_sha256: str) -> list[Cell]:
+    """The cells that no line has.
+
+    Raises :class:`UsageError` where a line has a cell's place but other choices: a file holds one study.
+    """
+    known = {_key(line): line for line in lines}
+    left = []
+    for cell in cells:
+        line = known.get(_cell_key(cell))
+        if line is None:
+            left.append(cell)
+        elif line["model_sha256"] != model_sha256 or not cell.same(line):
+            place = " ".join(str(part) for part in cell.key if part != "")
+            raise UsageError(
+                f"The results file holds the cell '{place}' with {_difference(cell, line)}; choose another file for "
+                "another study."
+            )
+    return left
+
+
+def _key(line: Line) -> tuple[Any, ...]:
+    place = line["preset"], line["scheme"], line["method"], line["seed"]
+    return (*place, line["evaluation"]["num_inference_steps"])
+
+
+def _cell_key(cell: Cell) -> tuple[Any, ...]:
+    return (*cell.key, cell.evaluation["num_inference_steps"])
+
+
+def _difference(cell: Cell, line: Line) -> str:
+    wanted = {**cell.evaluation, **({} if not cell.scheme else cell.config.to_dict())}
+    stored = {**line["evaluation"], **line.get("choices", {})}
+    for key in [*wanted, *stored]:
+        if wanted.get(key) != stored.get(key):
+            return f"{key} {stored.get(key)} where this study has {wanted.get(key)}"
+    return "another model"
+
+
+def _known(line: Line) -> Line:
+    """A line in today's form; the first study's lines had their results at the top level."""
+    if "results" not in line:
+        keys = ("latent_sqnr_db", "mean_noise_sqnr_db")
+        line = {**line, "preset": line["choices"]["preset"], "results": {key: line[key] for key in keys}}
+    for key in ("preset", "scheme", "method", "seed", "results", "evaluation", "model_sha256"):
+        line[key]
+    return line
