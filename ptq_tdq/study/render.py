@@ -182,4 +182,6 @@ def _notes(lines: Sequence[Line]) -> list[str]:
         f"{line['evaluation']['samples']} samples, {line['evaluation']['num_inference_steps']} steps" for line in lines
     )
     seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
-    return [f"Each cell: {'; '.join(seen)}. Seeds: {seeds}. Each seed has its own calibration set and noise."]
+    own = all(line["evaluation"]["seed"] == line["seed"] for line in lines)
+    noise = "its own calibration set and noise" if own else "its own calibration set; all are measured from one noise"
+    return [f"Each cell: {'; '.join(seen)}. Seeds: {seeds}. Each seed has {noise}."]

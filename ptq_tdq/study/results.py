@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_tdq.errors import OutputError, UsageError
-from ptq_tdq.study.matrix import Cell
+from ptq_tdq.study.matrix import FULL_PRECISION, Cell
 
 Line = dict[str, Any]
 
@@ -81,8 +81,9 @@ def _cell_key(cell: Cell) -> tuple[Any, ...]:
 
 
 def _difference(cell: Cell, line: Line) -> str:
-    wanted = {**cell.evaluation, **({} if not cell.scheme else cell.config.to_dict())}
-    stored = {**line["evaluation"], **line.get("choices", {})}
+    wanted, stored = dict[str, Any](cell.evaluation), dict(line["evaluation"])
+    if cell.method != FULL_PRECISION:
+        wanted, stored = wanted | cell.config.to_dict(), stored | line["choices"]
     for key in [*wanted, *stored]:
         if wanted.get(key) != stored.get(key):
             return f"{key} {stored.get(key)} where this study has {wanted.get(key)}"

@@ -1,0 +1,141 @@
+"""``ptq-tdq benchmark`` from end to end: cells, kills, processes and the table."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
+FEW = ("samples_per_step=4", "calibration_steps=2", "num_inference_steps=2", "batch_size=4", "weight_iterations=2")
+MATRIX = ("--schemes", "W4A8,W4A6", "--methods", "S_1", "--seeds", "0,1", "--samples", "8")
+METRIC = ("--metric", "latent-sqnr")
+
+
+@pytest.fixture(scope="module")
+def study(pipeline: Path) -> tuple[str, ...]:
+    """Build a study of 6 cells of a second each."""
+    settings = [part for choice in (*FEW, "activation_iterations=2") for part in ("--set", choice)]
+    return ("benchmark", "--model", str(pipeline), *MATRIX, *settings, "--threads", "1", *METRIC)
+
+
+def measured(path: Path) -> dict[tuple[str, str, int], Any]:
+    """What the lines say, without what depends on the day."""
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    return {(d["scheme"], d["method"], d["seed"]): (d["results"], d.get("loss")) for d in lines}
+
+
+@pytest.fixture(scope="module")
+def whole(study: tuple[str, ...], cli: Any, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the study without interruption."""
+    results = tmp_path_factory.mktemp("study") / "whole.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PTQ_TDQ_CACHE", str(shared_cache))
+        result = cli(*study, "--results", results)
+    assert (result.code, result.err) == (0, "")
+    assert "| default | W4A6 |" in result.out
+    return Path(results)
+
+
+def test_each_cell_is_a_line_with_all_that_it_stands_for(whole: Path) -> None:
+    lines = [json.loads(text) for text in whole.read_text().splitlines()]
+    assert len(lines) == len(measured(whole)) == 6
+    for line in lines[2:]:
+        assert line["choices"]["weight_iterations"] == 2 and line["choices"]["seed"] == line["seed"]
+        assert line["results"]["latent_sqnr_db"] > 0 and line["evaluation"]["samples"] == 8
+        assert {"cpu", "torch", "commit", "command", "threads"} <= line["facts"].keys()
+    found = measured(whole)
+    for seed in (0, 1):
+        weights = {found[scheme, "static", seed][1]["weights"] for scheme in ("W4A8", "W4A6")}
+        assert len(weights) == 1, "one weight phase for all cells of a seed"
+    assert not whole.with_name("whole.jsonl.work").exists()
+
+
+def test_the_table_comes_from_the_lines_alone(whole: Path, cli: Any, tmp_path: Path) -> None:
+    drawn = cli("benchmark", "--render", whole, *METRIC)
+    assert (drawn.code, drawn.err) == (0, "") and "| default | W4A8 |" in drawn.out and "| S_1 |" in drawn.out
+    out = tmp_path / "table.csv"
+    result = cli("benchmark", "--render", whole, *METRIC, "--format", "csv", "--output", out)
+    assert (result.code, result.out) == (0, "") and out.read_text().startswith("preset,scheme,metric,S_1 mean")
+
+
+def test_a_finished_study_runs_nothing_and_another_one_is_refused(study: Any, whole: Path, cli: Any) -> None:
+    before = whole.read_bytes()
+    assert cli(*study, "--results", whole).code == 0
+    assert whole.read_bytes() == before
+    other = cli(*study, "--results", whole, "--set", "bias_lr=0.5")
+    assert other.code == 2 and other.err.count("\n") == 1 and "bias_lr" in other.err
+
+
+def test_a_study_that_is_killed_goes_on_and_ends_with_the_same_numbers(
+    study: Any, whole: Path, cli: Any, tmp_path: Path
+) -> None:
+    results = tmp_path / "killed.jsonl"
+    command = [sys.executable, "-c", START, *study, "--results", str(results)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and (not results.exists() or results.read_bytes().count(b"\n") < 3):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    finally:
+        process.kill()
+    assert len(measured(results)) < 6
+    assert cli(*study, "--results", results).code == 0
+    assert measured(results) == measured(whole)
+
+
+def test_two_processes_give_the_numbers_of_one(study: Any, whole: Path, cli: Any, tmp_path: Path) -> None:
+    results = tmp_path / "two.jsonl"
+    result = cli(*study, "--results", results, "--workers", "2", "--threads", "2", "--verbose")
+    assert result.code == 0, result.err
+    assert measured(results) == measured(whole)
+    assert "default W4A6 S_1 seed 1" in result.err and "no cell left" in result.err
+
+
+def test_workers_end_with_a_parent_that_is_killed(study: Any, tmp_path: Path) -> None:
+    results = tmp_path / "orphans.jsonl"
+    command = [sys.executable, "-c", START, *study, "--results", str(results), "--workers", "2", "--threads", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("needs /proc")
+    try:
+        while process.poll() is None and not results.exists():
+            time.sleep(0.01)
+        born = [int(pid) for pid in children.read_text().split()]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finally:
+        process.kill()
+    assert len(born) >= 2
+    deadline = time.monotonic() + 60
+    while any(_alive(pid) for pid in born):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_bad_requests_are_one_line(cli: Any, tmp_path: Path) -> None:
+    for words, flags in (
+        ("no metric 'fid3'", ("--metric", "fid3")),
+        ("There is no results file", ("--render", tmp_path / "absent")),
+        ("--seeds takes numbers", ("--seeds", "a")),
+        ("method", ("--methods", "S_x")),
+        ("no choice named", ("--set", "x=1")),
+    ):
+        result = cli("benchmark", *flags)
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1) and words in result.err, result.err

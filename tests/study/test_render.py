@@ -1,0 +1,114 @@
+"""The table: its layout, its statistics by another route, and what is said of missing and failed cells."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from typing import Any
+
+import pytest
+
+from ptq_tdq.errors import UsageError
+from ptq_tdq.study.render import difference, find_metric, make_table, markdown, to_csv
+
+METRIC = find_metric("fd-c10")
+
+
+def line(method: str, seed: int, value: float | None, scheme: str = "W4A8", **changes: Any) -> dict[str, Any]:
+    full = method == "fp"
+    found = {
+        "preset": "" if full else "qdiff",
+        "scheme": "" if full else scheme,
+        "method": method,
+        "seed": seed,
+        "evaluation": {"samples": 9, "num_inference_steps": 2, "seed": seed},
+        "results": {"fd_c10": value},
+    }
+    return {**found, **changes}
+
+
+LINES = [
+    *(line("fp", seed, 1.0 + seed) for seed in range(3)),
+    *(line("static", seed, value) for seed, value in enumerate((3.0, 4.0, 6.0))),
+    *(line("tdq", seed, value) for seed, value in enumerate((2.0, 3.2, 4.9))),
+    line("S_20", 0, 2.5, "W4A6"),
+    line("tdq-thin:bias_lr=0", 0, 2.25, "W4A6"),
+]
+
+
+def cells(text: str, start: str) -> list[str]:
+    row = next(row for row in text.splitlines() if row.startswith(start))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_columns_stand_in_the_order_of_the_paper_s_table_with_full_precision_last() -> None:
+    text = markdown(make_table(LINES, METRIC))
+    expected = ["preset", "scheme", "TDQ", "S_1", "S_20", "TDQ_thin:bias_lr=0", "FP"]
+    assert cells(text, "| preset") == expected
+    assert cells(text, "| qdiff | W4A6") == [
+        "qdiff",
+        "W4A6",
+        "-",
+        "-",
+        "2.500 (n = 1)",
+        "2.250 (n = 1)",
+        "2.000 ± 1.000",
+    ]
+    assert "9 samples, 2 steps" in text and "lower is better" in text
+
+
+def test_mean_deviation_and_the_paired_test_by_the_textbook() -> None:
+    table = make_table(LINES, METRIC)
+    entry = table.rows["qdiff", "W4A8"]["static"]
+    assert entry.mean == pytest.approx(13 / 3) and entry.deviation == pytest.approx(math.sqrt(7 / 3))
+    found = difference(table, ("qdiff", "W4A8"), "tdq")
+    assert found is not None and found.seeds == 3 and found.mean == pytest.approx((-1.0 - 0.8 - 1.1) / 3)
+    spread = math.sqrt(sum((d - found.mean) ** 2 for d in (-1.0, -0.8, -1.1)) / 2 / 3)
+    t = found.mean / spread
+    p = 1 - abs(t) / math.sqrt(t * t + 2)  # Student's t with 2 degrees of freedom, in closed form
+    assert found.p == pytest.approx(p)
+    assert f"**-0.967** ({p:.2g})" in markdown(table)
+
+
+def test_only_seeds_that_both_have_are_compared() -> None:
+    table = make_table([*LINES[:5], *(line("tdq", seed, 9.0) for seed in (1, 2))], METRIC)
+    found = difference(table, ("qdiff", "W4A8"), "tdq")
+    assert found is not None and (found.mean, found.seeds, found.p) == (5.0, 1, None)
+    assert difference(table, ("qdiff", "W4A8"), "S_4") is None
+
+
+def test_equal_differences_have_no_p_value() -> None:
+    lines = [line(method, seed, seed + add) for seed in (0, 1) for method, add in (("static", 0.0), ("tdq", 1.0))]
+    found = difference(make_table(lines, METRIC), ("qdiff", "W4A8"), "tdq")
+    assert found is not None and found.p is None
+
+
+def test_a_calibration_that_diverged_is_said_to_fail() -> None:
+    failed = {"results": {}, "failed": "NaN at t = 3"}
+    lines = [*LINES, line("S_2", 0, None, **failed), line("S_4", 0, None, **failed), line("S_4", 1, 7.0)]
+    text = markdown(make_table(lines, METRIC))
+    assert cells(text, "| qdiff | W4A8")[4:6] == ["fails", "7.000 (1 failed)"]
+
+
+def test_the_csv_has_the_same_numbers() -> None:
+    table = make_table(LINES, METRIC)
+    first, second = csv.DictReader(io.StringIO(to_csv(table)))
+    assert (first["preset"], first["scheme"], first["metric"]) == ("qdiff", "W4A8", "fd_c10")
+    assert float(first["TDQ mean"]) == pytest.approx(10.1 / 3) and first["TDQ seeds"] == "3"
+    assert float(first["TDQ minus S_1"]) == pytest.approx(-2.9 / 3) and 0 < float(first["TDQ p"]) < 0.05
+    assert second["TDQ mean"] == "" and float(second["FP deviation"]) == 1.0
+
+
+def test_metrics_of_pairs_have_no_full_precision_column() -> None:
+    lines = [{**each, "results": {"latent_sqnr_db": 20.0}} for each in LINES if each["method"] != "fp"]
+    full = [{**each, "results": {"fd_c10": 1.0}} for each in LINES if each["method"] == "fp"]
+    text = markdown(make_table([*full, *lines], find_metric("latent-sqnr")))
+    assert "| FP |" not in text and "higher is better" in text
+
+
+def test_unknown_metrics_and_metrics_that_no_line_has_are_refused() -> None:
+    with pytest.raises(UsageError, match="no metric 'fid2'; the metrics are"):
+        find_metric("fid2")
+    with pytest.raises(UsageError, match="No line has the metric fid;"):
+        make_table(LINES, find_metric("fid"))

@@ -1,0 +1,99 @@
+"""The results file under kills, damage and foreign studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptq_tdq.errors import OutputError, UsageError
+from ptq_tdq.study.matrix import Cell, make_cells
+from ptq_tdq.study.results import append_line, read_lines, unfinished
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def make(**changes: Any) -> list[Cell]:
+    request: dict[str, Any] = {"presets": ["default"], "schemes": ["W4A8"], "methods": ["tdq"], "seeds": [0]}
+    return make_cells(**{**request, **changes})
+
+
+def line(cell: Cell, **changes: Any) -> dict[str, Any]:
+    found = {
+        "preset": cell.preset,
+        "scheme": cell.scheme,
+        "method": cell.method,
+        "seed": cell.seed,
+        "evaluation": cell.evaluation,
+        "choices": cell.config.to_dict(),
+        "model_sha256": "m",
+        "results": {"fd_c10": 1.0},
+    }
+    return {**found, **changes}
+
+
+def test_what_is_appended_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "r.jsonl"
+    assert read_lines(path) == []
+    lines = [line(cell) for cell in make(seeds=[0, 1])]
+    for each in lines:
+        append_line(path, each)
+    assert read_lines(path) == lines
+
+
+@pytest.mark.parametrize("cut", [1, 20, 10_000])
+def test_a_line_that_a_kill_cut_off_does_not_count_and_is_replaced(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "r.jsonl"
+    full, cell = make()
+    append_line(path, line(full))
+    whole = path.read_bytes()
+    append_line(path, line(cell))
+    path.write_bytes(path.read_bytes()[: max(len(whole), len(path.read_bytes()) - cut)])
+    assert read_lines(path) == [line(full)]
+    append_line(path, line(cell))
+    assert read_lines(path) == [line(full), line(cell)]
+
+
+def test_finished_cells_are_left_out() -> None:
+    found = make(seeds=[0, 1])
+    assert unfinished(found, [], "m") == found
+    assert unfinished(found, [line(found[0]), line(found[2])], "m") == [found[1], found[3]]
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"settings": ["bias_lr=0.5"]}, r"'default W4A8 tdq 0' with bias_lr 0.001 where this study has 0.5"),
+        ({"samples": 8}, r"'fp 0' with samples 1000 where this study has 8"),
+    ],
+)
+def test_another_study_in_the_file_is_refused(now: dict[str, Any], message: str) -> None:
+    lines = [line(cell) for cell in make()]
+    with pytest.raises(UsageError, match=message):
+        unfinished(make(**now), lines, "m")
+
+
+def test_another_model_in_the_file_is_refused() -> None:
+    with pytest.raises(UsageError, match="another model"):
+        unfinished(make(), [line(cell) for cell in make()], "other")
+
+
+@pytest.mark.parametrize("text", ["{}\n", "[1]\n", "text\n", "\0\n", '{"choices": {}}\n'])
+def test_a_file_of_anything_else_is_one_sentence(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"Line 1 of .* is no result"):
+        read_lines(path)
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        append_line(tmp_path / "file" / "r.jsonl", {})
+
+
+@pytest.mark.parametrize("name", ["default.jsonl", "module_start.jsonl"])
+def test_the_first_study_stays_readable(name: str) -> None:
+    lines = read_lines(RESULTS / name)
+    assert lines and all(each["preset"] == "default" and each["results"]["latent_sqnr_db"] > 0 for each in lines)
