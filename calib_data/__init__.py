@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ptq_tdq.calib_data.calibration_set import CalibrationSet
-from ptq_tdq.calib_data.collect import collect, collect_cached, default_cache_dir, make_recipe
+from ptq_tdq.calib_data.collect import collect, collect_cached, make_recipe
 from ptq_tdq.calib_data.load import REFERENCE_ID, LoadedModel, check_unet, load_model, unet_sha256, with_scheduler
 from ptq_tdq.calib_data.sampling import Record, Recorder, sample_latents, start_schedule
 from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
@@ -19,7 +19,6 @@ __all__ = [
     "choose_steps",
     "collect",
     "collect_cached",
-    "default_cache_dir",
     "load_model",
     "make_recipe",
     "sample_latents",

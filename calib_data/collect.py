@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq_tdq.cache import cache_folder
 from ptq_tdq.calib_data.calibration_set import CalibrationSet
 from ptq_tdq.calib_data.load import LoadedModel
 from ptq_tdq.calib_data.sampling import Recorder, sample_latents, start_schedule
@@ -119,12 +119,6 @@ def make_recipe(
     }
 
 
-def default_cache_dir() -> Path:
-    """Return ``$PTQ_TDQ_CACHE``, or ``~/.cache/ptq-tdq`` where that is not set."""
-    folder = os.environ.get("PTQ_TDQ_CACHE")
-    return Path(folder) if folder else Path.home() / ".cache" / "ptq-tdq"
-
-
 def collect_cached(
     model: LoadedModel,
     cache_dir: str | Path | None = None,
@@ -140,7 +134,7 @@ def collect_cached(
     """
     wanted = make_recipe(model, **recipe)
     name = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
-    path = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / f"calibration-{name}.safetensors"
+    path = (cache_folder() if cache_dir is None else Path(cache_dir)) / f"calibration-{name}.safetensors"
     try:
         cached = CalibrationSet.load(path)
         if cached.recipe == wanted:

@@ -20,7 +20,7 @@ from torch import nn
 from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.source import Components, find_components, find_folder, read_config
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
-from ptq_tdq.plan import require_timestep
+from ptq_tdq.timed_model import require_timestep
 
 REFERENCE_ID = "ptq-tdq/reference-cifar10-ldm"
 

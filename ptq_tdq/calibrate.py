@@ -14,10 +14,11 @@ from torch import nn
 from ptq_tdq.calib_data import CalibrationSet, unet_sha256
 from ptq_tdq.config import ACTIVATION_CHOICES, Config
 from ptq_tdq.errors import CalibrationSetError
-from ptq_tdq.plan import make_plan, require_timestep
+from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel, base_config
 from ptq_tdq.recon import RunDirectory, Samples, UnitReport, reconstruct
 from ptq_tdq.scheme import Scheme
+from ptq_tdq.timed_model import require_timestep
 
 
 def calibrate(

@@ -8,6 +8,7 @@ PtqTdqError
 │   └── NonFiniteError      NaN or Inf in weights or activations; names the layer and t
 ├── CalibrationSetError     an empty, unreadable or foreign calibration set
 ├── TimestepError           a time step outside the interval tables
+├── RuntimeUnsupportedError  what the integer runtime cannot run, or not exactly, on this processor
 ├── ResumeError             an unfinished run that belongs to another model, config or calibration set
 ├── OutputError             an output path that cannot be written
 ├── WorkerError             a process of a study that ended before its work
@@ -50,6 +51,10 @@ class CalibrationSetError(PtqTdqError):
 
 class TimestepError(PtqTdqError):
     """A time step outside the range that the interval tables cover."""
+
+
+class RuntimeUnsupportedError(PtqTdqError):
+    """The integer runtime cannot run a layer, or not exactly on this processor; the text says what to do instead."""
 
 
 class ResumeError(PtqTdqError):

@@ -6,7 +6,6 @@ token axis) and the concatenations that feed a layer are observed, only the kind
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from ptq_tdq.errors import ModelError
 from ptq_tdq.modules import layer_kind
 from ptq_tdq.modules.attention import OPERANDS
 from ptq_tdq.records import LayerRecord, QuantizerRecord
+from ptq_tdq.timed_model import require_timestep
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,6 @@ class _Concatenations(TorchFunctionMode):
     def parts(self, x: Tensor) -> tuple[int, ...]:
         return next(
             (widths for made, widths in self.made if made.data_ptr() == x.data_ptr() and made.shape == x.shape), ()
-        )
-
-
-def require_timestep(model: nn.Module) -> None:
-    """Raise :class:`ModelError` unless the model's forward takes ``timestep``."""
-    if "timestep" not in inspect.signature(model.forward).parameters:
-        raise ModelError(
-            f"{type(model).__name__}.forward has no argument named 'timestep'; intervals depend on it. "
-            "Give a diffusion model such as UNet2DModel."
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,14 +17,14 @@ from ptq_tdq.errors import ModelError
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
-from ptq_tdq.plan import require_timestep
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.search import QParams
 from ptq_tdq.timeaxis import Clock
+from ptq_tdq.timed_model import TimedModel
 from ptq_tdq.wrap import insert, switch
 
 
-class QuantizedModel(nn.Module):
+class QuantizedModel(TimedModel):
     """A model with quantizers in it and the original's call signature (``pipe.unet = quantized``).
 
     The activations' intervals follow each sample's time step, taken from the model's own ``timestep`` argument.
@@ -35,13 +34,11 @@ class QuantizedModel(nn.Module):
 
     def __init__(self, model: nn.Module, plan: Iterable[LayerRecord]) -> None:
         """Put quantizers, switched off, into ``model`` itself; see :meth:`copy_of` to leave it as it is."""
-        super().__init__()
-        require_timestep(model)
-        self.model, self.plan, self.clock = model, tuple(plan), Clock()
+        super().__init__(model)
+        self.plan, self.clock = tuple(plan), Clock()
         self.provenance: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
         self.static: dict[str, QParams] = {}  # static MSE intervals by quantizer, known right after calibration
-        self._signature = inspect.signature(model.forward)
         for record in self.plan:
             insert(model, record, self.clock)
 
@@ -50,22 +47,8 @@ class QuantizedModel(nn.Module):
         """A quantized model around a deep copy, in evaluation mode and without gradients."""
         return cls(copy.deepcopy(model).eval().requires_grad_(False), plan)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's forward; raises :class:`~ptq_tdq.errors.TimestepError` for t outside the tables."""
-        self.clock.set(self._signature.bind(*args, **kwargs).arguments["timestep"])
-        return self.model(*args, **kwargs)
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    def at(self, t: Tensor | float | int) -> None:
+        self.clock.set(t)
 
     def layers(self) -> dict[str, QuantLayer]:
         """Quantized layers by name, in execution order."""

@@ -13,7 +13,7 @@ from ptq_tdq.errors import ModelError, TimestepError
 
 
 def lookup(table: Tensor, t: Tensor) -> Tensor:
-    """Values of ``table`` [T] at ``t`` [B]: exact for integer t, linear between neighbours for fractional t.
+    """Values of ``table`` [T, ...] at ``t`` [B]: [B, ...], exact for integer t, linear between neighbours otherwise.
 
     Integer tables (zero points) are interpolated and rounded. Raises :class:`TimestepError` outside [0, T-1].
     """
@@ -27,7 +27,7 @@ def lookup(table: Tensor, t: Tensor) -> Tensor:
     below = t.floor().long()
     if t.dtype == torch.int64 or bool((below == t).all()):
         return table[below]
-    fraction = (t - below).to(torch.float32)
+    fraction = (t - below).to(torch.float32).view(-1, *[1] * (table.ndim - 1))
     low, high = table[below], table[(below + 1).clamp(max=last)]
     value = low + (high - low) * fraction
     return value if table.is_floating_point() else value.round().to(table.dtype)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 
-from ptq_tdq.calib_data import CalibrationSet, LoadedModel, collect, collect_cached, default_cache_dir, sample_latents
+from ptq_tdq.cache import cache_folder
+from ptq_tdq.calib_data import CalibrationSet, LoadedModel, collect, collect_cached, sample_latents
 from ptq_tdq.errors import NonFiniteError, OutputError, UsageError
 
 SMALL: dict[str, Any] = {"samples_per_step": 5, "calibration_steps": 3, "num_inference_steps": 5}
@@ -155,7 +156,7 @@ def test_the_cache_folder_follows_the_environment(
     assert len(list((tmp_path / "elsewhere").glob("calibration-*.safetensors"))) == 1
     monkeypatch.delenv("PTQ_TDQ_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / ".cache" / "ptq-tdq"
+    assert cache_folder() == tmp_path / ".cache" / "ptq-tdq"
 
 
 def test_a_cache_that_cannot_be_written_is_an_output_error(model: LoadedModel, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""The passes around the integer products, in torch: the reference that ``native.c`` is compared with.
+
+Layout: activations are float32 [B, C, H, W] in channels_last memory, codes uint8 alike (the layout oneDNN computes in).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ptq_tdq.affine import quantize
+from ptq_tdq.scheme import QType
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A group norm (weight and bias [C]) before a quantizer, with SiLU after it or not."""
+
+    groups: int
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+    silu: bool
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where codes go: the channel range [lo, hi) to take, bits, zero-point padding and nearest upsampling.
+
+    ``padding`` is (top, left, bottom, right) in pixels of the upsampled image.
+    """
+
+    channels: tuple[int, int]
+    bits: int
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    up: int = 1
+
+
+class Quantize(Protocol):
+    """x [B, C, H, W] -> codes uint8 [B, hi - lo, top + up H + bottom, left + up W + right], channels_last.
+
+    ``scale`` float32 and ``zero_point`` int32 are [B] or, for all samples alike, [1]. With a ``norm`` (which covers all
+    C channels) x + ``shift`` ([B, C] or None) is normalized first.
+    """
+
+    def __call__(
+        self, x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, norm: Norm | None, shift: Tensor | None
+    ) -> Tensor: ...
+
+
+def normalized(x: Tensor, norm: Norm, shift: Tensor | None) -> Tensor:
+    """Group norm of ``x + shift``, then SiLU where the norm has it."""
+    x = x if shift is None else x + shift[:, :, None, None]
+    x = functional.group_norm(x, norm.groups, norm.weight, norm.bias, norm.epsilon)
+    return functional.silu(x) if norm.silu else x
+
+
+def reference_quantize(
+    x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, norm: Norm | None, shift: Tensor | None
+) -> Tensor:
+    """:class:`Quantize` in torch operations."""
+    x = (x if norm is None else normalized(x, norm, shift))[:, slice(*grid.channels)]
+    each = (-1, 1, 1, 1)
+    codes = quantize(x, scale.view(each), zero_point.view(each), QType(grid.bits)).to(torch.uint8)
+    codes = codes.repeat_interleave(grid.up, 2).repeat_interleave(grid.up, 3)
+    top, left, bottom, right = grid.padding
+    batch, channels, height, width = codes.shape
+    shape = (batch, channels, top + height + bottom, left + width + right)
+    out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    out.copy_(zero_point.view(each).expand(shape))
+    out[:, :, top : top + height, left : left + width] = codes
+    return out

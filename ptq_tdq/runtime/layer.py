@@ -1,0 +1,62 @@
+"""One Conv2d or Linear in integers: quantize (with a norm before it, or not), then the products of codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ptq_tdq.records import LayerRecord, QuantizerRecord
+from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, normalized
+from ptq_tdq.runtime.products import Products
+from ptq_tdq.runtime.step import Step
+
+
+@dataclass(frozen=True)
+class Part:
+    """One channel range of a layer: its quantizer, and the products with its weights."""
+
+    quantizer: QuantizerRecord
+    channels: tuple[int, int]
+    products: Products
+
+
+class IntegerLayer(nn.Module):
+    """A drop-in for a quantized Conv2d or Linear; ``norm`` (with SiLU or not) may be fused into its quantizer."""
+
+    def __init__(
+        self,
+        record: LayerRecord,
+        parts: Sequence[Part],
+        padding: tuple[int, int, int, int],
+        step: Step,
+        quantize: Quantize,
+    ) -> None:
+        super().__init__()
+        self.record, self.parts, self.padding, self.step, self.quantize = record, tuple(parts), padding, step, quantize
+        self.norm: Norm | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer that it stands for: x [B, C, H, W], or [B, ..., C] of a Linear."""
+        if self.record.kind != "linear":
+            return self.run(x)
+        image = x.reshape(len(x), 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+        return self.run(image).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+    def run(self, x: Tensor, *, shift: Tensor | None = None, onto: Tensor | None = None, up: int = 1) -> Tensor:
+        """x [B, C, H, W] (a Linear's tokens as pixels) -> [B, O, H', W'].
+
+        ``shift`` [B, C] is added before the norm; the result is added to ``onto``, whose memory it may take; ``up``
+        enlarges x by nearest neighbours first.
+        """
+        norm = self.norm
+        for part in self.parts:
+            if norm is not None and part.quantizer.name not in self.step:  # a dynamic interval needs the values
+                x, norm = normalized(x, norm, shift), None
+            interval = self.step.interval(part.quantizer.name, x[:, slice(*part.channels)])
+            grid = Grid(part.channels, part.quantizer.bits, self.padding, up)
+            codes = self.quantize(x, grid, interval.scale, interval.zero_point, norm, shift)
+            onto = part.products(codes, interval, onto)
+        assert onto is not None
+        return onto

@@ -1,0 +1,119 @@
+"""The model that runs in integers, from an artifact."""
+
+from __future__ import annotations
+
+from ctypes import CDLL
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.errors import ArtifactMismatchError, RuntimeUnsupportedError
+from ptq_tdq.records import LayerRecord
+from ptq_tdq.runtime.attention import Attend, native_attend, reference_attend
+from ptq_tdq.runtime.blocks import IntegerAttention, fuse
+from ptq_tdq.runtime.cpu import check_exact, instruction_set
+from ptq_tdq.runtime.kernels import Quantize, reference_quantize
+from ptq_tdq.runtime.layer import IntegerLayer, Part
+from ptq_tdq.runtime.native import native_quantize, open_library
+from ptq_tdq.runtime.products import Geometry, NativeProducts, OneDnnProducts, Products, Weights
+from ptq_tdq.runtime.step import Step
+from ptq_tdq.scheme import QType
+from ptq_tdq.timed_model import TimedModel
+
+
+class IntegerModel(TimedModel):
+    """Quantized convolutions and linears run as u8 x s8 products with int32 sums; the rest in float32.
+
+    Scale and zero point come from the artifact's tables at the model's own ``timestep``. ``facts`` says what runs.
+    CPU only, inference only.
+    """
+
+    def __init__(self, model: nn.Module, artifact: Artifact) -> None:
+        """Replace layers of ``model``, freshly built (its weights are not used, so it may be on the meta device).
+
+        Raises :class:`RuntimeUnsupportedError` where a layer has no integer form or its sums would saturate here.
+        """
+        super().__init__(model.eval().requires_grad_(False))
+        self.provenance, self.metrics = artifact.config, artifact.metrics
+        self.step = Step(artifact)
+        engine = _Engine()
+        layers = [record for record in artifact.layers if record.kind != "attention"]
+        for record in layers:
+            _replace(model, record.name, engine.layer(model.get_submodule(record.name), record, artifact, self.step))
+        state = {k: v for k, v in artifact.float_state.items() if k.removesuffix(".bias") not in artifact.weight_codes}
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        if unexpected or missing:
+            raise ArtifactMismatchError(
+                "The artifact's tensors do not fit the model of its own configuration; it cannot be loaded."
+            )
+        model.float().requires_grad_(False)
+        for record in artifact.layers:
+            if record.kind == "attention":
+                block = IntegerAttention.of(model.get_submodule(record.name), record, self.step, engine.attend)
+                if block is None:
+                    raise RuntimeUnsupportedError(
+                        f'The attention of {record.name} has no integer form yet; use backend="simulated".'
+                    )
+                _replace(model, record.name, block)
+        self.facts: dict[str, Any] = {
+            "instructions": engine.isa,
+            "products": engine.products,
+            "passes": engine.passes,
+            "integer_layers": len(layers),
+            "float_tensors": len(state),
+            "fused_blocks": len(fuse(model)),
+        }
+
+    def at(self, t: Tensor | float | int) -> None:
+        self.step.set(t)
+
+
+class _Engine:
+    """Which kernels run on this processor."""
+
+    def __init__(self) -> None:
+        self.isa = instruction_set()
+        found = open_library()
+        self.library = found if isinstance(found, CDLL) else None
+        self.quantize: Quantize = native_quantize(self.library) if self.library else reference_quantize
+        self.attend: Attend = native_attend(self.library) if self.library else reference_attend
+        self.passes = "native C" if self.library else f"torch ({found})"
+        # AMX has four times the rate of VNNI, and oneDNN uses it
+        self.native = self.library is not None and hasattr(self.library, "convolve") and self.isa == "vnni"
+        self.products = "native C, AVX512-VNNI" if self.native else "oneDNN"
+
+    def layer(self, layer: nn.Module, record: LayerRecord, artifact: Artifact, step: Step) -> IntegerLayer:
+        """The integer form of one layer."""
+        name, geometry = record.name, Geometry.of(layer, record.name)
+        codes, scales, zero_points = (
+            of[name] for of in (artifact.weight_codes, artifact.weight_scale, artifact.weight_zero_point)
+        )
+        codes = codes.view(*codes.shape[:2], *geometry.kernel)
+        no_bias = torch.zeros(len(codes))
+        bias = artifact.float_state.get(f"{name}.bias", no_bias).float()
+        ranges = list(pairwise(record.splits))
+        parts = []
+        for index, (quantizer, channels) in enumerate(zip(record.inputs, ranges, strict=True)):
+            weights = Weights(
+                codes[:, slice(*channels)] if len(ranges) > 1 else codes,  # a grouped weight has fewer columns
+                record.weight_bits or 0,
+                scales[:, index].expand(len(codes)).contiguous(),
+                zero_points[:, index].expand(len(codes)).contiguous(),
+                bias if index == 0 else no_bias,
+            )
+            check_exact(name, int(weights.signed.abs().max()), QType(quantizer.bits).qmax, self.isa)
+            parts.append(Part(quantizer, channels, self._products(weights, geometry)))
+        return IntegerLayer(record, parts, geometry.padding, step, self.quantize)
+
+    def _products(self, weights: Weights, geometry: Geometry) -> Products:
+        if self.library is not None and self.native and NativeProducts.covers(weights, geometry):
+            return NativeProducts(weights, geometry, self.library)
+        return OneDnnProducts(weights, geometry)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)

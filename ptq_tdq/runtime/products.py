@@ -1,0 +1,194 @@
+"""Convolutions of codes: u8 activations x s8 weights with int32 sums, by our kernel (AVX512-VNNI) or by oneDNN.
+
+    y = s w_s (sum (q - z) w) + bias        w: signed weight codes, w_s: their scale for each output channel
+
+The input is padded with the code z, so that no place of the image is an exception and the zero point is settled by
+``z sum(w)``. A Linear is a convolution of one pixel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.errors import RuntimeUnsupportedError
+from ptq_tdq.runtime.step import Interval
+
+BLOCK = 32  # outputs that the kernel computes together
+NIBBLE_BITS = 4  # weights of at most so many bits share a byte in memory
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a convolution does beside its weights; ``padding`` is (top, left, bottom, right)."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, layer: nn.Module, name: str) -> Geometry:
+        """The geometry of a Conv2d or a Linear; raises :class:`RuntimeUnsupportedError` for others."""
+        if isinstance(layer, nn.Linear):
+            return cls()
+        if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros":
+            raise RuntimeUnsupportedError(
+                f'{name} ({type(layer).__name__}) has no integer form yet; use backend="simulated" or skip the layer.'
+            )
+        left, right, top, bottom = layer._reversed_padding_repeated_twice
+        kernel, stride, dilation = ((h, w) for h, w in (layer.kernel_size, layer.stride, layer.dilation))
+        return cls(kernel, stride, (top, left, bottom, right), dilation, layer.groups)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Output pixels for a padded input."""
+        sizes = zip((height, width), self.kernel, self.stride, self.dilation, strict=True)
+        out_height, out_width = ((n - (k - 1) * d - 1) // s + 1 for n, k, s, d in sizes)
+        return out_height, out_width
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Codes uint8 [O, C, kh, kw] of ``bits`` bits, scale float32, zero_point and bias [O]."""
+
+    codes: Tensor
+    bits: int
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor
+
+    @property
+    def signed(self) -> Tensor:
+        """Codes less their zero points, int16."""
+        return self.codes.to(torch.int16) - self.zero_point.to(torch.int16).view(-1, 1, 1, 1)
+
+    def summands(self) -> list[Tensor]:
+        """The signed codes as s8, or as the sum of two such tensors where they do not fit."""
+        low = self.signed.clamp(-128, 127)
+        rest = self.signed - low
+        return [w.to(torch.int8) for w in ((low, rest) if bool(rest.any()) else (low,))]
+
+
+class Products(Protocol):
+    """Padded codes uint8 [B, C, H, W] (channels_last) -> float32 [B, O, H', W'].
+
+    The result is added to ``onto``, whose memory it may take.
+    """
+
+    def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor: ...
+
+
+class OneDnnProducts:
+    """By ``torch.ops.onednn``: any processor with VNNI or AMX, any geometry."""
+
+    def __init__(self, weights: Weights, geometry: Geometry) -> None:
+        g = geometry
+        self._scale, self._bias = weights.scale, weights.bias
+        sums = weights.signed.flatten(1).sum(1)
+        self._weight_sum = (sums.double() * weights.scale.double()).float()
+        self._no_zero = torch.zeros(len(sums), dtype=torch.int32)
+        shape = list(g.stride), [0, 0], list(g.dilation), g.groups
+        self._where = (*shape, 1.0, 0, torch.float32)
+        pack = torch.ops.onednn.qconv_prepack
+        self._packed = [pack(w, weights.scale, 1.0, 0, *shape, None) for w in weights.summands()]
+
+    def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
+        convolution = torch.ops.onednn.qconv2d_pointwise
+        uniform, y = interval.uniform, None
+        bias = self._bias - (interval.scale * interval.zero_point)[:, None] * self._weight_sum  # [1 or B, O]
+        for index, packed in enumerate(self._packed):
+            extra = bias[0] if uniform is not None and index == 0 else None
+            given = codes, 1.0 if uniform is None else uniform, 0, packed, self._scale, self._no_zero
+            base = y if index else (None if uniform is None else onto)
+            if base is None:
+                y = convolution(*given, extra, *self._where, "none", [], "")
+            else:
+                y = convolution.binary(*given, base, extra, *self._where, 1.0, 0, "sum", 1.0, None, [], None)
+        assert y is not None
+        if uniform is not None:
+            return y
+        y = y * interval.scale.view(-1, 1, 1, 1) + bias[:, :, None, None]
+        return y if onto is None else y + onto
+
+
+class _Convolution(ctypes.Structure):
+    """``Convolution`` of native.c."""
+
+    _sizes_ = (
+        *("batch", "in_height", "in_width", "channels", "out_height", "out_width", "outputs"),
+        *("kernel_height", "kernel_width", "stride_height", "stride_width", "dilation_height", "dilation_width"),
+        *("nibbles", "each"),
+    )
+    _tensors_ = ("weights", "weight_zero", "weight_sum", "weight_scale", "bias")
+    _fields_ = [*((name, ctypes.c_int64) for name in _sizes_), *((name, ctypes.c_void_p) for name in _tensors_)]
+
+
+class NativeProducts:
+    """By ``native.c``: weights of 4 bits stay two to a byte in memory; no groups, channels a multiple of 4."""
+
+    def __init__(self, weights: Weights, geometry: Geometry, library: ctypes.CDLL) -> None:
+        self._geometry, self._outputs, self._convolve = geometry, len(weights.codes), library.convolve
+        self._convolve.argtypes, self._convolve.restype = [ctypes.c_void_p] * 6, None
+        self._nibbles = int(weights.bits <= NIBBLE_BITS)
+        zero = weights.zero_point if self._nibbles else torch.zeros_like(weights.zero_point)
+        signed = [weights.signed] if self._nibbles else weights.summands()
+        stored = [weights.codes] if self._nibbles else signed
+        bias = [weights.bias, *[torch.zeros_like(weights.bias)] * (len(stored) - 1)]
+        self._tensors = [
+            (
+                _in_blocks(w, pairs=bool(self._nibbles)),
+                _padded(zero.to(torch.int8)),
+                _padded(s.flatten(1).sum(1, dtype=torch.int32)),
+                _padded(weights.scale),
+                _padded(b),
+            )
+            for w, s, b in zip(stored, signed, bias, strict=True)
+        ]
+        self._calls: dict[tuple[int, ...], list[_Convolution]] = {}
+
+    @staticmethod
+    def covers(weights: Weights, geometry: Geometry) -> bool:
+        return geometry.groups == 1 and weights.codes.shape[1] % 4 == 0
+
+    def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
+        batch, channels, height, width = codes.shape
+        each = int(interval.uniform is None)
+        key = (batch, height, width, each)
+        calls = self._calls.get(key)
+        size = self._geometry.size(height, width)
+        if calls is None:
+            g = self._geometry
+            sizes = (batch, height, width, channels, *size, self._outputs, *g.kernel, *g.stride, *g.dilation)
+            calls = self._calls[key] = [
+                _Convolution(*sizes, self._nibbles, each, *(x.data_ptr() for x in tensors)) for tensors in self._tensors
+            ]
+        if onto is None:
+            out = torch.empty((batch, self._outputs, *size), memory_format=torch.channels_last)
+        else:
+            out = onto = onto.contiguous(memory_format=torch.channels_last)
+        where = codes.data_ptr(), interval.scale.data_ptr(), interval.zero_point.data_ptr()
+        for call in calls:
+            self._convolve(ctypes.addressof(call), *where, None if onto is None else out.data_ptr(), out.data_ptr())
+            onto = out
+        return out
+
+
+def _padded(values: Tensor) -> Tensor:
+    """Values [O], with zeros up to a multiple of the block."""
+    return nn.functional.pad(values, (0, -len(values) % BLOCK)).contiguous()
+
+
+def _in_blocks(codes: Tensor, *, pairs: bool) -> Tensor:
+    """[O, C, kh, kw] in the order of native.c; with ``pairs`` two unsigned codes of 4 bits to a byte."""
+    codes = nn.functional.pad(codes, (0, 0, 0, 0, 0, 0, 0, -len(codes) % BLOCK))
+    rows = codes.permute(0, 2, 3, 1).reshape(len(codes) // BLOCK, BLOCK, -1, 4)
+    blocks = rows.permute(0, 2, 1, 3).contiguous()
+    if not pairs:
+        return blocks
+    low, high = blocks.reshape(-1, 2).unbind(1)
+    return low | (high << NIBBLE_BITS)
