@@ -10,14 +10,24 @@ from rich.table import Table
 
 from ptq_tdq.artifacts import read_artifact, summarize
 from ptq_tdq.cli.options import json_option, print_json, result_console, verbose_option
+from ptq_tdq.load import load_quantized
 
 
 @click.command("inspect")
 @click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--runtime", is_flag=True, help="Show instead what runs on this machine with the integer backend.")
 @json_option
 @verbose_option
-def inspect_command(artifact: Path, as_json: bool, verbose: bool) -> None:
+def inspect_command(artifact: Path, runtime: bool, as_json: bool, verbose: bool) -> None:
     """Show model, choices, sizes, and each quantizer of ARTIFACT."""
+    if runtime:
+        facts = load_quantized(artifact, backend="integer").facts
+        if as_json:
+            print_json(facts)
+            return
+        for line in _runtime(facts):
+            click.echo(line)
+        return
     summary = summarize(read_artifact(artifact))
     if as_json:
         print_json(summary)
@@ -27,6 +37,16 @@ def inspect_command(artifact: Path, as_json: bool, verbose: bool) -> None:
         console.print(line, markup=False)
     console.print(_weights(summary["weights"]))
     console.print(_quantizers(summary["quantizers"]))
+
+
+def _runtime(facts: dict[str, Any]) -> list[str]:
+    return [
+        f"{facts['integer_layers']} layers in integers (u8 x s8, int32 sums), by {facts['products']}; "
+        f"this processor has {facts['instructions']}",
+        f"quantization, norms and attention around them: {facts['passes']}; {facts['fused_blocks']} blocks fused",
+        f"{facts['weight_bytes'] / 1e6:.2f} MB of weights in memory",
+        f"in floating point: {', '.join(facts['float_layers']) or 'no layer'}",
+    ]
 
 
 def _facts(summary: dict[str, Any]) -> list[str]:

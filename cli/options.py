@@ -38,6 +38,13 @@ scheduler_option: Decorator = click.option(
     help="Any diffusers scheduler, e.g. EulerDiscreteScheduler.  [default: the model's own]",
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+backend_option: Decorator = click.option(
+    "--backend",
+    type=click.Choice(["simulated", "integer"]),
+    default="simulated",
+    show_default=True,
+    help="Floating point on the integer grid, or integer arithmetic (fast).",
+)
 verbose_option: Decorator = click.option(
     "-v", "--verbose", is_flag=True, callback=_set_verbose, help="Say more; show a traceback for errors."
 )

@@ -10,13 +10,21 @@ from diffusers.utils import logging as diffusers_logging
 
 from ptq_tdq.artifacts import check_base_model, read_artifact, write_atomic
 from ptq_tdq.calib_data import with_scheduler
-from ptq_tdq.cli.options import json_option, print_json, quiet_option, scheduler_option, threads_option, verbose_option
+from ptq_tdq.cli.options import (
+    backend_option,
+    json_option,
+    print_json,
+    quiet_option,
+    scheduler_option,
+    threads_option,
+    verbose_option,
+)
 from ptq_tdq.cli.original import load_original
 from ptq_tdq.errors import ModelError
 from ptq_tdq.evaluate.images import decode, grid
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import make_noise, run
-from ptq_tdq.load import load_quantized
+from ptq_tdq.load import Backend, load_quantized
 
 
 @click.command("sample")
@@ -39,6 +47,7 @@ from ptq_tdq.load import load_quantized
     "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."
 )
 @scheduler_option
+@backend_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
 @threads_option
 @json_option
@@ -51,6 +60,7 @@ def sample_command(
     num_images: int,
     num_inference_steps: int,
     scheduler: str | None,
+    backend: Backend,
     seed: int,
     as_json: bool,
     verbose: bool,
@@ -69,7 +79,7 @@ def sample_command(
             "images; pass --model with the pipeline folder that has one."
         )
     noise, labels = make_noise(model, num_images, seed)
-    quantized = load_quantized(artifact)
+    quantized = load_quantized(artifact, backend=backend)
     latents = [run(unet, model, noise, labels, num_inference_steps, seed) for unet in (model.unet, quantized)]
     full, mine = (decode(model, x) for x in latents)
     columns = model.num_classes if 0 < model.num_classes <= num_images else max(1, round(num_images**0.5))

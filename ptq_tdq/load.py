@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, overload
 
 import diffusers
 import torch
@@ -12,26 +12,55 @@ from huggingface_hub import snapshot_download
 from ptq_tdq.artifacts import CONFIG_FILE, read_artifact
 from ptq_tdq.errors import ArtifactError, ArtifactMismatchError, ConfigError
 from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.runtime import IntegerModel
+
+Backend = Literal["simulated", "integer"]
+
+
+@overload
+def load_quantized(
+    source: str | Path, *, backend: Literal["simulated"] = "simulated", device: str | torch.device = "cpu"
+) -> QuantizedModel: ...
+
+
+@overload
+def load_quantized(
+    source: str | Path, *, backend: Literal["integer"], device: str | torch.device = "cpu"
+) -> IntegerModel: ...
+
+
+@overload
+def load_quantized(
+    source: str | Path, *, backend: Backend, device: str | torch.device = "cpu"
+) -> QuantizedModel | IntegerModel: ...
 
 
 def load_quantized(
-    source: str | Path, *, backend: Literal["simulated"] = "simulated", device: str | torch.device = "cpu"
-) -> QuantizedModel:
+    source: str | Path, *, backend: Backend = "simulated", device: str | torch.device = "cpu"
+) -> QuantizedModel | IntegerModel:
     """Read an artifact into a module with the signature of the original model (``pipe.unet = ...``).
 
     ``backend`` "simulated" computes in floating point with values on the integer grid; it equals the calibrated model
-    bit for bit.
+    bit for bit. "integer" computes convolutions and linears with integers, on the CPU, and is the fast one; its
+    ``facts`` say what runs.
 
-    Raises :class:`~ptq_tdq.errors.ArtifactError` (missing, damaged, of an unknown version or model class) and
-    :class:`~ptq_tdq.errors.ConfigError` for an unknown backend.
+    Raises :class:`~ptq_tdq.errors.ArtifactError` (missing, damaged, of an unknown version or model class),
+    :class:`~ptq_tdq.errors.ConfigError` for an unknown backend or a device that it does not have, and
+    :class:`~ptq_tdq.errors.RuntimeUnsupportedError` for what cannot run in integers on this processor.
     """
-    if backend != "simulated":
-        raise ConfigError(f"The backend must be 'simulated' (computes in floating point). Got {backend!r} instead.")
+    if backend not in get_args(Backend):
+        raise ConfigError(f"The backend must be one of {', '.join(get_args(Backend))}. Got {backend!r} instead.")
+    if backend == "integer" and torch.device(device).type != "cpu":
+        raise ConfigError(f'The backend "integer" runs on the CPU only. Got device {str(device)!r} instead.')
     artifact = read_artifact(_folder(source))
     name = artifact.config["model_config"].get("_class_name")
     cls = getattr(diffusers, str(name), None)
     if cls is None or not hasattr(cls, "from_config"):
         raise ArtifactMismatchError(f"The artifact is of a {name!r}, which this version of diffusers does not have.")
+    if backend == "integer":
+        with torch.device("meta"):  # the float weights are never made
+            structure = cls.from_config(artifact.config["model_config"])
+        return IntegerModel(structure, artifact)
     return QuantizedModel.from_artifact(cls.from_config(artifact.config["model_config"]), artifact).to(device)
 
 

@@ -30,7 +30,7 @@ def norm_of(module: nn.Module, *, silu: bool) -> Norm | None:
     return Norm(module.num_groups, weight, bias, module.eps, silu)
 
 
-def _takes_norm(layer: nn.Module) -> bool:
+def _takes_norm(layer: nn.Module | None) -> bool:
     return isinstance(layer, IntegerLayer) and len(layer.parts) == 1
 
 
@@ -180,7 +180,8 @@ def _fuse_time(model: nn.Module) -> list[str]:
 
 def _fuse_output(model: Any) -> list[str]:
     """The last norm, SiLU and convolution of a UNet2DModel."""
-    if not _takes_norm(getattr(model, "conv_out", None)) or not isinstance(getattr(model, "conv_act", None), nn.SiLU):
+    own = dict(model.named_children())
+    if not isinstance(own.get("conv_act"), nn.SiLU) or not _takes_norm(own.get("conv_out")):
         return []
     model.conv_out.norm = norm_of(model.conv_norm_out, silu=True)
     if model.conv_out.norm is None:

@@ -31,17 +31,19 @@ class Norm:
 class Grid:
     """Where codes go: the channel range [lo, hi) to take, bits, zero-point padding and nearest upsampling.
 
-    ``padding`` is (top, left, bottom, right) in pixels of the upsampled image.
+    ``pitch`` is the number of channels of the output, whose weights beyond the range are 0; ``padding`` is (top, left,
+    bottom, right) in pixels of the upsampled image.
     """
 
     channels: tuple[int, int]
+    pitch: int
     bits: int
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     up: int = 1
 
 
 class Quantize(Protocol):
-    """x [B, C, H, W] -> codes uint8 [B, hi - lo, top + up H + bottom, left + up W + right], channels_last.
+    """x [B, C, H, W] -> codes uint8 [B, pitch, top + up H + bottom, left + up W + right], channels_last.
 
     ``scale`` float32 and ``zero_point`` int32 are [B] or, for all samples alike, [1]. With a ``norm`` (which covers all
     C channels) x + ``shift`` ([B, C] or None) is normalized first.
@@ -69,8 +71,9 @@ def reference_quantize(
     codes = codes.repeat_interleave(grid.up, 2).repeat_interleave(grid.up, 3)
     top, left, bottom, right = grid.padding
     batch, channels, height, width = codes.shape
-    shape = (batch, channels, top + height + bottom, left + width + right)
+    shape = (batch, grid.pitch, top + height + bottom, left + width + right)
     out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     out.copy_(zero_point.view(each).expand(shape))
-    out[:, :, top : top + height, left : left + width] = codes
+    out[:, :channels, top : top + height, left : left + width] = codes
+    out[:, channels:, top : top + height, left : left + width] = 0
     return out

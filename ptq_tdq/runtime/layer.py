@@ -19,6 +19,7 @@ class Part:
 
     quantizer: QuantizerRecord
     channels: tuple[int, int]
+    pitch: int  # channels of its codes in memory
     products: Products
 
 
@@ -36,6 +37,11 @@ class IntegerLayer(nn.Module):
         super().__init__()
         self.record, self.parts, self.padding, self.step, self.quantize = record, tuple(parts), padding, step, quantize
         self.norm: Norm | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights in memory."""
+        return sum(part.products.nbytes for part in self.parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer that it stands for: x [B, C, H, W], or [B, ..., C] of a Linear."""
@@ -55,7 +61,7 @@ class IntegerLayer(nn.Module):
             if norm is not None and part.quantizer.name not in self.step:  # a dynamic interval needs the values
                 x, norm = normalized(x, norm, shift), None
             interval = self.step.interval(part.quantizer.name, x[:, slice(*part.channels)])
-            grid = Grid(part.channels, part.quantizer.bits, self.padding, up)
+            grid = Grid(part.channels, part.pitch, part.quantizer.bits, self.padding, up)
             codes = self.quantize(x, grid, interval.scale, interval.zero_point, norm, shift)
             onto = part.products(codes, interval, onto)
         assert onto is not None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from ctypes import CDLL
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ArtifactMismatchError, RuntimeUnsupportedError
+from ptq_tdq.errors import ArtifactMismatchError, NonFiniteError, RuntimeUnsupportedError
+from ptq_tdq.modules import layer_kind
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.runtime.attention import Attend, native_attend, reference_attend
 from ptq_tdq.runtime.blocks import IntegerAttention, fuse
@@ -32,7 +33,7 @@ class IntegerModel(TimedModel):
     """
 
     def __init__(self, model: nn.Module, artifact: Artifact) -> None:
-        """Replace layers of ``model``, freshly built (its weights are not used, so it may be on the meta device).
+        """Replace layers of ``model``, built on the meta device: nothing of it is used but its structure.
 
         Raises :class:`RuntimeUnsupportedError` where a layer has no integer form or its sums would saturate here.
         """
@@ -44,8 +45,8 @@ class IntegerModel(TimedModel):
         for record in layers:
             _replace(model, record.name, engine.layer(model.get_submodule(record.name), record, artifact, self.step))
         state = {k: v for k, v in artifact.float_state.items() if k.removesuffix(".bias") not in artifact.weight_codes}
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-        if unexpected or missing:
+        _, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        if unexpected or any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
             raise ArtifactMismatchError(
                 "The artifact's tensors do not fit the model of its own configuration; it cannot be loaded."
             )
@@ -63,9 +64,18 @@ class IntegerModel(TimedModel):
             "products": engine.products,
             "passes": engine.passes,
             "integer_layers": len(layers),
-            "float_tensors": len(state),
+            "float_layers": sorted(n for n, m in model.named_modules() if layer_kind(m)),
             "fused_blocks": len(fuse(model)),
+            "weight_bytes": sum(m.nbytes for m in model.modules() if isinstance(m, IntegerLayer))
+            + sum(p.nbytes for p in model.parameters()),
         }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's forward; raises :class:`NonFiniteError` for NaN or Inf, which codes cannot hold."""
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()):
+                raise NonFiniteError("The model was given NaN or Inf; the integer backend has no codes for them.")
+        return super().forward(*args, **kwargs)
 
     def at(self, t: Tensor | float | int) -> None:
         self.step.set(t)
@@ -104,8 +114,10 @@ class _Engine:
                 zero_points[:, index].expand(len(codes)).contiguous(),
                 bias if index == 0 else no_bias,
             )
+            weights = weights.padded() if geometry.groups == 1 else weights
+            pitch = weights.codes.shape[1] * geometry.groups
             check_exact(name, int(weights.signed.abs().max()), QType(quantizer.bits).qmax, self.isa)
-            parts.append(Part(quantizer, channels, self._products(weights, geometry)))
+            parts.append(Part(quantizer, channels, pitch, self._products(weights, geometry)))
         return IntegerLayer(record, parts, geometry.padding, step, self.quantize)
 
     def _products(self, weights: Weights, geometry: Geometry) -> Products:

@@ -36,6 +36,7 @@ static inline uint8_t code(float y, float scale, float zero_point, float qmax) {
 typedef struct {
     int64_t batch, height, width;
     int64_t channels, stride, first;       /* channels to take, channels of x in memory, the first one taken */
+    int64_t pitch;                         /* channels of the output in memory; those beyond the range hold 0 */
     int64_t top, left, bottom, right, up;  /* padding with the zero point, and the factor of nearest upsampling */
     int64_t each;                          /* 1: a scale and zero point for each image, 0: one for all */
     float qmax;
@@ -45,13 +46,13 @@ typedef struct {
 static void quantize_row(const Frame *f, const float *x, const float *a, const float *b, int with_silu, float scale,
                          float zero_point, uint8_t *out) {
     const int64_t channels = f->channels;
-    if (!a && f->stride == channels && f->up == 1) { /* contiguous: one long loop */
+    if (!a && f->stride == channels && f->pitch == channels && f->up == 1) { /* contiguous: one long loop */
         for (int64_t i = 0; i < f->width * channels; i++) out[i] = code(x[i], scale, zero_point, f->qmax);
         return;
     }
     for (int64_t w = 0; w < f->width; w++) {
         const float *pixel = x + w * f->stride + f->first;
-        uint8_t *to = out + w * f->up * channels;
+        uint8_t *to = out + w * f->up * f->pitch;
         if (a && with_silu)
             for (int64_t c = 0; c < channels; c++)
                 to[c] = code(silu(pixel[c] * a[c] + b[c]), scale, zero_point, f->qmax);
@@ -59,14 +60,15 @@ static void quantize_row(const Frame *f, const float *x, const float *a, const f
             for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c] + b[c], scale, zero_point, f->qmax);
         else
             for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c], scale, zero_point, f->qmax);
-        for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * channels, to, (size_t)channels);
+        memset(to + channels, 0, (size_t)(f->pitch - channels));
+        for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * f->pitch, to, (size_t)f->pitch);
     }
 }
 
 /* Quantize all images; affine is [batch, 2, channels] (a, then b) or NULL. */
 static void quantize_images(const Frame *f, const float *x, const float *affine, int with_silu, const float *scale,
                             const int32_t *zero_point, uint8_t *out) {
-    const int64_t out_width = f->left + f->width * f->up + f->right, row = out_width * f->channels;
+    const int64_t out_width = f->left + f->width * f->up + f->right, row = out_width * f->pitch;
     const int64_t out_height = f->top + f->height * f->up + f->bottom;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t n = 0; n < f->batch; n++)
@@ -74,10 +76,10 @@ static void quantize_images(const Frame *f, const float *x, const float *affine,
             const float *a = affine ? affine + n * 2 * f->channels : NULL;
             uint8_t *image = out + n * out_height * row, *to = image + (f->top + h * f->up) * row;
             const int zero = zero_point[n * f->each];
-            memset(to, zero, (size_t)(f->left * f->channels));
+            memset(to, zero, (size_t)(f->left * f->pitch));
             quantize_row(f, x + (n * f->height + h) * f->width * f->stride, a, a ? a + f->channels : NULL, with_silu,
-                         scale[n * f->each], (float)zero, to + f->left * f->channels);
-            memset(to + (f->left + f->width * f->up) * f->channels, zero, (size_t)(f->right * f->channels));
+                         scale[n * f->each], (float)zero, to + f->left * f->pitch);
+            memset(to + (f->left + f->width * f->up) * f->pitch, zero, (size_t)(f->right * f->pitch));
             for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * row, to, (size_t)row);
             if (h == 0) memset(image, zero, (size_t)(f->top * row));
             if (h == f->height - 1)

@@ -33,7 +33,7 @@ class _Frame(ctypes.Structure):
     """``Frame`` of native.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels", "stride", "first")),
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels", "stride", "first", "pitch")),
         *((name, ctypes.c_int64) for name in ("top", "left", "bottom", "right", "up", "each")),
         ("qmax", ctypes.c_float),
     ]
@@ -52,8 +52,7 @@ def open_library() -> ctypes.CDLL | str:
 
 def native_quantize(library: ctypes.CDLL) -> Quantize:
     """:class:`~ptq_tdq.runtime.kernels.Quantize` on the built library."""
-    frames: dict[tuple[object, ...], ctypes.c_void_p] = {}
-    keep: list[_Frame] = []
+    frames: dict[tuple[object, ...], _Frame] = {}
     plain, fused = library.quantize, library.norm_quantize
     plain.restype, fused.restype = None, ctypes.c_int
     plain.argtypes = [ctypes.c_void_p] * 5
@@ -69,19 +68,18 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
         key = (batch, stride, height, width, grid, each)
         frame = frames.get(key)
         if frame is None:
-            sizes = (batch, height, width, hi - lo, stride, lo, top, left, bottom, right, up, each, 2**grid.bits - 1)
-            keep.append(_Frame(*sizes))
-            frame = frames[key] = ctypes.c_void_p(ctypes.addressof(keep[-1]))
-        shape = (batch, hi - lo, top + height * up + bottom, left + width * up + right)
+            sizes = (batch, height, width, hi - lo, stride, lo, grid.pitch, *grid.padding, up, each, 2**grid.bits - 1)
+            frame = frames[key] = _Frame(*sizes)
+        shape = (batch, grid.pitch, top + height * up + bottom, left + width * up + right)
         out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
         where = scale.data_ptr(), zero_point.data_ptr(), out.data_ptr()
         if norm is None:
-            plain(frame, x.data_ptr(), *where)
+            plain(ctypes.addressof(frame), x.data_ptr(), *where)
             return out
         shift = None if shift is None else shift.float().contiguous()
         moved = None if shift is None else shift.data_ptr()
         weights = norm.weight.data_ptr(), norm.bias.data_ptr(), norm.groups, norm.epsilon, norm.silu
-        if fused(frame, x.data_ptr(), moved, *weights, *where):
+        if fused(ctypes.addressof(frame), x.data_ptr(), moved, *weights, *where):
             raise MemoryError
         return out
 

@@ -9,7 +9,7 @@ The input is padded with the code z, so that no place of the image is an excepti
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from ptq_tdq.errors import RuntimeUnsupportedError
 from ptq_tdq.runtime.step import Interval
 
 BLOCK = 32  # outputs that the kernel computes together
+CHANNELS = 4  # channels that one instruction sums
 NIBBLE_BITS = 4  # weights of at most so many bits share a byte in memory
 
 
@@ -62,23 +63,34 @@ class Weights:
     zero_point: Tensor
     bias: Tensor
 
+    def padded(self) -> Weights:
+        """The same with channels up to a multiple of 4, whose weights are 0."""
+        beyond = self.zero_point.to(torch.uint8).view(-1, 1, 1, 1)
+        beyond = beyond.expand(-1, -self.codes.shape[1] % CHANNELS, *self.codes.shape[2:])
+        return replace(self, codes=torch.cat([self.codes, beyond], 1))
+
     @property
     def signed(self) -> Tensor:
         """Codes less their zero points, int16."""
         return self.codes.to(torch.int16) - self.zero_point.to(torch.int16).view(-1, 1, 1, 1)
 
     def summands(self) -> list[Tensor]:
-        """The signed codes as s8, or as the sum of two such tensors where they do not fit."""
-        low = self.signed.clamp(-128, 127)
-        rest = self.signed - low
-        return [w.to(torch.int8) for w in ((low, rest) if bool(rest.any()) else (low,))]
+        """The signed codes as s8, or as the sum of such tensors where they do not fit."""
+        parts: list[Tensor] = []
+        rest = self.signed
+        while not parts or bool(rest.any()):
+            parts.append(rest.clamp(-128, 127).to(torch.int8))
+            rest = rest - parts[-1]
+        return parts
 
 
 class Products(Protocol):
     """Padded codes uint8 [B, C, H, W] (channels_last) -> float32 [B, O, H', W'].
 
-    The result is added to ``onto``, whose memory it may take.
+    The result is added to ``onto``, whose memory it may take. ``nbytes`` is what the weights take in memory.
     """
+
+    nbytes: int
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor: ...
 
@@ -88,32 +100,38 @@ class OneDnnProducts:
 
     def __init__(self, weights: Weights, geometry: Geometry) -> None:
         g = geometry
-        self._scale, self._bias = weights.scale, weights.bias
-        sums = weights.signed.flatten(1).sum(1)
-        self._weight_sum = (sums.double() * weights.scale.double()).float()
-        self._no_zero = torch.zeros(len(sums), dtype=torch.int32)
+        self._scale, self._bias, self._one = weights.scale, weights.bias, torch.ones_like(weights.scale)
+        self._weight_sum = weights.signed.flatten(1).sum(1).float()
+        self._no_zero = torch.zeros(len(weights.scale), dtype=torch.int32)
         shape = list(g.stride), [0, 0], list(g.dilation), g.groups
         self._where = (*shape, 1.0, 0, torch.float32)
         pack = torch.ops.onednn.qconv_prepack
         self._packed = [pack(w, weights.scale, 1.0, 0, *shape, None) for w in weights.summands()]
+        self.nbytes = len(self._packed) * weights.codes.numel() + 4 * weights.scale.nbytes
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
-        convolution = torch.ops.onednn.qconv2d_pointwise
-        uniform, y = interval.uniform, None
-        bias = self._bias - (interval.scale * interval.zero_point)[:, None] * self._weight_sum  # [1 or B, O]
-        for index, packed in enumerate(self._packed):
-            extra = bias[0] if uniform is not None and index == 0 else None
-            given = codes, 1.0 if uniform is None else uniform, 0, packed, self._scale, self._no_zero
-            base = y if index else (None if uniform is None else onto)
-            if base is None:
-                y = convolution(*given, extra, *self._where, "none", [], "")
-            else:
-                y = convolution.binary(*given, base, extra, *self._where, 1.0, 0, "sum", 1.0, None, [], None)
-        assert y is not None
-        if uniform is not None:
-            return y
-        y = y * interval.scale.view(-1, 1, 1, 1) + bias[:, :, None, None]
+        if interval.uniform is not None:
+            zero_point = int(interval.zero_point)
+            return self._sum(codes, interval.uniform, zero_point, self._scale, self._bias, onto)
+        each = (-1, 1, 1, 1)
+        sums = self._sum(codes, 1.0, 0, self._one, None, None)  # of codes, still without a zero point
+        sums -= interval.zero_point.view(each) * self._weight_sum.view(1, -1, 1, 1)
+        y = sums * interval.scale.view(each) * self._scale.view(1, -1, 1, 1) + self._bias.view(1, -1, 1, 1)
         return y if onto is None else y + onto
+
+    def _sum(
+        self, codes: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor | None, y: Tensor | None
+    ) -> Tensor:
+        convolution = torch.ops.onednn.qconv2d_pointwise
+        for packed in self._packed:
+            given = codes, scale, zero_point, packed, weight_scale, self._no_zero
+            if y is None:
+                y = convolution(*given, bias, *self._where, "none", [], "")
+            else:
+                y = convolution.binary(*given, y, bias, *self._where, 1.0, 0, "sum", 1.0, None, [], None)
+            bias = None
+        assert y is not None
+        return y
 
 
 class _Convolution(ctypes.Structure):
@@ -149,11 +167,16 @@ class NativeProducts:
             )
             for w, s, b in zip(stored, signed, bias, strict=True)
         ]
+        self.nbytes = sum(x.nbytes for tensors in self._tensors for x in tensors)
         self._calls: dict[tuple[int, ...], list[_Convolution]] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> NativeProducts:
+        """Itself: nothing in it ever changes."""
+        return self
 
     @staticmethod
     def covers(weights: Weights, geometry: Geometry) -> bool:
-        return geometry.groups == 1 and weights.codes.shape[1] % 4 == 0
+        return geometry.groups == 1 and weights.codes.shape[1] % CHANNELS == 0
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
         batch, channels, height, width = codes.shape
@@ -186,7 +209,7 @@ def _padded(values: Tensor) -> Tensor:
 def _in_blocks(codes: Tensor, *, pairs: bool) -> Tensor:
     """[O, C, kh, kw] in the order of native.c; with ``pairs`` two unsigned codes of 4 bits to a byte."""
     codes = nn.functional.pad(codes, (0, 0, 0, 0, 0, 0, 0, -len(codes) % BLOCK))
-    rows = codes.permute(0, 2, 3, 1).reshape(len(codes) // BLOCK, BLOCK, -1, 4)
+    rows = codes.permute(0, 2, 3, 1).reshape(len(codes) // BLOCK, BLOCK, -1, CHANNELS)
     blocks = rows.permute(0, 2, 1, 3).contiguous()
     if not pairs:
         return blocks

@@ -47,10 +47,10 @@ class Step:
         """Look all up at t: a scalar or [B]. Raises :class:`~ptq_tdq.errors.TimestepError` outside the tables."""
         if self._scale is None or self._zero_point is None:
             return
-        t = torch.atleast_1d(torch.as_tensor(t))
-        uniform = t.numel() == 1 or bool((t == t[0]).all())
+        each = torch.atleast_1d(torch.as_tensor(t))
+        uniform = each.numel() == 1 or bool((each == each[0]).all())
         scale, zero_point = (
-            lookup(table, t[:1] if uniform else t).T.contiguous() for table in (self._scale, self._zero_point)
+            lookup(table, each[:1] if uniform else each).T.contiguous() for table in (self._scale, self._zero_point)
         )
         numbers = scale[:, 0].tolist() if uniform else [None] * len(scale)
         self._now = [Interval(*each) for each in zip(scale, zero_point, numbers, strict=True)]

@@ -1,0 +1,98 @@
+"""The native passes against torch operations, and those against the simulated quantizer."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from ptq_tdq.affine import quantize
+from ptq_tdq.runtime.attention import native_attend, reference_attend
+from ptq_tdq.runtime.kernels import Grid, Norm, reference_quantize
+from ptq_tdq.runtime.native import native_quantize
+from ptq_tdq.runtime.step import Interval
+from ptq_tdq.scheme import QType
+
+
+def test_reference_codes_are_those_of_the_onnx_form_between_zero_points() -> None:
+    x = torch.randn(2, 6, 4, 5)
+    scale, zero_point = torch.tensor([0.1, 0.02]), torch.tensor([7, 100], dtype=torch.int32)
+    codes = reference_quantize(x, Grid((1, 5), 4, 8, (1, 0, 2, 3), up=2), scale, zero_point, None, None)
+    enlarged = functional.interpolate(x[:, 1:5], scale_factor=2, mode="nearest")
+    padded = functional.pad(enlarged, (0, 3, 1, 2))  # 0 is exactly representable: its code is the zero point
+    each = (2, 1, 1, 1)
+    assert torch.equal(codes.int(), quantize(padded, scale.view(each), zero_point.view(each), QType(8)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 6), st.integers(1, 6)),
+    padding=st.tuples(*[st.integers(0, 2)] * 4),
+    up=st.integers(1, 2),
+    bits=st.integers(2, 8),
+    mixed=st.booleans(),
+    data=st.data(),
+)
+def test_native_codes_are_the_reference_codes(
+    library: ctypes.CDLL,
+    shape: tuple[int, int, int, int],
+    padding: tuple[int, int, int, int],
+    up: int,
+    bits: int,
+    mixed: bool,
+    data: st.DataObject,
+) -> None:
+    lo = data.draw(st.integers(0, shape[1] - 1))
+    hi = data.draw(st.integers(lo + 1, shape[1]))
+    grid = Grid((lo, hi), hi - lo + data.draw(st.integers(0, 3)), bits, padding, up)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    # multiples of half a scale: ties are frequent, and must go to even as in ONNX
+    x = torch.randint(-300, 300, shape, generator=generator).float() * 0.0625
+    rows = shape[0] if mixed else 1
+    scale = torch.full((rows,), 0.125)
+    zero_point = torch.randint(0, 2**bits, (rows,), generator=generator, dtype=torch.int32)
+    expected = reference_quantize(x, grid, scale, zero_point, None, None)
+    assert torch.equal(native_quantize(library)(x, grid, scale, zero_point, None, None), expected)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (96, 32), (20, 5)])
+def test_native_norm_gives_the_reference_codes_but_for_ties(
+    library: ctypes.CDLL, silu: bool, moved: bool, channels: int, groups: int
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, channels, 16, 16) * 3 + 20  # a mean far from 0 is what one-pass variances fear
+    norm = Norm(groups, torch.randn(channels), torch.randn(channels), 1e-5, silu)
+    shift = torch.randn(3, channels) * 4 if moved else None
+    scale, zero_point = torch.tensor([0.02]), torch.tensor([100], dtype=torch.int32)
+    arguments = (x, Grid((0, channels), channels, 8, (1, 1, 1, 1)), scale, zero_point, norm, shift)
+    expected = reference_quantize(*arguments).int()
+    difference = (native_quantize(library)(*arguments).int() - expected).abs()
+    assert difference.max() <= 1
+    assert difference.float().mean() < 1e-3  # only values that lie on a rounding tie within float error
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one t", "mixed t"])
+@pytest.mark.parametrize(("tokens", "heads", "depth"), [(64, 2, 64), (16, 1, 8), (37, 3, 20)])
+def test_native_attention_equals_the_reference(
+    library: ctypes.CDLL, mixed: bool, tokens: int, heads: int, depth: int
+) -> None:
+    torch.manual_seed(1)
+    q, k, v = torch.randn(3, 2, tokens, heads, depth).unbind()
+    rows = 2 if mixed else 1
+    scale = torch.tensor([[0.03], [0.025], [0.02], [1 / 255]]) * torch.linspace(1, 1.5, rows)
+    zero_point = torch.tensor([[128], [120], [131], [0]], dtype=torch.int32).expand(4, rows).contiguous()
+
+    def find(index: int, x: torch.Tensor) -> Interval:
+        return Interval(scale[index], zero_point[index], None if mixed else float(scale[index, 0]))
+
+    arguments = (q, k, v, find, [8, 8, 8, 8], depth**-0.5)
+    expected, found = reference_attend(*arguments), native_attend(library)(*arguments)
+    # a softmax value on a tie may take the other code: one level of one token's value at most
+    assert (found - expected).abs().max() < 1.5 * float(scale[3].max() * scale[2].max()) * 130
+    assert (found - expected).abs().mean() < 1e-4 * expected.abs().mean()
