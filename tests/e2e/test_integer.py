@@ -79,14 +79,17 @@ def integer_layers(model: IntegerModel) -> dict[str, IntegerLayer]:
 
 @pytest.mark.parametrize("t", TIMES, ids=["one t", "mixed t", "fractional t"])
 def test_each_layer_computes_what_the_simulated_one_does(artifact: Path, t: Tensor) -> None:
-    _, layers = simulated_codes(load_quantized(artifact), t)
+    codes, layers = simulated_codes(load_quantized(artifact), t)
     model = load_quantized(artifact, backend="integer")
     found = integer_layers(model)
     assert set(found) == set(layers)
     model.at(t)
     for name, (x, expected) in layers.items():
         found[name].norm = None  # the simulated layer's input is behind the norm
+        mine: dict[str, Tensor] = {}
+        record_codes(found[name], mine)
         torch.testing.assert_close(found[name](x), expected, rtol=1e-4, atol=2e-6 * float(expected.abs().max()))
+        assert all(torch.equal(c.int(), like(c, codes[q])) for q, c in mine.items())
 
 
 @pytest.mark.parametrize("t", TIMES, ids=["one t", "mixed t", "fractional t"])
@@ -99,12 +102,16 @@ def test_codes_differ_at_ties_and_what_follows_from_them_only(artifact: Path, t:
     predict(model, t)
     differing = total = 0
     for name, codes in found.items():
-        same = expected[name] if codes.ndim == expected[name].ndim else expected[name].movedim(-1, 1).view_as(codes)
-        difference = (codes.int() - same).abs()
+        difference = (codes.int() - like(codes, expected[name])).abs()
         # 1 at a tie; what follows a code that took the other side sees another input, and may move by a little more
         assert difference.max() <= 2, name
         differing, total = differing + int(difference.sum()), total + difference.numel()
-    assert differing < 2e-3 * total, f"{differing} of {total} codes differ"
+    assert differing < 2e-2 * total, f"{differing} of {total} codes differ"
+
+
+def like(codes: Tensor, simulated: Tensor) -> Tensor:
+    """Simulated codes in the form of integer ones: tokens [B, N, C] as pixels [B, C, 1, N]."""
+    return simulated if simulated.ndim == 4 else simulated.movedim(-1, 1).reshape(codes.shape)
 
 
 def record_codes(layer: IntegerLayer, found: dict[str, Tensor]) -> None:
