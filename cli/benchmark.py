@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ptq_tdq.artifacts import write_atomic
 from ptq_tdq.calib_data import load_model
-from ptq_tdq.cli.options import model_option, quiet_option, threads_option, verbose_option
+from ptq_tdq.cli.options import backend_option, model_option, quiet_option, threads_option, verbose_option
 from ptq_tdq.config import PRESETS
 from ptq_tdq.errors import ConfigError, UsageError
 from ptq_tdq.evaluate.names import METRICS
+from ptq_tdq.load import Backend
 from ptq_tdq.study.matrix import METHODS, Cell, make_cells
 from ptq_tdq.study.render import Table, find_metric, make_table, markdown, title, to_csv
 from ptq_tdq.study.results import Line, read_lines, unfinished
@@ -56,6 +57,7 @@ FORMATS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "csv": to_cs
     show_default=True,
     help="The file of finished cells; the same command goes on after them.",
 )
+@backend_option
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes; they share --threads."
 )
@@ -89,6 +91,7 @@ def benchmark_command(
     samples: int,
     settings: tuple[str, ...],
     results: Path,
+    backend: Backend,
     workers: int,
     flag: str,
     form: str,
@@ -101,7 +104,8 @@ def benchmark_command(
 
     Each finished cell is a line of the results file; a run that was stopped goes on when the same command is given
     again. Cells that differ only in activations share their weights. Each seed has its own calibration set and noise;
-    methods are compared with S_1 (Q-Diffusion) on the same seed.
+    methods are compared with S_1 (Q-Diffusion) on the same seed. With the integer backend the samples come from integer
+    arithmetic; a method without tables (dynamic) has none and stays simulated, as its line says.
     """
     metric = find_metric(flag)
     if render:
@@ -109,7 +113,7 @@ def benchmark_command(
             raise UsageError(f"There is no results file '{render}'; run the study first.")
         _give(make_table(read_lines(render), metric), form, output)
         return
-    cells = make_cells(_names(presets), _names(schemes), _names(methods), _numbers(seeds), settings, samples)
+    cells = make_cells(_names(presets), _names(schemes), _names(methods), _numbers(seeds), settings, samples, backend)
     lines = read_lines(results)
     model = load_model(source)
     left = unfinished(cells, lines, model.sha256)

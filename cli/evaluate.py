@@ -16,6 +16,7 @@ from ptq_tdq.artifacts import check_base_model, check_target, publish_directory,
 from ptq_tdq.artifacts.atomic import write_file
 from ptq_tdq.calib_data import with_scheduler
 from ptq_tdq.cli.options import (
+    backend_option,
     json_option,
     print_json,
     quiet_option,
@@ -31,7 +32,7 @@ from ptq_tdq.evaluate import inception
 from ptq_tdq.evaluate.baseline import Baseline, Measured, make_baseline
 from ptq_tdq.evaluate.images import grid
 from ptq_tdq.evaluate.names import METRICS, Metric
-from ptq_tdq.load import load_quantized
+from ptq_tdq.load import Backend, load_quantized
 
 GRID_IMAGES = 40
 FIXED = "First part: the quantized model compared with full precision from the same noise"
@@ -65,6 +66,7 @@ NO_CLASSIFIER = (
     "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."
 )
 @scheduler_option
+@backend_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
 @click.option(
     "--data",
@@ -85,6 +87,7 @@ def evaluate_command(
     samples: int,
     num_inference_steps: int,
     scheduler: str | None,
+    backend: Backend,
     seed: int,
     data: Path | None,
     output_dir: Path | None,
@@ -117,7 +120,8 @@ def evaluate_command(
     )
     real = _real(network, data, baseline)
     measured = baseline.measure(
-        load_quantized(artifact), lambda done, total: say.counting("Sampling with the quantized model", done, total)
+        load_quantized(artifact, backend=backend),
+        lambda done, total: say.counting("Sampling with the quantized model", done, total)
     )
     full = baseline.quality() | _inception(network, baseline.images, real)
     mine = measured.results | _inception(network, measured.images, real)
@@ -127,6 +131,7 @@ def evaluate_command(
         "scheme": stored.config["scheme"],
         "method": stored.config["method"],
         "preset": stored.config["preset"],
+        "backend": backend,
         "samples": samples,
         "steps_compared_on": len(baseline.reference.x[0]),
         "num_inference_steps": num_inference_steps,
@@ -183,7 +188,7 @@ def _title(metric: Metric) -> str:
 
 def _headline(document: dict[str, Any]) -> str:
     return (
-        f"{document['scheme']} {document['method']}: {document['samples']} samples, "
+        f"{document['scheme']} {document['method']} ({document['backend']}): {document['samples']} samples, "
         f"{document['num_inference_steps']} steps of {document['scheduler']}, seed {document['seed']}"
     )
 

@@ -10,10 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ptq_tdq.calib_data import CalibrationSet, LoadedModel, collect_cached
 from ptq_tdq.calibrate import calibrate, identity, provenance, weight_identity
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.baseline import Baseline, load_baseline, make_baseline, save_baseline
+from ptq_tdq.load import load_quantized
+from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import UnitReport
 from ptq_tdq.study.matrix import COLLECT_KEYS, FULL_PRECISION, Cell
 
@@ -39,7 +43,7 @@ def run_cell(model: LoadedModel, cell: Cell, work: Path, say: Say = lambda text:
     baseline = _baseline(model, cell, work, say)
     if cell.method == FULL_PRECISION:
         return {**line, "results": baseline.quality(), "seconds": {"evaluation": time.perf_counter() - began}}
-    line["choices"] = cell.config.to_dict()
+    line |= {"choices": cell.config.to_dict(), "backend": cell.runs_on}
     say("calibration set")
     calibration_set = collect_cached(model, **{key: getattr(cell.config, key) for key in COLLECT_KEYS})
     try:
@@ -75,10 +79,18 @@ def _measure(
         on_unit=on_unit,
     )
     began = time.perf_counter()
-    measured = baseline.measure(quantized, lambda done, total: say(f"samples {done}/{total}"))
+    measured = baseline.measure(_executable(quantized, cell, own), lambda done, total: say(f"samples {done}/{total}"))
     seconds["evaluation"] = time.perf_counter() - began
     shutil.rmtree(own, ignore_errors=True)
     return {"results": measured.results, "loss": loss, "seconds": seconds}
+
+
+def _executable(quantized: QuantizedModel, cell: Cell, folder: Path) -> nn.Module:
+    """The model in the form of the cell's backend."""
+    if cell.runs_on == "simulated":
+        return quantized
+    quantized.save_pretrained(folder / "artifact", overwrite=True)
+    return load_quantized(folder / "artifact", backend=cell.runs_on)
 
 
 def _baseline(model: LoadedModel, cell: Cell, work: Path, say: Say) -> Baseline:

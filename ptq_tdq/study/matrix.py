@@ -9,6 +9,7 @@ from typing import Any
 
 from ptq_tdq.config import ACTIVATION_CHOICES, PRESETS, Config, preset
 from ptq_tdq.errors import ConfigError
+from ptq_tdq.load import Backend
 
 FULL_PRECISION = "fp"
 """The method of a cell that only samples with full precision."""
@@ -34,6 +35,7 @@ class Cell:
     method: str
     config: Config
     samples: int
+    backend: Backend = "simulated"
 
     @property
     def seed(self) -> int:
@@ -43,6 +45,11 @@ class Cell:
     def key(self) -> tuple[str, str, str, int]:
         """Its place."""
         return self.preset, self.scheme, self.method, self.seed
+
+    @property
+    def runs_on(self) -> Backend:
+        """The backend that its samples come from: intervals that are found at run time have no integer form."""
+        return "simulated" if self.config.method == "dynamic" else self.backend
 
     @property
     def evaluation(self) -> dict[str, int]:
@@ -62,8 +69,10 @@ class Cell:
 
     def same(self, line: Mapping[str, Any]) -> bool:
         """Whether a line of a results file was measured with these choices."""
-        evaluated = line["evaluation"] == self.evaluation
-        return bool(evaluated and (self.method == FULL_PRECISION or line["choices"] == self.config.to_dict()))
+        if line["evaluation"] != self.evaluation:
+            return False
+        mine = self.config.to_dict(), self.runs_on
+        return self.method == FULL_PRECISION or mine == (line["choices"], line.get("backend", "simulated"))
 
 
 def make_cells(
@@ -73,6 +82,7 @@ def make_cells(
     seeds: Sequence[int],
     settings: Sequence[str] = (),
     samples: int = 1000,
+    backend: Backend = "simulated",
 ) -> list[Cell]:
     """All cells, full precision first, seed by seed: a study that is stopped early has whole seeds.
 
@@ -86,7 +96,7 @@ def make_cells(
         for name in presets:
             for scheme in schemes:
                 for method in methods:
-                    cell = _cell(name, scheme, method, seed, settings, samples)
+                    cell = _cell(name, scheme, method, seed, settings, samples, backend)
                     cells.setdefault(cell.key, cell)
                     full = Cell("", "", FULL_PRECISION, cell.config, samples)
                     fulls.setdefault(json.dumps(full.evaluation), full)
@@ -101,7 +111,7 @@ def label(method: str) -> str:
     return f"{BASELINE_METHOD if name == 'S_1' else name}{colon}{change}"
 
 
-def _cell(name: str, scheme: str, method: str, seed: int, settings: Sequence[str], samples: int) -> Cell:
+def _cell(name: str, scheme: str, method: str, seed: int, settings: Sequence[str], samples: int, backend: Backend) -> Cell:
     column = label(method)
     base, _, change = column.partition(":")
     choices = {
@@ -109,7 +119,7 @@ def _cell(name: str, scheme: str, method: str, seed: int, settings: Sequence[str
         **dict(_pair(text, "a method's change") for text in change.split("+") if text),
     }
     config = preset(name, **{**choices, "scheme": scheme, "method": base, "seed": seed})
-    return Cell(name, str(config.parsed_scheme), column, config, samples)
+    return Cell(name, str(config.parsed_scheme), column, config, samples, backend)
 
 
 def _of_preset(settings: Sequence[str], name: str) -> dict[str, str]:

@@ -83,7 +83,8 @@ def _cell_key(cell: Cell) -> tuple[Any, ...]:
 def _difference(cell: Cell, line: Line) -> str:
     wanted, stored = dict[str, Any](cell.evaluation), dict(line["evaluation"])
     if cell.method != FULL_PRECISION:
-        wanted, stored = wanted | cell.config.to_dict(), stored | line["choices"]
+        wanted |= {**cell.config.to_dict(), "backend": cell.runs_on}
+        stored |= {**line["choices"], "backend": line.get("backend", "simulated")}
     for key in [*wanted, *stored]:
         if wanted.get(key) != stored.get(key):
             return f"{key} {stored.get(key)} where this study has {wanted.get(key)}"
