@@ -121,7 +121,7 @@ def evaluate_command(
     real = _real(network, data, baseline)
     measured = baseline.measure(
         load_quantized(artifact, backend=backend),
-        lambda done, total: say.counting("Sampling with the quantized model", done, total)
+        lambda done, total: say.counting("Sampling with the quantized model", done, total),
     )
     full = baseline.quality() | _inception(network, baseline.images, real)
     mine = measured.results | _inception(network, measured.images, real)

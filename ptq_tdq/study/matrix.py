@@ -111,7 +111,9 @@ def label(method: str) -> str:
     return f"{BASELINE_METHOD if name == 'S_1' else name}{colon}{change}"
 
 
-def _cell(name: str, scheme: str, method: str, seed: int, settings: Sequence[str], samples: int, backend: Backend) -> Cell:
+def _cell(
+    name: str, scheme: str, method: str, seed: int, settings: Sequence[str], samples: int, backend: Backend
+) -> Cell:
     column = label(method)
     base, _, change = column.partition(":")
     choices = {

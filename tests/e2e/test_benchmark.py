@@ -73,6 +73,25 @@ def test_a_finished_study_runs_nothing_and_another_one_is_refused(study: Any, wh
     assert other.code == 2 and other.err.count("\n") == 1 and "bias_lr" in other.err
 
 
+def test_samples_may_come_from_integers_and_a_method_without_tables_says_that_its_do_not(
+    study: Any, whole: Path, cli: Any, tmp_path: Path
+) -> None:
+    results = tmp_path / "integer.jsonl"
+    fewer = ("--schemes", "W4A8", "--methods", "S_1,dynamic", "--seeds", "0", "--backend", "integer")
+    assert cli(*study, *fewer, "--results", results).code == 0
+    lines = [json.loads(text) for text in results.read_text().splitlines()]
+    assert [(line["method"], line.get("backend")) for line in lines] == [
+        ("fp", None),
+        ("static", "integer"),
+        ("dynamic", "simulated"),
+    ]
+    simulated, integer = measured(whole)["W4A8", "static", 0][0], lines[1]["results"]
+    assert integer["latent_sqnr_db"] != simulated["latent_sqnr_db"]
+    assert integer["latent_sqnr_db"] == pytest.approx(simulated["latent_sqnr_db"], abs=1)
+    other = cli(*study, *fewer[:-1], "simulated", "--results", results)
+    assert other.code == 2 and "backend integer" in other.err
+
+
 def test_a_study_that_is_killed_goes_on_and_ends_with_the_same_numbers(
     study: Any, whole: Path, cli: Any, tmp_path: Path
 ) -> None:
