@@ -138,7 +138,7 @@ def calibrate_command(
         learned = compare(reference, quantized, config.seed)
         with quantized.intervals(quantized.static):
             static = compare(reference, quantized, config.seed)
-        quantized.metrics = {
+        quantized.metrics |= {
             "samples": evaluation_samples,
             "num_inference_steps": config.num_inference_steps,
             "learned": learned.to_dict(),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def calibrate(
     in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
     stopped. With a ``weights_directory`` as well, phase W is kept there: runs that differ only in what phase A decides
     may share it, one after the other. ``on_unit`` hears of each finished unit. The result's :attr:`static` holds the
-    static MSE intervals.
+    static MSE intervals, its :attr:`metrics` the losses of each unit ("reconstruction").
 
     Raises :class:`~ptq_tdq.errors.ModelError` (no timestep argument, 0 layers), :class:`~ptq_tdq.errors.NonFiniteError`
     (NaN or Inf; names the layer and t), :class:`CalibrationSetError` for a set that does not fit the model, and
@@ -53,7 +54,14 @@ def calibrate(
     quantized.provenance = provenance(model, config, calibration_set, model_id)
     run = _open_run(run_directory, weights_directory, quantized.provenance)
     steps = quantized.provenance["time_axis"]["num_train_timesteps"]
-    quantized.static = reconstruct(quantized, samples, config, steps, run=run, on_unit=on_unit)
+    reports: list[UnitReport] = []
+
+    def hear(report: UnitReport) -> None:
+        reports.append(report)
+        on_unit(report)
+
+    quantized.static = reconstruct(quantized, samples, config, steps, run=run, on_unit=hear)
+    quantized.metrics = {"reconstruction": losses(reports)}
     return quantized.finalize()
 
 
@@ -62,6 +70,18 @@ def _open_run(folder: Path | None, weights: Path | None, document: dict[str, Any
         return None
     shared = RunDirectory(weights, weight_identity(document)) if weights else None
     return RunDirectory(folder, identity(document), weights=shared)
+
+
+def losses(reports: Iterable[UnitReport]) -> dict[str, list[dict[str, Any]]]:
+    """Losses of each unit by phase, in execution order, JSON-ready: "before" learning (of the first intervals, nearest
+    rounding) and "after", None for one that overflows float32.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for r in reports:
+        values = {"before": r.before, "after": r.after}
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        found.setdefault(r.phase, []).append({"unit": r.unit, **finite})
+    return found
 
 
 def _check_fit(model: Any, calibration_set: CalibrationSet) -> None:
