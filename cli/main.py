@@ -16,6 +16,7 @@ from ptq_tdq.cli.calibrate import calibrate_command
 from ptq_tdq.cli.evaluate import evaluate_command
 from ptq_tdq.cli.export import export_command
 from ptq_tdq.cli.inspect import inspect_command
+from ptq_tdq.cli.report import report_command
 from ptq_tdq.cli.sample import sample_command
 from ptq_tdq.errors import PtqTdqError, UsageError
 
@@ -33,6 +34,7 @@ for _command in (
     evaluate_command,
     export_command,
     inspect_command,
+    report_command,
     sample_command,
 ):
     cli.add_command(_command)

@@ -1,0 +1,136 @@
+"""``ptq-tdq report``: one HTML page and the figures of one or several artifacts."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import click
+from diffusers.utils import logging as diffusers_logging
+from rich.console import Console
+
+from ptq_tdq.artifacts import check_base_model, check_target, read_artifact
+from ptq_tdq.calib_data import REFERENCE_ID, LoadedModel, load_model, with_scheduler
+from ptq_tdq.cli.options import json_option, print_json, quiet_option, scheduler_option, threads_option, verbose_option
+from ptq_tdq.errors import ArtifactMismatchError, ModelError, UsageError
+from ptq_tdq.report.survey import Subject, check_same_model, survey
+
+
+@click.command("report")
+@click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ARTIFACT...")
+@click.option(
+    "--model",
+    "source",
+    metavar="FOLDER|HUB_ID",
+    help="The full-precision model.  [default: the one that the artifacts were made from]",
+)
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path),
+    default=Path("report"),
+    show_default=True,
+    help="The folder to write: report.html and figures/.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="Trajectories to measure on; 0 shows only what the artifacts hold.",
+)
+@click.option(
+    "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."
+)
+@scheduler_option
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
+@click.option("--overwrite", is_flag=True, help="Replace a report that is already there.")
+@threads_option
+@json_option
+@verbose_option
+@quiet_option
+def report_command(
+    artifacts: tuple[Path, ...],
+    source: str | None,
+    output_dir: Path,
+    samples: int,
+    num_inference_steps: int,
+    scheduler: str | None,
+    seed: int,
+    overwrite: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Draw each ARTIFACT: intervals, distributions, errors, samples.
+
+    Runs the full-precision and the quantized model side by side on new trajectories and writes one self-contained HTML
+    page, which opens without a network, and its figures as PNG and SVG. The first artifact leads; the others are
+    compared with it: bit widths, methods, or seeds of the same model.
+    """
+    _check_libraries()
+    from ptq_tdq.report.write import check_output, write_report
+
+    diffusers_logging.set_verbosity_error()
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+    subjects = [
+        Subject(name, path, read_artifact(path)) for name, path in zip(_names(artifacts), artifacts, strict=True)
+    ]
+    check_same_model(subjects)
+    check_output(output_dir, overwrite)
+    check_target(output_dir, overwrite)
+    model, notices = _model(source, subjects[0], scheduler) if samples else (None, _NOT_ASKED)
+    for notice in notices if samples else ():
+        console.print(notice, markup=False, soft_wrap=True)
+
+    def tell(text: str) -> None:
+        if console.is_terminal or verbose:
+            console.print(text, markup=False, soft_wrap=True)
+
+    found = survey(
+        subjects,
+        model,
+        samples=samples,
+        num_inference_steps=num_inference_steps,
+        seed=seed,
+        notices=notices,
+        on_progress=tell,
+    )
+    tell("Drawing")
+    files = write_report(found, output_dir, overwrite=overwrite)
+    page = output_dir / files[0]
+    if as_json:
+        print_json({"output_dir": str(output_dir), "page": str(page), "files": files, "measured": model is not None})
+    elif not quiet:
+        click.echo(f"Wrote {page} ({page.stat().st_size / 1e6:.1f} MB) and {len(files) - 1} figures")
+
+
+_NOT_ASKED = ("Nothing was measured for this page (--samples 0); it shows what the artifacts hold.",)
+
+
+def _check_libraries() -> None:
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"The report needs {' and '.join(missing)}; install them with: pip install 'ptq-tdq[report]'")
+
+
+def _names(paths: tuple[Path, ...]) -> list[str]:
+    """A short name for each artifact: its folder's, numbered where several are alike."""
+    bare = [path.resolve().name for path in paths]
+    return [name if bare.count(name) == 1 else f"{name} ({bare[: i + 1].count(name)})" for i, name in enumerate(bare)]
+
+
+def _model(source: str | None, subject: Subject, scheduler: str | None) -> tuple[LoadedModel | None, tuple[str, ...]]:
+    """The model named by the user, else the artifact's own; None and a notice where that cannot be used from here."""
+    base = subject.artifact.config["base_model"]["id"]
+    try:
+        model = load_model(source or (None if base == REFERENCE_ID else base))
+        check_base_model(subject.artifact, model.sha256)
+    except (ModelError, ArtifactMismatchError):
+        if source:
+            raise
+        name = Path(base).name if Path(base).is_absolute() else base
+        return None, (
+            f"The full-precision model '{name}' cannot be loaded from here, so errors, distributions and samples are "
+            "missing from the page; pass --model with its folder or hub id to have them.",
+        )
+    return (with_scheduler(model, scheduler) if scheduler else model), model.notices

@@ -1,0 +1,188 @@
+"""The HTML page: one file with its data, styles and scripts inside, which opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup, escape
+from PIL import Image
+
+from ptq_tdq.report.findings import average, checks, findings, lowest, seeds, spread, worst_layers
+
+Json = dict[str, Any]
+UNKNOWN = "\N{EN DASH}"
+PHASES = {"weights": "Rounding of weights", "activations": "Intervals of activations"}
+
+
+def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
+    """The page of :func:`~ptq_tdq.report.data.report_data`; ``pictures`` by caption, full precision first."""
+    parts = files("ptq_tdq.report").joinpath("templates")
+    read = {path.name: path.read_text(encoding="utf-8") for path in parts.iterdir() if path.is_file()}
+    environment = Environment(loader=DictLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["breakable"] = _breakable
+    groups = seeds(data)
+    shown = [_artifact(data, artifact) for artifact in data["artifacts"]]
+    measured = any(a["errors"] for a in data["artifacts"])
+    any_steps = measured or any(a["stored"] for a in data["artifacts"])
+    sections = {
+        "summary": "Summary",
+        "steps": any_steps and "Error over t",
+        "map": measured and "Heat map",
+        "layers": "Layers",
+        "seeds": bool(groups) and "Seeds",
+        "samples": bool(pictures) and "Samples",
+        "losses": "Losses",
+        "made": "How it was made",
+    }
+    return environment.get_template("page.html").render(
+        title=", ".join(a["name"] for a in shown),
+        style=read["style.css"],
+        dark=read["dark.css"],
+        charts=read["charts.js"],
+        script=read["page.js"],
+        json=_embedded({**data, "seed_groups": groups}),
+        version=data["version"],
+        model=data["model"],
+        notices=data["notices"],
+        artifacts=shown,
+        sections=[(key, text) for key, text in sections.items() if text],
+        measured=measured,
+        any_steps=any_steps,
+        steps_text=_steps_text(data),
+        has_seeds=bool(groups),
+        seeds=spread(data),
+        classes=data["classes"],
+        pictures=[_picture(data, i, name, image) for i, (name, image) in enumerate(pictures.items())],
+    )
+
+
+def _breakable(text: str) -> Markup:
+    """Text whose layer names may break after their dots."""
+    return Markup(re.sub(r"(?<=[a-z_]\.)|(?<=\d\.)(?=[a-z_])", "<wbr>", escape(text)))  # numbers stay whole
+
+
+def _embedded(data: Json) -> str:
+    """JSON for a script element, which ends at the first "</"."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _artifact(data: Json, artifact: Json) -> Json:
+    latent, stored = artifact["latent_sqnr_db"], artifact["stored"]
+    return {
+        **{key: artifact[key] for key in ("name", "scheme", "method", "preset", "seed")},
+        "tiles": _tiles(data, artifact),
+        "findings": findings(data, artifact),
+        "checks": checks(data, artifact),
+        "size": _bytes(artifact["bytes"]),
+        "latent": _db(latent if latent is not None else stored and stored["learned"]["latent_sqnr_db"]),
+        "psnr": _db(artifact["image_psnr_db"]),
+        "noise": _db(_prediction(artifact)),
+        "losses": [
+            {"title": PHASES.get(phase, phase), "units": _losses(units)}
+            for phase, units in sorted((artifact["reconstruction"] or {}).items(), reverse=True)
+        ],
+        "files": [(name, _bytes(size)) for name, size in artifact["file_bytes"].items()],
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(artifact["versions"].items())),
+        "choices": [(name, _text(value)) for name, value in artifact["choices"].items()],
+    }
+
+
+def _steps_text(data: Json) -> str:
+    kept = sorted({a["stored"]["samples"] for a in data["artifacts"] if a["stored"] and a["stored"]["samples"]})
+    said = [f"Measured at calibration on {' or '.join(map(str, kept))} samples."] if kept else []
+    if any(a["errors"] and not a["stored"] for a in data["artifacts"]):
+        said.append(f"Without such a measurement: here, on {data['samples']} samples.")
+    return " ".join(said)
+
+
+def _tiles(data: Json, artifact: Json) -> list[dict[str, str]]:
+    stored, errors = artifact["stored"], artifact["errors"]
+    latent, where = artifact["latent_sqnr_db"], f"{data['samples']} samples, SQNR against full precision"
+    if latent is None and stored:
+        latent, where = stored["learned"]["latent_sqnr_db"], f"{stored['samples']} samples, measured at calibration"
+    tiles = [_tile("Final latents", _number(latent), "dB", where if latent is not None else "not measured")]
+    tiles.append(_tile("Predicted noise", _number(_prediction(artifact)), "dB", "SQNR, mean over the steps"))
+    if errors:
+        worst = worst_layers(artifact)
+        if worst:
+            tiles.append(_tile("Layer that loses most", _number(worst[0][1]), "dB", worst[0][0]))
+        k = lowest(errors["prediction"])
+        if k is not None:
+            tiles.append(_tile("Worst step", f"t = {data['steps'][k]:g}", "", f"{errors['prediction'][k]:.1f} dB"))
+    ratio = artifact["fp32_bytes"] / artifact["bytes"]
+    size, unit = _bytes(artifact["bytes"]).split(" ")
+    tiles.append(_tile("Size", size, unit, f"{ratio:.1f}x smaller than {_bytes(artifact['fp32_bytes'])} in float32"))
+    return tiles
+
+
+def _tile(label: str, value: str, unit: str, hint: str) -> dict[str, str]:
+    return {"label": label, "value": value, "unit": unit if value != UNKNOWN else "", "hint": hint}
+
+
+def _prediction(artifact: Json) -> float | None:
+    if artifact["errors"]:
+        return average(artifact["errors"]["prediction"])
+    return artifact["stored"]["learned"]["mean_noise_sqnr_db"] if artifact["stored"] else None
+
+
+def _losses(units: list[Json]) -> list[Json]:
+    """Places (percent) of the losses of each unit on a common logarithmic axis."""
+    values = [u[key] for u in units for key in ("before", "after") if u[key]]
+    if not values:
+        return []
+    low, high = math.log(min(values)), math.log(max(values))
+
+    def place(value: float | None) -> float:
+        return 100 * (math.log(value) - low) / ((high - low) or 1) if value else 0.0
+
+    rows = []
+    for u in units:
+        start, end = place(u["before"]), place(u["after"])
+        known = u["before"] and u["after"] is not None
+        rows.append(
+            {
+                "unit": u["unit"],
+                "before": "overflow" if u["before"] is None else f"{u['before']:.4g}",
+                "after": "overflow" if u["after"] is None else f"{u['after']:.4g}",
+                "start": f"{start:.2f}", "end": f"{end:.2f}",
+                "left": f"{min(start, end):.2f}", "width": f"{abs(start - end):.2f}",
+                "cut": f"{u['after'] / u['before'] - 1:+.0%}".replace("-", "\N{MINUS SIGN}") if known else UNKNOWN,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _picture(data: Json, index: int, name: str, image: Image.Image) -> Json:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    text = ""
+    if index:
+        artifact = data["artifacts"][index - 1]
+        text = f"{artifact['scheme']}, {artifact['method']}; images {_db(artifact['image_psnr_db'])} PSNR"
+    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    count = min(data["samples"], data["pictures"])
+    return {"name": name, "uri": uri, "text": text, "width": image.width, "height": image.height, "count": count}
+
+
+def _number(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.1f}"
+
+
+def _db(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.1f} dB"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def _text(value: object) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

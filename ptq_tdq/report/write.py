@@ -1,0 +1,53 @@
+"""From a survey to a folder: ``report.html`` and ``figures/``."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from ptq_tdq.artifacts import publish_directory
+from ptq_tdq.errors import OutputError
+from ptq_tdq.evaluate.images import grid
+from ptq_tdq.report.data import report_data
+from ptq_tdq.report.figures import draw_figures
+from ptq_tdq.report.page import render_page
+from ptq_tdq.report.survey import PICTURES, Survey, columns, sheet
+
+PAGE, FIGURES = "report.html", "figures"
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raise :class:`OutputError` where ``overwrite`` would remove anything but a report."""
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in (PAGE, FIGURES)) if folder.is_dir() else []
+    if foreign and overwrite:
+        raise OutputError(
+            f"The output '{folder}' holds '{foreign[0]}', which is no part of a report; "
+            "move it away or choose another folder."
+        )
+
+
+def write_report(found: Survey, folder: Path, *, overwrite: bool = False) -> list[str]:
+    """Write the page and its figures, all or nothing; returns the file names.
+
+    Raises :class:`OutputError` for a folder that cannot be written, that is not empty (without ``overwrite``), or that
+    holds anything but a report.
+    """
+    check_output(folder, overwrite)
+    data = report_data(found)
+    pictures, samples = {}, {}
+    if found.images is not None:
+        samples["full precision"] = found.images
+        samples |= {s.name: s.measured.images for s in found.subjects if s.measured and s.measured.images is not None}
+        pictures = {name: sheet(images, data["classes"]) for name, images in samples.items()}
+    files = {PAGE: render_page(data, pictures).encode("utf-8")}
+    files |= {f"{FIGURES}/{name}": content for name, content in draw_figures(data)}
+    if samples:
+        buffer = io.BytesIO()
+        shown = {name: images[:PICTURES] for name, images in samples.items()}
+        grid(shown, columns(min(data["samples"], PICTURES), data["classes"])).save(buffer, format="PNG")
+        files[f"{FIGURES}/samples.png"] = buffer.getvalue()
+    with publish_directory(folder, overwrite) as target:
+        (target / FIGURES).mkdir()
+        for name, content in files.items():
+            (target / name).write_bytes(content)
+    return list(files)
