@@ -10,9 +10,10 @@ from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 
 from ptq_tdq.artifacts import check_base_model, check_target, read_artifact
-from ptq_tdq.calib_data import REFERENCE_ID, LoadedModel, load_model, with_scheduler
+from ptq_tdq.calib_data import LoadedModel, with_scheduler
 from ptq_tdq.cli.options import json_option, print_json, quiet_option, scheduler_option, threads_option, verbose_option
-from ptq_tdq.errors import ArtifactMismatchError, ModelError, UsageError
+from ptq_tdq.cli.original import load_original
+from ptq_tdq.errors import ArtifactMismatchError, MissingExtraError, ModelError
 from ptq_tdq.report.survey import Subject, check_same_model, survey
 
 
@@ -110,7 +111,7 @@ _NOT_ASKED = ("Nothing was measured for this page (--samples 0); it shows what t
 def _check_libraries() -> None:
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"The report needs {' and '.join(missing)}; install them with: pip install 'ptq-tdq[report]'")
+        raise MissingExtraError(f"The report needs {' and '.join(missing)}; pip install 'ptq-tdq[report]'.")
 
 
 def _names(paths: tuple[Path, ...]) -> list[str]:
@@ -123,7 +124,7 @@ def _model(source: str | None, subject: Subject, scheduler: str | None) -> tuple
     """The model named by the user, else the artifact's own; None and a notice where that cannot be used from here."""
     base = subject.artifact.config["base_model"]["id"]
     try:
-        model = load_model(source or (None if base == REFERENCE_ID else base))
+        model = load_original(source, base)
         check_base_model(subject.artifact, model.sha256)
     except (ModelError, ArtifactMismatchError):
         if source:

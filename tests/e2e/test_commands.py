@@ -122,7 +122,7 @@ def test_off_a_terminal_calibrate_prints_the_result_and_nothing_else(
     assert "Preset default: scheme W4A8" in verbose.err and "weights 1/" in verbose.err
 
 
-@pytest.mark.parametrize("command", ["benchmark", "calibrate", "evaluate", "export", "inspect", "sample"])
+@pytest.mark.parametrize("command", ["benchmark", "calibrate", "evaluate", "export", "inspect", "report", "sample"])
 def test_every_flag_is_explained(command: str, cli: Any) -> None:
     shown = cli(command, "--help")
     assert shown.code == 0 and shown.err == ""
@@ -132,6 +132,6 @@ def test_every_flag_is_explained(command: str, cli: Any) -> None:
 def test_the_bare_command_lists_the_commands(cli: Any) -> None:
     shown = cli()
     assert shown.code == 2
-    for command in ("benchmark", "calibrate", "evaluate", "export", "inspect", "sample"):
+    for command in ("benchmark", "calibrate", "evaluate", "export", "inspect", "report", "sample"):
         assert f"  {command} " in shown.out + shown.err
     assert cli("--version").out.startswith("ptq-tdq, version ")
