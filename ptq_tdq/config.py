@@ -28,6 +28,9 @@ class Config:
     ``weight_symmetric`` names the weights whose zero point is the middle code: 8-bit codes minus 128 then fit the
     signed bytes that integer kernels take.
 
+    Rounding "gptq" is the closed form of :mod:`ptq_tdq.gptq`, with the ``damping`` of its compensation for quantized
+    inputs; "adaround" is learned in ``weight_iterations``.
+
     Learning (:mod:`ptq_tdq.recon.weights`, :mod:`ptq_tdq.recon.activations`): ``interval_lr`` is the rate of a learned
     scale, ``module_lr`` that of a module's weights, ``bias_lr`` that of the layers' biases in both phases (0 keeps
     them). ``compute_dtype`` is that of the products inside the learning loops; losses that decide anything are always
@@ -55,7 +58,8 @@ class Config:
     weight_granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     weight_range: Literal["mse", "minmax"] = "mse"
     weight_symmetric: Literal["never", "8-bit", "always"] = "8-bit"
-    rounding: Literal["adaround", "nearest"] = "adaround"
+    rounding: Literal["adaround", "gptq", "nearest"] = "gptq"
+    damping: float = 0.1
     weight_iterations: int = 200
     weight_lr: float = 1e-2
     rounding_loss: float = 0.01
@@ -136,7 +140,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {  # least value, and the first tha
     "seed": (0, 1 << 32),
     **dict.fromkeys(("samples_per_step", "calibration_steps", "num_inference_steps", "batch_size"), (1, inf)),
     **dict.fromkeys(("weight_iterations", "activation_iterations", "rounding_loss", "bias_lr"), (0, inf)),
-    **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "loss_power"), (float_info.min, inf)),
+    **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "loss_power", "damping"), (float_info.min, inf)),
     **dict.fromkeys(("rounding_b_start", "rounding_b_end"), (float_info.min, inf)),
     "rounding_warmup": (0, 1),
     "softmax_bits": (MIN_BITS, MAX_BITS + 1),
@@ -182,6 +186,7 @@ _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
     "num_inference_steps": 100,
     "fixed_layers": (),
     "weight_symmetric": "never",
+    "rounding": "adaround",
     "weight_lr": 1e-3,
     "activation_iterations": 5000,
     "interval_lr": 4e-4,

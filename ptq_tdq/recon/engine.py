@@ -98,7 +98,7 @@ def reconstruct(
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(config.seed * 1_000_003 + done)
                     if phase == "weights":
-                        losses = reconstruct_weights(unit, mine, target, config, generator)
+                        losses = reconstruct_weights(unit, full, mine, target, config, generator)
                     else:
                         result = reconstruct_activations(unit, mine, target, config, generator, num_train_timesteps)
                         losses = result.before, result.after

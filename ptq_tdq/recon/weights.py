@@ -1,4 +1,4 @@
-"""Phase W of one unit: intervals of its weights, then learned rounding (AdaRound) and biases."""
+"""Phase W of one unit: intervals of its weights, then their rounding: in closed form, learned (AdaRound) or nearest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from ptq_tdq.affine import quantize
 from ptq_tdq.config import Config
 from ptq_tdq.modules import QuantLayer, WeightQuantizer
+from ptq_tdq.recon.closed_form import round_unit
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.rounding import AdaRound, annealed_b
@@ -29,35 +30,49 @@ def initialize(layer: QuantLayer, config: Config) -> None:
 
 
 def reconstruct_weights(
-    unit: Unit, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator
+    unit: Unit, full: UnitCall, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator
 ) -> tuple[float, float]:
-    """Quantize the unit's weights; returns its loss with nearest rounding and at the end, which is never higher."""
+    """Quantize the unit's weights; returns its loss with nearest rounding and at the end, which is never higher.
+
+    ``full`` and ``call`` are the unit's calls in the full-precision and in the quantized stream.
+    """
     layers = unit.layers()
     for layer in layers:
         initialize(layer, config)
         layer.weights_enabled = True
     before = unit.loss(call, target, LOSS_POWER)
-    if config.rounding == "nearest" or not config.weight_iterations:
+    if config.rounding == "nearest":
         return before, before
-    learned = [
-        (layer, index, quantizer) for layer in layers for index, quantizer in enumerate(layer.weight_quantizers())
-    ]
-    nearest = [quantizer.codes for _, _, quantizer in learned]
-    roundings = [_begin(layer, index, quantizer) for layer, index, quantizer in learned]
-    with unit.learning():
-        _learn(unit, call, target, roundings, config, generator)
-    for (layer, index, quantizer), rounding in zip(learned, roundings, strict=True):
-        _assign(layer, index, quantizer, rounding.hard_codes())
+    nearest = [(layer, index, w.codes, w.scale, w.zero_point) for layer, index, w in _parts(layers)]
+    if config.rounding == "gptq":
+        round_unit(unit, full, call, config, generator)
+    else:
+        _adaround(unit, call, target, config, generator)
     after = unit.loss(call, target, LOSS_POWER)
     if after <= before:
         return before, after
-    for (layer, index, quantizer), codes in zip(learned, nearest, strict=True):
-        assert codes is not None
-        _assign(layer, index, quantizer, codes)
+    for layer, index, codes, scale, zero_point in nearest:
+        assert codes is not None and scale is not None and zero_point is not None
+        layer.assign(index, codes, scale, zero_point)
     with torch.no_grad():
         for shift in unit.shifts():
             shift.zero_()
     return before, before
+
+
+def _parts(layers: list[QuantLayer]) -> list[tuple[QuantLayer, int, WeightQuantizer]]:
+    """Every channel range of every layer with its quantizer."""
+    return [(layer, index, quantizer) for layer in layers for index, quantizer in enumerate(layer.weight_quantizers())]
+
+
+def _adaround(unit: Unit, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator) -> None:
+    parts = _parts(unit.layers())
+    roundings = [_begin(*part) for part in parts]
+    with unit.learning():
+        _learn(unit, call, target, roundings, config, generator)
+    for (layer, index, quantizer), rounding in zip(parts, roundings, strict=True):
+        assert quantizer.scale is not None and quantizer.zero_point is not None
+        layer.assign(index, rounding.hard_codes(), quantizer.scale, quantizer.zero_point)
 
 
 def _begin(layer: QuantLayer, index: int, quantizer: WeightQuantizer) -> AdaRound:
@@ -67,11 +82,6 @@ def _begin(layer: QuantLayer, index: int, quantizer: WeightQuantizer) -> AdaRoun
     scale, zero_point = quantizer.scale.view(shape), quantizer.zero_point.view(shape)
     quantizer.rounding = AdaRound(weight, scale, zero_point, quantizer.qtype)
     return quantizer.rounding
-
-
-def _assign(layer: QuantLayer, index: int, quantizer: WeightQuantizer, codes: Tensor) -> None:
-    assert quantizer.scale is not None and quantizer.zero_point is not None
-    layer.assign(index, codes, quantizer.scale, quantizer.zero_point)
 
 
 def _learn(

@@ -64,7 +64,7 @@ def test_what_show_config_prints_is_a_config_file(cli: Any, tmp_path: Path) -> N
         ("weight_lr=0", "weight_lr must be above 0 and finite. Got 0.0 instead."),
         ("weight_lr=nan", "weight_lr must be above 0 and finite. Got nan instead."),
         ("attention=maybe", "attention must be of type bool. Got 'maybe' instead."),
-        ("rounding=up", "rounding must be one of adaround, nearest. Got 'up' instead."),
+        ("rounding=up", "rounding must be one of adaround, gptq, nearest. Got 'up' instead."),
         ("weight_symmetric=true", "weight_symmetric must be one of never, 8-bit, always. Got 'true' instead."),
         ("softmax_bits=99", "softmax_bits must be at least 2 and below 9. Got 99 instead."),
         ("seed=-1", "seed must be at least 0 and below 4294967296. Got -1 instead."),

@@ -1,0 +1,61 @@
+"""Rounding of a weight in closed form: GPTQ (arXiv 2210.17323), for inputs that are already quantized.
+
+A layer W [O, K] is to give the outputs W x with quantized weights W_hat and the inputs x_hat [K] that the quantized
+layers before it have left. With H = E[x_hat x_hat^T] and C = E[W (x - x_hat) x_hat^T] (about the means where a bias may
+follow, which then takes up the difference of the means) its squared error is, but for a constant,
+
+    tr((W* - W_hat) H (W* - W_hat)^T)    with    W* = W + C H^-1.
+
+GPTQ rounds W* one input channel after another; what a channel loses is made up for by those that are still free.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptq_tdq.scheme import QType
+
+BLOCK = 64  # columns whose updates are applied to all later ones at once
+DAMPING = 0.01  # of GPTQ's own inverse, as published
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """``hessian`` [K, K] plus ``damping`` times the mean of its diagonal."""
+    mean = hessian.diagonal().mean()
+    extra = torch.where(mean > 0, damping * mean, 1.0)  # inputs that never vary leave nothing to solve for
+    return hessian + torch.diag(extra.expand(len(hessian)))
+
+
+def compensated(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """``W*`` [O, K], with H damped; ``cross`` [O, K] is C."""
+    factor = torch.linalg.cholesky(damped(hessian, damping))
+    return weight + torch.cholesky_solve(cross.t(), factor).t()
+
+
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
+    """Codes (float, whole numbers) [R, K] of ``weight`` [R, K], in the order of falling H_kk.
+
+    ``scale`` and ``zero_point`` [R, K] may differ between columns. A diagonal ``hessian`` gives rounding to nearest.
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = torch.linalg.cholesky(damped(hessian[order][:, order], DAMPING))
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    w, s, z = (v[:, order].t().contiguous() for v in (weight, scale, zero_point.to(weight.dtype)))
+    codes = torch.empty_like(w)
+    for start in range(0, len(w), BLOCK):
+        stop = min(start + BLOCK, len(w))
+        inner, block, errors = upper[start:stop, start:stop], w[start:stop], torch.empty_like(w[start:stop])
+        for i, k in enumerate(range(start, stop)):
+            codes[k] = torch.round(block[i] / s[k]).add_(z[k]).clamp_(qtype.qmin, qtype.qmax)
+            errors[i] = (block[i] - (codes[k] - z[k]) * s[k]) / inner[i, i]
+            block[i + 1 :].addmm_(inner[i, i + 1 :, None], errors[i, None], alpha=-1)
+        w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.t().contiguous()
+
+
+def layer_error(difference: Tensor, hessian: Tensor) -> Tensor:
+    """``d H d^T`` of each row d of ``difference`` [R, K]: [R]."""
+    return ((difference @ hessian) * difference).sum(1)

@@ -1,0 +1,121 @@
+"""Second moments of one layer's inputs in the quantized stream, and with what their errors cost the layer's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ptq_tdq.modules import QuantLayer
+from ptq_tdq.recon.streams import UnitCall
+from ptq_tdq.recon.unit import Unit
+from ptq_tdq.wrap import switched
+
+ROWS = 16  # inputs that are looked at for each column of the weight, about
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the quantized inputs x_hat [K] of a layer (of one group of it), and of what their errors cost its outputs.
+
+    ``hessian`` [K, K] is E[x_hat x_hat^T] and ``cross`` [O, K] is E[d x_hat^T] with d = W (x - x_hat), x being the
+    full-precision inputs; both about the means where ``centred``. ``mean`` [K] is the mean of x_hat, ``lost`` [O] of d.
+    """
+
+    hessian: Tensor
+    cross: Tensor
+    mean: Tensor
+    lost: Tensor
+    centred: bool
+
+
+class _Reached(Exception):
+    """The layer's input is known; the rest of the unit need not run."""
+
+
+def moments(
+    unit: Unit, layer: QuantLayer, full: UnitCall, mine: UnitCall, generator: torch.Generator, *, centred: bool
+) -> list[Moments]:
+    """Moments of a layer's inputs, one for each of its groups, from all samples at random positions."""
+    weights = layer.weight.flatten(1).float().chunk(_groups(layer.layer))
+    outputs, columns = weights[0].shape
+    sums = [(torch.zeros(columns, columns), torch.zeros(outputs, columns), torch.zeros(columns), torch.zeros(outputs))
+            for _ in weights]  # fmt: skip
+    count = 0
+    for batch in unit.batches():
+        quantized = _input(unit, layer, mine, batch)
+        with switched(unit.module, weights=False, activations=False):
+            original = _input(unit, layer, full, batch)
+        rows = -(-ROWS * columns * len(quantized) // len(unit.t))
+        pairs = _rows(layer.layer, quantized, original, rows, generator)
+        for weight, (hessian, cross, mean, lost), (x, y) in zip(weights, sums, pairs, strict=True):
+            x, y = x.float(), y.float()
+            difference = (y - x) @ weight.t()
+            hessian.addmm_(x.t(), x)
+            cross.addmm_(difference.t(), x)
+            mean += x.sum(0)
+            lost += difference.sum(0)
+        count += len(x)
+    return [_finished(group, count, centred) for group in sums]
+
+
+def _finished(sums: tuple[Tensor, ...], count: int, centred: bool) -> Moments:
+    hessian, cross, mean, lost = (value / count for value in sums)
+    if centred:
+        hessian, cross = hessian - torch.outer(mean, mean), cross - torch.outer(lost, mean)
+    return Moments(hessian, cross, mean, lost, centred)
+
+
+def _groups(layer: nn.Module) -> int:
+    return layer.groups if isinstance(layer, nn.Conv1d | nn.Conv2d) else 1
+
+
+def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice) -> Tensor:
+    """What reaches ``layer`` when the unit runs on some samples."""
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad():
+            unit.run(call, batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _rows(
+    layer: nn.Module, x: Tensor, y: Tensor, rows: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """About ``rows`` inputs [n, K] of each group of the layer, at the same random positions of x and y."""
+    if isinstance(layer, nn.Linear):
+        pairs = [value.flatten(0, -2) for value in (x, y)]
+        index = torch.randperm(len(pairs[0]), generator=generator)[:rows]
+        yield pairs[0][index], pairs[1][index]
+        return
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    windows = [_windows(layer, value) for value in (x, y)]
+    sizes = windows[0].shape[2 : 2 + len(layer.kernel_size)]
+    index = torch.randperm(sizes.numel(), generator=generator)[: max(1, -(-rows // len(x)))]
+    where: tuple[slice | Tensor, ...] = (slice(None), slice(None), *torch.unravel_index(index, sizes))
+    picked = [w[where].transpose(1, 2) for w in windows]  # [B, n, C, *kernel]
+    grouped = [p.unflatten(2, (layer.groups, -1)).flatten(3).flatten(0, 1) for p in picked]
+    for group in range(layer.groups):
+        yield grouped[0][:, group], grouped[1][:, group]
+
+
+def _windows(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """The windows of a convolution as a view [B, C, *positions, *kernel]."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    for i, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + i, gap * (size - 1) + 1, step)[..., ::gap]
+    return x

@@ -1,0 +1,62 @@
+"""Moments of a layer's inputs against what the layer itself computes from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.modules import QuantLayer, layer_kind
+from ptq_tdq.recon.moments import moments
+from ptq_tdq.recon.streams import UnitCall
+from ptq_tdq.recon.unit import Unit
+from ptq_tdq.records import LayerRecord, QuantizerRecord
+from ptq_tdq.timeaxis import Clock
+
+N = 9
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(6, 4), (6,)),
+    "linear-tokens": (nn.Linear(6, 4), (5, 6)),
+    "conv1d": (nn.Conv1d(6, 4, 3, padding=1), (6, 8)),
+    "conv2d-stride": (nn.Conv2d(6, 4, 3, padding=1, stride=2), (6, 7, 8)),
+    "conv2d-same": (nn.Conv2d(6, 4, (3, 1), dilation=(2, 1), padding="same"), (6, 4, 4)),
+    "conv2d-circular": (nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular", bias=False), (6, 5, 5)),
+    "conv2d-groups": (nn.Conv2d(6, 4, 3, groups=2), (6, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_moments_of_the_inputs_give_those_of_the_outputs(name: str, centred: bool) -> None:
+    """E[(W x_hat)(W x_hat)^T] = W H W^T, and alike for the means and the lost part, over all positions."""
+    layer, shape = LAYERS[name]
+    layer.requires_grad_(False)
+    kind = layer_kind(layer)
+    assert kind is not None
+    record = LayerRecord("a", kind, "a", (0, 6), 4, (QuantizerRecord("a", 4, "static", "mse"),))
+    wrapped = QuantLayer(layer, record, Clock())
+    unit = Unit("a", wrapped, Clock(), torch.zeros(N))
+    torch.manual_seed(0)
+    full = torch.randn(N, *shape) + 1
+    seen = full + 0.2 * torch.randn(N, *shape)
+    calls = [UnitCall("a", (value,), {}) for value in (full, seen)]
+    found = moments(unit, wrapped, *calls, torch.Generator().manual_seed(0), centred=centred)
+
+    def outputs(x: Tensor) -> Tensor:
+        y = layer(x) if layer.bias is None else layer(x) - layer(torch.zeros_like(x))
+        dim = -1 if kind == "linear" else 1
+        return y.movedim(dim, -1).flatten(0, -2).double()
+
+    y, lost = outputs(seen), outputs(full) - outputs(seen)
+    about = (y.mean(0), lost.mean(0)) if centred else (torch.zeros(4), torch.zeros(4))
+    groups = len(found)
+    weights = layer.weight.flatten(1).double().chunk(groups)
+    parts = zip(found, weights, y.chunk(groups, 1), lost.chunk(groups, 1), strict=True)
+    for i, (m, weight, a, d) in enumerate(parts):
+        mean_a, mean_d = (value.chunk(groups)[i] for value in about)
+        torch.testing.assert_close(weight @ m.mean.double(), a.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(m.lost.double(), d.mean(0), rtol=1e-4, atol=1e-4)
+        hessian = (a - mean_a).T @ (a - mean_a) / len(a)
+        torch.testing.assert_close(weight @ m.hessian.double() @ weight.T, hessian, rtol=1e-3, atol=1e-4)
+        cross = (d - mean_d).T @ (a - mean_a) / len(a)
+        torch.testing.assert_close(m.cross.double() @ weight.T, cross, rtol=1e-3, atol=1e-4)
