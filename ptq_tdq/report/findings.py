@@ -121,7 +121,7 @@ def _classes(data: Json, artifact: Json) -> Iterator[str]:
 
 
 _QUESTIONS: dict[str, tuple[Callable[[Json, Json], Iterator[str]], ...]] = {
-    "Which layers lose most, and where?": (_samples, _where),
+    "What is lost, and where?": (_samples, _where),
     "Did the intervals follow the activations?": (_following, _classes),
 }
 
@@ -133,7 +133,7 @@ def checks(data: Json, artifact: Json) -> list[tuple[str, str]]:
     found.append(
         ("ok", "The full-precision model beside it is the one that was quantized (SHA-256).")
         if measured
-        else ("unknown", "Not measured here: the full-precision model could not be loaded.")
+        else ("unknown", "Not compared with the full-precision model for this page.")
     )
     stored, latent = artifact["stored"], artifact["latent_sqnr_db"]
     if stored and stored["learned"]["latent_sqnr_db"] is not None and latent is not None:
