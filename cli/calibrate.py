@@ -22,11 +22,10 @@ from ptq_tdq.cli.options import (
 )
 from ptq_tdq.cli.progress import Progress, show_files, show_gain
 from ptq_tdq.cli.unfinished import discard, unfinished_folder
-from ptq_tdq.config import PRESETS, Config, preset, read_config_file
+from ptq_tdq.config import COLLECT_CHOICES, PRESETS, Config, preset, read_config_file
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.trajectories import compare, make_reference
 
-COLLECT_KEYS = ("samples_per_step", "calibration_steps", "num_inference_steps", "step_distribution", "seed")
 FLAGS = {  # choice of the preset -> metavar, help
     "scheme": ("W<bits>A<bits>", "Bits of weights and activations, 2 to 8 each."),
     "method": ("NAME", "static, S_N (S_4: 4 intervals), tdq, tdq-thin, step-table, step-lsq or dynamic."),
@@ -121,7 +120,7 @@ def calibrate_command(
         say.notice(notice)
     say.config(config)
     calibration_set = collect_cached(
-        model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_KEYS}
+        model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_CHOICES}
     )
     if not resume:
         discard(unfinished)

@@ -10,11 +10,11 @@ from typing import Any
 import click
 from diffusers.utils import logging as diffusers_logging
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq_tdq.artifacts import check_base_model, check_target, publish_directory, read_artifact
 from ptq_tdq.artifacts.atomic import write_file
-from ptq_tdq.calib_data import with_scheduler
+from ptq_tdq.calib_data import LoadedModel, collect_cached, with_scheduler
 from ptq_tdq.cli.options import (
     backend_option,
     json_option,
@@ -27,11 +27,13 @@ from ptq_tdq.cli.options import (
 )
 from ptq_tdq.cli.original import load_original
 from ptq_tdq.cli.progress import Progress
+from ptq_tdq.config import COLLECT_CHOICES
 from ptq_tdq.errors import UsageError
 from ptq_tdq.evaluate import inception
 from ptq_tdq.evaluate.baseline import Baseline, Measured, make_baseline
 from ptq_tdq.evaluate.images import grid
 from ptq_tdq.evaluate.names import METRICS, Metric
+from ptq_tdq.evaluate.ptqd import CorrectionName, corrected
 from ptq_tdq.load import Backend, load_quantized
 
 GRID_IMAGES = 40
@@ -67,6 +69,13 @@ NO_CLASSIFIER = (
 )
 @scheduler_option
 @backend_option
+@click.option(
+    "--correction",
+    type=click.Choice(["none", "ptqd"]),
+    default="none",
+    show_default=True,
+    help="ptqd: undo mean and gain of the errors, estimated on the artifact's calibration set.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
 @click.option(
     "--data",
@@ -88,6 +97,7 @@ def evaluate_command(
     num_inference_steps: int,
     scheduler: str | None,
     backend: Backend,
+    correction: CorrectionName,
     seed: int,
     data: Path | None,
     output_dir: Path | None,
@@ -107,6 +117,7 @@ def evaluate_command(
     stored = read_artifact(artifact)
     model = load_original(source, stored.config["base_model"]["id"])
     check_base_model(stored, model.sha256)
+    unet = _corrected(correction, model, load_quantized(artifact, backend=backend), stored.config["choices"])
     if scheduler:
         model = with_scheduler(model, scheduler)
     say = Progress(quiet=quiet, verbose=verbose)
@@ -120,7 +131,7 @@ def evaluate_command(
     )
     real = _real(network, data, baseline)
     measured = baseline.measure(
-        load_quantized(artifact, backend=backend),
+        unet,
         lambda done, total: say.counting("Sampling with the quantized model", done, total),
     )
     full = baseline.quality() | _inception(network, baseline.images, real)
@@ -132,6 +143,7 @@ def evaluate_command(
         "method": stored.config["method"],
         "preset": stored.config["preset"],
         "backend": backend,
+        "correction": correction,
         "samples": samples,
         "steps_compared_on": len(baseline.reference.x[0]),
         "num_inference_steps": num_inference_steps,
@@ -149,6 +161,14 @@ def evaluate_command(
         _show(document)
         if output_dir:
             click.echo(f"Wrote {output_dir}")
+
+
+def _corrected(name: CorrectionName, model: LoadedModel, unet: nn.Module, choices: dict[str, Any]) -> nn.Module:
+    """The model with its correction, estimated on the calibration set that its choices name."""
+    if name == "none":
+        return unet
+    recipe = {key: choices[key] for key in COLLECT_CHOICES}
+    return corrected(name, model.unet, unet, collect_cached(model, **recipe))
 
 
 def _real(network: Any, data: Path | None, baseline: Baseline) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -187,8 +207,9 @@ def _title(metric: Metric) -> str:
 
 
 def _headline(document: dict[str, Any]) -> str:
+    how = [document["backend"]] if document["correction"] == "none" else [document["backend"], document["correction"]]
     return (
-        f"{document['scheme']} {document['method']} ({document['backend']}): {document['samples']} samples, "
+        f"{document['scheme']} {document['method']} ({', '.join(how)}): {document['samples']} samples, "
         f"{document['num_inference_steps']} steps of {document['scheduler']}, seed {document['seed']}"
     )
 

@@ -128,6 +128,9 @@ class Config:
         return replace(self, **choices)
 
 
+COLLECT_CHOICES = ("samples_per_step", "calibration_steps", "num_inference_steps", "step_distribution", "seed")
+"""What a calibration set depends on: arguments of :func:`~ptq_tdq.calib_data.collect`."""
+
 ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is there in part
     (
         *("preset", "method", "softmax_bits", "fixed_layers", "activation_range", "activation_iterations"),

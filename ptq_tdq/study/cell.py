@@ -14,12 +14,14 @@ from torch import nn
 
 from ptq_tdq.calib_data import CalibrationSet, LoadedModel, collect_cached
 from ptq_tdq.calibrate import calibrate, identity, provenance, weight_identity
+from ptq_tdq.config import COLLECT_CHOICES
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.baseline import Baseline, load_baseline, make_baseline, save_baseline
+from ptq_tdq.evaluate.ptqd import corrected
 from ptq_tdq.load import load_quantized
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import UnitReport
-from ptq_tdq.study.matrix import COLLECT_KEYS, FULL_PRECISION, Cell
+from ptq_tdq.study.matrix import FULL_PRECISION, Cell
 
 Say = Callable[[str], None]
 
@@ -43,9 +45,9 @@ def run_cell(model: LoadedModel, cell: Cell, work: Path, say: Say = lambda text:
     baseline = _baseline(model, cell, work, say)
     if cell.method == FULL_PRECISION:
         return {**line, "results": baseline.quality(), "seconds": {"evaluation": time.perf_counter() - began}}
-    line |= {"choices": cell.config.to_dict(), "backend": cell.runs_on}
+    line["choices"] = cell.choices
     say("calibration set")
-    calibration_set = collect_cached(model, **{key: getattr(cell.config, key) for key in COLLECT_KEYS})
+    calibration_set = collect_cached(model, **{key: getattr(cell.config, key) for key in COLLECT_CHOICES})
     try:
         return {**line, **_measure(model, cell, baseline, calibration_set, work, say)}
     except NonFiniteError as error:
@@ -79,7 +81,8 @@ def _measure(
         on_unit=on_unit,
     )
     began = time.perf_counter()
-    measured = baseline.measure(_executable(quantized, cell, own), lambda done, total: say(f"samples {done}/{total}"))
+    unet = corrected(cell.correction, model.unet, _executable(quantized, cell, own), calibration_set)
+    measured = baseline.measure(unet, lambda done, total: say(f"samples {done}/{total}"))
     seconds["evaluation"] = time.perf_counter() - began
     shutil.rmtree(own, ignore_errors=True)
     return {"results": measured.results, "loss": loss, "seconds": seconds}

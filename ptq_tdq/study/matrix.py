@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptq_tdq.config import ACTIVATION_CHOICES, PRESETS, Config, preset
+from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, PRESETS, Config, preset
 from ptq_tdq.errors import ConfigError
+from ptq_tdq.evaluate.ptqd import CorrectionName, read_correction
 from ptq_tdq.load import Backend
 
 FULL_PRECISION = "fp"
@@ -20,14 +21,13 @@ BASELINE_METHOD = "static"
 METHODS = ("tdq", "tdq-thin", BASELINE_METHOD, "S_2", "S_4", "S_10", "S_20", "step-table", "step-lsq", "dynamic")
 """The columns of a table, in the order of supp Table 4."""
 
-COLLECT_KEYS = ("samples_per_step", "calibration_steps", "num_inference_steps", "step_distribution", "seed")
-
 
 @dataclass(frozen=True)
 class Cell:
     """One entry: its place in the table and the choices behind it. ``samples`` are those of the evaluation.
 
-    ``method`` is a column's label: a method, or a method with changed choices ("tdq-thin:module_start=static").
+    ``method`` is a column's label: a method, or a method with changed choices ("tdq-thin:module_start=static"). A
+    ``correction`` is named there as a choice is ("tdq:correction=ptqd").
     """
 
     preset: str
@@ -36,6 +36,7 @@ class Cell:
     config: Config
     samples: int
     backend: Backend = "simulated"
+    correction: CorrectionName = "none"
 
     @property
     def seed(self) -> int:
@@ -52,6 +53,11 @@ class Cell:
         return "simulated" if self.config.method == "dynamic" else self.backend
 
     @property
+    def choices(self) -> dict[str, Any]:
+        """All that its quantized model depends on, by name."""
+        return {**self.config.to_dict(), "backend": self.runs_on, "correction": self.correction}
+
+    @property
     def evaluation(self) -> dict[str, int]:
         """What the full-precision side depends on."""
         return {"samples": self.samples, "num_inference_steps": self.config.num_inference_steps, "seed": self.seed}
@@ -64,15 +70,19 @@ class Cell:
             return frozenset((baseline,))
         choices = {key: value for key, value in self.config.to_dict().items() if key not in ACTIVATION_CHOICES}
         choices["scheme"] = self.config.parsed_scheme.weight_bits
-        calibration = [getattr(self.config, key) for key in COLLECT_KEYS]
+        calibration = [getattr(self.config, key) for key in COLLECT_CHOICES]
         return frozenset((baseline, f"weights {json.dumps(choices)}", f"calibration {calibration}"))
 
     def same(self, line: Mapping[str, Any]) -> bool:
         """Whether a line of a results file was measured with these choices."""
         if line["evaluation"] != self.evaluation:
             return False
-        mine = self.config.to_dict(), self.runs_on
-        return self.method == FULL_PRECISION or mine == (line["choices"], line.get("backend", "simulated"))
+        return self.method == FULL_PRECISION or self.choices == line_choices(line)
+
+
+def line_choices(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What :attr:`Cell.choices` was when a line was written."""
+    return {"backend": "simulated", "correction": "none", **line["choices"]}
 
 
 def make_cells(
@@ -116,12 +126,10 @@ def _cell(
 ) -> Cell:
     column = label(method)
     base, _, change = column.partition(":")
-    choices = {
-        **_of_preset(settings, name),
-        **dict(_pair(text, "a method's change") for text in change.split("+") if text),
-    }
-    config = preset(name, **{**choices, "scheme": scheme, "method": base, "seed": seed})
-    return Cell(name, str(config.parsed_scheme), column, config, samples, backend)
+    changes = dict(_pair(text, "a method's change") for text in change.split("+") if text)
+    correction = read_correction(changes.pop("correction", "none"))
+    config = preset(name, **{**_of_preset(settings, name), **changes, "scheme": scheme, "method": base, "seed": seed})
+    return Cell(name, str(config.parsed_scheme), column, config, samples, backend, correction)
 
 
 def _of_preset(settings: Sequence[str], name: str) -> dict[str, str]:

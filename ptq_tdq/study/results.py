@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_tdq.errors import OutputError, UsageError
-from ptq_tdq.study.matrix import FULL_PRECISION, Cell
+from ptq_tdq.study.matrix import FULL_PRECISION, Cell, line_choices
 
 Line = dict[str, Any]
 
@@ -83,8 +83,7 @@ def _cell_key(cell: Cell) -> tuple[Any, ...]:
 def _difference(cell: Cell, line: Line) -> str:
     wanted, stored = dict[str, Any](cell.evaluation), dict(line["evaluation"])
     if cell.method != FULL_PRECISION:
-        wanted |= {**cell.config.to_dict(), "backend": cell.runs_on}
-        stored |= {**line["choices"], "backend": line.get("backend", "simulated")}
+        wanted, stored = wanted | cell.choices, stored | line_choices(line)
     for key in [*wanted, *stored]:
         if wanted.get(key) != stored.get(key):
             return f"{key} {stored.get(key)} where this study has {wanted.get(key)}"

@@ -80,7 +80,7 @@ def test_samples_may_come_from_integers_and_a_method_without_tables_says_that_it
     fewer = ("--schemes", "W4A8", "--methods", "S_1,dynamic", "--seeds", "0", "--backend", "integer")
     assert cli(*study, *fewer, "--results", results).code == 0
     lines = [json.loads(text) for text in results.read_text().splitlines()]
-    assert [(line["method"], line.get("backend")) for line in lines] == [
+    assert [(line["method"], line.get("choices", {}).get("backend")) for line in lines] == [
         ("fp", None),
         ("static", "integer"),
         ("dynamic", "simulated"),

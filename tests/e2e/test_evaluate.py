@@ -39,6 +39,19 @@ def test_the_seed_decides(cli: Any, calibrated: Any, conditional: Path) -> None:
     assert first == again and first["latent_sqnr_db"] != other["latent_sqnr_db"]
 
 
+def test_the_backend_and_the_correction_are_named_beside_what_they_change(
+    cli: Any, calibrated: Any, pipeline: Path
+) -> None:
+    found = {
+        flags: json.loads(cli("evaluate", calibrated(pipeline), *FLAGS, *flags, "--json").out)
+        for flags in ((), ("--correction", "ptqd"), ("--backend", "integer"))
+    }
+    named = [(d["backend"], d["correction"]) for d in found.values()]
+    assert named == [("simulated", "none"), ("simulated", "ptqd"), ("integer", "none")]
+    plain, mended, integer = (d["quantized"]["mean_noise_sqnr_db"] for d in found.values())
+    assert len({plain, mended, integer}) == 3 and abs(plain - integer) < 1
+
+
 def test_bad_requests_are_one_line(
     cli: Any, calibrated: Any, pipeline: Path, conditional: Path, tmp_path: Path
 ) -> None:

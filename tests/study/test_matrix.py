@@ -56,6 +56,14 @@ def test_full_precision_is_sampled_once_for_each_number_of_steps() -> None:
     assert steps == [20, 100]
 
 
+def test_a_correction_is_named_like_a_choice_and_shares_the_weights() -> None:
+    plain, mended = cells(methods=["tdq", "tdq:correction=ptqd"], schemes=["W4A8"], seeds=[0])[1:]
+    assert (plain.correction, mended.correction) == ("none", "ptqd")
+    assert plain.config == mended.config and plain.resources == mended.resources
+    assert mended.same({"evaluation": mended.evaluation, "choices": mended.choices})
+    assert not mended.same({"evaluation": mended.evaluation, "choices": plain.choices})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -67,6 +75,7 @@ def test_full_precision_is_sampled_once_for_each_number_of_steps() -> None:
         ({"settings": ["iterations=4"]}, "no choice named 'iterations'"),
         ({"settings": ["seed=4"]}, "a dimension of the study; name it by --seeds"),
         ({"methods": ["tdq:scheme=W2A2"]}, "a dimension of the study"),
+        ({"methods": ["tdq:correction=x"]}, "correction must be one of none, ptqd"),
         ({"methods": []}, "no cells"),
     ],
 )

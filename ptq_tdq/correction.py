@@ -1,0 +1,116 @@
+"""PTQD's correction of a quantized model's predictions (arXiv 2305.10657): what of their error is not noise.
+
+At each t the prediction is modelled as eps_hat = (1 + k) eps + d: k is a gain common to all values, d has a mean mu for
+each channel and a variance. Mean and gain repeat at every step and add up along a trajectory, and both can be undone:
+
+    eps ~ (eps_hat - mu_t) / (1 + max(k_t, 0))
+
+What remains is noise of variance / (1 + k)^2; a sampler that adds noise of its own adds that much less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Call = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """At K observed time steps, float64: ``t`` [K] ascending, gain ``k`` [K], mean ``mu`` [K, C], ``variance`` [K]."""
+
+    t: Tensor
+    k: Tensor
+    mu: Tensor
+    variance: Tensor
+
+    @property
+    def gain(self) -> Tensor:
+        """What a prediction is divided by [K]: 1 + max(k, 0); a gain below 1 is left alone, as PTQD does."""
+        return 1 + self.k.clamp(min=0)
+
+    @property
+    def remaining_variance(self) -> Tensor:
+        """Variance of the error after the correction [K]."""
+        return self.variance / self.gain**2
+
+    def at(self, values: Tensor, t: Tensor) -> Tensor:
+        """Rows of ``values`` [K, ...] at t [B]: linear between observed steps, constant beyond."""
+        t = t.double().clamp(self.t[0], self.t[-1])
+        high = torch.searchsorted(self.t, t).clamp(1, max(1, len(self.t) - 1))
+        if len(self.t) == 1:
+            return values.expand(len(t), *values.shape[1:])
+        low = high - 1
+        weight = ((t - self.t[low]) / (self.t[high] - self.t[low])).view(-1, *(1,) * (values.ndim - 1))
+        return values[low] * (1 - weight) + values[high] * weight
+
+    def apply(self, prediction: Tensor, t: Tensor) -> Tensor:
+        """The corrected prediction of the same shape [B, C, ...] and dtype, at t [B]."""
+        spatial = (1,) * (prediction.ndim - 2)
+        mu, gain = self.at(self.mu, t).view(len(t), -1, *spatial), self.at(self.gain, t).view(-1, 1, *spatial)
+        return ((prediction - mu) / gain).to(prediction.dtype)
+
+
+def fit_correction(calls: Iterable[Call]) -> Correction:
+    """Least squares over pairs of predictions: t [B], full precision and quantized [B, C, ...] in each call.
+
+    Sums are kept for each t, so any number of calls fits in memory.
+    """
+    sums: dict[float, Tensor] = {}  # by t: [6, C] of 1, f, e, ff, fe, ee
+    for t, full, quantized in calls:
+        f, e = full.double(), quantized.double() - full.double()
+        parts = torch.stack([torch.ones_like(f), f, e, f * f, f * e, e * e]).flatten(3).sum(3)  # [6, B, C]
+        for row, value in enumerate(t.tolist()):
+            sums[value] = sums.get(value, torch.zeros(())) + parts[:, row]
+    if not sums:
+        raise ValueError("The 'calls' parameter of fit_correction must hold at least one call. Got none instead.")
+    times = sorted(sums)
+    n, f, e, ff, fe, ee = torch.stack([sums[value] for value in times], 1)  # [K, C] each
+    within_ff, within_fe, within_ee = (a - b * c / n for a, b, c in ((ff, f, f), (fe, f, e), (ee, e, e)))
+    spread = within_ff.sum(1)
+    k = torch.where(spread > 0, within_fe.sum(1) / spread.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    mu = (e - k[:, None] * f) / n
+    residual = within_ee.sum(1) - 2 * k * within_fe.sum(1) + k * k * spread
+    return Correction(torch.tensor(times, dtype=torch.float64), k, mu, residual.clamp(min=0) / n.sum(1))
+
+
+class Corrected(nn.Module):
+    """A model whose prediction is corrected; its call signature and ``config`` are those of the model inside."""
+
+    def __init__(self, unet: Any, correction: Correction) -> None:
+        super().__init__()
+        self.unet, self.correction = unet, correction
+
+    @property
+    def config(self) -> Any:
+        return self.unet.config
+
+    def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
+        output = self.unet(sample, timestep, *args, **kwargs)
+        t = torch.as_tensor(timestep).flatten().expand(len(sample))
+        if isinstance(output, tuple):
+            return (self.correction.apply(output[0], t), *output[1:])
+        return type(output)(sample=self.correction.apply(output.sample, t))
+
+
+def lowered_variance(sampler: Tensor, coefficient: Tensor, remaining: Tensor) -> Tensor:
+    """The variance that a sampler should add itself: ``sampler - coefficient^2 remaining``, never below 0.
+
+    ``coefficient`` is that of the predicted noise in the sampler's update of x, ``remaining`` the variance of the
+    prediction's error after the correction; all broadcast.
+    """
+    return (sampler - coefficient.square() * remaining).clamp(min=0)
+
+
+def ddim_coefficient(alpha: Tensor, alpha_before: Tensor, sampler_variance: Tensor) -> Tensor:
+    """The coefficient of the predicted noise in DDIM's update (arXiv 2010.02502, equation 12).
+
+    ``alpha`` and ``alpha_before`` are the cumulative products at t and at the step that follows in sampling order.
+    """
+    direction = (1 - alpha_before - sampler_variance).clamp(min=0).sqrt()
+    return direction - (alpha_before * (1 - alpha) / alpha).sqrt()
