@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import diffusers
 import torch
 from huggingface_hub import snapshot_download
 
-from ptq_tdq.artifacts import CONFIG_FILE, read_artifact
+from ptq_tdq.artifacts import CONFIG_FILE, Artifact, read_artifact
 from ptq_tdq.errors import ArtifactError, ArtifactMismatchError, ConfigError
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.runtime import IntegerModel
@@ -53,15 +53,24 @@ def load_quantized(
     if backend == "integer" and torch.device(device).type != "cpu":
         raise ConfigError(f'The backend "integer" runs on the CPU only. Got device {str(device)!r} instead.')
     artifact = read_artifact(_folder(source))
+    if backend == "integer":
+        with torch.device("meta"):  # the float weights are never made
+            structure = _structure(artifact)
+        return IntegerModel(structure, artifact)
+    return build_quantized(artifact).to(device)
+
+
+def build_quantized(artifact: Artifact) -> QuantizedModel:
+    """The simulated model of an artifact in memory; raises :class:`ArtifactMismatchError` for another model class."""
+    return QuantizedModel.from_artifact(_structure(artifact), artifact)
+
+
+def _structure(artifact: Artifact) -> Any:
     name = artifact.config["model_config"].get("_class_name")
     cls = getattr(diffusers, str(name), None)
     if cls is None or not hasattr(cls, "from_config"):
         raise ArtifactMismatchError(f"The artifact is of a {name!r}, which this version of diffusers does not have.")
-    if backend == "integer":
-        with torch.device("meta"):  # the float weights are never made
-            structure = cls.from_config(artifact.config["model_config"])
-        return IntegerModel(structure, artifact)
-    return QuantizedModel.from_artifact(cls.from_config(artifact.config["model_config"]), artifact).to(device)
+    return cls.from_config(artifact.config["model_config"])
 
 
 def _folder(source: str | Path) -> Path:

@@ -12,18 +12,23 @@ from torch import Tensor
 from ptq_tdq.errors import ModelError, TimestepError
 
 
+def require_covered(t: Tensor, last: int) -> None:
+    """Raise :class:`TimestepError` unless every ``t`` is in [0, last]."""
+    inside = (t >= 0) & (t <= last)
+    if not bool(inside.all()):
+        raise TimestepError(
+            f"The interval tables cover the time steps 0 to {last}. Got t = {t[~inside][0].item():g}; "
+            "use a scheduler with the model's own number of training steps."
+        )
+
+
 def lookup(table: Tensor, t: Tensor) -> Tensor:
     """Values of ``table`` [T, ...] at ``t`` [B]: [B, ...], exact for integer t, linear between neighbours otherwise.
 
     Integer tables (zero points) are interpolated and rounded. Raises :class:`TimestepError` outside [0, T-1].
     """
     last = table.shape[0] - 1
-    if not bool(((t >= 0) & (t <= last)).all()):
-        wrong = t[~((t >= 0) & (t <= last))][0].item()
-        raise TimestepError(
-            f"The interval tables cover the time steps 0 to {last}. Got t = {wrong:g}; "
-            "use a scheduler with the model's own number of training steps."
-        )
+    require_covered(t, last)
     below = t.floor().long()
     if t.dtype == torch.int64 or bool((below == t).all()):
         return table[below]

@@ -1,4 +1,4 @@
-"""Quantized models for other programs."""
+"""Quantized models for other programs; ONNX is in :mod:`ptq_tdq.export.onnx`, an extra."""
 
 from ptq_tdq.export.tables import export_tables, interval_frame
 

@@ -1,0 +1,77 @@
+"""The ONNX file: made, checked and written in one piece."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from ptq_tdq.artifacts import Artifact, write_atomic
+from ptq_tdq.errors import ModelError, UsageError
+from ptq_tdq.export.onnx.floating import Floating
+from ptq_tdq.export.onnx.lowering import lower
+from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
+from ptq_tdq.export.onnx.openvino_form import OpenVINO
+from ptq_tdq.export.onnx.portable import Portable
+from ptq_tdq.export.onnx.skeleton import Skeleton, make_skeleton
+from ptq_tdq.export.tables import export_tables, interval_frame
+
+FORMS: dict[str, type[Portable]] = {"portable": Portable, "onnxruntime": OnnxRuntime, "openvino": OpenVINO}
+METADATA = "ptq_tdq"
+
+
+def export_onnx(artifact: Artifact, file: str | Path, runtime: str = "portable") -> None:
+    """Write ``artifact`` as one ONNX graph for one of :data:`FORMS`.
+
+    Inputs: ``sample`` float32 [batch, C, height, width], ``timestep`` float32 [batch] or [1] and, for class-conditional
+    models, ``class_labels`` int64 [batch]. Output: ``out_sample``, of the shape of ``sample``. The tensor
+    ``<quantizer>.codes`` holds the integers of each quantizer, ``<layer>`` the output of each quantized layer.
+
+    Raises :class:`UsageError` for an unknown runtime, :class:`ModelError` for a model that cannot be expressed and
+    :class:`~ptq_tdq.errors.OutputError` when the file cannot be written.
+    """
+    if runtime not in FORMS:
+        raise UsageError(f"The runtime must be one of {', '.join(FORMS)}. Got {runtime!r} instead.")
+    write_atomic(file, encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact), runtime))
+
+
+def export_onnx_float(artifact: Artifact, file: str | Path) -> Path:
+    """Write the graph in floating point, with the names of the interval table, and the table as CSV beside it.
+
+    :mod:`ptq_tdq.export.onnx.floating` says how the two belong together. Returns the path of the table: that of
+    ``file`` with the suffix ``.csv``. Raises :class:`UsageError` for dynamic quantizers, which have no table, and as
+    :func:`export_onnx` does.
+    """
+    table = Path(file).with_suffix(".csv")
+    if table == Path(file):
+        raise UsageError(f"The interval table goes to '{table}'; name the graph '{table.stem}.onnx' instead.")
+    interval_frame(artifact)  # the cheap reason to refuse comes first
+    graph = encode_onnx(artifact, Floating, make_skeleton(artifact), "float")
+    export_tables(artifact, table, "csv")
+    write_atomic(file, graph)
+    return table
+
+
+def encode_onnx(artifact: Artifact, form: type[Portable], skeleton: Skeleton, runtime: str) -> bytes:
+    """The file's bytes; ``skeleton`` is of the same artifact, ``runtime`` what the file says that it is for."""
+    model = lower(skeleton, artifact, form)
+    model.metadata_props[METADATA] = json.dumps(_facts(artifact, runtime), sort_keys=True)
+    proto = ir.to_proto(model)
+    try:
+        data: bytes = proto.SerializeToString(deterministic=True)
+    except ValueError as error:
+        raise ModelError(f"The model does not fit into the 2 GB of an ONNX file ({error}).") from error
+    onnx.checker.check_model(data, full_check=True)
+    return data
+
+
+def _facts(artifact: Artifact, runtime: str) -> dict[str, Any]:
+    keys = ("base_model", "model_config", "scheme", "method", "versions")
+    return {
+        "runtime": runtime,
+        "num_train_timesteps": artifact.num_train_timesteps,
+        **{key: artifact.config[key] for key in keys},
+    }

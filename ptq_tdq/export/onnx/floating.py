@@ -1,0 +1,57 @@
+"""The form for hardware teams: the graph in floating point, with the names of the interval table.
+
+No quantizer is in it; the table (CSV) beside it says where one belongs. Each name in its column ``layer`` is the name
+of a node: a Conv or MatMul whose first input is to be quantized, or an Identity that stands for one operand of an
+attention product. Both ranges of a split shortcut have a node of their own.
+
+Weights are what the codes stand for, ``(q - z_o) s_o``, and biases the corrected ones, so nothing is to be learned or
+searched again. The standard ``quantization_annotation`` names each weight's scale and zero point [O]; with them, q is
+recovered exactly.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from torch import nn
+
+from ptq_tdq.export.onnx.geometry import conv_attributes, is_linear
+from ptq_tdq.export.onnx.portable import Portable
+from ptq_tdq.export.onnx.weights import RangeWeight, range_weights
+from ptq_tdq.records import LayerRecord, QuantizerRecord
+
+ANNOTATION = "quant_parameter_tensor_names"  # where onnx_ir looks for them
+
+
+class Floating(Portable):
+    """Lowers to the plain operations."""
+
+    def layer(self, record: LayerRecord, module: nn.Module, x: ir.Value, rank: int) -> ir.Value:
+        b, linear, bias = self.b, is_linear(module), self.bias(record)
+        terms = []
+        inputs, weights = self.split(record, x, rank), range_weights(self.artifact, record)
+        for q, part, weight in zip(record.inputs, inputs, weights, strict=True):
+            real = self.annotated(weight, linear)
+            if linear:
+                terms.append(b("MatMul", part, real, name=q.name))
+            else:  # the first range brings the bias
+                first = None if bias is None or terms else b.initializer(f"{record.name}.bias", bias)
+                terms.append(b("Conv", part, real, first, name=q.name, **conv_attributes(module)))
+            terms[-1].name = f"{q.name}/product"
+        y = b.total(terms)
+        return b("Add", y, b.initializer(f"{record.name}.bias", bias)) if linear and bias is not None else y
+
+    def annotated(self, weight: RangeWeight, linear: bool) -> ir.Value:
+        """The real weight [O, C, ...], or [C, O] of a Linear, with a note of its scale and zero point."""
+        b = self.b
+        real = b.initializer(weight.name, weight.real.T if linear else weight.real)
+        scale = b.initializer(f"{weight.name}_scale", weight.scale)
+        zero_point = b.initializer(f"{weight.name}_zero_point", weight.zero_point)
+        real.meta[ANNOTATION] = {"SCALE_TENSOR": scale.name, "ZERO_POINT_TENSOR": zero_point.name}
+        return real
+
+    def product(self, a: QuantizerRecord, x: ir.Value, b: QuantizerRecord, y: ir.Value, transposed: bool) -> ir.Value:
+        left, right = self.quantizer(a, x, 4), self.quantizer(b, y, 4)
+        return self.b("MatMul", left, self.b("Transpose", right, perm=[0, 1, 3, 2]) if transposed else right)
+
+    def quantizer(self, record: QuantizerRecord, x: ir.Value, rank: int) -> ir.Value:
+        return self.b("Identity", x, name=record.name)

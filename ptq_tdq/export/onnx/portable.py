@@ -1,0 +1,151 @@
+"""The portable form: standard operators only, QuantizeLinear and DequantizeLinear with constant parameters.
+
+    u = x / s_t        q = clamp(rint(u + z_t))        y = s_t conv(q - z_t, w) + bias
+
+The division by s_t in front and the product with s_t behind carry the time dependence, so every Q and DQ has the
+constant scale 1, which all importers of ONNX understand. The weights are the artifact's codes with ``(q - z) s``
+spelled out, which runtimes fold when they load the file. (Behind DequantizeLinear, onnxruntime would multiply them with
+activations that it quantizes once more, by itself.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from torch import nn
+
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.export.onnx.geometry import conv_attributes, is_linear
+from ptq_tdq.export.onnx.lookup import Interval, Lookup
+from ptq_tdq.export.onnx.nodes import Builder, axes
+from ptq_tdq.export.onnx.weights import RangeWeight, along_channels, along_rows, range_weights, store_codes
+from ptq_tdq.records import LayerRecord, QuantizerRecord
+
+ONE = np.float32(1)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Quantized activations as float32: the grid is ``(values - zeros) * scale``, without what is None."""
+
+    values: ir.Value
+    scale: ir.Value | None
+    zeros: ir.Value | None
+
+
+class Portable:
+    """Lowers quantized layers, attention products and lone quantizers to standard operators."""
+
+    def __init__(self, b: Builder, lookup: Lookup, artifact: Artifact) -> None:
+        self.b, self.lookup, self.artifact = b, lookup, artifact
+
+    # What the skeleton asks for.
+
+    def layer(self, record: LayerRecord, module: nn.Module, x: ir.Value, rank: int) -> ir.Value:
+        """The layer's output for its input ``x`` of ``rank`` axes."""
+        inputs, weights = self.split(record, x, rank), range_weights(self.artifact, record)
+        parts = zip(record.inputs, inputs, weights, strict=True)
+        y = self.b.total(self.part(q, module, part, weight, rank) for q, part, weight in parts)
+        bias = self.bias(record)
+        return y if bias is None else self.b("Add", y, along_channels(bias, rank, is_linear(module)))
+
+    def product(self, a: QuantizerRecord, x: ir.Value, b: QuantizerRecord, y: ir.Value, transposed: bool) -> ir.Value:
+        """``x @ y`` of two quantized operands [batch, heads, N, d]; ``transposed``: of x and y's transpose.
+
+        ``(A - za) (B - zb) = A B - za sum(B) - zb sum(A - za)``, sums along the contracted axis.
+        """
+        make, left, right = self.b, self.codes(a, x, 4), self.codes(b, y, 4)
+        rows, columns = left.values, right.values
+        if transposed:
+            columns = make("Transpose", columns, perm=[0, 1, 3, 2])
+        result = make("MatMul", rows, columns)
+        if left.zeros is not None:
+            sums = make("ReduceSum", columns, axes(2), keepdims=1)
+            result = make("Sub", result, make("Mul", left.zeros, sums))
+            rows = make("Sub", rows, left.zeros)
+        if right.zeros is not None:
+            sums = make("ReduceSum", rows, axes(3), keepdims=1)
+            result = make("Sub", result, make("Mul", right.zeros, sums))
+        scales = [scale for scale in (left.scale, right.scale) if scale is not None]
+        if len(scales) == 2:
+            scales = [make("Mul", *scales)]
+        return make("Mul", result, scales[0]) if scales else result
+
+    def quantizer(self, record: QuantizerRecord, x: ir.Value, rank: int) -> ir.Value:
+        """``x`` on the quantizer's grid."""
+        codes = self.codes(record, x, rank)
+        values = codes.values if codes.zeros is None else self.b("Sub", codes.values, codes.zeros)
+        return values if codes.scale is None else self.b("Mul", values, codes.scale)
+
+    # How it is done.
+
+    def part(self, q: QuantizerRecord, module: nn.Module, x: ir.Value, weight: RangeWeight, rank: int) -> ir.Value:
+        """The share of one channel range of the input, without the bias."""
+        codes = self.codes(q, x, rank)
+        values = codes.values if codes.zeros is None else self.b("Sub", codes.values, codes.zeros)
+        y = self.operation(module, values, self.weight(module, weight))
+        return y if codes.scale is None else self.b("Mul", y, codes.scale)
+
+    def codes(self, record: QuantizerRecord, x: ir.Value, rank: int) -> Codes:
+        """``x`` quantized; DequantizeLinear takes what does not depend on t."""
+        b, interval = self.b, self.lookup.at(record.name, x, rank)
+        name, narrow, top = f"{record.name}.codes", interval.qtype.bits < 8, interval.qtype.qmax
+        if interval.zero_point is None:
+            scale, zeros, one, zero = self.scale_of(interval, rank), self.zeros_of(interval, rank), ONE, np.uint8(0)
+            u = b("Add", b("Div", x, scale), zeros)
+            u = b("Clip", u, np.float32(0), np.float32(top)) if narrow else u  # 8-bit codes saturate by themselves
+            return Codes(b("DequantizeLinear", b("QuantizeLinear", u, one, zero, name=name), one, zero), scale, zeros)
+        fixed, z, zero = interval.fixed_scale, interval.zero_point, np.uint8(interval.zero_point)
+        unit = ONE if fixed is None else fixed
+        factor = self.scale_of(interval, rank) if fixed is None else None
+        u = x if factor is None else b("Div", x, factor)
+        u = b("Clip", u, unit * np.float32(-z), unit * np.float32(top - z)) if narrow else u
+        return Codes(b("DequantizeLinear", b("QuantizeLinear", u, unit, zero, name=name), unit, zero), factor, None)
+
+    def scale_of(self, interval: Interval, rank: int) -> ir.Value:
+        """The scale as [batch, 1, ...] of ``rank`` axes, or a constant."""
+        if interval.scale is None:
+            assert interval.fixed_scale is not None
+            return self.b.constant(interval.fixed_scale)
+        return self.widen(interval.scale, rank)
+
+    def zeros_of(self, interval: Interval, rank: int) -> ir.Value:
+        """The zero points, float32 [batch, 1, ...] of ``rank`` axes."""
+        assert interval.zero_points is not None
+        return self.widen(interval.zero_points, rank)
+
+    def widen(self, value: ir.Value, rank: int) -> ir.Value:
+        """``value`` [batch, n] with axes of length 1 behind it, ``rank`` in all."""
+        return value if rank == 2 else self.b("Unsqueeze", value, axes(*range(2, rank)))
+
+    def weight(self, module: nn.Module, weight: RangeWeight) -> ir.Value:
+        """The real weight [O, C, ...], or [C, O] of a Linear."""
+        b, linear = self.b, is_linear(module)
+        codes = b("Cast", store_codes(b, weight, linear), to=ir.DataType.FLOAT)
+        zero_point, scale = weight.zero_point.astype(np.float32), weight.scale
+        if not linear:
+            zero_point, scale = (along_rows(v, weight.codes.ndim) for v in (zero_point, scale))
+        centred = b("Sub", codes, b.initializer(f"{weight.name}_zero_point", zero_point))
+        return b("Mul", centred, b.initializer(f"{weight.name}_scale", scale))
+
+    def operation(self, module: nn.Module, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """The layer's own operation without a bias."""
+        if is_linear(module):
+            return self.b("MatMul", x, weight)
+        return self.b("Conv", x, weight, **conv_attributes(module))
+
+    def bias(self, record: LayerRecord) -> NDArray[np.float32] | None:
+        """The layer's bias [O], if it has one."""
+        bias = self.artifact.float_state.get(f"{record.name}.bias")
+        return None if bias is None else bias.float().numpy()
+
+    def split(self, record: LayerRecord, x: ir.Value, rank: int) -> list[ir.Value]:
+        """The channel ranges of the input."""
+        if len(record.splits) == 2:
+            return [x]
+        sizes = axes(*np.diff(record.splits).tolist())
+        axis = rank - 1 if record.kind == "linear" else 1
+        return list(self.b.many("Split", x, sizes, count=len(sizes), axis=axis))

@@ -1,0 +1,36 @@
+"""`ptq-tdq export --format onnx` of a calibrated model, and a diffusers pipeline around the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+
+from ptq_tdq.export.onnx import OnnxUNet
+
+
+def test_a_pipeline_samples_with_the_exported_file(
+    cli: Callable[..., Any], pipeline: Path, calibrated: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "unet.onnx"
+    result = cli("export", calibrated(pipeline), "--format", "onnx", "--runtime", "onnxruntime", "--output", file)
+    assert (result.code, result.out, result.err) == (0, "", f"Wrote {file}\n")
+    onnx.checker.check_model(file, full_check=True)
+    pipe = DDIMPipeline(unet=OnnxUNet(file, threads=1), scheduler=DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(batch_size=2, num_inference_steps=5, generator=torch.manual_seed(0), output_type="np").images
+    assert images.shape == (2, 8, 8, 3)
+    assert float(images.std()) > 0
+
+
+def test_a_runtime_belongs_to_a_graph(
+    cli: Callable[..., Any], pipeline: Path, calibrated: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    result = cli("export", calibrated(pipeline), "--runtime", "openvino", "--output", tmp_path / "tables.csv")
+    assert result.code == 2
+    assert result.err == "Error: --runtime goes with --format onnx. Got --format csv instead.\n"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,201 @@
+"""Artifacts of one tiny model with every kind of table and weight, their one skeleton, and runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from diffusers import UNet2DModel
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ptq_tdq.affine import choose_qparams
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.config import preset
+from ptq_tdq.export.onnx.file import FORMS, encode_onnx
+from ptq_tdq.export.onnx.floating import Floating
+from ptq_tdq.export.onnx.skeleton import Skeleton, make_skeleton
+from ptq_tdq.intervals.dynamic import Dynamic
+from ptq_tdq.intervals.table import TableSource
+from ptq_tdq.plan import make_plan
+from ptq_tdq.quantized_model import QuantizedModel, base_config
+from ptq_tdq.recon.weights import initialize
+
+T = 1000
+Arrays = dict[str, NDArray[Any]]
+
+
+def make_unet() -> UNet2DModel:
+    """Attention in the middle, split shortcuts, a strided convolution, classes."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        num_class_embeds=3,
+    )
+    return unet.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an artifact is made of."""
+
+    scheme: str
+    tables: str  # "moving": scale and zero point depend on t; "scaled": the scale alone; "static"; "dynamic"
+    symmetric: str = "never"
+
+
+CASES = {
+    "W4A6": Case("W4A6", "moving"),
+    "W8A8-affine": Case("W8A8", "moving"),
+    "W8A8-symmetric": Case("W8A8", "scaled", "always"),
+    "W3A4-dynamic": Case("W3A4", "dynamic"),
+    "W6A8-static": Case("W6A8", "static"),
+}
+
+
+def inputs(batch: int = 4, size: tuple[int, int] = (8, 8)) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "sample": torch.randn(batch, 3, *size, generator=generator),
+        "timestep": torch.linspace(0, T - 1, batch).round(),
+        "class_labels": torch.arange(batch) % 3,
+    }
+
+
+def make_artifact(case: Case) -> Artifact:
+    """Nearest rounding, and the ranges of one forward pass, narrowed so that some codes clip."""
+    unet = make_unet()
+    config = preset(
+        "default",
+        scheme=case.scheme,
+        method="dynamic" if case.tables == "dynamic" else "tdq-thin",
+        weight_symmetric=case.symmetric,
+        fixed_layers=(),
+        float_layers=(),  # the time embedding's layers have inputs of two axes
+    )
+    quantized = QuantizedModel.copy_of(unet, make_plan(unet, config, lambda: unet(**inputs())))
+    for layer in quantized.layers().values():
+        initialize(layer, config)
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        quantizer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        for name, quantizer in quantized.quantizers().items()
+    ]
+    with torch.no_grad():
+        for quantizer in quantized.quantizers().values():
+            quantizer.enabled = True  # the attention's own product is used, without intervals so far
+        quantized(**inputs())
+    for hook in hooks:
+        hook.remove()
+    over_time = 1 + 0.3 * torch.sin(torch.arange(T) / 150)
+    for name, quantizer in quantized.quantizers().items():
+        low, high = seen[name].min() * 0.9, seen[name].max() * 0.9
+        if quantizer.record.from_zero:
+            low = torch.zeros(())
+        scale, zero_point = choose_qparams(low, high, quantizer.qtype)
+        scales, zeros = scale.expand(T), zero_point.expand(T)
+        if case.tables in ("moving", "scaled"):
+            scales = scale * over_time
+        if case.tables == "moving" and not quantizer.record.from_zero:
+            zeros = (zeros + torch.arange(T) // 200).clamp(0, quantizer.qtype.qmax)
+        if case.tables == "dynamic":
+            quantizer.source = Dynamic(zero_point, quantizer.qtype)
+        else:
+            quantizer.source = TableSource(scales.contiguous(), zeros.to(torch.int32).contiguous())
+    quantized.provenance = {
+        "base_model": {"id": "tiny", "sha256": "0" * 64},
+        "model_config": base_config(unet),
+        "scheme": case.scheme,
+        "method": config.method,
+        "preset": "default",
+        "choices": config.to_dict(),
+        "time_axis": {"num_train_timesteps": T},
+        "calibration_set": {"sha256": "0" * 64, "recipe": {}},
+        "seed": 0,
+        "versions": {},
+    }
+    return quantized.finalize().to_artifact()
+
+
+@pytest.fixture(scope="session")
+def artifact_of() -> Callable[[str], Artifact]:
+    """Artifacts by the name of their case."""
+    made: dict[str, Artifact] = {}
+
+    def artifact(name: str) -> Artifact:
+        if name not in made:
+            made[name] = make_artifact(CASES[name])
+        return made[name]
+
+    return artifact
+
+
+@pytest.fixture(scope="session")
+def skeleton(artifact_of: Callable[[str], Artifact]) -> Skeleton:
+    """One export for all cases: their float parts are the same."""
+    return make_skeleton(artifact_of("W4A6"))
+
+
+@pytest.fixture(scope="session")
+def encode(artifact_of: Callable[[str], Artifact], skeleton: Skeleton) -> Callable[[str, str], bytes]:
+    """Files by case and runtime ("float" for the form without quantizers)."""
+
+    def file(case: str, runtime: str) -> bytes:
+        form = Floating if runtime == "float" else FORMS[runtime]
+        return encode_onnx(artifact_of(case), form, skeleton, runtime)
+
+    return file
+
+
+def run_onnxruntime(data: bytes, feed: Arrays, names: list[str]) -> Arrays:
+    """The output under its name, and the inner tensors ``names``."""
+    model = onnx.load_from_string(data)
+    outputs = [model.graph.output[0].name, *names]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return dict(zip(outputs, session.run(outputs, feed), strict=True))
+
+
+def run_openvino(data: bytes, feed: Arrays, names: list[str]) -> Arrays:
+    """The same with OpenVINO."""
+    core = openvino.Core()
+    model = core.read_model(data, b"")
+    outputs = [model.outputs[0].get_any_name(), *names]
+    if names:
+        model.add_outputs(names)
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    results = core.compile_model(model, "CPU", options)(feed)
+    return {name: np.array(results[name]) for name in outputs}
+
+
+RUNNERS = {"onnxruntime": run_onnxruntime, "openvino": run_openvino}
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., Arrays]:
+    """``run(runtime, data, feed, names)``."""
+
+    def call(runtime: str, data: bytes, feed: dict[str, Tensor], names: list[str] | None = None) -> Arrays:
+        return RUNNERS[runtime](data, {k: v.numpy() for k, v in feed.items()}, names or [])
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def feed() -> Callable[..., dict[str, Tensor]]:
+    return inputs
