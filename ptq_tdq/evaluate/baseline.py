@@ -81,7 +81,11 @@ def make_baseline(
         recorded=RECORDED,
         on_progress=on_progress,
     )
-    return _baseline(reference, seed)
+    images = to_images(model, reference.latents)
+    if images is None or not is_embedded(model):
+        return Baseline(reference, seed, images, None, None)
+    classifier = load_classifier()
+    return Baseline(reference, seed, images, classifier, c10.describe(classifier, images))
 
 
 def is_embedded(model: LoadedModel) -> bool:
@@ -96,21 +100,16 @@ def to_images(model: LoadedModel, latents: Tensor) -> Tensor | None:
     return torch.cat([decode(model, part) for part in latents.split(BATCH)])
 
 
-def _baseline(reference: Reference, seed: int) -> Baseline:
-    images = to_images(reference.model, reference.latents)
-    classifier = load_classifier() if is_embedded(reference.model) and images is not None else None
-    described = None if classifier is None or images is None else c10.describe(classifier, images)
-    return Baseline(reference, seed, images, classifier, described)
-
-
 def save_baseline(path: Path, baseline: Baseline) -> None:
-    """Keep the trajectories in a file; images and features follow from them."""
+    """Keep all of it in a file, but for the classifier."""
     full = baseline.reference
     facts = {"steps": full.num_inference_steps, "seed": baseline.seed, "sha256": full.model.sha256}
     tensors = {"noise": full.noise, "latents": full.latents}
     tensors |= {f"{key}.{i}": x for key in ("x", "t", "prediction") for i, x in enumerate(getattr(full, key))}
-    if full.class_labels is not None:
-        tensors["class_labels"] = full.class_labels
+    found = baseline.described
+    optional = {"class_labels": full.class_labels, "images": baseline.images}
+    optional |= {"features": found.features, "logits": found.logits} if found else {}
+    tensors |= {name: value for name, value in optional.items() if value is not None}
     data = save({name: value.contiguous() for name, value in tensors.items()}, {"facts": json.dumps(facts)})
     write_atomic(path, data)
 
@@ -130,5 +129,6 @@ def load_baseline(
         return None
     if facts != {"steps": num_inference_steps, "seed": seed, "sha256": model.sha256} or len(noise) != samples:
         return None
-    labels = tensors.get("class_labels")
-    return _baseline(Reference(model, num_inference_steps, noise, labels, x, t, prediction, latents), seed)
+    reference = Reference(model, num_inference_steps, noise, tensors.get("class_labels"), x, t, prediction, latents)
+    described = c10.Described(tensors["features"], tensors["logits"]) if "features" in tensors else None
+    return Baseline(reference, seed, tensors.get("images"), load_classifier() if described else None, described)
