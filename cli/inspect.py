@@ -45,6 +45,7 @@ def _runtime(facts: dict[str, Any]) -> list[str]:
         f"this processor has {facts['instructions']}",
         f"quantization, norms and attention around them: {facts['passes']}; {facts['fused_blocks']} blocks fused",
         f"{facts['weight_bytes'] / 1e6:.2f} MB of weights in memory",
+        f"weights in 8 bits, computed in floating point: {', '.join(facts['weight_only_layers']) or 'no layer'}",
         f"in floating point: {', '.join(facts['float_layers']) or 'no layer'}",
     ]
 

@@ -22,7 +22,8 @@ Role = Literal["first", "last", "time_embedding", "shortcut", "downsample"]
 class Config:
     """All choices of one run. The defaults are preset ``default``.
 
-    Layers: ``eight_bit_layers``, ``float_layers`` and ``fixed_layers`` hold roles; ``skip`` holds name patterns of
+    Layers: ``eight_bit_layers``, ``weight_only_layers`` (8-bit weights, inputs in floating point), ``float_layers`` and
+    ``fixed_layers`` hold roles; ``skip`` holds name patterns of
     layers to leave in floating point. The input of a fixed layer keeps one interval that clips nothing (``fixed``).
 
     ``weight_symmetric`` names the weights whose zero point is the middle code: 8-bit codes minus 128 then fit the
@@ -48,7 +49,8 @@ class Config:
     step_distribution: Literal["uniform", "normal"] = "uniform"
     # layers
     eight_bit_layers: tuple[Role, ...] = ("first", "last")
-    float_layers: tuple[Role, ...] = ("time_embedding",)
+    weight_only_layers: tuple[Role, ...] = ("time_embedding",)
+    float_layers: tuple[Role, ...] = ()
     fixed_layers: tuple[Role, ...] = ("first",)
     skip: tuple[str, ...] = ()
     split_shortcuts: bool = True
@@ -188,6 +190,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
     "num_inference_steps": 100,
     "fixed_layers": (),
+    "weight_only_layers": (),
     "weight_symmetric": "never",
     "rounding": "adaround",
     "weight_lr": 1e-3,
@@ -209,7 +212,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "samples_per_step": 256,
         "calibration_steps": 20,
         "eight_bit_layers": (),
-        "float_layers": (),
         "weight_iterations": 20000,
     },
     # the recipe under supp Table 4 (PTQD's public one)

@@ -132,7 +132,8 @@ def make_plan(model: nn.Module, config: Config, call: Callable[[], Any]) -> tupl
         if kind is None and not config.attention:
             continue
 
-        eight = bool(mine & set(config.eight_bit_layers))
+        weight_only = bool(mine & set(config.weight_only_layers))
+        eight = weight_only or bool(mine & set(config.eight_bit_layers))
         fixed = bool(mine & set(config.fixed_layers))
         method = "fixed" if fixed else config.method
         bits = 8 if eight else scheme.activation_bits
@@ -147,10 +148,10 @@ def make_plan(model: nn.Module, config: Config, call: Callable[[], Any]) -> tupl
             )
             records.append(LayerRecord(t.name, "attention", unit, (), None, inputs))
             continue
-        split = config.split_shortcuts and len(t.parts) > 1
+        split = config.split_shortcuts and len(t.parts) > 1 and not weight_only
         splits = (0, *_running_sum(t.parts)) if split else (0, t.width)
         names = [f"{t.name}.{i}" for i in range(len(t.parts))] if split else [t.name]
-        inputs = tuple(QuantizerRecord(name, bits, method, range_method) for name in names)
+        inputs = tuple(QuantizerRecord(name, bits, method, range_method) for name in names if not weight_only)
         weight_bits = 8 if eight else scheme.weight_bits
         records.append(LayerRecord(t.name, kind, unit, splits, weight_bits, inputs))
     if not any(r.weight_bits for r in records):

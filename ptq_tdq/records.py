@@ -30,7 +30,8 @@ class LayerRecord:
     """One quantized layer in execution order.
 
     ``kind`` is "conv1d", "conv2d", "linear" or "attention". ``splits`` are the channel boundaries of its input, (0, C)
-    for an ordinary layer, (0, C_h, C) for a split shortcut, () for attention. ``weight_bits`` is None for attention.
+    for an ordinary layer, (0, C_h, C) for a split shortcut, () for attention. ``weight_bits`` is None for attention;
+    ``inputs`` is () for a layer of which only the weight is quantized.
     """
 
     name: str

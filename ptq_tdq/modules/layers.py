@@ -125,7 +125,7 @@ class QuantLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if len(self.inputs) == 1:
             x = self.inputs[0](x)
-        else:
+        elif self.inputs:  # none: only the weight is quantized
             sizes = [hi - lo for lo, hi in self.ranges]
             parts = x.split(sizes, self.channel_dim)
             x = torch.cat([q(p) for q, p in zip(self.inputs, parts, strict=True)], self.channel_dim)

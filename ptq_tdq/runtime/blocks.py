@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.runtime.attention import Attend, reference_attend
 from ptq_tdq.runtime.kernels import Norm
-from ptq_tdq.runtime.layer import IntegerLayer
+from ptq_tdq.runtime.layer import IntegerLayer, WeightOnlyLinear
 from ptq_tdq.runtime.step import Interval, Step
 
 
@@ -37,13 +37,11 @@ def _takes_norm(layer: nn.Module | None) -> bool:
 class TimeProjections(nn.Module):
     """The time-embedding linears of all residual blocks as one; computed when the first of them asks."""
 
-    def __init__(self, linears: list[nn.Linear]) -> None:
+    def __init__(self, linears: list[WeightOnlyLinear]) -> None:
         super().__init__()
-        self.all = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears))
-        self.sizes = [linear.out_features for linear in linears]
-        for name in ("weight", "bias"):
-            joined = torch.cat([getattr(linear, name).detach() for linear in linears])
-            setattr(self.all, name, nn.Parameter(joined, requires_grad=False))
+        self.sizes = [len(linear.codes) for linear in linears]
+        parts = ([getattr(linear, name) for linear in linears] for name in ("codes", "scale", "bias"))
+        self.all = WeightOnlyLinear(*(torch.cat(part) for part in parts))
         self._last: Tensor | None = None
         self._shifts: tuple[Tensor, ...] = ()
 
@@ -166,9 +164,10 @@ def fuse(model: nn.Module) -> list[str]:
 
 
 def _fuse_time(model: nn.Module) -> list[str]:
-    """The float time-embedding linears of the residual blocks."""
-    blocks = [m for m in model.modules() if isinstance(m, IntegerResnet) and isinstance(m.time_emb_proj, nn.Linear)]
-    if not blocks or any(block.time_emb_proj.bias is None for block in blocks):
+    """The weight-only time-embedding linears of the residual blocks."""
+    resnets = (m for m in model.modules() if isinstance(m, IntegerResnet))
+    blocks = [block for block in resnets if isinstance(block.time_emb_proj, WeightOnlyLinear)]
+    if not blocks:
         return []
     together = TimeProjections([block.time_emb_proj for block in blocks])
     model.add_module("time_projections", together)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, normalized
@@ -21,6 +22,25 @@ class Part:
     channels: tuple[int, int]
     pitch: int  # channels of its codes in memory
     products: Products
+
+
+class WeightOnlyLinear(nn.Module):
+    """A Linear with integer weights and a floating-point input: the weight is made float at each use.
+
+    codes int8 or int16 [O, C] less their zero points, scale and bias [O].
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.codes, self.scale, self.bias = codes, scale, bias
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights in memory."""
+        return self.codes.nbytes + self.scale.nbytes + self.bias.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.codes * self.scale[:, None], self.bias)
 
 
 class IntegerLayer(nn.Module):

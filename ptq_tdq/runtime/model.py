@@ -17,7 +17,7 @@ from ptq_tdq.runtime.attention import Attend, native_attend, reference_attend
 from ptq_tdq.runtime.blocks import IntegerAttention, fuse
 from ptq_tdq.runtime.cpu import check_exact, instruction_set
 from ptq_tdq.runtime.kernels import Quantize, reference_quantize
-from ptq_tdq.runtime.layer import IntegerLayer, Part
+from ptq_tdq.runtime.layer import IntegerLayer, Part, WeightOnlyLinear
 from ptq_tdq.runtime.native import native_quantize, open_library
 from ptq_tdq.runtime.products import Geometry, NativeProducts, OneDnnProducts, Products, Weights
 from ptq_tdq.runtime.step import Step
@@ -63,10 +63,11 @@ class IntegerModel(TimedModel):
             "instructions": engine.isa,
             "products": engine.products,
             "passes": engine.passes,
-            "integer_layers": len(layers),
+            "integer_layers": sum(bool(record.inputs) for record in layers),
+            "weight_only_layers": [record.name for record in layers if not record.inputs],
             "float_layers": sorted(n for n, m in model.named_modules() if layer_kind(m)),
             "fused_blocks": len(fuse(model)),
-            "weight_bytes": sum(m.nbytes for m in model.modules() if isinstance(m, IntegerLayer))
+            "weight_bytes": sum(m.nbytes for m in model.modules() if isinstance(m, IntegerLayer | WeightOnlyLinear))
             + sum(p.nbytes for p in model.parameters()),
         }
 
@@ -95,9 +96,14 @@ class _Engine:
         self.native = self.library is not None and hasattr(self.library, "convolve") and self.isa == "vnni"
         self.products = "native C, AVX512-VNNI" if self.native else "oneDNN"
 
-    def layer(self, layer: nn.Module, record: LayerRecord, artifact: Artifact, step: Step) -> IntegerLayer:
+    def layer(self, layer: nn.Module, record: LayerRecord, artifact: Artifact, step: Step) -> nn.Module:
         """The integer form of one layer."""
         name, geometry = record.name, Geometry.of(layer, record.name)
+        if not record.inputs and record.kind != "linear":
+            raise RuntimeUnsupportedError(
+                f"{name} has integer weights and a float input, which only a Linear can have yet; "
+                'use backend="simulated".'
+            )
         codes, scales, zero_points = (
             of[name] for of in (artifact.weight_codes, artifact.weight_scale, artifact.weight_zero_point)
         )
@@ -106,7 +112,7 @@ class _Engine:
         bias = artifact.float_state.get(f"{name}.bias", no_bias).float()
         ranges = list(pairwise(record.splits))
         parts = []
-        for index, (quantizer, channels) in enumerate(zip(record.inputs, ranges, strict=True)):
+        for index, channels in enumerate(ranges):
             weights = Weights(
                 codes[:, slice(*channels)] if len(ranges) > 1 else codes,  # a grouped weight has fewer columns
                 record.weight_bits or 0,
@@ -114,6 +120,9 @@ class _Engine:
                 zero_points[:, index].expand(len(codes)).contiguous(),
                 bias if index == 0 else no_bias,
             )
+            if not record.inputs:
+                return WeightOnlyLinear(weights.narrow.flatten(1), weights.scale, bias)
+            quantizer = record.inputs[index]
             weights = weights.padded() if geometry.groups == 1 else weights
             pitch = weights.codes.shape[1] * geometry.groups
             check_exact(name, int(weights.signed.abs().max()), QType(quantizer.bits).qmax, self.isa)

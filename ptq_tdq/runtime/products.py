@@ -74,6 +74,12 @@ class Weights:
         """Codes less their zero points, int16."""
         return self.codes.to(torch.int16) - self.zero_point.to(torch.int16).view(-1, 1, 1, 1)
 
+    @property
+    def narrow(self) -> Tensor:
+        """The signed codes as int8 where they fit."""
+        fit = int(self.signed.min()) >= -128 and int(self.signed.max()) <= 127
+        return self.signed.to(torch.int8) if fit else self.signed
+
     def summands(self) -> list[Tensor]:
         """The signed codes as s8, or as the sum of such tensors where they do not fit."""
         parts: list[Tensor] = []

@@ -1,0 +1,257 @@
+"""Speed and size of the integer backend beside other runtimes, interleaved in one process.
+
+One JSON line per (model, batch, threads): milliseconds of one U-Net call (the least of the rounds), each runtime's
+speed over torch fp32 eager, and the sizes of the weights. ``--pipeline`` adds images per second of DDIM with 50 steps.
+Needs ``pip install -e '.[bench]'``.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from facts import facts
+from torch import Tensor, nn
+
+from ptq_tdq import calibrate, collect, load_model, load_quantized, preset
+from ptq_tdq.evaluate.trajectories import make_noise, run
+
+RESULTS = Path(__file__).parent / "results" / "runtime.jsonl"
+NEAREST = {"rounding": "nearest", "activation_iterations": 0, "samples_per_step": 4, "calibration_steps": 25}
+Call = Callable[[], Any]
+
+
+@click.command()
+@click.option("--models", default="embedded,random")
+@click.option("--batches", default="1,8,64")
+@click.option("--threads", default="1,2")
+@click.option("--rounds", default=15)
+@click.option("--pipeline", is_flag=True, help="Images per second of the embedded model, DDIM with 50 steps, instead.")
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+@click.option("--render", is_flag=True, help="Only print the table.")
+def main(models: str, batches: str, threads: str, rounds: int, pipeline: bool, results: Path, render: bool) -> None:
+    torch.set_flush_denormal(True)
+    if not render:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in models.split(","):
+                subject = Subject(name, Path(folder) / name)
+                for count in map(int, threads.split(",")):
+                    torch.set_num_threads(count)
+                    if pipeline:
+                        write(results, end_to_end(subject))
+                        continue
+                    for batch in map(int, batches.split(",")):
+                        write(results, measure(subject, batch, count, rounds))
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    print(table([line for line in lines if "milliseconds" in line]))
+    for line in lines:
+        if "images_per_second" in line:
+            rates = ", ".join(f"{name} {rate:.1f}" for name, rate in line["images_per_second"].items())
+            print(f"DDIM 50, {line['threads']} threads, images per second: {rates}")
+
+
+class Subject:
+    """A full-precision model and its artifacts, by scheme; rounding and intervals do not matter for speed."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        if name == "embedded":
+            self.model = load_model()
+        else:  # 64-128-128 at 32x32, head dimension 64, random weights
+            torch.manual_seed(0)
+            unet = UNet2DModel(
+                sample_size=32,
+                block_out_channels=(64, 128, 128),
+                layers_per_block=1,
+                down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+                up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+                attention_head_dim=64,
+            )
+            unet.save_pretrained(folder / "model")
+            DDIMScheduler().save_pretrained(folder / "model")
+            self.model = load_model(str(folder / "model"))
+        self.unet = self.model.unet.eval()
+        for scheme in ("W8A8", "W4A8"):
+            config = preset("default", scheme=scheme, **NEAREST)
+            samples = collect(self.model, samples_per_step=4, calibration_steps=25, num_inference_steps=25)
+            calibrate(self.unet, config, samples).save_pretrained(folder / scheme)
+
+    def inputs(self, batch: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(batch)
+        config = self.unet.config
+        x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+        labels = {"class_labels": torch.arange(batch) % 10} if config.num_class_embeds else {}
+        return {"sample": x, "timestep": torch.full((batch,), 500), **labels}
+
+    def sizes(self) -> dict[str, float]:
+        """Weights as multiples of the float32 bytes: the file, and what the integer backend keeps in memory."""
+        full = sum(4 * p.numel() for p in self.unet.parameters())
+        found = {}
+        for scheme in ("W8A8", "W4A8"):
+            folder = self.folder / scheme
+            found[f"{scheme} file"] = (folder / "weights.safetensors").stat().st_size / full
+            found[f"{scheme} memory"] = load_quantized(folder, backend="integer").facts["weight_bytes"] / full
+        return found
+
+
+class _Plain(nn.Module):
+    """Positional inputs and a tensor as output, which exporters like best."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, *args: Tensor) -> Tensor:
+        result: Tensor = self.unet(*args, return_dict=False)[0] if len(args) < 3 else self.unet(*args).sample
+        return result
+
+
+def measure(subject: Subject, batch: int, threads: int, rounds: int) -> dict[str, Any]:
+    inputs = subject.inputs(batch)
+    unet = subject.unet
+
+    def with_bf16() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            unet(**inputs)
+
+    calls: dict[str, Call] = {"torch fp32": lambda: unet(**inputs), "torch bf16": with_bf16}
+    ours = load_quantized(subject.folder / "W8A8", backend="integer")
+    w4 = load_quantized(subject.folder / "W4A8", backend="integer")
+    held = load_quantized(subject.folder / "W8A8", backend="integer")
+    with torch.no_grad():
+        held(**inputs)
+    held.at = lambda t: None  # a static scale: the lookup is done once, for ever
+    calls |= {
+        "ptq-tdq W8A8": lambda: ours(**inputs),
+        "ptq-tdq W4A8": lambda: w4(**inputs),
+        "ptq-tdq W8A8 without lookup": lambda: held(**inputs),
+    }
+    calls |= openvino_calls(unet, inputs, threads) | onnxruntime_calls(unet, inputs, threads, subject.folder)
+    best = dict.fromkeys(calls, float("inf"))
+    with torch.no_grad():
+        for call in calls.values():
+            call()
+        for _ in range(rounds):
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call()
+                best[name] = min(best[name], time.perf_counter() - began)
+    return {
+        "model": subject.name,
+        "parameters": sum(p.numel() for p in unet.parameters()),
+        "batch": batch,
+        "threads": threads,
+        "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
+        "over_torch_fp32": {name: best["torch fp32"] / seconds for name, seconds in best.items()},
+        "weights_over_fp32": subject.sizes(),
+        "runtime": ours.facts,
+        "facts": facts(),
+    }
+
+
+def openvino_calls(unet: nn.Module, inputs: dict[str, Tensor], threads: int) -> dict[str, Call]:
+    import nncf
+    import openvino
+
+    values = tuple(inputs.values())
+    arrays = [value.numpy() for value in values]
+    plain = openvino.convert_model(_Plain(unet).eval(), example_input=values)
+    integer = nncf.quantize(plain, nncf.Dataset([arrays] * 4), fast_bias_correction=True)
+    core = openvino.Core()
+
+    def call(model: Any, precision: str) -> Call:
+        options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+        compiled = core.compile_model(model, "CPU", options)
+        return lambda: compiled(arrays)
+
+    return {"OpenVINO bf16": call(plain, "bf16"), "OpenVINO + NNCF int8": call(integer, "bf16")}
+
+
+def onnxruntime_calls(unet: nn.Module, inputs: dict[str, Tensor], threads: int, folder: Path) -> dict[str, Call]:
+    import onnxruntime
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [feed] * 4
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return self.left.pop() if self.left else None
+
+    batch = len(inputs["sample"])
+    feed = {f"input{index}": value.numpy() for index, value in enumerate(inputs.values())}
+    paths = [folder / f"batch{batch}-{kind}.onnx" for kind in ("float", "prepared", "int8")]
+    if not paths[2].exists():
+        torch.onnx.export(
+            _Plain(unet).eval(), tuple(inputs.values()), paths[0], input_names=list(feed), dynamo=True, verbose=False
+        )
+        quant_pre_process(paths[0], paths[1])
+        quantize_static(
+            paths[1],
+            paths[2],
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(paths[2], options, providers=["CPUExecutionProvider"])
+    return {"onnxruntime static int8": lambda: session.run(None, feed)}
+
+
+def end_to_end(subject: Subject) -> dict[str, Any]:
+    """Sampling alone, without decoding: batch 64, DDIM with 50 steps, best of 2 rounds."""
+    noise, labels = make_noise(subject.model, 64, 0)
+    subjects = {
+        "torch fp32": subject.unet,
+        "ptq-tdq W8A8": load_quantized(subject.folder / "W8A8", backend="integer"),
+        "ptq-tdq W4A8": load_quantized(subject.folder / "W4A8", backend="integer"),
+    }
+    rates = dict.fromkeys(subjects, 0.0)
+    for _ in range(2):
+        for name, unet in subjects.items():
+            began = time.perf_counter()
+            run(unet, subject.model, noise, labels, 50, 0)
+            rates[name] = max(rates[name], len(noise) / (time.perf_counter() - began))
+    return {
+        "model": subject.name,
+        "batch": len(noise),
+        "threads": torch.get_num_threads(),
+        "images_per_second": rates,
+        "facts": facts(),
+    }
+
+
+def write(results: Path, line: dict[str, Any]) -> None:
+    with results.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: speed over torch fp32 eager."""
+    names = list(dict.fromkeys(name for line in lines for name in line["over_torch_fp32"]))
+    rows = [f"| model | threads | batch | torch fp32 (ms) | {' | '.join(names[1:])} |", "|---" * (3 + len(names)) + "|"]
+    for line in lines:
+        speeds = " | ".join(f"{line['over_torch_fp32'].get(name, float('nan')):.2f}" for name in names[1:])
+        start = f"| {line['model']} | {line['threads']} | {line['batch']} | {line['milliseconds']['torch fp32']:.1f}"
+        rows.append(f"{start} | {speeds} |")
+    for model in dict.fromkeys(line["model"] for line in lines):
+        sizes = next(line["weights_over_fp32"] for line in lines if line["model"] == model)
+        rows.append(f"\nWeights of {model} over float32: " + ", ".join(f"{k} {v:.3f}" for k, v in sizes.items()))
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
