@@ -117,14 +117,14 @@ class IntegerAttention(nn.Module):
         self.heads, self.scale = int(block.heads), float(block.scale)
         self.residual, self.factor = bool(block.residual_connection), float(block.rescale_output_factor)
         for layer in (self.to_q, self.to_k, self.to_v):
-            layer.norm = norm_of(block.group_norm, silu=False)
+            layer.norm = None if block.group_norm is None else norm_of(block.group_norm, silu=False)
 
     @staticmethod
     def of(block: Any, record: LayerRecord, step: Step, attend: Attend) -> IntegerAttention | None:
         covered = (
             all(_takes_norm(layer) for layer in (block.to_q, block.to_k, block.to_v))
             and isinstance(block.to_out[0], IntegerLayer)
-            and norm_of(block.group_norm, silu=False) is not None
+            and (block.group_norm is None or norm_of(block.group_norm, silu=False) is not None)
             and (block.spatial_norm is None and block.norm_q is None and block.norm_k is None)
             and not block.is_cross_attention
         )

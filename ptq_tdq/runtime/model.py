@@ -51,6 +51,7 @@ class IntegerModel(TimedModel):
                 "The artifact's tensors do not fit the model of its own configuration; it cannot be loaded."
             )
         model.float().requires_grad_(False)
+        model.register_buffer("float32", torch.empty(0), persistent=False)  # diffusers asks a tensor for the dtype
         for record in artifact.layers:
             if record.kind == "attention":
                 block = IntegerAttention.of(model.get_submodule(record.name), record, self.step, engine.attend)
@@ -77,6 +78,14 @@ class IntegerModel(TimedModel):
             if isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()):
                 raise NonFiniteError("The model was given NaN or Inf; the integer backend has no codes for them.")
         return super().forward(*args, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     def at(self, t: Tensor | float | int) -> None:
         self.step.set(t)

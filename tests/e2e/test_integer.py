@@ -77,14 +77,19 @@ def integer_layers(model: IntegerModel) -> dict[str, IntegerLayer]:
     return {m.record.name: m for m in model.modules() if isinstance(m, IntegerLayer)}
 
 
+def weight_only(model: IntegerModel) -> set[str]:
+    return set(model.facts["weight_only_layers"])
+
+
 @pytest.mark.parametrize("t", TIMES, ids=["one t", "mixed t", "fractional t"])
 def test_each_layer_computes_what_the_simulated_one_does(artifact: Path, t: Tensor) -> None:
     codes, layers = simulated_codes(load_quantized(artifact), t)
     model = load_quantized(artifact, backend="integer")
     found = integer_layers(model)
-    assert set(found) == set(layers)
+    assert set(found) | weight_only(model) == set(layers)
     model.at(t)
-    for name, (x, expected) in layers.items():
+    for name in found:
+        x, expected = layers[name]
         found[name].norm = None  # the simulated layer's input is behind the norm
         mine: dict[str, Tensor] = {}
         record_codes(found[name], mine)
@@ -103,9 +108,8 @@ def test_codes_differ_at_ties_and_what_follows_from_them_only(artifact: Path, t:
     differing = total = 0
     for name, codes in found.items():
         difference = (codes.int() - like(codes, expected[name])).abs()
-        # 1 at a tie; what follows a code that took the other side sees another input, and may move by a little more
-        assert difference.max() <= 2, name
         differing, total = differing + int(difference.sum()), total + difference.numel()
+    # levels: a code on the other side of a tie changes what follows, by a little
     assert differing < 2e-2 * total, f"{differing} of {total} codes differ"
 
 
@@ -157,13 +161,15 @@ def test_torch_operations_give_the_same_as_the_kernels(
 def test_it_is_a_drop_in_for_a_pipeline(calibrated: Callable[[Path], Path], pipeline: Path) -> None:
     folder = calibrated(pipeline)
     pictures = []
-    for backend in ("simulated", "integer"):
-        pipe = DDIMPipeline(load_model(str(pipeline)).unet, DDIMScheduler())
-        pipe.unet = load_quantized(folder, backend=backend)
+    original = load_model(str(pipeline)).unet
+    for unet in (original, load_quantized(folder), load_quantized(folder, backend="integer")):
+        pipe = DDIMPipeline(original, DDIMScheduler())
+        pipe.unet = unet
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         pictures.append(pipe(2, generator, num_inference_steps=3, output_type="np").images)
-    assert abs(pictures[0] - pictures[1]).mean() < 2e-3
+    full, simulated, integer = pictures
+    assert abs(simulated - integer).mean() < 0.2 * abs(simulated - full).mean()  # far below the loss of quantization
 
 
 def test_copies_work_alone(calibrated: Callable[[Path], Path], conditional: Path) -> None:
@@ -210,3 +216,36 @@ def test_inspect_says_what_runs(calibrated: Callable[[Path], Path], conditional:
     assert result.code == 0, result.err
     assert "layers in integers (u8 x s8, int32 sums)" in result.out
     assert "time_embedding.linear_1" in result.out
+
+
+VARIANTS = {
+    "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
+    "sampling inside residual blocks": {"downsample_type": "resnet", "upsample_type": "resnet"},
+    "another activation": {"act_fn": "gelu"},
+    "attention, four heads, asymmetric padding": {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 4,
+        "downsample_padding": 0,
+    },
+    "first layer left out": {},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_unets_of_other_forms(name: str, unet: Callable[..., UNet2DModel], tmp_path: Path) -> None:
+    model = unet(**VARIANTS[name])
+    model.save_pretrained(tmp_path / "model")
+    DDIMScheduler().save_pretrained(tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model"))
+    samples = collect(loaded, samples_per_step=2, calibration_steps=2, num_inference_steps=4)
+    skip = ("conv_in", "*.resnets.0.conv1") if name == "first layer left out" else ()
+    config = preset("default", rounding="nearest", activation_iterations=0, skip=skip)
+    calibrate(loaded.unet, config, samples).save_pretrained(tmp_path / "out")
+    x = samples.x[:3]
+    with torch.no_grad():
+        expected, found = (
+            load_quantized(tmp_path / "out", backend=backend)(x, torch.tensor(400)).sample
+            for backend in ("simulated", "integer")
+        )
+    assert (found - expected).pow(2).mean() < 1e-4 * expected.pow(2).mean()
