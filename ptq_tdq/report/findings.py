@@ -145,7 +145,7 @@ def checks(data: Json, artifact: Json) -> list[tuple[str, str]]:
         )  # fmt: skip
     elif not stored:
         found.append(("unknown", "The artifact holds no measurement from calibration to compare with."))
-    first = artifact["tables"].get((artifact["layers"] or [{"quantizers": [""]}])[0]["quantizers"][0], {})
+    first: Json = next((artifact["tables"][name] for layer in artifact["layers"] for name in layer["quantizers"]), {})
     if first.get("clipped"):
         share = max(v for v in first["clipped"] if v is not None)
         found.append(

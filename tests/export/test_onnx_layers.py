@@ -105,7 +105,7 @@ def test_every_layer_within_one_code_at_all_steps_of_a_schedule(
     got = {**run(runs_on, data, given, sorted(wanted)), **{k: v.numpy() for k, v in given.items()}}
 
     ties = total = 0
-    for layer in artifact.layers:
+    for layer in (layer for layer in artifact.layers if layer.inputs):  # a weight-only layer has no codes to compare
         levels, scales = [], []
         for i, quantizer in enumerate(layer.inputs):
             x = torch.from_numpy(got[sources[quantizer.name]])

@@ -29,14 +29,15 @@ class Floating(Portable):
         b, linear, bias = self.b, is_linear(module), self.bias(record)
         terms = []
         inputs, weights = self.split(record, x, rank), range_weights(self.artifact, record)
-        for q, part, weight in zip(record.inputs, inputs, weights, strict=True):
+        names = [q.name for q in record.inputs] or [record.name]
+        for name, part, weight in zip(names, inputs, weights, strict=True):
             real = self.annotated(weight, linear)
             if linear:
-                terms.append(b("MatMul", part, real, name=q.name))
+                terms.append(b("MatMul", part, real, name=name))
             else:  # the first range brings the bias
                 first = None if bias is None or terms else b.initializer(f"{record.name}.bias", bias)
-                terms.append(b("Conv", part, real, first, name=q.name, **conv_attributes(module)))
-            terms[-1].name = f"{q.name}/product"
+                terms.append(b("Conv", part, real, first, name=name, **conv_attributes(module)))
+            terms[-1].name = f"{name}/product"
         y = b.total(terms)
         return b("Add", y, b.initializer(f"{record.name}.bias", bias)) if linear and bias is not None else y
 

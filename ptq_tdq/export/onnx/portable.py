@@ -47,8 +47,11 @@ class Portable:
     def layer(self, record: LayerRecord, module: nn.Module, x: ir.Value, rank: int) -> ir.Value:
         """The layer's output for its input ``x`` of ``rank`` axes."""
         inputs, weights = self.split(record, x, rank), range_weights(self.artifact, record)
-        parts = zip(record.inputs, inputs, weights, strict=True)
-        y = self.b.total(self.part(q, module, part, weight, rank) for q, part, weight in parts)
+        if record.inputs:
+            parts = zip(record.inputs, inputs, weights, strict=True)
+            y = self.b.total(self.part(q, module, part, weight, rank) for q, part, weight in parts)
+        else:  # only the weight is quantized
+            y = self.operation(module, x, Portable.weight(self, module, weights[0]))
         bias = self.bias(record)
         return y if bias is None else self.b("Add", y, along_channels(bias, rank, is_linear(module)))
 

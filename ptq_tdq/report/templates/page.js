@@ -45,7 +45,7 @@ const columns = [
   { key: "worst", title: "Worst step", down: false, measured: true, hint: "Lowest of these, and its t", cell: (r) => [`${db(r.worst)} `, element("span", { className: "sub", textContent: `t = ${format(r.worstT)}` })] },
   { key: "accumulated", title: "Accumulated", down: false, measured: true, hint: "Mean SQNR (dB) with the whole model quantized", cell: (r) => [`${db(r.accumulated)} `, element("span", { className: "sub", textContent: "dB" })] },
   { key: "clipped", title: "Clipped", down: true, measured: true, hint: "Largest share of values outside the range, over steps and inputs", cell: (r) => [percent(r.clipped)] },
-  { key: "varies", title: "Varies over t", down: true, hint: "Largest interval over t by the smallest", cell: (r) => [known(r.varies) ? `${r.varies.toFixed(2)}×` : "at run time"] },
+  { key: "varies", title: "Varies over t", down: true, hint: "Largest interval over t by the smallest", cell: (r) => [known(r.varies) ? `${r.varies.toFixed(2)}×` : r.tables.length ? "at run time" : "float input"] },
   { key: "off", title: "Off best", down: true, measured: true, hint: "Mean distance of the interval from the one that is best for the activation alone", cell: (r) => [percent(r.off)] },
 ];
 const measured = data.artifacts.some((a) => a.errors);
@@ -99,7 +99,7 @@ function line(r) {
     row.append(cell);
   }
   if (measured) row.append(sparkCell("Own SQNR over t", current().errors ? [{ t: steps, v: current().errors.own[r.i], color: "inputs" }] : []));
-  row.append(sparkCell("Range over t", rangeSeries(layer.quantizers[0], true)));
+  row.append(sparkCell("Range over t", layer.quantizers.length ? rangeSeries(layer.quantizers[0], true) : []));
   return row;
 }
 
@@ -168,6 +168,7 @@ function fill(r) {
     const facts = [`${t.method}, ${t.bits} bits`, t.scale ? null : "interval found at run time", known(t.follows) ? `correlation with the best interval ${t.follows.toFixed(2)}` : null, known(t.off) ? `${percent(t.off)} off it` : null];
     return [element("h4", {}, `${name} `, element("small", { textContent: facts.filter(Boolean).join(" · ") })), element("div", { className: "multiples" }, ...panels)];
   }).flat();
+  if (!parts.length) parts.push(element("h4", {}, `${r.layer.name} `, element("small", { textContent: "only the weight is quantized" })), element("div", { className: "multiples" }));
   if (errors) {
     const series = [["inputs", "activations only", "inputs"], ["own", "own: weights and activations", "learned"], ["accumulated", "accumulated", "accumulated"]].map(([key, label, color]) => ({ t: steps, v: errors[key][r.i], color, label }));
     const shownSeries = r.layer.weight_bits ? series : series.slice(1);
