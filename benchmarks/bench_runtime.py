@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,11 @@ def measure(subject: Subject, batch: int, threads: int, rounds: int) -> dict[str
     with torch.no_grad():
         held(**inputs)
     held.at = lambda t: None  # a static scale: the lookup is done once, for ever
+    steps = cycle(torch.full((batch,), 20 * i) for i in range(50))  # another t at each call, as a sampler of 50 steps
+
     calls |= {
-        "ptq-tdq W8A8": lambda: ours(**inputs),
-        "ptq-tdq W4A8": lambda: w4(**inputs),
+        "ptq-tdq W8A8": lambda: ours(**inputs | {"timestep": next(steps)}),
+        "ptq-tdq W4A8": lambda: w4(**inputs | {"timestep": next(steps)}),
         "ptq-tdq W8A8 without lookup": lambda: held(**inputs),
     }
     calls |= openvino_calls(unet, inputs, threads) | onnxruntime_calls(unet, inputs, threads, subject.folder)

@@ -6,7 +6,7 @@ Layout: activations are float32 [B, C, H, W] in channels_last memory, codes uint
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ class Norm:
     silu: bool
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """Where codes go: the channel range [lo, hi) to take, bits, zero-point padding and nearest upsampling.
 
     ``pitch`` is the number of channels of the output, whose weights beyond the range are 0; ``padding`` is (top, left,

@@ -78,9 +78,10 @@ class IntegerLayer(nn.Module):
         """
         norm = self.norm
         for part in self.parts:
-            if norm is not None and part.quantizer.name not in self.step:  # a dynamic interval needs the values
+            timed = part.quantizer.name in self.step
+            if norm is not None and not timed:  # a dynamic interval needs the values
                 x, norm = normalized(x, norm, shift), None
-            interval = self.step.interval(part.quantizer.name, x[:, slice(*part.channels)])
+            interval = self.step.interval(part.quantizer.name, x if timed else x[:, slice(*part.channels)])
             grid = Grid(part.channels, part.pitch, part.quantizer.bits, self.padding, up)
             codes = self.quantize(x, grid, interval.scale, interval.zero_point, norm, shift)
             onto = part.products(codes, interval, onto)

@@ -51,7 +51,7 @@ class IntegerModel(TimedModel):
                 "The artifact's tensors do not fit the model of its own configuration; it cannot be loaded."
             )
         model.float().requires_grad_(False)
-        model.register_buffer("float32", torch.empty(0), persistent=False)  # diffusers asks a tensor for the dtype
+        _know_dtype(model)
         for record in artifact.layers:
             if record.kind == "attention":
                 block = IntegerAttention.of(model.get_submodule(record.name), record, self.step, engine.attend)
@@ -142,6 +142,12 @@ class _Engine:
         if self.library is not None and self.native and NativeProducts.covers(weights, geometry):
             return NativeProducts(weights, geometry, self.library)
         return OneDnnProducts(weights, geometry)
+
+
+def _know_dtype(model: nn.Module) -> None:
+    """Make ``model.dtype`` a constant: diffusers walks all modules for it, twice in each forward pass of a U-Net."""
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (cls,), {"dtype": torch.float32, "__module__": cls.__module__})
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -61,7 +61,8 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
     def quantize(
         x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, norm: Norm | None, shift: Tensor | None
     ) -> Tensor:
-        x = x.float().contiguous(memory_format=torch.channels_last)
+        if x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.float().contiguous(memory_format=torch.channels_last)
         batch, stride, height, width = x.shape
         (lo, hi), (top, left, bottom, right), up = grid.channels, grid.padding, grid.up
         each = int(scale.numel() > 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.scheme import QType
 from ptq_tdq.timeaxis import lookup
 
+REMEMBERED = 128  # time steps whose intervals are kept ready: a sampler comes back to its steps
 
-@dataclass(frozen=True)
-class Interval:
+
+class Interval(NamedTuple):
     """Scale float32 and zero_point int32 of one quantizer: [1] where all samples are alike, else [B]."""
 
     scale: Tensor
@@ -38,6 +39,7 @@ class Step:
         self._zero_point = torch.stack([t.zero_point for t in timed.values()], 1) if timed else None
         self._dynamic = {n: Dynamic(t.zero_point[0], QType(bits[n])) for n, t in tables.items() if t.scale is None}
         self._now: list[Interval] = []
+        self._ready: dict[float, list[Interval]] = {}
 
     def __contains__(self, quantizer: str) -> bool:
         """Whether the quantizer has a table (a dynamic one has not)."""
@@ -48,12 +50,22 @@ class Step:
         if self._scale is None or self._zero_point is None:
             return
         each = torch.atleast_1d(torch.as_tensor(t))
-        uniform = each.numel() == 1 or bool((each == each[0]).all())
-        scale, zero_point = (
-            lookup(table, each[:1] if uniform else each).T.contiguous() for table in (self._scale, self._zero_point)
-        )
-        numbers = scale[:, 0].tolist() if uniform else [None] * len(scale)
-        self._now = [Interval(*each) for each in zip(scale, zero_point, numbers, strict=True)]
+        if each.numel() > 1 and not bool((each == each[0]).all()):
+            self._now = self._look_up(each)
+            return
+        key = float(each[0])
+        if key not in self._ready:
+            if len(self._ready) == REMEMBERED:
+                self._ready.clear()
+            self._ready[key] = self._look_up(each[:1])
+        self._now = self._ready[key]
+
+    def _look_up(self, t: Tensor) -> list[Interval]:
+        """The intervals of all quantizers at t [1], for all samples, or [B]."""
+        assert self._scale is not None and self._zero_point is not None
+        scale, zero_point = (lookup(table, t).T.contiguous() for table in (self._scale, self._zero_point))
+        numbers = scale[:, 0].tolist() if len(t) == 1 else [None] * len(scale)
+        return [Interval(*each) for each in zip(scale, zero_point, numbers, strict=True)]
 
     def interval(self, quantizer: str, x: Tensor) -> Interval:
         """The quantizer's interval for its tensor x [B, ...], which only a dynamic one looks at."""
