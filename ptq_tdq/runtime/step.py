@@ -63,9 +63,12 @@ class Step:
     def _look_up(self, t: Tensor) -> list[Interval]:
         """The intervals of all quantizers at t [1], for all samples, or [B]."""
         assert self._scale is not None and self._zero_point is not None
-        scale, zero_point = (lookup(table, t).T.contiguous() for table in (self._scale, self._zero_point))
+        if len(t) == 1 and float(t).is_integer() and 0 <= float(t) < len(self._scale):  # a row as it lies in memory
+            scale, zero_point = self._scale[int(t)][:, None], self._zero_point[int(t)][:, None]
+        else:
+            scale, zero_point = (lookup(table, t).T.contiguous() for table in (self._scale, self._zero_point))
         numbers = scale[:, 0].tolist() if len(t) == 1 else [None] * len(scale)
-        return [Interval(*each) for each in zip(scale, zero_point, numbers, strict=True)]
+        return list(map(Interval, scale.unbind(), zero_point.unbind(), numbers))
 
     def interval(self, quantizer: str, x: Tensor) -> Interval:
         """The quantizer's interval for its tensor x [B, ...], which only a dynamic one looks at."""
