@@ -1,11 +1,12 @@
 """Our reconstruction engine against the published loop: iterations per second, and time to the same loss.
 
 The engine sweeps the embedded model as ``ptq-tdq calibrate`` does. At each unit both learn from the same inputs,
-targets and first intervals, one after the other in one process: ours with preset ``default``, the published loop
-(``published_loop.py``: composed ops, NCHW float32, its own learning rates) for each number of ``--iterations``. The
-sweep goes on with our result. Losses are evaluated in float32 over all samples, outside the published loop's time and
-inside ours. One JSON line per (phase, unit) is appended; a run that ``--minutes`` stopped goes on when it is started
-again. ``--render`` prints the sums.
+targets and first intervals, one after the other in one process: ours with preset ``default`` (which rounds weights in
+closed form; ``--set rounding=adaround`` compares the loops), the published loop (``published_loop.py``: composed ops,
+NCHW float32, its own learning rates) for each number of ``--iterations``. In phase A both start from the weights of our
+phase W. The sweep goes on with our result. Losses are evaluated in float32 over all samples, outside the published
+loop's time and inside ours. One JSON line per (phase, unit) is appended; a run that ``--minutes`` stopped goes on when
+it is started again. ``--render`` prints the sums.
 
 "The loss of the whole model" is the sum of its units' final losses, of each phase: sum over channels, mean over the
 rest, power 2 in phase W and 2.4 in phase A.
@@ -52,12 +53,12 @@ class Bench:
 
     def weights(self, original: Any) -> Any:
         def reconstruct_weights(
-            unit: Unit, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator
+            unit: Unit, full: UnitCall, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator
         ) -> tuple[float, float]:
             self.stop_in_time()
             other = published_copy(unit)
             began = time.process_time()
-            before, after = original(unit, call, target, config, generator)
+            before, after = original(unit, full, call, target, config, generator)
             ours = {"iterations": config.weight_iterations, "seconds": time.process_time() - began}
             published = []
             for count in self.iterations:
@@ -193,8 +194,9 @@ def table(lines: list[Line]) -> str:
             continue
         ours = [line["ours"] for line in here]
         each = sum(o["learning"] / max(o["iterations"], 1) for o in ours) * 1e3
+        count = ours[0]["iterations"] if each else 0  # none where the closed form did it
         rows.append(row(phase, "first intervals", 0, 0.0, 0.0, sum(line["loss_before"] for line in here)))
-        rows.append(row(phase, "ours", ours[0]["iterations"], each, total(ours, "seconds"), total(ours, "loss")))
+        rows.append(row(phase, "ours", count, each, total(ours, "seconds"), total(ours, "loss")))
         for k in range(len(here[0]["published"])):
             other = [line["published"][k] for line in here]
             each = sum(o["seconds"] / max(o["iterations"], 1) for o in other) * 1e3

@@ -46,20 +46,22 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
         u = x.to(scale.dtype) / scale  # a 0-dim scale alone would not promote a low-precision x
-        rounded = torch.round(u)
-        level = torch.clamp(rounded, qmin - zero_point, qmax - zero_point)
+        # bounds that are numbers: clamping between tensors takes several times as long
+        level = torch.round(u).add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            ctx.save_for_backward(u, level, rounded == level, scale)
+            ctx.save_for_backward(u, level, scale)
         return (level * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, level, inside, scale = ctx.saved_tensors
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        u, level, scale = ctx.saved_tensors
+        residual = level - u
+        outside = residual.abs() > 0.5
+        grad_x = grad.masked_fill(outside, 0.0) if ctx.needs_input_grad[0] else None
         grad_scale = None
         if ctx.needs_input_grad[1]:
             # d x_hat / d s = round(x/s) - x/s inside the range, qmin - z or qmax - z outside
-            grad_scale = torch.addcmul(level, u, inside, value=-1).mul_(grad).sum_to_size(scale.shape)
+            grad_scale = torch.where(outside, level, residual).mul_(grad).sum_to_size(scale.shape)
         return grad_x, grad_scale, None, None, None
 
 

@@ -61,7 +61,7 @@ class Config:
     weight_range: Literal["mse", "minmax"] = "mse"
     weight_symmetric: Literal["never", "8-bit", "always"] = "8-bit"
     rounding: Literal["adaround", "gptq", "nearest"] = "gptq"
-    damping: float = 0.1
+    damping: float = 0.3
     weight_iterations: int = 200
     weight_lr: float = 1e-2
     rounding_loss: float = 0.01

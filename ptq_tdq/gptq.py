@@ -33,14 +33,18 @@ def compensated(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) 
     return weight + torch.cholesky_solve(cross.t(), factor).t()
 
 
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
-    """Codes (float, whole numbers) [R, K] of ``weight`` [R, K], in the order of falling H_kk.
-
-    ``scale`` and ``zero_point`` [R, K] may differ between columns. A diagonal ``hessian`` gives rounding to nearest.
-    """
+def solve_order(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of the columns [K] (falling H_kk), and the upper Cholesky factor of H's inverse in that order."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = torch.linalg.cholesky(damped(hessian[order][:, order], DAMPING))
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    return order, torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+
+
+def gptq(weight: Tensor, order: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
+    """Codes (float, whole numbers) [R, K] of ``weight`` [R, K]; ``order`` and ``upper`` are from :func:`solve_order`.
+
+    ``scale`` and ``zero_point`` [R, K] may differ between columns. A diagonal H gives rounding to nearest.
+    """
     w, s, z = (v[:, order].t().contiguous() for v in (weight, scale, zero_point.to(weight.dtype)))
     codes = torch.empty_like(w)
     for start in range(0, len(w), BLOCK):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ptq_tdq.fused import power_sum, rectified_sigmoid
 from ptq_tdq.scheme import QType
 
 ZETA, GAMMA = 1.1, -0.1
@@ -24,16 +25,17 @@ class AdaRound(nn.Module):
         fraction = (u - u.floor() - GAMMA) / (ZETA - GAMMA)
         self.alpha = nn.Parameter(torch.logit(fraction))
         self.base = u.floor() + zero_point
-        self.scale, self.zero_point = scale, zero_point
+        low, high = (codes.clamp(qtype.qmin, qtype.qmax) for codes in (self.base, self.base + 1))
+        self.low = (low - zero_point) * scale  # the weight rounded down, and what rounding up adds to it
+        self.step = (high - low) * scale
 
     def h(self) -> Tensor:
         """The soft rounding decisions, the shape of the weight, in [0, 1]."""
-        return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
+        return rectified_sigmoid(self.alpha, ZETA, GAMMA)
 
     def soft_weight(self) -> Tensor:
         """Differentiable weights with the current soft decisions."""
-        codes = (self.base + self.h()).clamp(self.qtype.qmin, self.qtype.qmax)
-        return (codes - self.zero_point) * self.scale
+        return torch.addcmul(self.low, self.step, self.h())
 
     def hard_codes(self) -> Tensor:
         """Final codes (int32): round up where h >= 1/2."""
@@ -42,7 +44,7 @@ class AdaRound(nn.Module):
 
     def regularizer(self, b: float) -> Tensor:
         """``sum(1 - |2 h - 1|^b)``, which drives each h to 0 or 1 as b falls (equation 24)."""
-        return (1 - (2 * self.h() - 1).abs().pow(b)).sum()
+        return self.alpha.numel() - power_sum(2 * self.h() - 1, b)
 
 
 def annealed_b(progress: float, *, warmup: float, start: float, end: float) -> float | None:

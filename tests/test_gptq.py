@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ptq_tdq.affine import quantize
-from ptq_tdq.gptq import compensated, gptq, layer_error
+from ptq_tdq.gptq import compensated, gptq, layer_error, solve_order
 from ptq_tdq.scheme import QType
 
 
@@ -21,7 +21,7 @@ def test_independent_inputs_give_rounding_to_nearest() -> None:
     torch.manual_seed(0)
     weight, qtype = torch.randn(5, 100), QType(4)
     scale, zero = torch.rand(5, 1).expand(5, 100) * 0.2 + 0.1, torch.randint(4, 12, (5, 1)).expand(5, 100)
-    codes = gptq(weight, torch.diag(torch.rand(100) + 0.1), scale, zero, qtype)
+    codes = gptq(weight, *solve_order(torch.diag(torch.rand(100) + 0.1)), scale, zero, qtype)
     assert torch.equal(codes.int(), quantize(weight, scale, zero, qtype))
 
 
@@ -39,7 +39,7 @@ def test_it_is_close_to_the_best_of_all_roundings_and_nearest_is_not() -> None:
         floor = np.floor(weight.double().numpy() / 0.5) + 4
         best = min(loss(np.clip(floor + np.array(up), 0, 7)) for up in itertools.product((0, 1), repeat=10))
         nearest = loss(quantize(weight, scale, zero, qtype).double().numpy())
-        codes = gptq(weight, hessian, scale, zero, qtype)
+        codes = gptq(weight, *solve_order(hessian), scale, zero, qtype)
         assert bool(((codes >= 0) & (codes <= 7) & (codes == codes.round())).all())
         mine = loss(codes.double().numpy())
         error = layer_error(weight - (codes - zero) * scale, hessian)
@@ -53,9 +53,9 @@ def test_rows_and_the_order_of_columns_do_not_matter() -> None:
     torch.manual_seed(3)
     qtype, weight, x = QType(3), torch.randn(6, 130), correlated(400, 130)
     hessian, scale, zero = x.t() @ x / 400, torch.full((6, 130), 0.4), torch.full((6, 130), 4)
-    codes = gptq(weight, hessian, scale, zero, qtype)
+    codes = gptq(weight, *solve_order(hessian), scale, zero, qtype)
     order = torch.randperm(130)
-    again = gptq(weight[:, order].flip(0), hessian[order][:, order], scale, zero, qtype)
+    again = gptq(weight[:, order].flip(0), *solve_order(hessian[order][:, order]), scale, zero, qtype)
     assert (again.flip(0) != codes[:, order]).float().mean() < 0.02  # sums in another order decide a few ties
 
 
@@ -76,4 +76,6 @@ def test_inputs_that_never_vary_give_rounding_to_nearest() -> None:
     weight, scale, zero = torch.randn(2, 4), torch.full((2, 4), 0.3), torch.full((2, 4), 8)
     zeros = torch.zeros(4, 4)
     assert torch.equal(compensated(weight, zeros, torch.zeros(2, 4), 0.1), weight)
-    assert torch.equal(gptq(weight, zeros, scale, zero, QType(4)).int(), quantize(weight, scale, zero, QType(4)))
+    assert torch.equal(
+        gptq(weight, *solve_order(zeros), scale, zero, QType(4)).int(), quantize(weight, scale, zero, QType(4))
+    )

@@ -17,8 +17,6 @@ from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.search import QParams
 
-CHECKS = 4  # how often the best state is looked for during learning
-
 
 @dataclass(frozen=True)
 class ActivationResult:
@@ -98,7 +96,7 @@ def _learn(
     generator: torch.Generator,
     before: float,
 ) -> float:
-    """Adam with cosine decay to 0; leaves the sources in the best state seen and returns its loss."""
+    """Adam with cosine decay to 0; leaves the better of the first and the last state and returns its loss."""
     raw = [p for s in sources if isinstance(s, IntervalSource) for p in s.raw_parameters()]
     known = {id(p) for p in raw}
     weights = [p for p in sources.parameters() if id(p) not in known]
@@ -110,27 +108,24 @@ def _learn(
         ]
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.activation_iterations)
-    best, best_state, best_shifts = before, *_state(unit, sources)
-    interval = -(-config.activation_iterations // CHECKS)
-    for iteration in range(1, config.activation_iterations + 1):
-        sources.train()
+    first, first_shifts = _state(unit, sources)
+    sources.train()
+    for _ in range(config.activation_iterations):
         index = torch.randint(len(target), (config.batch_size,), generator=generator)
         loss = unit.learning_loss(call, target, config.loss_power, config, index)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if iteration % interval == 0 or iteration == config.activation_iterations:
-            sources.eval()
-            now = unit.loss(call, target, config.loss_power)
-            if now < best:
-                best, best_state, best_shifts = now, *_state(unit, sources)
-    sources.load_state_dict(best_state)
-    with torch.no_grad():
-        for shift, value in zip(unit.shifts(), best_shifts, strict=True):
-            shift.copy_(value)
     sources.eval()
-    return best
+    after = unit.loss(call, target, config.loss_power)
+    if after <= before:
+        return after
+    sources.load_state_dict(first)
+    with torch.no_grad():
+        for shift, value in zip(unit.shifts(), first_shifts, strict=True):
+            shift.copy_(value)
+    return before
 
 
 def _state(unit: Unit, sources: nn.ModuleList) -> tuple[dict[str, Tensor], list[Tensor]]:

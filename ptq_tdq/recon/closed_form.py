@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.config import Config
-from ptq_tdq.gptq import compensated, gptq, layer_error
+from ptq_tdq.gptq import compensated, gptq, layer_error, solve_order
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.recon.moments import Moments, moments
 from ptq_tdq.recon.streams import UnitCall
@@ -14,6 +14,7 @@ from ptq_tdq.recon.unit import Unit
 from ptq_tdq.scheme import QType
 
 FACTORS = (1.06, 1.0, 0.95, 0.9, 0.85)  # of the first scales; each output channel keeps the best
+PIECE = 1 << 22  # weights, with all factors, that are rounded at once
 
 
 def round_unit(unit: Unit, full: UnitCall, mine: UnitCall, config: Config, generator: torch.Generator) -> None:
@@ -28,43 +29,50 @@ def round_unit(unit: Unit, full: UnitCall, mine: UnitCall, config: Config, gener
         centred = layer.shift is not None and config.bias_lr > 0
         found = moments(unit, layer, full, mine, generator, centred=centred)
         with torch.no_grad():
-            _round(layer, found, config.damping, shared_scale=config.weight_granularity == "per_tensor")
+            _round(layer, found, config.damping, FACTORS if config.weight_granularity == "per_channel" else (1.0,))
         layer.weights_enabled = True
 
 
-def _round(layer: QuantLayer, found: list[Moments], damping: float, *, shared_scale: bool) -> None:
+def _round(layer: QuantLayer, found: list[Moments], damping: float, factors: tuple[float, ...]) -> None:
     weight, columns = layer.weight.flatten(1).float(), layer.weight[0, 0].numel()
     quantizers = layer.weight_quantizers()
     widths = torch.tensor([(hi - lo) * columns for lo, hi in layer.ranges])
     scale, zero_point = (
-        torch.stack([getattr(q, key).expand(len(weight)) for q in quantizers], 1).repeat_interleave(widths, 1)
-        for key in ("scale", "zero_point")
+        torch.stack([getattr(q, key).expand(len(weight)) for q in quantizers], 1) for key in ("scale", "zero_point")
     )
-    groups = zip(weight.chunk(len(found)), scale.chunk(len(found)), zero_point.chunk(len(found)), found, strict=True)
-    done = [_candidates(*group, damping, quantizers[0].qtype) for group in groups]
-    errors = torch.cat([d[0] for d in done], 1)  # [candidates, O]
-    best = (errors.sum(1, keepdim=True).expand_as(errors) if shared_scale else errors).argmin(0)
-    codes, shift = (torch.cat([d[i] for d in done], 1)[best, torch.arange(len(weight))] for i in (1, 2))
-    scale = scale * torch.tensor(FACTORS)[best, None]
+    codes, best, shift = torch.empty_like(weight), torch.empty(len(weight)), torch.empty(len(weight))
+    for rows, known in zip(torch.arange(len(weight)).chunk(len(found)), found, strict=True):
+        target = compensated(weight[rows], known.hessian, known.cross, damping)
+        inverse = solve_order(known.hessian)
+        # the rows of a weight are rounded apart from each other: some at a time, which bounds the memory
+        for some in torch.arange(len(rows)).split(max(1, PIECE // (len(factors) * weight.shape[1]))):
+            own = rows[some]
+            codes[own], best[own] = _best_codes(
+                target[some], known, inverse, scale[own], zero_point[own], widths, quantizers[0].qtype, factors
+            )
+        rounded = (codes[rows] - zero_point[rows].repeat_interleave(widths, 1)) * (
+            scale[rows] * best[rows, None]
+        ).repeat_interleave(widths, 1)
+        shift[rows] = known.lost + (weight[rows] - rounded) @ known.mean
     starts = [lo * columns for lo, _ in layer.ranges]
     for index, (quantizer, start, width) in enumerate(zip(quantizers, starts, widths.tolist(), strict=True)):
-        assert quantizer.zero_point is not None
+        assert quantizer.scale is not None and quantizer.zero_point is not None
         part = codes[:, start : start + width].reshape(layer.part(index).shape).to(torch.int32)
-        own = scale[: 1 if shared_scale else None, start].contiguous()
-        layer.assign(index, part, own, quantizer.zero_point)
-    if layer.shift is not None and any(m.centred for m in found):
+        own_scale = (scale[:, index] * best)[: len(quantizer.scale)].contiguous()
+        layer.assign(index, part, own_scale, quantizer.zero_point)
+    if layer.shift is not None and found[0].centred:
         layer.shift.copy_(shift)
 
 
-def _candidates(
-    weight: Tensor, scale: Tensor, zero_point: Tensor, known: Moments, damping: float, qtype: QType
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each scale factor: errors [F, O], codes [F, O, K] and bias corrections [F, O]."""
-    count, target = len(FACTORS), compensated(weight, known.hessian, known.cross, damping)
-    factor = torch.tensor(FACTORS).repeat_interleave(len(weight))[:, None]
-    scale, zero_point, target = scale.repeat(count, 1) * factor, zero_point.repeat(count, 1), target.repeat(count, 1)
-    codes = gptq(target, known.hessian, scale, zero_point, qtype)
-    rounded = (codes - zero_point) * scale
-    errors = layer_error(target - rounded, known.hessian)
-    shift = (known.lost + weight @ known.mean).repeat(count) - rounded @ known.mean
-    return errors.view(count, -1), codes.view(count, len(weight), -1), shift.view(count, -1)
+def _best_codes(
+    target: Tensor, known: Moments, inverse: tuple[Tensor, Tensor], scale: Tensor, zero_point: Tensor, widths: Tensor,
+    qtype: QType, factors: tuple[float, ...],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Codes [R, K] of the rows ``target`` [R, K], and the factor [R] of the scales [R, P] that gave the least error."""
+    rows, count = len(target), len(factors)
+    scales = torch.cat([scale * factor for factor in factors]).repeat_interleave(widths, 1)
+    zero_points, targets = zero_point.repeat(count, 1).repeat_interleave(widths, 1), target.repeat(count, 1)
+    codes = gptq(targets, *inverse, scales, zero_points, qtype)
+    errors = layer_error(targets - (codes - zero_points) * scales, known.hessian).view(count, rows)
+    best = errors.argmin(0)
+    return codes.view(count, rows, -1)[best, torch.arange(rows)], torch.tensor(factors)[best]

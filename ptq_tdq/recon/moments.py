@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.wrap import switched
 
-ROWS = 16  # inputs that are looked at for each column of the weight, about
+ROWS = 32  # inputs that are looked at for each column of the weight, about
+PIECE = 1 << 23  # numbers that are picked at once
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,23 @@ def moments(
     outputs, columns = weights[0].shape
     sums = [(torch.zeros(columns, columns), torch.zeros(outputs, columns), torch.zeros(columns), torch.zeros(outputs))
             for _ in weights]  # fmt: skip
-    count = 0
+    count, each = 0, -(-ROWS * columns // len(unit.t))  # positions of each sample
     for batch in unit.batches():
         quantized = _input(unit, layer, mine, batch)
         with switched(unit.module, weights=False, activations=False):
             original = _input(unit, layer, full, batch)
-        rows = -(-ROWS * columns * len(quantized) // len(unit.t))
-        pairs = _rows(layer.layer, quantized, original, rows, generator)
-        for weight, (hessian, cross, mean, lost), (x, y) in zip(weights, sums, pairs, strict=True):
-            x, y = x.float(), y.float()
-            difference = (y - x) @ weight.t()
-            hessian.addmm_(x.t(), x)
-            cross.addmm_(difference.t(), x)
-            mean += x.sum(0)
-            lost += difference.sum(0)
-        count += len(x)
+        pick = _picker(layer.layer, quantized, each, generator)
+        piece = max(1, PIECE // (each * columns))
+        for values in zip(quantized.split(piece), original.split(piece), strict=True):
+            seen, meant = map(pick, values)
+            count += len(seen)
+            for group, (weight, (hessian, cross, mean, lost)) in enumerate(zip(weights, sums, strict=True)):
+                x = seen[:, group]
+                difference = (meant[:, group] - x) @ weight.t()
+                hessian.addmm_(x.t(), x)
+                cross.addmm_(difference.t(), x)
+                mean += x.sum(0)
+                lost += difference.sum(0)
     return [_finished(group, count, centred) for group in sums]
 
 
@@ -92,24 +95,23 @@ def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice) -> Tenso
     return found[0]
 
 
-def _rows(
-    layer: nn.Module, x: Tensor, y: Tensor, rows: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """About ``rows`` inputs [n, K] of each group of the layer, at the same random positions of x and y."""
+def _picker(layer: nn.Module, x: Tensor, each: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """A function from inputs like ``x`` [B, ...] to [n, groups, K] at ``each`` random positions of every sample."""
     if isinstance(layer, nn.Linear):
-        pairs = [value.flatten(0, -2) for value in (x, y)]
-        index = torch.randperm(len(pairs[0]), generator=generator)[:rows]
-        yield pairs[0][index], pairs[1][index]
-        return
+        tokens = x[0].numel() // x.shape[-1]
+        index = torch.randperm(tokens, generator=generator)[:each]
+        return lambda value: value.reshape(len(value), tokens, -1)[:, index].flatten(0, 1)[:, None].float()
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-    windows = [_windows(layer, value) for value in (x, y)]
-    sizes = windows[0].shape[2 : 2 + len(layer.kernel_size)]
-    index = torch.randperm(sizes.numel(), generator=generator)[: max(1, -(-rows // len(x)))]
+    sizes = _windows(layer, x[:1]).shape[2 : 2 + len(layer.kernel_size)]
+    index = torch.randperm(sizes.numel(), generator=generator)[:each]
     where: tuple[slice | Tensor, ...] = (slice(None), slice(None), *torch.unravel_index(index, sizes))
-    picked = [w[where].transpose(1, 2) for w in windows]  # [B, n, C, *kernel]
-    grouped = [p.unflatten(2, (layer.groups, -1)).flatten(3).flatten(0, 1) for p in picked]
-    for group in range(layer.groups):
-        yield grouped[0][:, group], grouped[1][:, group]
+
+    def pick(value: Tensor) -> Tensor:
+        picked = _windows(layer, value)[where].transpose(1, 2)  # [B, n, C, *kernel]
+        rows: Tensor = picked.unflatten(2, (layer.groups, -1)).flatten(3).flatten(0, 1)
+        return rows.float()
+
+    return pick
 
 
 def _windows(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:

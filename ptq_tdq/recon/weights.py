@@ -16,6 +16,8 @@ from ptq_tdq.search import weight_qparams
 
 LOSS_POWER = 2.0
 
+_WeightState = tuple[list[tuple[Tensor | None, Tensor | None, Tensor | None]], list[Tensor]]
+
 
 def initialize(layer: QuantLayer, config: Config) -> None:
     """First intervals and nearest rounding for each channel range of a layer."""
@@ -43,7 +45,7 @@ def reconstruct_weights(
     before = unit.loss(call, target, LOSS_POWER)
     if config.rounding == "nearest":
         return before, before
-    nearest = [(layer, index, w.codes, w.scale, w.zero_point) for layer, index, w in _parts(layers)]
+    nearest = _weight_state(unit)
     if config.rounding == "gptq":
         round_unit(unit, full, call, config, generator)
     else:
@@ -51,13 +53,25 @@ def reconstruct_weights(
     after = unit.loss(call, target, LOSS_POWER)
     if after <= before:
         return before, after
-    for layer, index, codes, scale, zero_point in nearest:
+    _set_weights(unit, nearest)
+    return before, before
+
+
+def _weight_state(unit: Unit) -> _WeightState:
+    """What a unit's weights now are: codes, scale and zero point of every channel range, and the bias corrections."""
+    parts = [(w.codes, w.scale, w.zero_point) for _, _, w in _parts(unit.layers())]
+    return parts, [shift.detach().clone() for shift in unit.shifts()]
+
+
+def _set_weights(unit: Unit, state: _WeightState) -> None:
+    """Inverse of :func:`_weight_state`."""
+    parts, shifts = state
+    for (layer, index, _), (codes, scale, zero_point) in zip(_parts(unit.layers()), parts, strict=True):
         assert codes is not None and scale is not None and zero_point is not None
         layer.assign(index, codes, scale, zero_point)
     with torch.no_grad():
-        for shift in unit.shifts():
-            shift.zero_()
-    return before, before
+        for shift, value in zip(unit.shifts(), shifts, strict=True):
+            shift.copy_(value)
 
 
 def _parts(layers: list[QuantLayer]) -> list[tuple[QuantLayer, int, WeightQuantizer]]:

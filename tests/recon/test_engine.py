@@ -266,6 +266,8 @@ def test_the_loss_sums_over_channels_and_averages_the_rest(power: float) -> None
     expected = sum(value**power for value in (a - b).abs().flatten().tolist())
     assert reconstruction_loss(a, b, power).item() == pytest.approx(expected / (2 * 4 * 5), rel=1e-5)
     assert LOSS_POWER == 2.0
+    a, b = a.double().requires_grad_(), b.double()
+    assert torch.autograd.gradcheck(lambda x: reconstruction_loss(x, b, power), (a,))
 
 
 def test_published_presets_keep_the_biases(wrap: Wrap, choose: Choose, samples: Samples) -> None:

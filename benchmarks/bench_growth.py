@@ -1,0 +1,180 @@
+"""Time and peak memory of calibration against the number of calibration pairs, of blocks and of parameters.
+
+Every point is a run of its own in a child process: a U-Net with random weights, calibrated in few iterations on random
+pairs. "Own" memory is what the process itself has allocated (RssAnon, sampled 100 times a second); the largest resident
+set has the streams in memory-mapped files in it as well, as far as the system keeps their pages. What python, the
+libraries and the model alone need is measured before and given beside it. One JSON line per point; the figure is drawn
+from the lines.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from diffusers import UNet2DModel
+from facts import facts
+
+from ptq_tdq import calibrate, preset
+from ptq_tdq.calib_data import CalibrationSet
+
+RESULTS = Path(__file__).parent / "results" / "growth.jsonl"
+STEPS, SEED = 8, 0  # distinct time steps in a set
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model and one set: residual blocks per level (2 levels down, 2 up), channels (c, 2c), size of the images."""
+
+    series: str
+    pairs: int = 64
+    blocks: int = 1
+    channels: int = 64
+    size: int = 8
+
+
+POINTS = (
+    *(Point("pairs", pairs=n, channels=32, size=16) for n in (64, 256, 1024, 4096)),
+    *(Point("blocks", blocks=n) for n in (1, 2, 4, 8)),
+    *(Point("parameters", channels=c, size=8) for c in (32, 64, 128, 256, 352)),
+)
+
+
+def measure(point: Point) -> dict[str, Any]:
+    """Calibrate one model in this process."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(SEED)
+    model = UNet2DModel(
+        sample_size=point.size,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=point.blocks,
+        block_out_channels=(point.channels, 2 * point.channels),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    model.eval().requires_grad_(False)
+    x = torch.randn(point.pairs, 4, point.size, point.size)
+    t = torch.linspace(0, 999, STEPS).round().repeat(-(-point.pairs // STEPS))[: point.pairs]
+    pairs = CalibrationSet(x, t, None, {"num_train_timesteps": 1000})
+    with torch.no_grad():
+        model(x[:2], t[:2])
+    memory = OwnMemory()
+    before = memory.now()
+    memory.start()
+    began_cpu, began = time.process_time(), time.perf_counter()
+    units = []
+    calibrate(
+        model, preset("default", scheme="W4A6", activation_iterations=4, batch_size=16), pairs, on_unit=units.append
+    )
+    return {
+        **asdict(point),
+        "units": len(units) // 2,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cpu_seconds": time.process_time() - began_cpu,
+        "seconds": time.perf_counter() - began,
+        "seconds_of_phase": {
+            phase: sum(u.seconds for u in units if u.phase == phase) for phase in ("weights", "activations")
+        },
+        "own_peak_bytes": memory.stop(),
+        "own_bytes_before": before,
+        "resident_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+class OwnMemory(threading.Thread):
+    """Watches how much memory this process has allocated."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.01):
+            self.peak = max(self.peak, self.now())
+
+    def stop(self) -> int:
+        """The peak in bytes."""
+        self.over.set()
+        self.join()
+        return self.peak
+
+    @staticmethod
+    def now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@click.command()
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+@click.option("--series", default="pairs,blocks,parameters")
+@click.option("--render", is_flag=True, help="Only draw the figure.")
+@click.option("--child", help="A point as JSON; for the child processes.")
+def main(results: Path, series: str, render: bool, child: str | None) -> None:
+    if child:
+        print(json.dumps(measure(Point(**json.loads(child)))))
+        return
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    known = {key(line) for line in lines}
+    for point in [p for p in POINTS if p.series in series.split(",") and key(asdict(p)) not in known and not render]:
+        run = [sys.executable, __file__, "--child", json.dumps(asdict(point))]
+        found = subprocess.run(run, capture_output=True, text=True, check=False)
+        if found.returncode:
+            sys.exit(f"{point} failed:\n{found.stderr}")
+        line = {**json.loads(found.stdout), "facts": facts() | {"threads": 1}}
+        print({k: v for k, v in line.items() if k != "facts"}, flush=True)
+        lines.append(line)
+        with results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    draw(lines, results.with_suffix(".svg"))
+
+
+def key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[name] for name in ("series", "pairs", "blocks", "channels", "size"))
+
+
+def draw(lines: list[dict[str, Any]], path: Path) -> None:
+    """CPU time above, memory below, one column for each series; the dotted lines grow in proportion to x."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "growth"  # the same bytes from the same lines
+    from matplotlib import pyplot
+
+    axes_of = {"pairs": "calibration pairs", "blocks": "reconstruction units", "parameters": "parameters (millions)"}
+    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.6), sharex="col", layout="constrained")
+    for column, (series, label) in enumerate(axes_of.items()):
+        here = [line for line in lines if line["series"] == series]
+        if not here:
+            continue
+        divide = 1e6 if series == "parameters" else 1
+        x = [line["units" if series == "blocks" else series] / divide for line in here]
+        memory = [(line["own_peak_bytes"] - line["own_bytes_before"]) / 2**20 for line in here]
+        for ax, values, color in (
+            (axes[0, column], [line["cpu_seconds"] for line in here], "tab:blue"),
+            (axes[1, column], memory, "tab:red"),
+        ):
+            ax.loglog(x, values, "o-", color=color)
+            ax.loglog(x, [values[-1] * v / x[-1] for v in x], ":", color="gray", label="in proportion")
+            ax.grid(alpha=0.3, which="both")
+        axes[1, column].set_xlabel(label)
+    axes[0, 0].set_ylabel("CPU time (s), one thread")
+    axes[1, 0].set_ylabel("own memory above the model's (MiB)")
+    axes[0, 0].legend()
+    figure.suptitle("Calibration, preset default at W4A6 with 4 iterations: growth")
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
