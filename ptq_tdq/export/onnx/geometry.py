@@ -16,6 +16,11 @@ def is_linear(module: nn.Module) -> bool:
     return layer_kind(module) == "linear"
 
 
+def is_dense(module: nn.Module) -> bool:
+    """Whether a convolution's patches are rows of one matrix product: two spatial axes, one group, a wide kernel."""
+    return isinstance(module, nn.Conv2d) and module.groups == 1 and any(size > 1 for size in module.kernel_size)
+
+
 def conv_attributes(module: nn.Module, pads: bool = True) -> dict[str, Any]:
     """The attributes of Conv and ConvInteger."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d)

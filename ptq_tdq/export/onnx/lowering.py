@@ -11,7 +11,7 @@ from ptq_tdq.export.onnx.nodes import Builder
 from ptq_tdq.export.onnx.portable import Portable
 from ptq_tdq.export.onnx.skeleton import DOMAIN, Skeleton
 
-STEPS = "batch or 1"  # the name of timestep's only dimension
+BATCH = "batch"
 
 
 def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable]) -> ir.Model:
@@ -27,10 +27,9 @@ def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable]) -> ir.Mo
     lookup = Lookup(b, artifact, sample, timestep)
     for node, index in readers:
         node.replace_input_with(index, lookup.t)
-    timestep.shape = ir.Shape([STEPS])
+    lowering = form(b, lookup, artifact)
     b.flush(first)
 
-    lowering = form(b, lookup, artifact)
     records = {record.name: record for record in artifact.layers}
     quantizers = {quantizer.name: quantizer for quantizer in artifact.quantizers}
     for node in [n for n in graph if n.op_type == "MatMul"]:
@@ -52,9 +51,29 @@ def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable]) -> ir.Mo
             b.replace(node, lowering.layer(records[name], skeleton.layers[name], source, rank), name)
         else:
             b.replace(node, lowering.quantizer(quantizers[name], source, rank), name)
+    for node in [n for n in graph if n.op_type == "GroupNormalization"]:
+        b.prefix = str(node.name)
+        if (value := lowering.group_norm(node)) is not None:
+            b.replace(node, value, b.prefix)
     _remove_unused(graph)
     graph.opset_imports.pop(DOMAIN, None)
+    _name_sizes(graph)
     return model
+
+
+def _name_sizes(graph: ir.Graph) -> None:
+    """Say what is free in the inputs; the inner values' shapes follow from them and are left to the reader."""
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None
+    sample, timestep, *labels = graph.inputs
+    for image in (sample, graph.outputs[0]):
+        assert image.shape is not None
+        image.shape = ir.Shape([BATCH, image.shape[1], "height", "width"])
+    timestep.shape = ir.Shape([f"{BATCH} or 1"])
+    for value in labels:
+        value.shape = ir.Shape([BATCH])
 
 
 def _operand(value: ir.Value | None) -> tuple[str, ir.Value, bool] | None:

@@ -1,11 +1,13 @@
-"""The form for onnxruntime: ConvInteger and MatMulInteger, whose int32 sums are exact.
+"""The form for onnxruntime: integer operators with int32 sums.
 
-QuantizeLinear along the batch axis takes one scale and zero point per sample, so a batch may mix time steps.
-ConvInteger multiplies signed activations with unsigned weights (w + 128, zero point 128) and MatMulInteger the other
-way round: the two combinations that onnxruntime's kernels run at full speed. Both take one zero point for all samples;
-where z depends on t it is taken off after the sum, and the input is padded before it is quantized, so that
+QuantizeLinear along the batch axis takes one scale and zero point per sample, so a batch may mix time steps; the
+products take one zero point for all. Where z depends on t its share is taken off behind the product, in float32:
 
-    sum (q - z) w  =  sum q w  -  z sum w          holds at the border as well.
+    s_t s_o sum (q - z_t) w  =  s_t s_o sum q w  -  s_t z_t (s_o sum w)
+
+Convolutions wider than one pixel gather their input's patches (:mod:`ptq_tdq.export.onnx.patches`) for MatMulInteger,
+unsigned activations times signed weights; the others are ConvInteger, signed activations times unsigned weights. Those
+are the combinations that onnxruntime has fast kernels for.
 """
 
 from __future__ import annotations
@@ -14,113 +16,155 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from torch import nn
 
-from ptq_tdq.export.onnx.geometry import conv_attributes, is_linear, padding
-from ptq_tdq.export.onnx.nodes import axes
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.export.onnx.geometry import conv_attributes, is_dense, is_linear
+from ptq_tdq.export.onnx.lookup import Lookup
+from ptq_tdq.export.onnx.nodes import Builder, axes
+from ptq_tdq.export.onnx.patches import Patches, Size
 from ptq_tdq.export.onnx.portable import Portable
-from ptq_tdq.export.onnx.weights import RangeWeight, along_channels, store_signed
-from ptq_tdq.records import QuantizerRecord
+from ptq_tdq.export.onnx.weights import RangeWeight, along_channels, range_weights, store_signed
+from ptq_tdq.records import LayerRecord, QuantizerRecord
 
-_DTYPES = {0: np.uint8, 128: np.int8}  # by what is subtracted from the unsigned codes
+Factor = ir.Value | np.float32
+Columns = dict[int, tuple[ir.Value, ...]]
+_SIGNED = 128  # what is subtracted from the unsigned codes to store them as int8
 
 
 @dataclass(frozen=True)
 class IntegerCodes:
-    """Quantized activations: ``(codes - zero) * scale``, the zero constant or int32 [batch, 1, ...]."""
+    """Quantized activations as unsigned codes, or signed ones less by ``offset``: ``(values - zero) * scale``.
 
-    codes: ir.Value
-    scale: ir.Value  # float32 [batch, 1] or [1, 1]
-    zero: np.generic | ir.Value
+    ``zero`` is a constant of the values' type, or None where it depends on t (then ``column`` is its place in the
+    tables). ``scale`` is [batch, 1, ...], or a constant.
+    """
 
-    @property
-    def operand(self) -> np.generic | None:
-        """The zero point as the operator takes it: None where it has to be taken off afterwards."""
-        return None if isinstance(self.zero, ir.Value) else self.zero
+    values: ir.Value
+    scale: Factor
+    zero: np.generic | None
+    column: int | None
+    offset: int
 
 
 class OnnxRuntime(Portable):
     """Lowers to integer operators; everything between them stays float32."""
 
-    def part(self, q: QuantizerRecord, module: nn.Module, x: ir.Value, weight: RangeWeight, rank: int) -> ir.Value:
+    def __init__(self, b: Builder, lookup: Lookup, artifact: Artifact) -> None:
+        super().__init__(b, lookup, artifact)
+        self.patches = Patches(b, lookup.batch)
+        self.zeros: dict[int, Columns] = {}  # by offset: zero points in the type of the codes,
+        self.scaled: dict[int, Columns] = {}  # and times the scale, in float32
+        for offset, dtype in ((0, ir.DataType.UINT8), (_SIGNED, ir.DataType.INT8)):
+            if lookup.scales is not None and lookup.zero_points is not None:
+                zeros = b("Sub", lookup.zero_points, np.float32(offset)) if offset else lookup.zero_points
+                self.zeros[offset] = lookup.split(b("Cast", zeros, to=dtype))
+                self.scaled[offset] = lookup.split(b("Mul", lookup.scales, zeros))
+
+    def layer(self, record: LayerRecord, module: nn.Module, x: ir.Value, rank: int) -> ir.Value:
+        b, linear, bias, size = self.b, is_linear(module), self.bias(record), Size.of(x)
+        terms, shifts = [], []
+        inputs, weights = self.split(record, x, rank), range_weights(self.artifact, record)
+        for q, part, weight in zip(record.inputs, inputs, weights, strict=True):
+            codes, sums = self.sums(q, module, part, weight, rank, size)
+            terms.append(self.real(sums, codes.scale, along_channels(weight.scale, rank, linear), linear))
+            if codes.column is not None:
+                total = weight.centred.reshape(len(weight.scale), -1).sum(1).astype(np.float32) * weight.scale
+                scaled = self.scaled[codes.offset][rank][codes.column]
+                shifts.append(b("Mul", scaled, along_channels(total, rank, linear)))
+        y, wide = b.total(terms), None if bias is None else along_channels(bias, rank, linear)
+        if not shifts:
+            return y if wide is None else b("Add", y, wide)
+        shift = b.total(shifts)
+        return b("Sub", y, shift if wide is None else b("Sub", shift, wide))
+
+    def sums(
+        self, q: QuantizerRecord, module: nn.Module, x: ir.Value, weight: RangeWeight, rank: int, size: Size
+    ) -> tuple[IntegerCodes, ir.Value]:
+        """The codes of ``x``, and int32 sums of codes (less a constant zero) times ``q - z_o``."""
         b, linear = self.b, is_linear(module)
-        if linear:
-            a = self.integers(q, x, rank, offset=0)
-            acc = b("MatMulInteger", a.codes, store_signed(b, weight, 0, transposed=True), a.operand)
+        if linear or is_dense(module):
+            codes = self.integers(q, x, rank, 0)
+            left = codes.values
+            if not linear:
+                left = self.patches.gather(module, size, left, weight.codes.shape[1], self.zero_of(codes, 3))
+            acc = b("MatMulInteger", left, store_signed(b, weight, 0, columns=True), codes.zero)
+            acc = acc if linear else self.patches.image(module, size, acc)
         else:
-            moving = self.lookup.at(q.name, x, rank).zero_point is None and any(padding(module))
-            a = self.integers(q, self.padded(module, x) if moving else x, rank, offset=128)
-            w, attributes = store_signed(b, weight, 128), conv_attributes(module, pads=not moving)
-            acc = b("ConvInteger", a.codes, w, a.operand, np.uint8(128), **attributes)
-        if isinstance(a.zero, ir.Value):
-            sums = weight.signed.reshape(len(weight.signed), -1).sum(1, dtype=np.int32)
-            acc = b("Sub", acc, b("Mul", a.zero, along_channels(sums, rank, linear)))
-        if weight.rest is not None:
-            main, ones = b.many("Split", acc, axes(len(weight.scale), 1), count=2, axis=rank - 1 if linear else 1)
-            acc = b("Sub", main, b("Mul", ones, along_channels(weight.rest, rank, linear)))
-        return self.real(acc, a.scale, b.initializer(f"{weight.name}_scale", weight.scale), rank, linear)
+            codes = self.integers(q, x, rank, _SIGNED)
+            w = store_signed(b, weight, _SIGNED)
+            acc = b("ConvInteger", codes.values, w, codes.zero, np.uint8(_SIGNED), **conv_attributes(module))
+        if weight.rest is None:
+            return codes, acc
+        main, ones = b.many("Split", acc, axes(len(weight.scale), 1), count=2, axis=rank - 1 if linear else 1)
+        return codes, b("Sub", main, b("Mul", ones, along_channels(weight.rest, rank, linear)))
 
     def product(self, a: QuantizerRecord, x: ir.Value, b: QuantizerRecord, y: ir.Value, transposed: bool) -> ir.Value:
         """``(A - za) (B - zb) = A B - za sum(B) - zb sum(A - za)``, sums along the contracted axis."""
         make = self.b
-        left, right = self.integers(a, x, 4, offset=0), self.integers(b, y, 4, offset=128)
-        columns = make("Transpose", right.codes, perm=[0, 1, 3, 2]) if transposed else right.codes
-        acc = make("MatMulInteger", left.codes, columns, left.operand, right.operand)
-        if isinstance(left.zero, ir.Value):
-            row = make("Expand", np.uint8(1), self.lengths(columns, 1, 2))
-            acc = make("Sub", acc, make("Mul", left.zero, make("MatMulInteger", row, columns, None, right.operand)))
-        if isinstance(right.zero, ir.Value):
-            column = make("Expand", np.int8(1), self.lengths(columns, 2, 1))
-            sums = make("MatMulInteger", left.codes, column, left.operand)
-            if isinstance(left.zero, ir.Value):
-                count = make("Cast", make("Shape", columns, start=2, end=3), to=ir.DataType.INT32)
-                sums = make("Sub", sums, make("Mul", left.zero, count))
-            acc = make("Sub", acc, make("Mul", right.zero, sums))
-        return self.real(acc, left.scale, right.scale, 4, False)
-
-    def lengths(self, columns: ir.Value, *order: int) -> ir.Value:
-        """The shape [1, K] (order 1, 2) or [K, 1] (order 2, 1) for the K rows of ``columns``."""
-        count = self.b("Shape", columns, start=2, end=3)
-        parts = {1: self.b.constant(axes(1)), 2: count}
-        return self.b("Concat", *(parts[i] for i in order), axis=0)
+        left, right = self.integers(a, x, 4, 0), self.integers(b, y, 4, _SIGNED)
+        columns = make("Transpose", right.values, perm=[0, 1, 3, 2]) if transposed else right.values
+        acc = make("MatMulInteger", left.values, columns, left.zero, right.zero)
+        length = make("Shape", columns, start=2, end=3)
+        moving = [make("Cast", self.zero_of(c, 4), to=ir.DataType.INT32) for c in (left, right)]
+        if left.zero is None:
+            row = make("Expand", np.uint8(1), make("Concat", axes(1), length, axis=0))
+            sums = make("MatMulInteger", row, columns, None, right.zero)
+            acc = make("Sub", acc, make("Mul", moving[0], sums))
+        if right.zero is None:
+            column = make("Expand", np.int8(1), make("Concat", length, axes(1), axis=0))
+            sums = make("MatMulInteger", left.values, column, left.zero)
+            if left.zero is None:
+                sums = make("Sub", sums, make("Mul", moving[0], make("Cast", length, to=ir.DataType.INT32)))
+            acc = make("Sub", acc, make("Mul", moving[1], sums))
+        return self.real(acc, left.scale, right.scale, True)
 
     def integers(self, record: QuantizerRecord, x: ir.Value, rank: int, offset: int) -> IntegerCodes:
-        """uint8 codes (``offset`` 0) or int8 codes less 128 (``offset`` 128)."""
-        b, interval, dtype = self.b, self.lookup.at(record.name, x, rank), _DTYPES[offset]
-        name, low, high = f"{record.name}.codes", dtype(-offset), dtype(interval.qtype.qmax - offset)
-        narrow = interval.qtype.bits < 8
-        fixed, z, zeros = interval.fixed_scale, interval.zero_point, interval.zero_points
-        scale = interval.scale if fixed is None else b.constant(fixed.reshape(1, 1))
-        assert scale is not None
-        if fixed is not None and z is not None:
-            zero: np.generic | ir.Value = dtype(z - offset)
-            codes = b("QuantizeLinear", x, fixed, zero, name=None if narrow else name)
+        """uint8 codes (``offset`` 0), or codes less 128 as int8."""
+        b, interval, dtype = self.b, self.lookup.intervals[record.name], np.int8 if offset else np.uint8
+        z, column, wide = interval.zero_point, interval.column, interval.qtype.bits == 8
+        zero, name = None if z is None else dtype(z - offset), f"{record.name}.codes"
+        scale: Factor | None = self.scale_of(interval, x, rank)
+        if scale is None:
+            scale = interval.scale
+            values = b("QuantizeLinear", x, scale, zero, name=name if wide else None)
         else:
-            batch = b("Shape", x, start=0, end=1)
-            if z is None:
-                assert zeros is not None
-                integers = b("Sub", b("Cast", zeros, to=ir.DataType.INT32), np.int32(offset))
-                zero = self.widen(integers, rank)
-                moving = b("Cast", integers, to=ir.DataType.INT8 if offset else ir.DataType.UINT8)
-            else:
-                zero, moving = dtype(z - offset), b.constant(np.full((1, 1), z - offset, dtype))
-            flat = (b("Expand", b("Reshape", v, axes(-1)), batch) for v in (scale, moving))
-            codes = b("QuantizeLinear", x, *flat, axis=0, name=None if narrow else name)
-        return IntegerCodes(b("Clip", codes, low, high, name=name) if narrow else codes, scale, zero)
+            zeros = b("Expand", zero, self.lookup.batch) if column is None else self.zeros[offset][2][column]
+            each = [b("Reshape", v, axes(-1)) for v in (scale, zeros)]
+            values = b("QuantizeLinear", x, *each, axis=0, name=name if wide else None)
+        if not wide:
+            values = b("Clip", values, dtype(-offset), dtype(interval.qtype.qmax - offset), name=name)
+        assert scale is not None
+        return IntegerCodes(values, scale, zero, column if z is None else None, offset)
 
-    def real(self, acc: ir.Value, scale: ir.Value, other: ir.Value, rank: int, last: bool) -> ir.Value:
-        """``acc * scale * other`` as float32; ``other`` is a scale, or [O] along channels (``last``: the last axis).
+    def zero_of(self, codes: IntegerCodes, rank: int) -> ir.Value:
+        """The zero point in the type of the codes: a constant, or [batch, 1, ...] of ``rank`` axes."""
+        if codes.column is None:
+            assert codes.zero is not None
+            return self.b.constant(codes.zero)
+        return self.zeros[codes.offset][rank][codes.column]
 
-        The factors become one before they meet the large tensor, but never by a product whose result goes straight to
-        it: onnxruntime would take ``acc * (scale * other)`` for one scale per tensor and fuse it into a wrong result.
+    def real(self, acc: ir.Value, scale: Factor, other: Factor | NDArray[np.float32], bare: bool) -> ir.Value:
+        """``acc * scale * other`` as float32; ``other`` is a scale too, or has a number for each channel.
+
+        The factors are multiplied first. Where ``acc`` comes straight from MatMulInteger (``bare``), onnxruntime would
+        take their product for one scale per tensor and fuse it into a wrong result; the larger of it and 0, which is
+        itself, keeps it from that.
         """
         b, y = self.b, self.b("Cast", acc, to=ir.DataType.FLOAT)
-        if rank == 2:
-            return b("Mul", b("Mul", y, other), scale)
-        where = range(1, rank - 1) if last else range(2, rank)
-        return b("Mul", y, b("Unsqueeze", b("Mul", scale, other), axes(*where)))
+        if not isinstance(scale, ir.Value) and not isinstance(other, ir.Value):
+            return b("Mul", y, np.asarray(scale * other))
+        factor = b("Mul", scale, other)
+        return b("Mul", y, b("Max", factor, np.float32(0)) if bare else factor)
 
-    def padded(self, module: nn.Module, x: ir.Value) -> ir.Value:
-        """``x`` with the zeros around it that the convolution would add."""
-        pad = [0, 0, *padding(module)]
-        return self.b("Pad", x, axes(*pad, *pad))
+    def group_norm(self, node: ir.Node) -> ir.Value | None:
+        """GroupNormalization by way of InstanceNormalization, which onnxruntime has a kernel for."""
+        b, (x, weight, bias) = self.b, node.inputs
+        assert x is not None and x.shape is not None
+        groups, epsilon = node.attributes["num_groups"].as_int(), node.attributes["epsilon"].as_float()
+        one, zero = np.ones(groups, np.float32), np.zeros(groups, np.float32)
+        rows = b("InstanceNormalization", b("Reshape", x, axes(0, groups, -1)), one, zero, epsilon=epsilon)
+        y = b("Reshape", rows, b("Shape", x))
+        weight, bias = (b("Reshape", v, axes(-1, *[1] * (x.shape.rank() - 2))) for v in (weight, bias))
+        return b("Add", b("Mul", y, weight), bias)

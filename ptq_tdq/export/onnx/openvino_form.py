@@ -23,6 +23,8 @@ from ptq_tdq.records import QuantizerRecord
 class OpenVINO(Portable):
     """Lowers to products of Q/DQ pairs with constant parameters, with corrections behind them."""
 
+    signed_right = True
+
     def part(self, q: QuantizerRecord, module: nn.Module, x: ir.Value, weight: RangeWeight, rank: int) -> ir.Value:
         b, linear = self.b, is_linear(module)
         codes = self.codes(q, x, rank)

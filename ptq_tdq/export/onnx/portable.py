@@ -11,6 +11,7 @@ activations that it quantizes once more, by itself.)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -39,8 +40,14 @@ class Codes:
 class Portable:
     """Lowers quantized layers, attention products and lone quantizers to standard operators."""
 
+    signed_right: ClassVar[bool] = False  # the codes of a product's right operand
+
     def __init__(self, b: Builder, lookup: Lookup, artifact: Artifact) -> None:
+        """Builds what all layers share, at the start of the graph."""
         self.b, self.lookup, self.artifact = b, lookup, artifact
+        self.scales, self.zero_points = lookup.split(lookup.scales), lookup.split(lookup.zero_points)
+        shifted = None if lookup.zero_points is None else b("Sub", lookup.zero_points, np.float32(128))
+        self.signed_zero_points = lookup.split(shifted)
 
     # What the skeleton asks for.
 
@@ -60,7 +67,7 @@ class Portable:
 
         ``(A - za) (B - zb) = A B - za sum(B) - zb sum(A - za)``, sums along the contracted axis.
         """
-        make, left, right = self.b, self.codes(a, x, 4), self.codes(b, y, 4)
+        make, left, right = self.b, self.codes(a, x, 4), self.codes(b, y, 4, self.signed_right)
         rows, columns = left.values, right.values
         if transposed:
             columns = make("Transpose", columns, perm=[0, 1, 3, 2])
@@ -83,6 +90,10 @@ class Portable:
         values = codes.values if codes.zeros is None else self.b("Sub", codes.values, codes.zeros)
         return values if codes.scale is None else self.b("Mul", values, codes.scale)
 
+    def group_norm(self, node: ir.Node) -> ir.Value | None:
+        """What takes the place of a GroupNormalization; None leaves it."""
+        return None
+
     # How it is done.
 
     def part(self, q: QuantizerRecord, module: nn.Module, x: ir.Value, weight: RangeWeight, rank: int) -> ir.Value:
@@ -92,37 +103,30 @@ class Portable:
         y = self.operation(module, values, self.weight(module, weight))
         return y if codes.scale is None else self.b("Mul", y, codes.scale)
 
-    def codes(self, record: QuantizerRecord, x: ir.Value, rank: int) -> Codes:
-        """``x`` quantized; DequantizeLinear takes what does not depend on t."""
-        b, interval = self.b, self.lookup.at(record.name, x, rank)
-        name, narrow, top = f"{record.name}.codes", interval.qtype.bits < 8, interval.qtype.qmax
+    def codes(self, record: QuantizerRecord, x: ir.Value, rank: int, signed: bool = False) -> Codes:
+        """``x`` quantized, as uint8 or, less 128, int8; DequantizeLinear takes what does not depend on t."""
+        b, interval, name = self.b, self.lookup.intervals[record.name], f"{record.name}.codes"
+        top, narrow = interval.qtype.qmax, interval.qtype.bits < 8  # 8-bit codes saturate by themselves
+        scale, unit = self.scale_of(interval, x, rank), ONE if interval.scale is None else interval.scale
+        u = x if scale is None else b("Div", x, scale)
         if interval.zero_point is None:
-            scale, zeros, one, zero = self.scale_of(interval, rank), self.zeros_of(interval, rank), ONE, np.uint8(0)
-            u = b("Add", b("Div", x, scale), zeros)
-            u = b("Clip", u, np.float32(0), np.float32(top)) if narrow else u  # 8-bit codes saturate by themselves
-            return Codes(b("DequantizeLinear", b("QuantizeLinear", u, one, zero, name=name), one, zero), scale, zeros)
-        fixed, z, zero = interval.fixed_scale, interval.zero_point, np.uint8(interval.zero_point)
-        unit = ONE if fixed is None else fixed
-        factor = self.scale_of(interval, rank) if fixed is None else None
-        u = x if factor is None else b("Div", x, factor)
-        u = b("Clip", u, unit * np.float32(-z), unit * np.float32(top - z)) if narrow else u
-        return Codes(b("DequantizeLinear", b("QuantizeLinear", u, unit, zero, name=name), unit, zero), factor, None)
+            assert interval.column is not None
+            zeros, zero = (self.signed_zero_points if signed else self.zero_points)[rank][interval.column], 0
+            u, low = b("Add", u, zeros), -128 if signed else 0
+        else:
+            zeros, zero, low = None, interval.zero_point - (128 if signed else 0), -interval.zero_point
+        u = b("Clip", u, unit * np.float32(low), unit * np.float32(low + top)) if narrow else u
+        constant = (np.int8 if signed else np.uint8)(zero)
+        codes = b("QuantizeLinear", u, unit, constant, name=name)
+        return Codes(b("DequantizeLinear", codes, unit, constant), scale, zeros)
 
-    def scale_of(self, interval: Interval, rank: int) -> ir.Value:
-        """The scale as [batch, 1, ...] of ``rank`` axes, or a constant."""
-        if interval.scale is None:
-            assert interval.fixed_scale is not None
-            return self.b.constant(interval.fixed_scale)
-        return self.widen(interval.scale, rank)
-
-    def zeros_of(self, interval: Interval, rank: int) -> ir.Value:
-        """The zero points, float32 [batch, 1, ...] of ``rank`` axes."""
-        assert interval.zero_points is not None
-        return self.widen(interval.zero_points, rank)
-
-    def widen(self, value: ir.Value, rank: int) -> ir.Value:
-        """``value`` [batch, n] with axes of length 1 behind it, ``rank`` in all."""
-        return value if rank == 2 else self.b("Unsqueeze", value, axes(*range(2, rank)))
+    def scale_of(self, interval: Interval, x: ir.Value, rank: int) -> ir.Value | None:
+        """The scale for each sample of x, [batch, 1, ...] of ``rank`` axes; None where it is a constant."""
+        if interval.scale is not None:
+            return None
+        if interval.column is None:
+            return self.lookup.dynamic(interval, x, rank)
+        return self.scales[rank][interval.column]
 
     def weight(self, module: nn.Module, weight: RangeWeight) -> ir.Value:
         """The real weight [O, C, ...], or [C, O] of a Linear."""

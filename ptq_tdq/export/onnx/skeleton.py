@@ -118,30 +118,17 @@ def _mark(quantized: QuantizedModel) -> None:
 
 
 def _tidy(model: ir.Model) -> None:
-    """Name the inputs, outputs and free dimensions; drop what the exporter tells about itself and this machine."""
+    """Name the inputs and the output; drop what the exporter tells about itself and this machine."""
     model.ir_version, model.producer_name, model.producer_version = IR_VERSION, "ptq-tdq", None
-    model.metadata_props.clear()
     graph = model.graph
-    graph.name, graph.doc_string = "unet", None
-    graph.metadata_props.clear()
-    for node in graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-            rank = None if value.shape is None else value.shape.rank()
-            value.shape = None if rank is None else ir.Shape([None] * rank)
+    graph.name = "unet"
+    inner = [value for node in graph for value in node.outputs]
+    for thing in (model, graph, *graph, *graph.inputs, *graph.initializers.values(), *inner):
+        thing.metadata_props.clear()
+        thing.doc_string = None
     for value, name in zip(graph.inputs, (SAMPLE, TIMESTEP, LABELS), strict=False):
         value.name = name
-        value.metadata_props.clear()
-    for value in graph.initializers.values():
-        value.metadata_props.clear()
-    sample, output = graph.inputs[0], graph.outputs[0]
-    output.name = OUTPUT
-    assert sample.shape is not None
-    sample.shape = ir.Shape(["batch", sample.shape[1], "height", "width"])
-    for value in graph.inputs[1:]:
-        value.shape = ir.Shape(["batch"])
+    graph.outputs[0].name = OUTPUT
 
 
 @contextmanager

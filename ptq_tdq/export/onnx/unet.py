@@ -19,6 +19,7 @@ from ptq_tdq.errors import ModelError, UsageError
 from ptq_tdq.export.extras import need
 from ptq_tdq.export.onnx.file import METADATA
 from ptq_tdq.export.onnx.skeleton import LABELS, SAMPLE, TIMESTEP
+from ptq_tdq.runtime.cpu import instruction_set
 from ptq_tdq.timeaxis import require_covered
 
 Run = Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]
@@ -46,10 +47,10 @@ class OnnxUNet(nn.Module):
         super().__init__()
         facts = _facts(Path(file))
         made_for = str(facts["runtime"])
-        chosen = runtime or {"openvino": "openvino"}.get(made_for, "onnxruntime")
+        chosen = runtime or (made_for if made_for in _RUNTIMES else "onnxruntime")
         if chosen not in _RUNTIMES:
             raise UsageError(f"The runtime must be one of {', '.join(_RUNTIMES)}. Got {chosen!r} instead.")
-        if made_for == "onnxruntime" and chosen != made_for:
+        if made_for not in ("portable", "float", chosen):
             raise ModelError(f"'{file}' was exported for {made_for}; export it for {chosen}.")
         self.facts, self.runtime = facts, chosen
         self.config = SimpleNamespace(**facts["model_config"])
@@ -98,7 +99,8 @@ def _onnxruntime(file: Path, threads: int) -> Run:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")  # CPUs without VNNI would saturate silently
+    if instruction_set() == "none":  # sums of 8-bit products would saturate silently
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def run(feed: dict[str, NDArray[Any]]) -> NDArray[np.float32]:

@@ -93,21 +93,28 @@ def range_weights(artifact: Artifact, record: LayerRecord) -> list[RangeWeight]:
     ]
 
 
-def store_codes(b: Builder, weight: RangeWeight, transposed: bool = False) -> ir.Value:
-    """The artifact's own codes: UINT4 up to 4 bits, else UINT8; ``transposed``: [C, O]."""
-    codes = weight.codes.T if transposed else weight.codes
+def as_columns(values: NDArray[Any]) -> NDArray[Any]:
+    """[O, C, ...] as the right side of a product: [... C, O], the places of the kernel first."""
+    return np.moveaxis(values, 1, -1).reshape(len(values), -1).T
+
+
+def store_codes(b: Builder, weight: RangeWeight, columns: bool = False) -> ir.Value:
+    """The artifact's own codes: UINT4 up to 4 bits, else UINT8; ``columns``: see :func:`as_columns`."""
+    codes = as_columns(weight.codes) if columns else weight.codes
     return b.initializer(weight.name, codes.astype(uint4 if weight.bits <= PACKED_BITS else np.uint8))
 
 
-def store_signed(b: Builder, weight: RangeWeight, offset: int, transposed: bool = False) -> ir.Value:
-    """:attr:`RangeWeight.signed` + ``offset``: INT8 for offset 0, UINT8 for 128.
+def store_signed(b: Builder, weight: RangeWeight, offset: int, columns: bool = False) -> ir.Value:
+    """:attr:`RangeWeight.signed` + ``offset``: INT8 for offset 0, UINT8 for 128; ``columns``: see :func:`as_columns`.
 
     4-bit codes stay packed in the file; runtimes fold the nodes that widen them when they load it.
     """
     target, kind = (ir.DataType.UINT8, np.uint8) if offset else (ir.DataType.INT8, np.int8)
     if weight.bits > PACKED_BITS:
         values = weight.signed.astype(np.int16) + offset
-        return b.initializer(weight.name, (values.T if transposed else values).astype(kind))
-    codes = b("Cast", store_codes(b, weight, transposed), to=ir.DataType.INT32)
-    zero_point = along_rows(weight.zero_point, weight.codes.ndim) - np.int32(offset)
-    return b("Cast", b("Sub", codes, zero_point.T if transposed else zero_point), to=target)
+        return b.initializer(weight.name, (as_columns(values) if columns else values).astype(kind))
+    codes = b("Cast", store_codes(b, weight, columns), to=ir.DataType.INT32)
+    zero_point = weight.zero_point - np.int32(offset)
+    if not columns:
+        zero_point = along_rows(zero_point, weight.codes.ndim)
+    return b("Cast", b("Sub", codes, zero_point), to=target)
