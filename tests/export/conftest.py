@@ -152,9 +152,13 @@ def skeleton(artifact_of: Callable[[str], Artifact]) -> Skeleton:
 def encode(artifact_of: Callable[[str], Artifact], skeleton: Skeleton) -> Callable[[str, str], bytes]:
     """Files by case and runtime ("float" for the form without quantizers)."""
 
+    made: dict[tuple[str, str], bytes] = {}
+
     def file(case: str, runtime: str) -> bytes:
-        form = Floating if runtime == "float" else FORMS[runtime]
-        return encode_onnx(artifact_of(case), form, skeleton, runtime)
+        if (case, runtime) not in made:
+            form = Floating if runtime == "float" else FORMS[runtime]
+            made[case, runtime] = encode_onnx(artifact_of(case), form, skeleton, runtime)
+        return made[case, runtime]
 
     return file
 

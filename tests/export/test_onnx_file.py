@@ -19,8 +19,9 @@ from torch import Tensor
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import UsageError
 from ptq_tdq.export import export_tables
-from ptq_tdq.export.onnx import export_onnx, export_onnx_float
+from ptq_tdq.export.onnx import FORMS, export_onnx, export_onnx_float
 from ptq_tdq.export.onnx import file as onnx_file
+from ptq_tdq.export.onnx.file import encode_onnx
 from ptq_tdq.export.onnx.skeleton import Skeleton
 from ptq_tdq.load import build_quantized
 
@@ -50,7 +51,13 @@ def test_nothing_tells_where_it_was_made(runtime: str, encode: Callable[[str, st
     data = encode("W4A6", runtime)
     assert str(Path.home()).encode() not in data
     assert b".py" not in data
-    assert encode("W4A6", runtime) == data
+
+
+def test_the_same_artifact_gives_the_same_bytes(
+    encode: Callable[[str, str], bytes], artifact_of: Callable[[str], Artifact], skeleton: Skeleton
+) -> None:
+    again = encode_onnx(artifact_of("W4A6"), FORMS["onnxruntime"], skeleton, "onnxruntime")
+    assert again == encode("W4A6", "onnxruntime")
 
 
 @pytest.mark.parametrize("runtime", ["portable", "onnxruntime", "openvino"])

@@ -67,7 +67,7 @@ class Portable:
 
         ``(A - za) (B - zb) = A B - za sum(B) - zb sum(A - za)``, sums along the contracted axis.
         """
-        make, left, right = self.b, self.codes(a, x, 4), self.codes(b, y, 4, self.signed_right)
+        make, left, right = self.b, self.bare_codes(a, x, 4), self.bare_codes(b, y, 4, self.signed_right)
         rows, columns = left.values, right.values
         if transposed:
             columns = make("Transpose", columns, perm=[0, 1, 3, 2])
@@ -103,22 +103,39 @@ class Portable:
         y = self.operation(module, values, self.weight(module, weight))
         return y if codes.scale is None else self.b("Mul", y, codes.scale)
 
-    def codes(self, record: QuantizerRecord, x: ir.Value, rank: int, signed: bool = False) -> Codes:
-        """``x`` quantized, as uint8 or, less 128, int8; DequantizeLinear takes what does not depend on t."""
-        b, interval, name = self.b, self.lookup.intervals[record.name], f"{record.name}.codes"
-        top, narrow = interval.qtype.qmax, interval.qtype.bits < 8  # 8-bit codes saturate by themselves
+    def codes(self, record: QuantizerRecord, x: ir.Value, rank: int) -> Codes:
+        """``x`` quantized; DequantizeLinear takes what does not depend on t."""
+        b, interval = self.b, self.lookup.intervals[record.name]
+        if interval.zero_point is None:
+            return self.bare_codes(record, x, rank)
         scale, unit = self.scale_of(interval, x, rank), ONE if interval.scale is None else interval.scale
         u = x if scale is None else b("Div", x, scale)
+        low = -interval.zero_point
+        if interval.qtype.bits < 8:  # 8-bit codes saturate by themselves
+            u = b("Clip", u, unit * np.float32(low), unit * np.float32(low + interval.qtype.qmax))
+        zero = np.uint8(interval.zero_point)
+        codes = b("QuantizeLinear", u, unit, zero, name=f"{record.name}.codes")
+        return Codes(b("DequantizeLinear", codes, unit, zero), scale, None)
+
+    def bare_codes(self, record: QuantizerRecord, x: ir.Value, rank: int, signed: bool = False) -> Codes:
+        """``x`` quantized, as uint8 or, less 128, int8; nothing is left to DequantizeLinear but the change of type."""
+        b, interval, offset = self.b, self.lookup.intervals[record.name], 128 if signed else 0
+        scale = self.scale_of(interval, x, rank)
+        if scale is None:
+            assert interval.scale is not None
+            scale = b.constant(interval.scale)
+        u, zeros = b("Div", x, scale), None
         if interval.zero_point is None:
             assert interval.column is not None
-            zeros, zero = (self.signed_zero_points if signed else self.zero_points)[rank][interval.column], 0
-            u, low = b("Add", u, zeros), -128 if signed else 0
-        else:
-            zeros, zero, low = None, interval.zero_point - (128 if signed else 0), -interval.zero_point
-        u = b("Clip", u, unit * np.float32(low), unit * np.float32(low + top)) if narrow else u
-        constant = (np.int8 if signed else np.uint8)(zero)
-        codes = b("QuantizeLinear", u, unit, constant, name=name)
-        return Codes(b("DequantizeLinear", codes, unit, constant), scale, zeros)
+            zeros = (self.signed_zero_points if signed else self.zero_points)[rank][interval.column]
+        elif interval.zero_point != offset:
+            zeros = b.constant(np.float32(interval.zero_point - offset))
+        u = u if zeros is None else b("Add", u, zeros)
+        if interval.qtype.bits < 8:
+            u = b("Clip", u, np.float32(-offset), np.float32(interval.qtype.qmax - offset))
+        zero = np.int8(0) if signed else np.uint8(0)
+        codes = b("QuantizeLinear", u, ONE, zero, name=f"{record.name}.codes")
+        return Codes(b("DequantizeLinear", codes, ONE, zero), scale, zeros)
 
     def scale_of(self, interval: Interval, x: ir.Value, rank: int) -> ir.Value | None:
         """The scale for each sample of x, [batch, 1, ...] of ``rank`` axes; None where it is a constant."""

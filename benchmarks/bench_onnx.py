@@ -1,0 +1,186 @@
+"""Exported ONNX files on the runtimes that they are for, beside the same model in float32, interleaved in one process.
+
+One JSON line per (model, scheme, batch), one thread: milliseconds of one U-Net call (process CPU time, the least of the
+rounds), each file's speed over its own runtime's float32, how many products the runtime executes as integers, the
+file's size over that of the float32 weights, and the SQNR of its output against the simulated model's.
+
+"float32" is the graph of ``--format onnx-float``; for onnxruntime with the same normalization nodes as in the integer
+file, so that only integers make the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import onnx
+import onnxruntime
+import openvino
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from facts import facts
+from torch import Tensor
+
+from ptq_tdq import calibrate, collect, load_model, preset
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.export.onnx import FORMS, OnnxUNet
+from ptq_tdq.export.onnx.file import encode_onnx
+from ptq_tdq.export.onnx.floating import Floating
+from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
+from ptq_tdq.export.onnx.skeleton import make_skeleton
+from ptq_tdq.load import build_quantized
+
+RESULTS = Path(__file__).parent / "results" / "onnx.jsonl"
+# Rounding and intervals do not matter for speed: nearest rounding, the observed steps' best intervals.
+QUICK = {"rounding": "nearest", "activation_iterations": 0, "method": "step-table"}
+SAMPLES = {"samples_per_step": 4, "calibration_steps": 5, "num_inference_steps": 5}
+T = 500
+
+
+class FloatForOnnxRuntime(Floating):
+    """Float32 with the normalization nodes of the integer file."""
+
+    group_norm = OnnxRuntime.group_norm
+
+
+FILES = {
+    "float32": Floating,
+    "float32-ort": FloatForOnnxRuntime,
+    **FORMS,
+}
+CALLS = {  # name -> file, runtime, the call that it is compared with
+    "onnxruntime float32": ("float32-ort", "onnxruntime", "onnxruntime float32"),
+    "onnxruntime": ("onnxruntime", "onnxruntime", "onnxruntime float32"),
+    "portable on onnxruntime": ("portable", "onnxruntime", "onnxruntime float32"),
+    "openvino float32": ("float32", "openvino", "openvino float32"),
+    "openvino": ("openvino", "openvino", "openvino float32"),
+    "portable on openvino": ("portable", "openvino", "openvino float32"),
+}
+
+
+@click.command()
+@click.option("--models", default="embedded,random")
+@click.option("--schemes", default="W8A8,W4A8")
+@click.option("--batches", default="1,8")
+@click.option("--rounds", default=15)
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+@click.option("--render", is_flag=True, help="Only print the table.")
+def main(models: str, schemes: str, batches: str, rounds: int, results: Path, render: bool) -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    for name in [] if render else models.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            model = make_model(name, Path(folder))
+            for scheme in schemes.split(","):
+                config = preset("default", scheme=scheme, **QUICK, **SAMPLES)
+                artifact = calibrate(model.unet, config, collect(model, **SAMPLES)).to_artifact()
+                paths = export(artifact, Path(folder) / scheme)
+                for batch in map(int, batches.split(",")):
+                    line = {"model": name, "scheme": scheme, "batch": batch} | measure(artifact, paths, batch, rounds)
+                    results.parent.mkdir(exist_ok=True)
+                    with results.open("a") as file:
+                        file.write(json.dumps(line | {"facts": facts()}) + "\n")
+    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+
+
+def make_model(name: str, folder: Path) -> Any:
+    """The embedded model, or a U-Net 64-128-128 at 32x32 with heads of 64 channels and random weights."""
+    if name == "embedded":
+        return load_model()
+    torch.manual_seed(0)
+    UNet2DModel(
+        sample_size=32,
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=64,
+    ).save_pretrained(folder / name)
+    DDIMScheduler().save_pretrained(folder / name)
+    return load_model(str(folder / name))
+
+
+def export(artifact: Artifact, folder: Path) -> dict[str, Path]:
+    folder.mkdir()
+    skeleton, paths = make_skeleton(artifact), {}
+    for name, form in FILES.items():
+        paths[name] = folder / f"{name}.onnx"
+        runtime = name if name in FORMS else "float"
+        paths[name].write_bytes(encode_onnx(artifact, form, skeleton, runtime))
+    return paths
+
+
+def measure(artifact: Artifact, paths: dict[str, Path], batch: int, rounds: int) -> dict[str, Any]:
+    inputs = inputs_of(artifact, batch)
+    with torch.no_grad():
+        simulated = build_quantized(artifact)(**inputs).sample
+    unets = {name: OnnxUNet(paths[file], runtime=runtime, threads=1) for name, (file, runtime, _) in CALLS.items()}
+    outputs = {name: unet(**inputs).sample for name, unet in unets.items()}
+    best = dict.fromkeys(CALLS, float("inf"))
+    for _ in range(rounds):
+        for name, unet in unets.items():
+            began = time.process_time()
+            unet(**inputs)
+            best[name] = min(best[name], time.process_time() - began)
+    full = 4 * sum(v.numel() for part in (artifact.weight_codes, artifact.float_state) for v in part.values())
+    return {
+        "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
+        "over_float32": {name: best[CALLS[name][2]] / seconds for name, seconds in best.items()},
+        "products": {
+            "quantized": sum(2 if r.kind == "attention" else len(r.splits) - 1 for r in artifact.layers),
+            "onnxruntime": onnxruntime_products(paths["onnxruntime"]),
+            "openvino": openvino_products(paths["openvino"], inputs),
+        },
+        "file_over_float32": {name: paths[name].stat().st_size / full for name in FORMS},
+        "sqnr_db_to_simulated": {name: sqnr_db(simulated, output) for name, output in outputs.items()},
+    }
+
+
+def inputs_of(artifact: Artifact, batch: int) -> dict[str, Tensor]:
+    config, generator = artifact.config["model_config"], torch.Generator().manual_seed(batch)
+    size = config["sample_size"]
+    x = torch.randn(batch, config["in_channels"], size, size, generator=generator)
+    labels = {"class_labels": torch.arange(batch) % 10} if config["num_class_embeds"] else {}
+    return {"sample": x, "timestep": torch.full((batch,), T), **labels}
+
+
+def onnxruntime_products(path: Path) -> dict[str, int]:
+    """Products in the graph that onnxruntime executes, by operator."""
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = file.name
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        kinds = Counter(node.op_type for node in onnx.load(file.name).graph.node)
+    return {kind: count for kind, count in sorted(kinds.items()) if "Conv" in kind or "MatMul" in kind}
+
+
+def openvino_products(path: Path, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """Products that OpenVINO executes, by its own name of the kernel."""
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    model.reshape({name: list(value.shape) for name, value in inputs.items()})
+    nodes = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model().get_ops()
+    info = [{key: getattr(value, "value", value) for key, value in node.get_rt_info().items()} for node in nodes]
+    products = (i for i in info if i.get("layerType") in ("Convolution", "FullyConnected", "MatMul"))
+    return dict(sorted(Counter(f"{i['layerType']} {i['primitiveType']}" for i in products).items()))
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    names = [name for name in CALLS if not name.endswith("float32")]
+    rows = ["| model | scheme | batch | " + " | ".join(names) + " | file |", "|---" * (4 + len(names)) + "|"]
+    for line in lines:
+        speeds = " | ".join(f"{line['over_float32'][name]:.2f}" for name in names)
+        size = line["file_over_float32"]["onnxruntime"]
+        rows.append(f"| {line['model']} | {line['scheme']} | {line['batch']} | {speeds} | {size:.3f} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
