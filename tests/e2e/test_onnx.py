@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import onnx
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
+from PIL import Image
 
 from ptq_tdq.export.onnx import OnnxUNet
 
@@ -25,6 +27,13 @@ def test_a_pipeline_samples_with_the_exported_file(
     images = pipe(batch_size=2, num_inference_steps=5, generator=torch.manual_seed(0), output_type="np").images
     assert images.shape == (2, 8, 8, 3)
     assert float(images.std()) > 0
+
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "onnx_pipeline.py"))
+    picture = tmp_path / "samples.png"
+    options = ("--num-images", "2", "--num-inference-steps", "3")
+    example["main"]([str(file), "--model", str(pipeline), "--output", str(picture), *options])
+    with Image.open(picture) as opened:
+        assert opened.format == "PNG"
 
 
 def test_a_runtime_belongs_to_a_graph(

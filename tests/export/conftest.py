@@ -54,6 +54,7 @@ class Case:
     scheme: str
     tables: str  # "moving": scale and zero point depend on t; "scaled": the scale alone; "static"; "dynamic"
     symmetric: str = "never"
+    weight_only: bool = False  # the time embedding
 
 
 CASES = {
@@ -61,7 +62,7 @@ CASES = {
     "W8A8-affine": Case("W8A8", "moving"),
     "W8A8-symmetric": Case("W8A8", "scaled", "always"),
     "W3A4-dynamic": Case("W3A4", "dynamic"),
-    "W6A8-static": Case("W6A8", "static"),
+    "W6A8-static": Case("W6A8", "static", weight_only=True),
 }
 
 
@@ -83,7 +84,7 @@ def make_artifact(case: Case) -> Artifact:
         method="dynamic" if case.tables == "dynamic" else "tdq-thin",
         weight_symmetric=case.symmetric,
         fixed_layers=(),
-        float_layers=(),  # the time embedding's layers have inputs of two axes
+        weight_only_layers=("time_embedding",) if case.weight_only else (),  # their inputs have two axes
     )
     quantized = QuantizedModel.copy_of(unet, make_plan(unet, config, lambda: unet(**inputs())))
     for layer in quantized.layers().values():

@@ -47,9 +47,9 @@ def interval(artifact: Artifact, q: QuantizerRecord, t: Tensor, x: Tensor) -> tu
 
 
 def source_of(graph: onnx.GraphProto, tensor: str, layer: str) -> str:
-    """The input of ``layer`` from which ``tensor``, one of its inner values, is made."""
+    """The input of ``layer`` from which ``tensor``, one of its inner values or its output, is made."""
     makers = {output: node for node in graph.node for output in node.output}
-    while tensor in makers and (tensor.startswith(f"{layer}/") or tensor.endswith(".codes")):
+    while tensor in makers and (tensor.startswith(f"{layer}/") or tensor.endswith(".codes") or tensor == layer):
         tensor = makers[tensor].input[0]
     return tensor
 
@@ -96,6 +96,7 @@ def test_every_layer_within_one_code_at_all_steps_of_a_schedule(
     graph = onnx.load_from_string(data).graph
     inner = {q.name: f"{q.name}.codes" for q in artifact.quantizers}
     sources = {q.name: source_of(graph, inner[q.name], layer.name) for layer in artifact.layers for q in layer.inputs}
+    sources |= {layer.name: source_of(graph, layer.name, layer.name) for layer in artifact.layers if not layer.inputs}
     results = {
         layer.name: [f"{layer.name}.q*k", f"{layer.name}.softmax*v"] if layer.kind == "attention" else [layer.name]
         for layer in artifact.layers
@@ -105,8 +106,10 @@ def test_every_layer_within_one_code_at_all_steps_of_a_schedule(
     got = {**run(runs_on, data, given, sorted(wanted)), **{k: v.numpy() for k, v in given.items()}}
 
     ties = total = 0
-    for layer in (layer for layer in artifact.layers if layer.inputs):  # a weight-only layer has no codes to compare
+    for layer in artifact.layers:
         levels, scales = [], []
+        if not layer.inputs:  # only the weight is quantized
+            levels, scales = [torch.from_numpy(got[sources[layer.name]])], [torch.ones(())]
         for i, quantizer in enumerate(layer.inputs):
             x = torch.from_numpy(got[sources[quantizer.name]])
             if len(layer.splits) > 2:

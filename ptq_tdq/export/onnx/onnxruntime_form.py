@@ -63,6 +63,8 @@ class OnnxRuntime(Portable):
                 self.scaled[offset] = lookup.split(b("Mul", lookup.scales, zeros))
 
     def layer(self, record: LayerRecord, module: nn.Module, x: ir.Value, rank: int) -> ir.Value:
+        if not record.inputs:
+            return super().layer(record, module, x, rank)
         b, linear, bias, size = self.b, is_linear(module), self.bias(record), Size.of(x)
         terms, shifts = [], []
         inputs, weights = self.split(record, x, rank), range_weights(self.artifact, record)

@@ -4,8 +4,8 @@
 
 The division by s_t in front and the product with s_t behind carry the time dependence, so every Q and DQ has the
 constant scale 1, which all importers of ONNX understand. The weights are the artifact's codes with ``(q - z) s``
-spelled out, which runtimes fold when they load the file. (Behind DequantizeLinear, onnxruntime would multiply them with
-activations that it quantizes once more, by itself.)
+spelled out, which runtimes fold when they load the file. (Where they recognize integer weights of a product in
+floating point, as behind DequantizeLinear, onnxruntime and OpenVINO quantize its other side by themselves, once more.)
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Portable:
             parts = zip(record.inputs, inputs, weights, strict=True)
             y = self.b.total(self.part(q, module, part, weight, rank) for q, part, weight in parts)
         else:  # only the weight is quantized
-            y = self.operation(module, x, Portable.weight(self, module, weights[0]))
+            ranges = zip(inputs, weights, strict=True)
+            y = self.b.total(self.operation(module, part, Portable.weight(self, module, w)) for part, w in ranges)
         bias = self.bias(record)
         return y if bias is None else self.b("Add", y, along_channels(bias, rank, is_linear(module)))
 
@@ -148,12 +149,13 @@ class Portable:
     def weight(self, module: nn.Module, weight: RangeWeight) -> ir.Value:
         """The real weight [O, C, ...], or [C, O] of a Linear."""
         b, linear = self.b, is_linear(module)
-        codes = b("Cast", store_codes(b, weight, linear), to=ir.DataType.FLOAT)
-        zero_point, scale = weight.zero_point.astype(np.float32), weight.scale
+        zero_point, scale = weight.zero_point, weight.scale
         if not linear:
             zero_point, scale = (along_rows(v, weight.codes.ndim) for v in (zero_point, scale))
+        codes = b("Cast", store_codes(b, weight, linear), to=ir.DataType.INT32)
         centred = b("Sub", codes, b.initializer(f"{weight.name}_zero_point", zero_point))
-        return b("Mul", centred, b.initializer(f"{weight.name}_scale", scale))
+        real = b("Cast", centred, to=ir.DataType.FLOAT)
+        return b("Mul", real, b.initializer(f"{weight.name}_scale", scale))
 
     def operation(self, module: nn.Module, x: ir.Value, weight: ir.Value) -> ir.Value:
         """The layer's own operation without a bias."""
