@@ -8,8 +8,8 @@ With an unconditional pixel-space pipeline (``google/ddpm-cifar10-32``) that is 
     pipe = DDIMPipeline.from_pretrained("google/ddpm-cifar10-32")
     pipe.unet = OnnxUNet("unet.onnx")
 
-This script also samples the embedded model (without ``--model``), which has classes and a VAE that DDIMPipeline does not
-know of.
+This script also samples the embedded model (without ``--model``), which has classes and a VAE that DDIMPipeline does
+not know of.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ptq_tdq.export.onnx import OnnxUNet
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Sample and write the picture."""
     parser = argparse.ArgumentParser(description="Sample with an exported ONNX file.")
     parser.add_argument("file", type=Path, help="what `ptq-tdq export --format onnx` has written")
     parser.add_argument("--model", help="the original, for its scheduler and VAE (default: the embedded model)")
