@@ -133,7 +133,7 @@ def measure(artifact: Artifact, paths: dict[str, Path], batch: int, rounds: int)
         "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
         "over_float32": {name: best[CALLS[name][2]] / seconds for name, seconds in best.items()},
         "products": {
-            "quantized": sum(2 if r.kind == "attention" else len(r.splits) - 1 for r in artifact.layers),
+            "quantized": sum(2 if r.kind == "attention" else len(r.inputs) for r in artifact.layers),
             "onnxruntime": onnxruntime_products(paths["onnxruntime"]),
             "openvino": openvino_products(paths["openvino"], inputs),
         },

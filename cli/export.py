@@ -49,6 +49,8 @@ def export_command(artifact: Path, kind: str, runtime: str | None, output: Path,
     else:
         from ptq_tdq.export import onnx  # an extra
 
+        if not quiet:
+            click.echo("Exporting the graph; this takes up to a minute.", err=True)
         if kind == "onnx":
             onnx.export_onnx(stored, output, runtime or "portable")
         else:

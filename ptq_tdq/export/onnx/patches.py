@@ -27,8 +27,9 @@ class Size:
 
     @classmethod
     def of(cls, x: ir.Value) -> Size:
-        """The size of ``x`` [batch, C, H, W], as the exporter knows it."""
-        return cls(x, str(x.name) if x.shape is None else str(x.shape.dims[2:]))
+        """The size of ``x`` [batch, C, H, W] as the exporter knows it; one that it does not know is like no other."""
+        lengths = [] if x.shape is None else [str(getattr(d, "value", d)) for d in x.shape.dims[2:]]
+        return cls(x, str(x.name) if not lengths or "None" in lengths else " x ".join(lengths))
 
 
 class Patches:
