@@ -21,6 +21,15 @@ def is_dense(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == 1 and any(size > 1 for size in module.kernel_size)
 
 
+def require_one_group(module: nn.Module, weight: str) -> None:
+    """Raise :class:`ModelError` for a grouped convolution, whose outputs an output channel of ones would not suit."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1:
+        raise ModelError(
+            f"'{weight}' is of a grouped convolution and has affine 8-bit codes, which integer kernels do not take; "
+            'calibrate with weight_symmetric = "8-bit" or export with --runtime portable.'
+        )
+
+
 def conv_attributes(module: nn.Module, pads: bool = True) -> dict[str, Any]:
     """The attributes of Conv and ConvInteger."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d)

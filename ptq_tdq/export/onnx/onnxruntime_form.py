@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.export.onnx.geometry import conv_attributes, is_dense, is_linear
+from ptq_tdq.export.onnx.geometry import conv_attributes, is_dense, is_linear, require_one_group
 from ptq_tdq.export.onnx.lookup import Lookup
 from ptq_tdq.export.onnx.nodes import Builder, axes
 from ptq_tdq.export.onnx.patches import Patches, Size
@@ -99,6 +99,7 @@ class OnnxRuntime(Portable):
             acc = b("ConvInteger", codes.values, w, codes.zero, np.uint8(_SIGNED), **conv_attributes(module))
         if weight.rest is None:
             return codes, acc
+        require_one_group(module, weight.name)
         main, ones = b.many("Split", acc, axes(len(weight.scale), 1), count=2, axis=rank - 1 if linear else 1)
         return codes, b("Sub", main, b("Mul", ones, along_channels(weight.rest, rank, linear)))
 

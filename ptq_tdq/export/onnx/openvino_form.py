@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from ptq_tdq.export.onnx.geometry import conv_attributes, is_linear, padding
+from ptq_tdq.export.onnx.geometry import conv_attributes, is_linear, padding, require_one_group
 from ptq_tdq.export.onnx.nodes import axes
 from ptq_tdq.export.onnx.portable import Portable
 from ptq_tdq.export.onnx.weights import RangeWeight, along_channels, along_rows, store_signed
@@ -32,6 +32,7 @@ class OpenVINO(Portable):
         if codes.zeros is not None:
             y = b("Sub", y, b("Mul", codes.zeros, self.weight_sums(module, weight, x, rank)))
         if weight.rest is not None:
+            require_one_group(module, weight.name)
             main, ones = b.many("Split", y, axes(len(weight.scale), 1), count=2, axis=rank - 1 if linear else 1)
             rest = along_channels(weight.rest.astype(np.float32) * weight.scale, rank, linear)
             y = b("Sub", main, b("Mul", ones, rest))
