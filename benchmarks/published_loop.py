@@ -121,7 +121,9 @@ def learn_activations(
     unit: Unit, call: UnitCall, target: Tensor, scales: list[nn.Parameter], iterations: int, batch: int,
     generator: torch.Generator, power: float,
 ) -> None:  # fmt: skip
-    """Phase A of one unit: Adam with cosine decay on the intervals."""
+    """Phase A of one unit: Adam with cosine decay on the intervals; nothing to do where only weights are quantized."""
+    if not scales:
+        return
     optimizer = torch.optim.Adam(scales, lr=INTERVAL_LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(iterations, 1))
     with torch.enable_grad():
