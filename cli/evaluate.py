@@ -18,10 +18,12 @@ from ptq_tdq.calib_data import LoadedModel, collect_cached, with_scheduler
 from ptq_tdq.cli.options import (
     backend_option,
     json_option,
+    original_option,
     print_json,
     quiet_option,
     result_console,
     scheduler_option,
+    steps_option,
     threads_option,
     verbose_option,
 )
@@ -51,12 +53,7 @@ NO_CLASSIFIER = (
 
 @click.command("evaluate")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    "source",
-    metavar="FOLDER|HUB_ID",
-    help="The full-precision model.  [default: the one that the artifact was made from]",
-)
+@original_option
 @click.option(
     "--samples",
     type=click.IntRange(min=8),
@@ -64,9 +61,7 @@ NO_CLASSIFIER = (
     show_default=True,
     help="Samples of each model; distances to data depend on it, compare them at one number only.",
 )
-@click.option(
-    "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."
-)
+@steps_option
 @scheduler_option
 @backend_option
 @click.option(

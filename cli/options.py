@@ -32,6 +32,15 @@ model_option: Decorator = click.option(
     metavar="FOLDER|HUB_ID",
     help="A local diffusers folder that holds a UNet2DModel, or a hub id.  [default: the embedded CIFAR-10 model]",
 )
+original_option: Decorator = click.option(
+    "--model",
+    "source",
+    metavar="FOLDER|HUB_ID",
+    help="The full-precision model.  [default: the one that the artifact was made from]",
+)
+steps_option: Decorator = click.option(
+    "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."
+)
 scheduler_option: Decorator = click.option(
     "--scheduler",
     metavar="CLASS",

@@ -11,7 +11,16 @@ from rich.console import Console
 
 from ptq_tdq.artifacts import check_base_model, check_target, read_artifact
 from ptq_tdq.calib_data import LoadedModel, with_scheduler
-from ptq_tdq.cli.options import json_option, print_json, quiet_option, scheduler_option, threads_option, verbose_option
+from ptq_tdq.cli.options import (
+    json_option,
+    original_option,
+    print_json,
+    quiet_option,
+    scheduler_option,
+    steps_option,
+    threads_option,
+    verbose_option,
+)
 from ptq_tdq.cli.original import load_original
 from ptq_tdq.errors import ArtifactMismatchError, MissingExtraError, ModelError
 from ptq_tdq.report.survey import Subject, check_same_model, survey
@@ -19,12 +28,7 @@ from ptq_tdq.report.survey import Subject, check_same_model, survey
 
 @click.command("report")
 @click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ARTIFACT...")
-@click.option(
-    "--model",
-    "source",
-    metavar="FOLDER|HUB_ID",
-    help="The full-precision model.  [default: the one that the artifacts were made from]",
-)
+@original_option
 @click.option(
     "--output-dir",
     type=click.Path(path_type=Path),
@@ -39,9 +43,7 @@ from ptq_tdq.report.survey import Subject, check_same_model, survey
     show_default=True,
     help="Trajectories to measure on; 0 shows only what the artifacts hold.",
 )
-@click.option(
-    "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."
-)
+@steps_option
 @scheduler_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
 @click.option("--overwrite", is_flag=True, help="Replace a report that is already there.")

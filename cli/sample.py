@@ -13,9 +13,11 @@ from ptq_tdq.calib_data import with_scheduler
 from ptq_tdq.cli.options import (
     backend_option,
     json_option,
+    original_option,
     print_json,
     quiet_option,
     scheduler_option,
+    steps_option,
     threads_option,
     verbose_option,
 )
@@ -29,12 +31,7 @@ from ptq_tdq.load import Backend, load_quantized
 
 @click.command("sample")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    "source",
-    metavar="FOLDER|HUB_ID",
-    help="The full-precision model.  [default: the one that the artifact was made from]",
-)
+@original_option
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -43,9 +40,7 @@ from ptq_tdq.load import Backend, load_quantized
     help="The PNG to write.",
 )
 @click.option("--num-images", type=click.IntRange(min=1), default=40, show_default=True, help="Images of each model.")
-@click.option(
-    "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."
-)
+@steps_option
 @scheduler_option
 @backend_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
