@@ -22,11 +22,11 @@ import onnx
 import onnxruntime
 import openvino
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
 from facts import facts
+from subjects import make_model
 from torch import Tensor
 
-from ptq_tdq import calibrate, collect, load_model, preset
+from ptq_tdq import calibrate, collect, preset
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export.onnx import FORMS, OnnxUNet
@@ -87,23 +87,6 @@ def main(models: str, schemes: str, batches: str, rounds: int, results: Path, re
                     with results.open("a") as file:
                         file.write(json.dumps(line | {"facts": facts()}) + "\n")
     print(table([json.loads(line) for line in results.read_text().splitlines()]))
-
-
-def make_model(name: str, folder: Path) -> Any:
-    """The embedded model, or a U-Net 64-128-128 at 32x32 with heads of 64 channels and random weights."""
-    if name == "embedded":
-        return load_model()
-    torch.manual_seed(0)
-    UNet2DModel(
-        sample_size=32,
-        block_out_channels=(64, 128, 128),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=64,
-    ).save_pretrained(folder / name)
-    DDIMScheduler().save_pretrained(folder / name)
-    return load_model(str(folder / name))
 
 
 def export(artifact: Artifact, folder: Path) -> dict[str, Path]:

@@ -18,11 +18,11 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
 from facts import facts
+from subjects import make_model
 from torch import Tensor, nn
 
-from ptq_tdq import calibrate, collect, load_model, load_quantized, preset
+from ptq_tdq import calibrate, collect, load_quantized, preset
 from ptq_tdq.evaluate.trajectories import make_noise, run
 
 RESULTS = Path(__file__).parent / "results" / "runtime.jsonl"
@@ -65,21 +65,7 @@ class Subject:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
-        if name == "embedded":
-            self.model = load_model()
-        else:  # 64-128-128 at 32x32, head dimension 64, random weights
-            torch.manual_seed(0)
-            unet = UNet2DModel(
-                sample_size=32,
-                block_out_channels=(64, 128, 128),
-                layers_per_block=1,
-                down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-                up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-                attention_head_dim=64,
-            )
-            unet.save_pretrained(folder / "model")
-            DDIMScheduler().save_pretrained(folder / "model")
-            self.model = load_model(str(folder / "model"))
+        self.model = make_model(name, folder)
         self.unet = self.model.unet.eval()
         for scheme in ("W8A8", "W4A8"):
             config = preset("default", scheme=scheme, **NEAREST)
