@@ -69,7 +69,7 @@ class Config:
     rounding_b_start: float = 20.0
     rounding_b_end: float = 2.0
     # phase A
-    activation_range: Literal["mse", "minmax", "ema"] = "mse"
+    activation_range: Literal["mse", "mse-ends", "minmax", "ema"] = "mse"
     activation_iterations: int = 80
     interval_lr: float = 1e-2
     module_lr: float = 2e-3
@@ -78,7 +78,7 @@ class Config:
     bias_lr: float = 1e-3
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     interval_parameter: Literal["raw", "log"] = "log"
-    zero_point: Literal["fixed", "step"] = "step"
+    zero_point: Literal["fixed", "step", "low-end"] = "step"
     module_start: Literal["as-is", "static", "steps"] = "steps"
     time_encoding: Literal["none", "normalize", "fourier", "frequency"] = "frequency"
     module_weights: Literal["he", "gaussian", "zero", "xavier"] = "he"

@@ -21,7 +21,7 @@ class QuantizerRecord:
     name: str
     bits: int
     method: str  # interval source, e.g. "tdq-thin"
-    range_method: str  # "mse" or "minmax": how its first interval is found
+    range_method: str  # "mse", "mse-ends", "minmax" or "ema": how its first interval is found
     from_zero: bool = False  # codes start at the value 0 (softmax output)
 
 

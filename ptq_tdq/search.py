@@ -16,6 +16,8 @@ from ptq_tdq.scheme import QType
 
 SHRINK_FACTORS = tuple(1 - 0.01 * i for i in range(80))
 POWER = 2.4
+_BOTH_ENDS = ((True, True),)  # which ends of the range move: low, high
+_EACH_END = (*_BOTH_ENDS, (False, True), (True, False), (False, True))
 
 
 @dataclass(frozen=True)
@@ -81,32 +83,35 @@ def activation_qparams(
 ) -> QParams:
     """Intervals [K] for the K rows of a histogram.
 
-    ``method`` is "minmax" or "mse"; ``from_zero`` makes the lowest code stand for 0 (softmax outputs); a given
-    ``zero_point`` (a scalar) is kept and only the scale is searched.
+    ``method`` is "minmax" or "ema" (the range as observed), "mse" (one shrink factor for both ends of the range) or
+    "mse-ends" (then one for each end, in turn); ``from_zero`` makes the lowest code stand for 0 (softmax outputs); a
+    given ``zero_point`` (a scalar) is kept and only the scale is searched.
     """
     lo, hi = histogram.lo, histogram.hi
     if from_zero:
         lo = torch.zeros_like(lo)
 
-    def place(factor: float) -> tuple[Tensor, Tensor]:
+    def place(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if zero_point is None:
-            return choose_qparams(lo * factor, hi * factor, qtype)
+            return choose_qparams(lo * low, hi * high, qtype)
         # a side without codes cannot be covered and does not count
-        up = hi / (qtype.qmax - zero_point) if zero_point < qtype.qmax else torch.zeros_like(hi)
-        down = -lo / (zero_point - qtype.qmin) if zero_point > qtype.qmin else torch.zeros_like(lo)
-        scale = (torch.maximum(up, down) * factor).clamp(min=torch.finfo(torch.float32).tiny)
+        up = hi / (qtype.qmax - zero_point) * high if zero_point < qtype.qmax else torch.zeros_like(hi)
+        down = -lo / (zero_point - qtype.qmin) * low if zero_point > qtype.qmin else torch.zeros_like(lo)
+        scale = torch.maximum(up, down).clamp(min=torch.finfo(torch.float32).tiny)
         return scale, zero_point.to(torch.int32).expand_as(scale)
 
-    best_scale, best_zero = place(1.0)
-    if method == "minmax":
-        return QParams(best_scale, best_zero)
-    best = torch.full_like(best_scale, torch.inf)
-    x = histogram.centres
-    for factor in SHRINK_FACTORS:
-        scale, zero = place(factor)
-        error = (x - fake_quantize(x, scale[:, None], zero[:, None], qtype)).abs().pow(POWER)
-        error = (error * histogram.counts).sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return QParams(best_scale, best_zero.to(torch.int32))
+    x, best = histogram.centres, torch.full_like(lo, torch.inf)
+    low = high = torch.ones_like(lo)  # the best factors so far
+    for moves_low, moves_high in {"minmax": (), "ema": (), "mse": _BOTH_ENDS, "mse-ends": _EACH_END}[method]:
+        first_low, first_high = low, high
+        for factor in SHRINK_FACTORS:
+            new_low = torch.full_like(lo, factor) if moves_low else first_low
+            new_high = torch.full_like(hi, factor) if moves_high else first_high
+            scale, zero = place(new_low, new_high)
+            error = (x - fake_quantize(x, scale[:, None], zero[:, None], qtype)).abs().pow(POWER)
+            error = (error * histogram.counts).sum(1)
+            better = error < best
+            best = torch.where(better, error, best)
+            low, high = torch.where(better, new_low, low), torch.where(better, new_high, high)
+    scale, zero = place(low, high)
+    return QParams(scale, zero.to(torch.int32))

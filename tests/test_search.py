@@ -115,6 +115,41 @@ def test_activations_get_almost_the_best_of_the_grid_on_the_raw_values(kind: str
         assert error(row, scale, zero, qtype) <= grid * 1.02
 
 
+def silu(rows: int) -> Tensor:
+    x = (
+        torch.from_numpy(np.random.default_rng(3).normal(size=(rows, 4000))).float()
+        * torch.arange(1.0, rows + 1)[:, None]
+    )
+    return torch.nn.functional.silu(x)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+@pytest.mark.parametrize(
+    "x", [silu(3), data("normal", 3, 4000), data("skewed", 3, 4000)], ids=["silu", "normal", "skewed"]
+)
+def test_ends_that_move_apart_are_nearly_the_best_of_all_pairs_of_ends(x: Tensor, bits: int) -> None:
+    qtype, t = QType(bits), torch.arange(3.0)
+    x = x / x.abs().amax(1, keepdim=True)
+    apart, both = (activation_qparams(histogram(x, t), qtype, method=method) for method in ("mse-ends", "mse"))
+    for i, row in enumerate(x.double().numpy()):
+        ours, joint = (error(row, found.scale[i].item(), found.zero_point[i].item(), qtype) for found in (apart, both))
+        pairs = np.array(np.meshgrid(np.linspace(0.1, 1, 60), np.linspace(0.1, 1, 60))).reshape(2, -1).T
+        ranges = [(row.min() * low, row.max() * high) for low, high in pairs]
+        scales = [((hi - lo) / qtype.qmax) for lo, hi in ranges]
+        all_pairs = min(
+            error(row, scale, -np.rint(lo / scale), qtype) for (lo, _), scale in zip(ranges, scales, strict=True)
+        )
+        assert ours <= min(joint * 1.001, all_pairs * 1.05)
+
+
+def test_ends_that_move_apart_keep_the_negative_tail_of_a_silu() -> None:
+    """One factor for both ends gives up the tail, which is dense, together with the rare large values."""
+    x, qtype = silu(4), QType(6)
+    found = activation_qparams(histogram(x, torch.arange(4.0)), qtype, method="mse-ends")
+    low = -found.scale * found.zero_point
+    assert ((low + 0.2785).abs() <= 0.6 * found.scale).all()
+
+
 def test_softmax_codes_start_at_zero() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3000).mul(2).softmax(-1) + 0.01

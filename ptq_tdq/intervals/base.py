@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.errors import ConfigError
+from ptq_tdq.intervals.zero_point import LowEndZeroPoint, TabledZeroPoint
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import Histogram, QParams, activation_qparams
 
@@ -25,8 +26,9 @@ class IntervalOptions:
     """The choices that interval sources share; each preset names all of them.
 
     parameter: a learned scale is stored raw (LSQ) or as its logarithm.
-    zero_point: of modules and step sources: "fixed" at the static value, or "step": interpolated over t between the
-        observed steps' best ones. S_N searches one per bin.
+    zero_point: of modules and step sources: "fixed" at the static value; "step": interpolated over t between the
+        observed steps' best ones; "low-end": interpolated is the low end of the steps' best ranges, and the zero point
+        follows the learned scale. S_N searches one per bin.
     start: modules start "as-is" (their random initialisation around the static interval), fitted to the "static"
         interval, or fitted to the "steps"' best intervals (regression in log s).
     encoding: time encoding of ``tdq`` (supp Table 2). weights: initialisation of ``tdq`` (supp Table 7).
@@ -34,7 +36,7 @@ class IntervalOptions:
     """
 
     parameter: Literal["raw", "log"] = "log"
-    zero_point: Literal["fixed", "step"] = "fixed"
+    zero_point: Literal["fixed", "step", "low-end"] = "fixed"
     start: Literal["as-is", "static", "steps"] = "steps"
     encoding: Literal["none", "normalize", "fourier", "frequency"] = "frequency"
     weights: Literal["he", "gaussian", "zero", "xavier"] = "he"
@@ -54,8 +56,9 @@ class Observed:
     options: IntervalOptions = field(default_factory=IntervalOptions)
 
     def search(self, histogram: Histogram, zero_point: Tensor | None = None) -> QParams:
-        method = "mse" if self.range_method == "mse" else "minmax"
-        return activation_qparams(histogram, self.qtype, method=method, from_zero=self.from_zero, zero_point=zero_point)
+        return activation_qparams(
+            histogram, self.qtype, method=self.range_method, from_zero=self.from_zero, zero_point=zero_point
+        )
 
     @cached_property
     def static(self) -> QParams:
@@ -75,11 +78,15 @@ class Observed:
         dense = torch.from_numpy(np.interp(axis, self.t.numpy(), values.double().numpy()))
         return dense.to(torch.float32) if values.is_floating_point() else dense.round().to(values.dtype)
 
-    def zero_point_table(self) -> Tensor:
-        """The zero point of each time step of the axis, int32 [T], as the options say."""
-        if self.options.zero_point == "step":
-            return self.spread(self.steps.zero_point)
-        return self.static.zero_point.expand(self.num_train_timesteps).clone()
+    def zero_point(self) -> TabledZeroPoint | LowEndZeroPoint:
+        """The zero point over the axis, as the options say."""
+        steps, choice = self.steps, self.options.zero_point
+        if choice == "low-end":
+            low = (self.qtype.qmin - steps.zero_point) * steps.scale
+            return LowEndZeroPoint(self.spread(low), self.qtype)
+        if choice == "step":
+            return TabledZeroPoint(self.spread(steps.zero_point))
+        return TabledZeroPoint(self.static.zero_point.expand(self.num_train_timesteps).clone())
 
 
 class IntervalSource(nn.Module, ABC):

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptq_tdq.intervals.base import IntervalSource, Observed
-from ptq_tdq.timeaxis import lookup
 
 
 def inverse_softplus(y: Tensor) -> Tensor:
@@ -18,14 +17,14 @@ def inverse_softplus(y: Tensor) -> Tensor:
 class ModuleInterval(IntervalSource):
     """``scale = softplus(net(encode(t)))``; the net's last layer is a linear layer to one number."""
 
-    def __init__(self, encode: nn.Module, net: nn.Sequential, zero_point: Tensor) -> None:
+    def __init__(self, encode: nn.Module, net: nn.Sequential, zero_point: nn.Module) -> None:
         super().__init__()
         self.encode, self.net = encode, net
-        self.register_buffer("zero_point", zero_point)  # int32 [T]
-        self.zero_point: Tensor
+        self.zero_point = zero_point
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.scale(t), lookup(self.zero_point, t)
+        scale = self.scale(t)
+        return scale, self.zero_point(t, scale)
 
     def scale(self, t: Tensor) -> Tensor:
         # softplus underflows to 0 for a very negative input; an interval is positive

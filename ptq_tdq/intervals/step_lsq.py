@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq_tdq.intervals.base import IntervalSource, LearnedScale, Observed
-from ptq_tdq.timeaxis import lookup
 
 
 class StepLSQ(IntervalSource):
@@ -14,22 +13,21 @@ class StepLSQ(IntervalSource):
 
     pattern = "step-lsq"
 
-    def __init__(self, t: Tensor, scale: Tensor, zero_point: Tensor, parameter: str) -> None:
+    def __init__(self, t: Tensor, scale: Tensor, zero_point: nn.Module, parameter: str) -> None:
         super().__init__()
-        self.scale = LearnedScale(scale, parameter)
+        self.scale, self.zero_point = LearnedScale(scale, parameter), zero_point
         self.register_buffer("t", t)
-        self.register_buffer("zero_point", zero_point)  # int32 [T]
         self.t: Tensor
-        self.zero_point: Tensor
 
     @classmethod
     def build(cls, method: str, observed: Observed) -> StepLSQ:
-        return cls(observed.t, observed.steps.scale, observed.zero_point_table(), observed.options.parameter)
+        return cls(observed.t, observed.steps.scale, observed.zero_point(), observed.options.parameter)
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         after = torch.searchsorted(self.t, t.to(self.t.dtype)).clamp(max=len(self.t) - 1)
         before = (after - 1).clamp(min=0)
         gap = (self.t[after] - self.t[before]).clamp(min=torch.finfo(torch.float32).tiny)
         weight = ((t - self.t[before]) / gap).clamp(0.0, 1.0)
-        scale = self.scale()
-        return scale[before] * (1 - weight) + scale[after] * weight, lookup(self.zero_point, t)
+        knots = self.scale()
+        scale = knots[before] * (1 - weight) + knots[after] * weight
+        return scale, self.zero_point(t, scale)

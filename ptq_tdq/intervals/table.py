@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from ptq_tdq.intervals.base import IntervalSource, Observed
@@ -24,7 +25,8 @@ class TableSource(IntervalSource):
     @classmethod
     def build(cls, method: str, observed: Observed) -> TableSource:
         """The best interval of each observed step, spread over the axis; not learned."""
-        return cls(observed.spread(observed.steps.scale), observed.zero_point_table())
+        scale = observed.spread(observed.steps.scale)
+        return cls(scale, observed.zero_point()(torch.arange(len(scale)), scale))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the model but stay float32: ``model.half()`` must not round the intervals."""

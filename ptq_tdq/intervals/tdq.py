@@ -77,6 +77,6 @@ class TDQ(ModuleInterval):
             nn.Linear(HIDDEN, 1),
         )
         initialize(net, observed.options.weights)
-        source = cls(encode, net, observed.zero_point_table())
+        source = cls(encode, net, observed.zero_point())
         source.start(observed)
         return source

@@ -24,6 +24,6 @@ class TDQThin(ModuleInterval):
             nn.Linear(1, HIDDEN), activation(), nn.Linear(HIDDEN, HIDDEN), activation(), nn.Linear(HIDDEN, 1)
         )
         initialize(net, observed.options.weights)
-        source = cls(TimeEncoding("normalize", observed.num_train_timesteps), net, observed.zero_point_table())
+        source = cls(TimeEncoding("normalize", observed.num_train_timesteps), net, observed.zero_point())
         source.start(observed)
         return source
