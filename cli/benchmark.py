@@ -37,7 +37,7 @@ FORMATS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "csv": to_cs
     metavar="NAMES",
     default=",".join(METHODS),
     show_default=True,
-    help="Methods; with choices of its own a method is a column too: tdq-thin:module_start=static+bias_lr=0.",
+    help="Methods; with choices of its own a method is a column too: tdq-thin:bias_lr=0+eight_bit_layers=first/last.",
 )
 @click.option("--seeds", metavar="NUMBERS", default="0,1,2", show_default=True, help="Seeds.")
 @click.option(

@@ -30,7 +30,8 @@ class Config:
     signed bytes that integer kernels take.
 
     Rounding "gptq" is the closed form of :mod:`ptq_tdq.gptq`, with the ``damping`` of its compensation for quantized
-    inputs; "adaround" is learned in ``weight_iterations``.
+    inputs, and with ``round_again`` once more at the end of phase A, when activations are quantized too; "adaround" is
+    learned in ``weight_iterations``.
 
     Learning (:mod:`ptq_tdq.recon.weights`, :mod:`ptq_tdq.recon.activations`): ``interval_lr`` is the rate of a learned
     scale, ``module_lr`` that of a module's weights, ``bias_lr`` that of the layers' biases in both phases (0 keeps
@@ -48,8 +49,8 @@ class Config:
     num_inference_steps: int = 25
     step_distribution: Literal["uniform", "normal"] = "uniform"
     # layers
-    eight_bit_layers: tuple[Role, ...] = ("first", "last")
-    weight_only_layers: tuple[Role, ...] = ("time_embedding",)
+    eight_bit_layers: tuple[Role, ...] = ("first", "last", "shortcut")
+    weight_only_layers: tuple[Role, ...] = ("time_embedding", "first")
     float_layers: tuple[Role, ...] = ()
     fixed_layers: tuple[Role, ...] = ("first",)
     skip: tuple[str, ...] = ()
@@ -62,6 +63,7 @@ class Config:
     weight_symmetric: Literal["never", "8-bit", "always"] = "8-bit"
     rounding: Literal["adaround", "gptq", "nearest"] = "gptq"
     damping: float = 0.3
+    round_again: bool = True
     weight_iterations: int = 200
     weight_lr: float = 1e-2
     rounding_loss: float = 0.01
@@ -69,7 +71,7 @@ class Config:
     rounding_b_start: float = 20.0
     rounding_b_end: float = 2.0
     # phase A
-    activation_range: Literal["mse", "mse-ends", "minmax", "ema"] = "mse"
+    activation_range: Literal["mse", "mse-ends", "minmax", "ema"] = "mse-ends"
     activation_iterations: int = 80
     interval_lr: float = 1e-2
     module_lr: float = 2e-3
@@ -78,7 +80,7 @@ class Config:
     bias_lr: float = 1e-3
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     interval_parameter: Literal["raw", "log"] = "log"
-    zero_point: Literal["fixed", "step", "low-end"] = "step"
+    zero_point: Literal["fixed", "step", "low-end"] = "low-end"
     module_start: Literal["as-is", "static", "steps"] = "steps"
     time_encoding: Literal["none", "normalize", "fourier", "frequency"] = "frequency"
     module_weights: Literal["he", "gaussian", "zero", "xavier"] = "he"
@@ -136,7 +138,7 @@ COLLECT_CHOICES = ("samples_per_step", "calibration_steps", "num_inference_steps
 ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is there in part
     (
         *("preset", "method", "softmax_bits", "fixed_layers", "activation_range", "activation_iterations"),
-        *("interval_lr", "module_lr", "loss_power", "interval_parameter", "zero_point"),
+        *("interval_lr", "module_lr", "loss_power", "round_again", "interval_parameter", "zero_point"),
         *("module_start", "time_encoding", "module_weights", "thin_activation"),
     )
 )
@@ -193,11 +195,13 @@ _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
     "weight_only_layers": (),
     "weight_symmetric": "never",
     "rounding": "adaround",
+    "round_again": False,
     "weight_lr": 1e-3,
     "activation_iterations": 5000,
     "interval_lr": 4e-4,
     "module_lr": 4e-4,
     "interval_parameter": "raw",
+    "activation_range": "mse",
     "zero_point": "fixed",
     "module_start": "as-is",
     "thin_activation": "relu",

@@ -60,15 +60,17 @@ def test_paper_leaves_shortcuts_downsampling_and_attention_products_in_floating_
         assert [q.bits for q in record.inputs] == [8 if name in eight else 6], name
 
 
-def test_default_keeps_the_ends_at_8_bits_and_the_input_of_the_time_embedding_in_floating_point(
+def test_default_keeps_ends_and_shortcuts_at_8_bits_and_the_inputs_of_model_and_time_embedding_in_floating_point(
     unet: UNet2DModel,
 ) -> None:
     names = layers_of(unet)
     plan = plan_of(unet, preset("default", scheme="W4A6"))
     weights = {n: r.weight_bits for n, r in plan.items() if r.weight_bits}
     assert set(weights) == names
-    assert {n for n, r in plan.items() if not r.inputs} == named(names, "time_emb")
-    assert {n for n, bits in weights.items() if bits == 8} == {"conv_in", "conv_out"} | named(names, "time_emb")
+    assert {n for n, r in plan.items() if not r.inputs} == {"conv_in"} | named(names, "time_emb")
+    eight = {"conv_in", "conv_out"} | named(names, "time_emb") | named(names, "conv_shortcut")
+    assert {n for n, bits in weights.items() if bits == 8} == eight
+    assert {q.bits for n in eight for q in plan[n].inputs} == {8}
     assert any(r.kind == "attention" for r in plan.values())
     assert any(len(r.splits) == 3 for r in plan.values())
 

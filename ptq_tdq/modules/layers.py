@@ -122,13 +122,19 @@ class QuantLayer(nn.Module):
                 self.shift.zero_()
         self._final = self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input behind its quantizers: one for each channel range, none where only the weight is quantized."""
         if len(self.inputs) == 1:
-            x = self.inputs[0](x)
-        elif self.inputs:  # none: only the weight is quantized
-            sizes = [hi - lo for lo, hi in self.ranges]
-            parts = x.split(sizes, self.channel_dim)
-            x = torch.cat([q(p) for q, p in zip(self.inputs, parts, strict=True)], self.channel_dim)
+            y: Tensor = self.inputs[0](x)
+            return y
+        if not self.inputs:
+            return x
+        sizes = [hi - lo for lo, hi in self.ranges]
+        parts = x.split(sizes, self.channel_dim)
+        return torch.cat([q(p) for q, p in zip(self.inputs, parts, strict=True)], self.channel_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.quantized_input(x)
         if not self.weights_enabled:
             return self.operation(self.layer, x, self.weight, self.bias)
         bias = None if self.bias is None or self.shift is None else self.bias + self.shift

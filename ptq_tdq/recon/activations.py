@@ -15,6 +15,7 @@ from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.observe import Observer
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
+from ptq_tdq.recon.weights import round_again
 from ptq_tdq.search import QParams
 
 
@@ -61,9 +62,18 @@ def observe(unit: Unit, call: UnitCall, config: Config, num_train_timesteps: int
 
 
 def reconstruct_activations(
-    unit: Unit, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator, num_train_timesteps: int
+    unit: Unit,
+    full: UnitCall,
+    call: UnitCall,
+    target: Tensor,
+    config: Config,
+    generator: torch.Generator,
+    num_train_timesteps: int,
 ) -> ActivationResult:
-    """Learn the intervals of the unit's activations; the end state is never worse than the start."""
+    """Learn the intervals of the unit's activations; the end state is never worse than the start.
+
+    ``full`` and ``call`` are the unit's calls in the full-precision and in the quantized stream.
+    """
     observed = observe(unit, call, config, num_train_timesteps)
     quantizers = unit.quantizers()
     for quantizer in quantizers:
@@ -78,6 +88,8 @@ def reconstruct_activations(
             after = _learn(unit, call, target, sources, config, generator, before)
     for quantizer in quantizers:
         freeze(quantizer, num_train_timesteps)
+    if config.rounding == "gptq" and config.round_again:
+        after = round_again(unit, full, call, target, config, generator, after)
     return ActivationResult(before, after, {name: o.static for name, o in observed.items()})
 
 

@@ -78,13 +78,9 @@ class RunDirectory:
 
 def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
     """What a phase decided for a unit."""
-    tensors: Tensors = {}
+    tensors = _weights(unit) | _shifts(unit)
     if phase == "weights":
-        for layer in unit.layers():
-            for index, weight in enumerate(layer.weight_quantizers()):
-                for key in ("codes", "scale", "zero_point"):
-                    tensors[f"{layer.record.name}.{index}.{key}"] = getattr(weight, key)
-        return tensors | _shifts(unit)
+        return tensors
     for quantizer in unit.quantizers():
         name, source = quantizer.record.name, quantizer.source
         tensors[f"{name}.static_scale"] = static[name].scale
@@ -93,7 +89,16 @@ def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
             tensors[f"{name}.scale"] = source.scale
         assert isinstance(source, TableSource | Dynamic)
         tensors[f"{name}.zero_point"] = source.zero_point
-    return tensors | _shifts(unit)
+    return tensors
+
+
+def _weights(unit: Unit) -> Tensors:
+    return {
+        f"weight.{layer.record.name}.{index}.{key}": getattr(weight, key)
+        for layer in unit.layers()
+        for index, weight in enumerate(layer.weight_quantizers())
+        for key in ("codes", "scale", "zero_point")
+    }
 
 
 def _shifts(unit: Unit) -> Tensors:
@@ -108,14 +113,12 @@ def restore(
     with torch.no_grad():
         for name, shift in _shifts(unit).items():
             shift.copy_(tensors[name])
+    for layer in unit.layers():
+        layer.weights_enabled = True
+        for index in range(len(layer.ranges)):
+            prefix = f"weight.{layer.record.name}.{index}"
+            layer.assign(index, tensors[f"{prefix}.codes"], tensors[f"{prefix}.scale"], tensors[f"{prefix}.zero_point"])
     if phase == "weights":
-        for layer in unit.layers():
-            layer.weights_enabled = True
-            for index in range(len(layer.ranges)):
-                prefix = f"{layer.record.name}.{index}"
-                layer.assign(
-                    index, tensors[f"{prefix}.codes"], tensors[f"{prefix}.scale"], tensors[f"{prefix}.zero_point"]
-                )
         return losses
     for quantizer in unit.quantizers():
         name = quantizer.record.name

@@ -100,7 +100,9 @@ def reconstruct(
                     if phase == "weights":
                         losses = reconstruct_weights(unit, full, mine, target, config, generator)
                     else:
-                        result = reconstruct_activations(unit, mine, target, config, generator, num_train_timesteps)
+                        result = reconstruct_activations(
+                            unit, full, mine, target, config, generator, num_train_timesteps
+                        )
                         losses = result.before, result.after
                         static.update(result.static)
                 if run:

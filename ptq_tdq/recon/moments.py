@@ -77,7 +77,7 @@ def _groups(layer: nn.Module) -> int:
 
 
 def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice) -> Tensor:
-    """What reaches ``layer`` when the unit runs on some samples."""
+    """What ``layer`` computes with when the unit runs on some samples: its input behind the quantizers that are on."""
     found: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -92,7 +92,8 @@ def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice) -> Tenso
         pass
     finally:
         handle.remove()
-    return found[0]
+    with torch.no_grad():
+        return layer.quantized_input(found[0])
 
 
 def _picker(layer: nn.Module, x: Tensor, each: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:

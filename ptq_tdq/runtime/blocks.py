@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.runtime.attention import Attend, reference_attend
 from ptq_tdq.runtime.kernels import Norm
-from ptq_tdq.runtime.layer import IntegerLayer, WeightOnlyLinear
+from ptq_tdq.runtime.layer import IntegerLayer, WeightOnlyLayer
 from ptq_tdq.runtime.step import Interval, Step
 
 
@@ -37,11 +37,12 @@ def _takes_norm(layer: nn.Module | None) -> bool:
 class TimeProjections(nn.Module):
     """The time-embedding linears of all residual blocks as one; computed when the first of them asks."""
 
-    def __init__(self, linears: list[WeightOnlyLinear]) -> None:
+    def __init__(self, linears: list[WeightOnlyLayer]) -> None:
         super().__init__()
         self.sizes = [len(linear.codes) for linear in linears]
         parts = ([getattr(linear, name) for linear in linears] for name in ("codes", "scale", "bias"))
-        self.all = WeightOnlyLinear(*(torch.cat(part) for part in parts))
+        codes, scale, bias = (torch.cat(part) for part in parts)
+        self.all = WeightOnlyLayer(codes, scale, bias)
         self._last: Tensor | None = None
         self._shifts: tuple[Tensor, ...] = ()
 
@@ -166,7 +167,7 @@ def fuse(model: nn.Module) -> list[str]:
 def _fuse_time(model: nn.Module) -> list[str]:
     """The weight-only time-embedding linears of the residual blocks."""
     resnets = (m for m in model.modules() if isinstance(m, IntegerResnet))
-    blocks = [block for block in resnets if isinstance(block.time_emb_proj, WeightOnlyLinear)]
+    blocks = [block for block in resnets if isinstance(block.time_emb_proj, WeightOnlyLayer)]
     if not blocks:
         return []
     together = TimeProjections([block.time_emb_proj for block in blocks])

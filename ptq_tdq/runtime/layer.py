@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, normalized
-from ptq_tdq.runtime.products import Products
+from ptq_tdq.runtime.products import Geometry, Products
 from ptq_tdq.runtime.step import Step
 
 
@@ -24,15 +25,15 @@ class Part:
     products: Products
 
 
-class WeightOnlyLinear(nn.Module):
-    """A Linear with integer weights and a floating-point input: the weight is made float at each use.
+class WeightOnlyLayer(nn.Module):
+    """A Linear or Conv2d with integer weights and a floating-point input: the weight is made float at each use.
 
-    codes int8 or int16 [O, C] less their zero points, scale and bias [O].
+    codes int8 or int16 [O, C] or [O, C, kh, kw] less their zero points, scale and bias [O]. A Conv2d has a geometry.
     """
 
-    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor) -> None:
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor, geometry: Geometry | None = None) -> None:
         super().__init__()
-        self.codes, self.scale, self.bias = codes, scale, bias
+        self.codes, self.scale, self.bias, self.geometry = codes, scale, bias, geometry
 
     @property
     def nbytes(self) -> int:
@@ -40,7 +41,12 @@ class WeightOnlyLinear(nn.Module):
         return self.codes.nbytes + self.scale.nbytes + self.bias.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.codes * self.scale[:, None], self.bias)
+        weight = self.codes * self.scale.view(-1, *(1,) * (self.codes.ndim - 1))
+        if (g := self.geometry) is None:
+            return functional.linear(x, weight, self.bias)
+        top, left, bottom, right = g.padding
+        padded = functional.pad(x, (left, right, top, bottom)).contiguous(memory_format=torch.channels_last)
+        return functional.conv2d(padded, weight, self.bias, g.stride, dilation=g.dilation, groups=g.groups)
 
 
 class IntegerLayer(nn.Module):

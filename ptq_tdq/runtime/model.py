@@ -17,7 +17,7 @@ from ptq_tdq.runtime.attention import Attend, native_attend, reference_attend
 from ptq_tdq.runtime.blocks import IntegerAttention, fuse
 from ptq_tdq.runtime.cpu import check_exact, instruction_set
 from ptq_tdq.runtime.kernels import Quantize, reference_quantize
-from ptq_tdq.runtime.layer import IntegerLayer, Part, WeightOnlyLinear
+from ptq_tdq.runtime.layer import IntegerLayer, Part, WeightOnlyLayer
 from ptq_tdq.runtime.native import native_quantize, open_library
 from ptq_tdq.runtime.products import Geometry, NativeProducts, OneDnnProducts, Products, Weights
 from ptq_tdq.runtime.step import Step
@@ -68,7 +68,7 @@ class IntegerModel(TimedModel):
             "weight_only_layers": [record.name for record in layers if not record.inputs],
             "float_layers": sorted(n for n, m in model.named_modules() if layer_kind(m)),
             "fused_blocks": len(fuse(model)),
-            "weight_bytes": sum(m.nbytes for m in model.modules() if isinstance(m, IntegerLayer | WeightOnlyLinear))
+            "weight_bytes": sum(m.nbytes for m in model.modules() if isinstance(m, IntegerLayer | WeightOnlyLayer))
             + sum(p.nbytes for p in model.parameters()),
         }
 
@@ -108,11 +108,6 @@ class _Engine:
     def layer(self, layer: nn.Module, record: LayerRecord, artifact: Artifact, step: Step) -> nn.Module:
         """The integer form of one layer."""
         name, geometry = record.name, Geometry.of(layer, record.name)
-        if not record.inputs and record.kind != "linear":
-            raise RuntimeUnsupportedError(
-                f"{name} has integer weights and a float input, which only a Linear can have yet; "
-                'use backend="simulated".'
-            )
         codes, scales, zero_points = (
             of[name] for of in (artifact.weight_codes, artifact.weight_scale, artifact.weight_zero_point)
         )
@@ -130,7 +125,9 @@ class _Engine:
                 bias if index == 0 else no_bias,
             )
             if not record.inputs:
-                return WeightOnlyLinear(weights.narrow.flatten(1), weights.scale, bias)
+                if record.kind == "linear":
+                    return WeightOnlyLayer(weights.narrow.flatten(1), weights.scale, bias)
+                return WeightOnlyLayer(weights.narrow, weights.scale, bias, geometry)
             quantizer = record.inputs[index]
             weights = weights.padded() if geometry.groups == 1 else weights
             pitch = weights.codes.shape[1] * geometry.groups

@@ -26,8 +26,9 @@ METHODS = ("tdq", "tdq-thin", BASELINE_METHOD, "S_2", "S_4", "S_10", "S_20", "st
 class Cell:
     """One entry: its place in the table and the choices behind it. ``samples`` are those of the evaluation.
 
-    ``method`` is a column's label: a method, or a method with changed choices ("tdq-thin:module_start=static"). A
-    ``correction`` is named there as a choice is ("tdq:correction=ptqd").
+    ``method`` is a column's label: a method, or a method with changed choices ("tdq-thin:module_start=static"; lists
+    with "/": "tdq-thin:eight_bit_layers=first/last"). A ``correction`` is named there as a choice is
+    ("tdq:correction=ptqd").
     """
 
     preset: str
@@ -82,7 +83,7 @@ class Cell:
 
 def line_choices(line: Mapping[str, Any]) -> dict[str, Any]:
     """What :attr:`Cell.choices` was when a line was written."""
-    return {"backend": "simulated", "correction": "none", **line["choices"]}
+    return {"backend": "simulated", "correction": "none", "round_again": False, **line["choices"]}
 
 
 def make_cells(
@@ -126,7 +127,8 @@ def _cell(
 ) -> Cell:
     column = label(method)
     base, _, change = column.partition(":")
-    changes = dict(_pair(text, "a method's change") for text in change.split("+") if text)
+    pairs = (_pair(text, "a method's change") for text in change.split("+") if text)
+    changes = {key: value.replace("/", ",") for key, value in pairs}  # commas part the methods
     correction = read_correction(changes.pop("correction", "none"))
     config = preset(name, **{**_of_preset(settings, name), **changes, "scheme": scheme, "method": base, "seed": seed})
     return Cell(name, str(config.parsed_scheme), column, config, samples, backend, correction)

@@ -20,7 +20,7 @@ from ptq_tdq.affine import quantize
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError, RuntimeUnsupportedError, TimestepError
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.runtime import IntegerModel
-from ptq_tdq.runtime.layer import IntegerLayer
+from ptq_tdq.runtime.layer import IntegerLayer, WeightOnlyLayer
 
 FEW = {"weight_iterations": 2, "activation_iterations": 2, "batch_size": 4}
 CASES = {
@@ -88,6 +88,10 @@ def test_each_layer_computes_what_the_simulated_one_does(artifact: Path, t: Tens
     found = integer_layers(model)
     assert set(found) | weight_only(model) == set(layers)
     model.at(t)
+    for name in weight_only(model) & {"conv_in", "time_embedding.linear_1"}:  # the others are fused into one
+        layer, (x, expected) = model.get_submodule(f"model.{name}"), layers[name]
+        assert isinstance(layer, WeightOnlyLayer) and layer.codes.dtype == torch.int8
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=2e-6 * float(expected.abs().max()))
     for name in found:
         x, expected = layers[name]
         found[name].norm = None  # the simulated layer's input is behind the norm
@@ -187,7 +191,8 @@ def test_what_cannot_be_answered_is_refused(calibrated: Callable[[Path], Path], 
         predict(model, 1000)
     model.at(torch.tensor([1, 2]))
     with pytest.raises(ModelError, match="2 time steps do not fit a batch of 4"):
-        integer_layers(model)["conv_in"](inputs()[0])
+        last = integer_layers(model)["conv_out"]
+        last(torch.zeros(4, last.parts[0].channels[1], 8, 8))
     with pytest.raises(NonFiniteError, match="NaN or Inf"):
         model(torch.full((1, 3, 8, 8), torch.nan), 1, class_labels=torch.tensor([0]))
     with pytest.raises(ConfigError, match="on the CPU only"):

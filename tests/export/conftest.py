@@ -54,7 +54,7 @@ class Case:
     scheme: str
     tables: str  # "moving": scale and zero point depend on t; "scaled": the scale alone; "static"; "dynamic"
     symmetric: str = "never"
-    weight_only: bool = False  # the time embedding
+    weight_only: bool = False  # the time embedding and the first layer
 
 
 CASES = {
@@ -84,7 +84,7 @@ def make_artifact(case: Case) -> Artifact:
         method="dynamic" if case.tables == "dynamic" else "tdq-thin",
         weight_symmetric=case.symmetric,
         fixed_layers=(),
-        weight_only_layers=("time_embedding",) if case.weight_only else (),  # their inputs have two axes
+        weight_only_layers=("time_embedding", "first") if case.weight_only else (),  # inputs of two axes and of four
     )
     quantized = QuantizedModel.copy_of(unet, make_plan(unet, config, lambda: unet(**inputs())))
     for layer in quantized.layers().values():

@@ -44,10 +44,11 @@ def test_settings_hold_for_all_presets_or_for_one() -> None:
 
 
 def test_a_method_with_changed_choices_is_a_column_of_its_own() -> None:
-    label = "tdq-thin:module_start=static+bias_lr=0"
+    label = "tdq-thin:module_start=static+bias_lr=0+eight_bit_layers=first/last"
     (cell,) = cells(methods=[label], schemes=["W4A8"], seeds=[3], settings=["module_start=as-is"])[1:]
     assert cell.method == label and cell.seed == 3
     assert (cell.config.method, cell.config.module_start, cell.config.bias_lr) == ("tdq-thin", "static", 0.0)
+    assert cell.config.eight_bit_layers == ("first", "last")
 
 
 def test_full_precision_is_sampled_once_for_each_number_of_steps() -> None:
