@@ -2,11 +2,11 @@
 
 The engine sweeps the embedded model as ``ptq-tdq calibrate`` does. At each unit both learn from the same inputs,
 targets and first intervals, one after the other in one process: ours with preset ``default`` (which rounds weights in
-closed form; ``--set rounding=adaround`` compares the loops), the published loop (``published_loop.py``: composed ops,
-NCHW float32, its own learning rates) for each number of ``--iterations``. In phase A both start from the weights of our
-phase W. The sweep goes on with our result. Losses are evaluated in float32 over all samples, outside the published
-loop's time and inside ours. One JSON line per (phase, unit) is appended; a run that ``--minutes`` stopped goes on when
-it is started again. ``--render`` prints the sums.
+closed form, and again at the end of phase A; ``--set rounding=adaround`` compares the loops), the published loop
+(``published_loop.py``: composed ops, NCHW float32, its own learning rates) for each number of ``--iterations``. In
+phase A both start from the weights of our phase W. The sweep goes on with our result. Losses are evaluated in float32
+over all samples, outside the published loop's time and inside ours. One JSON line per (phase, unit) is appended; a run
+that ``--minutes`` stopped goes on when it is started again. ``--render`` prints the sums.
 
 "The loss of the whole model" is the sum of its units' final losses, of each phase: sum over channels, mean over the
 rest, power 2 in phase W and 2.4 in phase A.
@@ -77,12 +77,18 @@ class Bench:
 
     def activations(self, original: Any) -> Any:
         def reconstruct_activations(
-            unit: Unit, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator, steps: int
+            unit: Unit,
+            full: UnitCall,
+            call: UnitCall,
+            target: Tensor,
+            config: Config,
+            generator: torch.Generator,
+            steps: int,
         ) -> activations.ActivationResult:
             self.stop_in_time()
             other = published_copy(unit)
             began = time.process_time()
-            result: activations.ActivationResult = original(unit, call, target, config, generator, steps)
+            result: activations.ActivationResult = original(unit, full, call, target, config, generator, steps)
             ours = {"iterations": config.activation_iterations, "seconds": time.process_time() - began}
             published = []
             for count in self.iterations:
