@@ -23,8 +23,9 @@ DAMPING = 0.01  # of GPTQ's own inverse, as published
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """``hessian`` [K, K] plus ``damping`` times the mean of its diagonal."""
     mean = hessian.diagonal().mean()
-    extra = torch.where(mean > 0, damping * mean, 1.0)  # inputs that never vary leave nothing to solve for
-    return hessian + torch.diag(extra.expand(len(hessian)))
+    result = hessian.clone()
+    result.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))  # inputs that never vary leave nothing to solve
+    return result
 
 
 def compensated(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
@@ -36,7 +37,7 @@ def compensated(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) 
 def solve_order(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """The order of the columns [K] (falling H_kk), and the upper Cholesky factor of H's inverse in that order."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = torch.linalg.cholesky(damped(hessian[order][:, order], DAMPING))
+    factor = torch.linalg.cholesky(damped(hessian[order[:, None], order], DAMPING))
     return order, torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
 
 

@@ -129,7 +129,7 @@ seen.first = names();
 document.getElementById("theme").click(); document.getElementById("theme").click();
 seen.switched = getComputedStyle(document.body).backgroundColor;
 input("sort", "order", "change"); seen.order = names();
-document.querySelector("tr.row[data-layer=conv_in]").click();
+document.querySelector("tr.row[data-layer=conv_out]").click();
 seen.charts = [...document.querySelectorAll("tr.detail .chart svg")].map((svg) => svg.clientWidth);
 document.querySelector("[data-mode=accumulated]").click();
 const canvas = document.getElementById("map-canvas");

@@ -35,8 +35,8 @@ def model() -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def quantized(model: LoadedModel) -> QuantizedModel:
-    """The model at W4A4; tests leave it as it is."""
-    config = Config().changed({**QUICK, **STEPS, "scheme": "W4A4"})
+    """The model at W4A4, x_t quantized too; tests leave it as it is."""
+    config = Config().changed({**QUICK, **STEPS, "scheme": "W4A4", "weight_only_layers": "time_embedding"})
     return calibrate(model.unet, config, collect(model, samples_per_step=2, **STEPS))
 
 
