@@ -145,9 +145,14 @@ def checks(data: Json, artifact: Json) -> list[tuple[str, str]]:
         )  # fmt: skip
     elif not stored:
         found.append(("unknown", "The artifact holds no measurement from calibration to compare with."))
-    first: Json = next((artifact["tables"][name] for layer in artifact["layers"] for name in layer["quantizers"]), {})
-    if first.get("clipped"):
-        share = max(v for v in first["clipped"] if v is not None)
+    # in execution order the linears of the time embedding come before it
+    first: Json = next((layer for layer in artifact["layers"] if layer["kind"].startswith("conv")), {})
+    quantizers = first.get("quantizers")
+    clipped = artifact["tables"][quantizers[0]].get("clipped") if quantizers else None
+    if quantizers == []:
+        found.append(("ok", "The model's own input x_t is not quantized."))
+    elif clipped:
+        share = max(v for v in clipped if v is not None)
         found.append(
             ("ok", "The model's own input x_t is never clipped.")
             if share == 0
