@@ -76,6 +76,9 @@ FORMATS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "csv": to_cs
 @click.option(
     "--render", type=click.Path(path_type=Path, dir_okay=False), help="Only draw the table of this results file."
 )
+@click.option(
+    "--against", metavar="PRESET", help="Compare each row with S_1 of this preset.  [default: of its own preset]"
+)
 @threads_option
 @verbose_option
 @quiet_option
@@ -97,6 +100,7 @@ def benchmark_command(
     form: str,
     output: Path | None,
     render: Path | None,
+    against: str | None,
     verbose: bool,
     quiet: bool,
 ) -> None:
@@ -111,7 +115,7 @@ def benchmark_command(
     if render:
         if not render.exists():
             raise UsageError(f"There is no results file '{render}'; run the study first.")
-        _give(make_table(read_lines(render), metric), form, output)
+        _give(make_table(read_lines(render), metric, against), form, output)
         return
     cells = make_cells(_names(presets), _names(schemes), _names(methods), _numbers(seeds), settings, samples, backend)
     lines = read_lines(results)
@@ -122,7 +126,7 @@ def benchmark_command(
         command = shlex.join(["ptq-tdq", *sys.argv[1:]])
         run_study(left, results, source=source, command=command, count=workers, on_line=bars.finished, on_say=bars.now)
     if not quiet or output:
-        _give(make_table(read_lines(results), metric), form, output)
+        _give(make_table(read_lines(results), metric, against), form, output)
 
 
 class _Bars:

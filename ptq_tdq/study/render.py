@@ -48,12 +48,20 @@ class Difference:
 
 @dataclass(frozen=True)
 class Table:
-    """Entries by row (preset, scheme) and column (method)."""
+    """Entries by row (preset, scheme) and column (method); ``against`` is the preset of the S_1 to compare with.
+
+    Without one each row is compared with its own.
+    """
 
     metric: Metric
     columns: tuple[str, ...]
     rows: dict[tuple[str, str], dict[str, Entry]]
     notes: tuple[str, ...]
+    against: str | None = None
+
+    def is_baseline(self, row: tuple[str, str], column: str) -> bool:
+        """Whether an entry is what its row is compared with."""
+        return column == BASELINE_METHOD and self.against in (None, row[0])
 
 
 def find_metric(flag: str) -> Metric:
@@ -64,10 +72,12 @@ def find_metric(flag: str) -> Metric:
     return found
 
 
-def make_table(lines: Sequence[Line], metric: Metric) -> Table:
-    """Gather a metric; raises :class:`UsageError` where no line has it."""
+def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None) -> Table:
+    """Gather a metric; raises :class:`UsageError` where no line has it, or none has the preset ``against``."""
     if not any(metric.key in line["results"] for line in lines):
         raise UsageError(f"No line has the metric {metric.flag}; run the study first or choose another metric.")
+    if against is not None and not any(line["preset"] == against for line in lines):
+        raise UsageError(f"No line has the preset {against}; compare with one that the study has.")
     rows: dict[tuple[str, str], dict[str, Entry]] = {}
     for line in lines:
         if line["method"] != FULL_PRECISION:
@@ -91,13 +101,13 @@ def make_table(lines: Sequence[Line], metric: Metric) -> Table:
     others = [m for m in dict.fromkeys(present) if m not in (*METHODS, FULL_PRECISION)]
     full_too = [FULL_PRECISION] if any(e[FULL_PRECISION].values for e in rows.values() if FULL_PRECISION in e) else []
     columns = (*(m for m in METHODS if m in present), *others, *full_too)
-    return Table(metric, columns, rows, tuple(_notes(lines)))
+    return Table(metric, columns, rows, tuple(_notes(lines)), against)
 
 
 def difference(table: Table, row: tuple[str, str], column: str) -> Difference | None:
-    """A column against S_1 in a row; None without a common seed."""
-    entries = table.rows[row]
-    base, mine = (entries.get(name, Entry({})).values for name in (BASELINE_METHOD, column))
+    """A column against S_1, in its row or in that of the preset to compare with; None without a common seed."""
+    base_row = table.rows.get((table.against or row[0], row[1]), {})
+    base, mine = (e.get(name, Entry({})).values for e, name in ((base_row, BASELINE_METHOD), (table.rows[row], column)))
     seeds = sorted(base.keys() & mine.keys())
     if not seeds:
         return None
@@ -119,12 +129,17 @@ def markdown(table: Table) -> str:
     for (preset, scheme), entries in table.rows.items():
         cells = [_text(metric, entries.get(column), most) for column in table.columns]
         lines.append(f"| {preset} | {scheme} | " + " | ".join(cells) + " |")
-    others = [c for c in table.columns if c not in (BASELINE_METHOD, FULL_PRECISION)]
+    others = [
+        c for c in table.columns if c != FULL_PRECISION and not all(table.is_baseline(row, c) for row in table.rows)
+    ]
     if others and any(BASELINE_METHOD in entries for entries in table.rows.values()):
-        lines += ["", "Difference to S_1 on the same seeds (p of a paired t-test; **bold**: better with p < 0.05)", ""]
+        of = f" of preset {table.against}" if table.against else ""
+        test = "p of a paired t-test; **bold**: better with p < 0.05"
+        lines += ["", f"Difference to S_1{of} on the same seeds ({test})", ""]
         lines += ["| preset | scheme | " + " | ".join(map(title, others)) + " |", "|---|---|" + "---:|" * len(others)]
         for row in table.rows:
-            cells = [_change(metric, difference(table, row, column)) for column in others]
+            changes = [None if table.is_baseline(row, c) else difference(table, row, c) for c in others]
+            cells = [_change(metric, change) for change in changes]
             lines.append(f"| {' | '.join(row)} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *table.notes]) + "\n"
 
@@ -139,7 +154,7 @@ def to_csv(table: Table) -> str:
         cells: list[object] = [*row, table.metric.key]
         for column in table.columns:
             entry, change = entries.get(column, Entry({})), difference(table, row, column)
-            against = (change.mean, change.p) if change and column != BASELINE_METHOD else (None, None)
+            against = (change.mean, change.p) if change and not table.is_baseline(row, column) else (None, None)
             cells += [entry.mean, entry.deviation, len(entry.values), *against]
         writer.writerow(["" if cell is None else cell for cell in cells])
     return buffer.getvalue()

@@ -112,3 +112,17 @@ def test_unknown_metrics_and_metrics_that_no_line_has_are_refused() -> None:
         find_metric("fid2")
     with pytest.raises(UsageError, match="No line has the metric fid;"):
         make_table(LINES, find_metric("fid"))
+
+
+def test_every_row_may_be_compared_with_s_1_of_one_preset() -> None:
+    ours = [line(method, seed, value - 2, preset="default") for method in ("static", "tdq")
+            for seed, value in enumerate((3.0, 4.5, 6.0))]  # fmt: skip
+    table = make_table([*LINES, *ours], METRIC, against="qdiff")
+    for column in ("static", "tdq"):
+        found = difference(table, ("default", "W4A8"), column)
+        assert found is not None and found.seeds == 3 and math.isclose(found.mean, -2 + 0.5 / 3)
+    text = markdown(table).partition("Difference to S_1 of preset qdiff")[2]
+    assert cells(text, "| preset") == ["preset", "scheme", "TDQ", "S_1", "S_20", "TDQ_thin:bias_lr=0"]
+    assert cells(text, "| qdiff | W4A8")[3] == "-" and cells(text, "| default | W4A8")[3].startswith("**-1.833**")
+    with pytest.raises(UsageError, match="No line has the preset paper"):
+        make_table(LINES, METRIC, against="paper")
