@@ -121,6 +121,8 @@ def benchmark_command(
     lines = read_lines(results)
     model = load_model(source)
     left = unfinished(cells, lines, model.sha256)
+    if against is not None and against not in {*(cell.preset for cell in cells), *(line["preset"] for line in lines)}:
+        raise UsageError(f"--against names the preset {against}, which the study does not have.")
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished cell."
     with _Bars(left, lines, workers, quiet=quiet, verbose=verbose, total=len(cells)) as bars:
         command = shlex.join(["ptq-tdq", *sys.argv[1:]])

@@ -17,7 +17,7 @@ from ptq_tdq.config import ACTIVATION_CHOICES, Config
 from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel, base_config
-from ptq_tdq.recon import RunDirectory, Samples, UnitReport, reconstruct
+from ptq_tdq.recon import CHECKPOINT_FORM, RunDirectory, Samples, UnitReport, reconstruct
 from ptq_tdq.scheme import Scheme
 from ptq_tdq.timed_model import require_timestep
 
@@ -123,6 +123,7 @@ def provenance(model: Any, config: Config, calibration_set: CalibrationSet, mode
 def identity(document: dict[str, Any]) -> dict[str, Any]:
     """What must not change between two sittings of one run, by key; causes come before what follows from them."""
     return {
+        "form of its files": CHECKPOINT_FORM,
         "model": document["base_model"]["sha256"],
         **{f"choice {key}": value for key, value in document["choices"].items()},
         "calibration_set": document["calibration_set"]["sha256"],

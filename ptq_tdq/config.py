@@ -24,7 +24,8 @@ class Config:
 
     Layers: ``eight_bit_layers``, ``weight_only_layers`` (8-bit weights, inputs in floating point), ``float_layers`` and
     ``fixed_layers`` hold roles; ``skip`` holds name patterns of
-    layers to leave in floating point. The input of a fixed layer keeps one interval that clips nothing (``fixed``).
+    layers to leave in floating point. The input of a fixed layer, where it is quantized, keeps one interval that clips
+    nothing (``fixed``).
 
     ``weight_symmetric`` names the weights whose zero point is the middle code: 8-bit codes minus 128 then fit the
     signed bytes that integer kernels take.

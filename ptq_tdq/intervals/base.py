@@ -69,7 +69,7 @@ class Observed:
 
     @cached_property
     def steps(self) -> QParams:
-        """The best interval of each step [K]; the zero point is the static one unless options say "step"."""
+        """The best interval of each step [K]; with the static zero point where options say "fixed"."""
         return self.search(self.histogram, self.static.zero_point if self.options.zero_point == "fixed" else None)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -80,12 +80,12 @@ class Observed:
 
     def zero_point(self) -> TabledZeroPoint | LowEndZeroPoint:
         """The zero point over the axis, as the options say."""
-        steps, choice = self.steps, self.options.zero_point
+        choice = self.options.zero_point
         if choice == "low-end":
-            low = (self.qtype.qmin - steps.zero_point) * steps.scale
+            low = (self.qtype.qmin - self.steps.zero_point) * self.steps.scale
             return LowEndZeroPoint(self.spread(low), self.qtype)
         if choice == "step":
-            return TabledZeroPoint(self.spread(steps.zero_point))
+            return TabledZeroPoint(self.spread(self.steps.zero_point))
         return TabledZeroPoint(self.static.zero_point.expand(self.num_train_timesteps).clone())
 
 

@@ -1,7 +1,7 @@
 """``fixed``: one interval that is not learned and clips nothing that calibration saw: the one for x_t itself.
 
-Clipping x_t repeats at the same places at each step and adds up along the trajectory, so the preset ``default`` gives
-the first layer this source whatever the method.
+Clipping x_t repeats at the same places at each step and adds up along the trajectory, so the choice ``fixed_layers``
+gives the first layer this source whatever the method. (Preset ``default`` goes further: x_t is not quantized at all.)
 """
 
 from __future__ import annotations

@@ -36,6 +36,6 @@ class LowEndZeroPoint(nn.Module):
         self.low: Tensor
 
     def forward(self, t: Tensor, scale: Tensor) -> Tensor:
-        """``t`` and ``scale`` [B] -> int32 [B]; no gradient reaches the scale this way."""
+        """``t`` and ``scale`` [B] -> int32 [B]; the scale's gradient is LSQ's, as for a fixed zero point."""
         levels = torch.round(-lookup(self.low, t) / scale.detach())
         return (levels + self.qtype.qmin).clamp(self.qtype.qmin, self.qtype.qmax).to(torch.int32)

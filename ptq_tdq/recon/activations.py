@@ -1,4 +1,4 @@
-"""Phase A of one unit: observe, start the interval sources, learn them and the biases, freeze them to tables."""
+"""Phase A of one unit: observe, start the interval sources, learn them and the biases, freeze them, round again."""
 
 from __future__ import annotations
 

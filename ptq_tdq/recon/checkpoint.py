@@ -18,6 +18,8 @@ from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.search import QParams
 
+CHECKPOINT_FORM = 2  # changes with the names and the meaning of the tensors in the files
+
 Tensors = dict[str, Tensor]
 
 

@@ -1,4 +1,4 @@
-"""Both phases over all units: W learns the weights' rounding, A the activations' intervals, each in execution order."""
+"""Both phases over all units: W rounds the weights, A learns the activations' intervals, each in execution order."""
 
 from __future__ import annotations
 

@@ -125,11 +125,10 @@ def _table(
     result: Json = {"bits": quantizer.bits, "method": quantizer.method}
     best = None
     if histogram is not None and order is not None:
-        case = (id(histogram), quantizer.bits, quantizer.range_method, quantizer.from_zero)
+        method = "mse" if quantizer.range_method == "ema" else quantizer.range_method
+        case = (id(histogram), quantizer.bits, method, quantizer.from_zero)
         if case not in searched:
-            searched[case] = activation_qparams(
-                histogram, qtype, method=quantizer.range_method, from_zero=quantizer.from_zero
-            ).scale
+            searched[case] = activation_qparams(histogram, qtype, method=method, from_zero=quantizer.from_zero).scale
         best = searched[case][order]
         result["best"] = shorts(best)
     if table.scale is None:

@@ -163,9 +163,12 @@ def checks(data: Json, artifact: Json) -> list[tuple[str, str]]:
     if losses:
         units = [u for phase in losses.values() for u in phase if None not in (u["before"], u["after"])]
         worse = [u["unit"] for u in units if u["after"] > u["before"]]
+        choices = artifact["choices"]
+        again = choices["rounding"] == "gptq" and choices.get("round_again")
+        learned = "intervals and the second rounding" if again else "intervals"
         cuts = [
             f"{what} cut it by {median([1 - u['after'] / u['before'] for u in known]):.0%}"
-            for phase, what in (("weights", "rounding"), ("activations", "intervals"))
+            for phase, what in (("weights", "rounding"), ("activations", learned))
             if (known := [u for u in losses.get(phase, []) if u["before"] and u["after"] is not None])
         ]
         found.append(

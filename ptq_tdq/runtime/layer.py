@@ -43,9 +43,9 @@ class WeightOnlyLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.codes * self.scale.view(-1, *(1,) * (self.codes.ndim - 1))
         if (g := self.geometry) is None:
-            return functional.linear(x, weight, self.bias)
+            return functional.linear(x.float(), weight, self.bias)
         top, left, bottom, right = g.padding
-        padded = functional.pad(x, (left, right, top, bottom)).contiguous(memory_format=torch.channels_last)
+        padded = functional.pad(x.float(), (left, right, top, bottom)).contiguous(memory_format=torch.channels_last)
         return functional.conv2d(padded, weight, self.bias, g.stride, dilation=g.dilation, groups=g.groups)
 
 

@@ -73,11 +73,15 @@ def find_metric(flag: str) -> Metric:
 
 
 def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None) -> Table:
-    """Gather a metric; raises :class:`UsageError` where no line has it, or none has the preset ``against``."""
+    """Gather a metric.
+
+    Raises :class:`UsageError` where no line has it, and where S_1 of the preset ``against`` is missing or was measured
+    on other samples or steps than a line.
+    """
     if not any(metric.key in line["results"] for line in lines):
         raise UsageError(f"No line has the metric {metric.flag}; run the study first or choose another metric.")
-    if against is not None and not any(line["preset"] == against for line in lines):
-        raise UsageError(f"No line has the preset {against}; compare with one that the study has.")
+    if against is not None:
+        _require_comparable(lines, against)
     rows: dict[tuple[str, str], dict[str, Entry]] = {}
     for line in lines:
         if line["method"] != FULL_PRECISION:
@@ -102,6 +106,19 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
     full_too = [FULL_PRECISION] if any(e[FULL_PRECISION].values for e in rows.values() if FULL_PRECISION in e) else []
     columns = (*(m for m in METHODS if m in present), *others, *full_too)
     return Table(metric, columns, rows, tuple(_notes(lines)), against)
+
+
+def _require_comparable(lines: Sequence[Line], against: str) -> None:
+    def measured_on(line: Line) -> tuple[int, int]:
+        return line["evaluation"]["samples"], line["evaluation"]["num_inference_steps"]
+
+    base = {measured_on(line) for line in lines if (line["preset"], line["method"]) == (against, BASELINE_METHOD)}
+    if not base:
+        raise UsageError(f"No line is S_1 of the preset {against}; compare with a preset that has it.")
+    if {measured_on(line) for line in lines} != base:
+        raise UsageError(
+            f"Not all lines were measured on the samples and steps of preset {against}; leave --against out."
+        )
 
 
 def difference(table: Table, row: tuple[str, str], column: str) -> Difference | None:
@@ -133,9 +150,8 @@ def markdown(table: Table) -> str:
         c for c in table.columns if c != FULL_PRECISION and not all(table.is_baseline(row, c) for row in table.rows)
     ]
     if others and any(BASELINE_METHOD in entries for entries in table.rows.values()):
-        of = f" of preset {table.against}" if table.against else ""
         test = "p of a paired t-test; **bold**: better with p < 0.05"
-        lines += ["", f"Difference to S_1{of} on the same seeds ({test})", ""]
+        lines += ["", f"Difference to S_1{_of(table)} on the same seeds ({test})", ""]
         lines += ["| preset | scheme | " + " | ".join(map(title, others)) + " |", "|---|---|" + "---:|" * len(others)]
         for row in table.rows:
             changes = [None if table.is_baseline(row, c) else difference(table, row, c) for c in others]
@@ -148,7 +164,7 @@ def to_csv(table: Table) -> str:
     """One line per row of the table, five columns per method."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    parts = ("mean", "deviation", "seeds", "minus S_1", "p")
+    parts = ("mean", "deviation", "seeds", f"minus S_1{_of(table)}", "p")
     writer.writerow(["preset", "scheme", "metric", *(f"{title(c)} {part}" for c in table.columns for part in parts)])
     for row, entries in table.rows.items():
         cells: list[object] = [*row, table.metric.key]
@@ -158,6 +174,10 @@ def to_csv(table: Table) -> str:
             cells += [entry.mean, entry.deviation, len(entry.values), *against]
         writer.writerow(["" if cell is None else cell for cell in cells])
     return buffer.getvalue()
+
+
+def _of(table: Table) -> str:
+    return f" of preset {table.against}" if table.against else ""
 
 
 def title(method: str) -> str:

@@ -35,7 +35,13 @@ def tensors(quantized: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "other", [{"method": "tdq-thin"}, {"scheme": "W4A6", "activation_iterations": 5}, {"method": "dynamic"}]
+    "other",
+    [
+        {"method": "tdq-thin"},
+        {"scheme": "W4A6", "activation_iterations": 5},
+        {"method": "dynamic"},
+        {"round_again": False},
+    ],
 )
 def test_shared_weights_give_the_same_model_without_learning_them_again(
     unet: Any, samples: Any, tmp_path: Path, other: dict[str, Any]

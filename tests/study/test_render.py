@@ -124,5 +124,8 @@ def test_every_row_may_be_compared_with_s_1_of_one_preset() -> None:
     text = markdown(table).partition("Difference to S_1 of preset qdiff")[2]
     assert cells(text, "| preset") == ["preset", "scheme", "TDQ", "S_1", "S_20", "TDQ_thin:bias_lr=0"]
     assert cells(text, "| qdiff | W4A8")[3] == "-" and cells(text, "| default | W4A8")[3].startswith("**-1.833**")
-    with pytest.raises(UsageError, match="No line has the preset paper"):
+    with pytest.raises(UsageError, match="No line is S_1 of the preset paper"):
         make_table(LINES, METRIC, against="paper")
+    longer = line("tdq", 0, 1.0, evaluation={"samples": 9, "num_inference_steps": 3, "seed": 0})
+    with pytest.raises(UsageError, match="samples and steps of preset qdiff"):
+        make_table([*LINES, longer], METRIC, against="qdiff")
