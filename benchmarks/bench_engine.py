@@ -77,18 +77,12 @@ class Bench:
 
     def activations(self, original: Any) -> Any:
         def reconstruct_activations(
-            unit: Unit,
-            full: UnitCall,
-            call: UnitCall,
-            target: Tensor,
-            config: Config,
-            generator: torch.Generator,
-            steps: int,
+            unit: Unit, full: UnitCall, call: UnitCall, target: Tensor, config: Config, *rest: Any
         ) -> activations.ActivationResult:
             self.stop_in_time()
             other = published_copy(unit)
             began = time.process_time()
-            result: activations.ActivationResult = original(unit, full, call, target, config, generator, steps)
+            result: activations.ActivationResult = original(unit, full, call, target, config, *rest)
             ours = {"iterations": config.activation_iterations, "seconds": time.process_time() - began}
             published = []
             for count in self.iterations:

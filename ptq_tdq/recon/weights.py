@@ -50,11 +50,7 @@ def reconstruct_weights(
         round_unit(unit, full, call, config, generator)
     else:
         _adaround(unit, call, target, config, generator)
-    after = unit.loss(call, target, LOSS_POWER)
-    if after <= before:
-        return before, after
-    _set_weights(unit, nearest)
-    return before, before
+    return before, _settle(unit, call, target, LOSS_POWER, before, nearest)
 
 
 def round_again(
@@ -69,10 +65,15 @@ def round_again(
     for layer in unit.layers():
         initialize(layer, config)
     round_unit(unit, full, call, config, generator)
-    after = unit.loss(call, target, config.loss_power)
+    return _settle(unit, call, target, config.loss_power, loss, kept)
+
+
+def _settle(unit: Unit, call: UnitCall, target: Tensor, power: float, loss: float, before: _WeightState) -> float:
+    """The lower one of the unit's loss now and ``loss``, to whose state ``before`` it goes back if need be."""
+    after = unit.loss(call, target, power)
     if after <= loss:
         return after
-    _set_weights(unit, kept)
+    _set_weights(unit, before)
     return loss
 
 
