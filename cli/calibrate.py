@@ -28,7 +28,11 @@ from ptq_tdq.evaluate.trajectories import compare, make_reference
 
 FLAGS = {  # choice of the preset -> metavar, help
     "scheme": ("W<bits>A<bits>", "Bits of weights and activations, 2 to 8 each."),
-    "method": ("NAME", "static, S_N (S_4: 4 intervals), tdq, tdq-thin, step-table, step-lsq or dynamic."),
+    "method": (
+        "NAME",
+        "static, S_N (S_4: 4 intervals), tdq, tdq-thin, step-table, step-lsq, dynamic, dynamic-statistics or "
+        "dynamic-statistics-time.",
+    ),
     "samples_per_step": ("N", "Calibration samples at each step; in all N times --calibration-steps."),
     "calibration_steps": ("N", "How many of the sampler's steps calibration looks at."),
     "num_inference_steps": ("N", "Steps of the sampler."),

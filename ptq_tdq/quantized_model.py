@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact, IntervalTable, model_card, write_artifact
 from ptq_tdq.errors import ModelError
-from ptq_tdq.intervals.dynamic import Dynamic
+from ptq_tdq.intervals import IntervalSource
+from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.records import LayerRecord
@@ -99,7 +100,7 @@ class QuantizedModel(TimedModel):
         return Artifact(
             config=self.provenance,
             layers=self.plan,
-            tables={name: _table(quantizer) for name, quantizer in self.quantizers().items()},
+            tables={name: table_of(quantizer) for name, quantizer in self.quantizers().items()},
             weight_codes={name: torch.cat([_known(w.codes) for w in part], 1) for name, part in parts.items()},
             weight_scale={name: torch.stack([_known(w.scale) for w in part], 1) for name, part in parts.items()},
             weight_zero_point={
@@ -124,11 +125,7 @@ class QuantizedModel(TimedModel):
                 scale, zero_point = artifact.weight_scale[name][:, index], artifact.weight_zero_point[name][:, index]
                 layer.assign(index, artifact.weight_codes[name][:, lo:hi], scale, zero_point)
         for name, quantizer in quantized.quantizers().items():
-            table = artifact.tables[name]
-            if table.scale is None:
-                quantizer.source = Dynamic(table.zero_point[0], quantizer.qtype)
-            else:
-                quantizer.source = TableSource(table.scale, table.zero_point)
+            quantizer.source = source_of(quantizer, artifact.tables[name])
         quantized.provenance, quantized.metrics = artifact.config, artifact.metrics
         return quantized.finalize()
 
@@ -160,9 +157,17 @@ def _known(value: Tensor | None) -> Tensor:
     return value
 
 
-def _table(quantizer: ActivationQuantizer) -> IntervalTable:
+def table_of(quantizer: ActivationQuantizer) -> IntervalTable:
+    """What is kept of a quantizer whose source is finished."""
     source = quantizer.source
     if isinstance(source, TableSource):
         return IntervalTable(source.scale, source.zero_point)
     assert isinstance(source, Dynamic)
-    return IntervalTable(None, source.zero_point.reshape(1))
+    return IntervalTable(None, source.zero_point.reshape(1), source.generator)
+
+
+def source_of(quantizer: ActivationQuantizer, table: IntervalTable) -> IntervalSource:
+    """Inverse of :func:`table_of`."""
+    if table.scale is not None:
+        return TableSource(table.scale, table.zero_point)
+    return restore_dynamic(quantizer.record.method, table.zero_point.reshape(()), quantizer.qtype, table.generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ptq_tdq.errors import ArtifactCorruptError, ArtifactMismatchError
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.scheme import QType
 
-DYNAMIC = "dynamic"
+DYNAMIC = "dynamic"  # such a method finds scales at run time; others whose names begin so have a network for it
 DERIVED_KEYS = frozenset(
     {"schema_version", "layers", "files", "config_sha256"}
 )  # of the config; made when it is written
@@ -25,11 +25,26 @@ class IntervalTable:
     """Interval and zero point of one quantizer at every time step t.
 
     ``scale`` float32 [T], ``zero_point`` int32 [T]. A dynamic quantizer finds its scale at run time: ``scale`` is None
-    and ``zero_point`` is [1].
+    and ``zero_point`` is [1]; ``generator`` holds the tensors of its network by name, if it has one.
     """
 
     scale: Tensor | None
     zero_point: Tensor
+    generator: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All of it by the keys that a file has for the quantizer ``name``."""
+        found = {f"{name}.zero_point": self.zero_point}
+        if self.scale is not None:
+            found[f"{name}.scale"] = self.scale
+        return found | {f"{name}.generator.{key}": tensor for key, tensor in self.generator.items()}
+
+    @classmethod
+    def take(cls, name: str, tensors: dict[str, Tensor]) -> IntervalTable:
+        """Inverse of :meth:`tensors`; what it takes leaves ``tensors``."""
+        prefix = f"{name}.generator."
+        generator = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        return cls(tensors.pop(f"{name}.scale", None), tensors.pop(f"{name}.zero_point"), generator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +111,10 @@ def check_artifact(artifact: Artifact) -> None:
 
 def _check_table(quantizer: QuantizerRecord, table: IntervalTable, steps: int) -> None:
     what = f"The interval table of '{quantizer.name}'"
-    _require((table.scale is None) == (quantizer.method == DYNAMIC), f"{what} does not fit method '{quantizer.method}'")
+    dynamic, network = quantizer.method.startswith(DYNAMIC), quantizer.method.startswith(f"{DYNAMIC}-")
+    fits = (table.scale is None) == dynamic and bool(table.generator) == network
+    _require(fits, f"{what} does not fit method '{quantizer.method}'")
+    _require(all(bool(tensor.isfinite().all()) for tensor in table.generator.values()), f"{what} has NaN or Inf")
     shape = (1,) if table.scale is None else (steps,)
     if table.scale is not None:
         _check_scale(what, table.scale, shape, quantizer.bits)

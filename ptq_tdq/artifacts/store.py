@@ -40,7 +40,7 @@ def encode_artifact(artifact: Artifact) -> dict[str, bytes]:
     check_document(decode_json(encode_json(sign(document), CONFIG_FILE), CONFIG_FILE))
     check_artifact(artifact)
     files = {
-        TABLES_FILE: _save(_table_tensors(artifact)),
+        TABLES_FILE: _save({k: v for name, table in artifact.tables.items() for k, v in table.tensors(name).items()}),
         WEIGHTS_FILE: _save(_weight_tensors(artifact)),
         METRICS_FILE: encode_json(artifact.metrics, METRICS_FILE),
     }
@@ -111,16 +111,9 @@ def read_artifact(path: str | Path) -> Artifact:
     return artifact
 
 
-def _table_tensors(artifact: Artifact) -> dict[str, Tensor]:
-    scales = {f"{name}.scale": table.scale for name, table in artifact.tables.items() if table.scale is not None}
-    return {**scales, **{f"{name}.zero_point": table.zero_point for name, table in artifact.tables.items()}}
-
-
 def _tables(tensors: dict[str, Tensor]) -> dict[str, IntervalTable]:
-    tables = {}
-    for key in [key for key in tensors if key.endswith(".zero_point")]:
-        name = key.removesuffix(".zero_point")
-        tables[name] = IntervalTable(tensors.pop(f"{name}.scale", None), tensors.pop(key))
+    names = [key.removesuffix(".zero_point") for key in tensors if key.endswith(".zero_point")]
+    tables = {name: IntervalTable.take(name, tensors) for name in names}
     for key in tensors:
         raise ArtifactCorruptError(f"{TABLES_FILE} has '{key}' without a zero point; make the artifact again.")
     return tables

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -109,6 +110,11 @@ class IntervalSource(nn.Module, ABC):
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``t`` [B] and the tensor [B, ...] -> scale float32 [B], zero_point int32 [B]."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model but stay float32: ``model.half()`` must not round the intervals."""
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def raw_parameters(self) -> list[nn.Parameter]:
         """Learned scales, to be trained at the interval learning rate; the others are a module's weights."""

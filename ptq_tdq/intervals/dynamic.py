@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq_tdq.intervals.base import IntervalSource, Observed
+from ptq_tdq.errors import ModelError
+from ptq_tdq.intervals.base import IntervalSource, Observed, source_class
 from ptq_tdq.scheme import QType
 
 
@@ -28,6 +29,11 @@ class Dynamic(IntervalSource):
     def build(cls, method: str, observed: Observed) -> Dynamic:
         return cls(observed.static.zero_point.clone(), observed.qtype)  # one tensor in two places cannot be saved
 
+    @property
+    def generator(self) -> dict[str, Tensor]:
+        """What is kept of it beside the zero point: the tensors of its network, if it has one."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name != "zero_point"}
+
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.flatten(1)
         above, below = self.qtype.qmax - self.zero_point, self.zero_point - self.qtype.qmin
@@ -35,3 +41,16 @@ class Dynamic(IntervalSource):
         down = -rows.amin(1) / below if below > 0 else torch.zeros(len(rows))
         scale = torch.maximum(up, down).to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
         return scale, self.zero_point.expand(len(rows))
+
+
+def restore_dynamic(method: str, zero_point: Tensor, qtype: QType, generator: dict[str, Tensor]) -> Dynamic:
+    """A source of a dynamic ``method`` from what is kept of it; raises :class:`ModelError` where that does not fit."""
+    cls = source_class(method)
+    assert issubclass(cls, Dynamic)
+    with torch.device("meta"):  # no random start
+        source = cls(zero_point, qtype)
+    try:
+        source.load_state_dict({"zero_point": zero_point, **generator}, assign=True)
+    except RuntimeError:
+        raise ModelError(f"The saved network of a quantizer is not that of method '{method}'.") from None
+    return source.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""What ``tdq`` and ``tdq-thin`` share: an MLP of the time step whose softplus is the interval."""
+"""What sources with a network share: an MLP whose softplus is the interval, and how it starts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,41 @@ def inverse_softplus(y: Tensor) -> Tensor:
     return y + torch.log(-torch.expm1(-y))
 
 
+def scale_of(net: nn.Sequential, features: Tensor) -> Tensor:
+    """``features`` [B, d] -> scale [B], positive: softplus underflows to 0 for a very negative input."""
+    return functional.softplus(net(features).squeeze(-1)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def start(net: nn.Sequential, features: Tensor, observed: Observed) -> None:
+    """Set the last bias to the static interval, then fit log s to the steps or the static value, as options say.
+
+    ``features`` [K, d] are what the net is given at the observed steps.
+    """
+    last = net[-1]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.bias.copy_(inverse_softplus(observed.static.scale))
+    choice = observed.options.start
+    if choice != "as-is":
+        _fit(net, features, observed.steps.scale if choice == "steps" else observed.static.scale.expand(len(features)))
+
+
+def _fit(net: nn.Sequential, features: Tensor, target: Tensor) -> None:
+    """Least squares of log s over the observed steps, by L-BFGS without dropout."""
+    net.eval()
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (scale_of(net, features).log() - target.log()).square().mean()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    net.train()
+
+
 class ModuleInterval(IntervalSource):
     """``scale = softplus(net(encode(t)))``; the net's last layer is a linear layer to one number."""
 
@@ -23,35 +58,9 @@ class ModuleInterval(IntervalSource):
         self.zero_point = zero_point
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.scale(t)
+        scale = scale_of(self.net, self.encode(t))
         return scale, self.zero_point(t, scale)
 
-    def scale(self, t: Tensor) -> Tensor:
-        # softplus underflows to 0 for a very negative input; an interval is positive
-        return functional.softplus(self.net(self.encode(t)).squeeze(-1)).clamp(min=torch.finfo(torch.float32).tiny)
-
     def start(self, observed: Observed) -> None:
-        """Set the last bias to the static interval, then fit log s to the steps or the static value, as options say."""
-        last = self.net[-1]
-        assert isinstance(last, nn.Linear)
-        with torch.no_grad():
-            last.bias.copy_(inverse_softplus(observed.static.scale))
-        choice = observed.options.start
-        if choice != "as-is":
-            target = observed.steps.scale if choice == "steps" else observed.static.scale.expand(len(observed.t))
-            self._fit(observed.t, target)
-
-    def _fit(self, t: Tensor, target: Tensor) -> None:
-        """Least squares of log s over the observed steps, by L-BFGS without dropout."""
-        self.eval()
-        optimizer = torch.optim.LBFGS(self.net.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = (self.scale(t).log() - target.log()).square().mean()
-            loss.backward()
-            return loss
-
-        with torch.enable_grad():
-            optimizer.step(closure)
-        self.train()
+        """Begin where the options say."""
+        start(self.net, self.encode(observed.t), observed)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -27,13 +24,6 @@ class TableSource(IntervalSource):
         """The best interval of each observed step, spread over the axis; not learned."""
         scale = observed.spread(observed.steps.scale)
         return cls(scale, observed.zero_point()(torch.arange(len(scale)), scale))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the model but stay float32: ``model.half()`` must not round the intervals."""
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.scale = scale.to(self.scale.device)
-        return self
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return lookup(self.scale, t), lookup(self.zero_point, t)

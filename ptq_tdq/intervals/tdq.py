@@ -58,24 +58,29 @@ def initialize(net: nn.Sequential, kind: str) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def make_net(width: int) -> nn.Sequential:
+    """MLP d-64-64-64-1, ReLU, dropout 0.2 before the last linear layer (supp Table 3), for d = ``width``."""
+    return nn.Sequential(
+        nn.Linear(width, HIDDEN),
+        nn.ReLU(),
+        nn.Linear(HIDDEN, HIDDEN),
+        nn.ReLU(),
+        nn.Linear(HIDDEN, HIDDEN),
+        nn.ReLU(),
+        nn.Dropout(DROPOUT),
+        nn.Linear(HIDDEN, 1),
+    )
+
+
 class TDQ(ModuleInterval):
-    """MLP d-64-64-64-1, ReLU, dropout 0.2 before the last linear layer, softplus (supp Table 3)."""
+    """The net of supp Table 3 and softplus."""
 
     pattern = "tdq"
 
     @classmethod
     def build(cls, method: str, observed: Observed) -> TDQ:
         encode = TimeEncoding(observed.options.encoding, observed.num_train_timesteps)
-        net = nn.Sequential(
-            nn.Linear(encode.width, HIDDEN),
-            nn.ReLU(),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.ReLU(),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.ReLU(),
-            nn.Dropout(DROPOUT),
-            nn.Linear(HIDDEN, 1),
-        )
+        net = make_net(encode.width)
         initialize(net, observed.options.weights)
         source = cls(encode, net, observed.zero_point())
         source.start(observed)

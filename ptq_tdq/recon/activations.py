@@ -94,8 +94,10 @@ def reconstruct_activations(
 
 
 def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
-    """Evaluate a source at every time step and keep only its table; a dynamic source stays as it is."""
-    if quantizer.source is not None and quantizer.source.timed:
+    """Evaluate a source at every time step and keep only its table; a dynamic source stays, no longer learned."""
+    assert quantizer.source is not None
+    quantizer.source.requires_grad_(False)
+    if quantizer.source.timed:
         quantizer.source = TableSource(*quantizer.source.table(num_train_timesteps))
 
 

@@ -11,10 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ptq_tdq.artifacts.atomic import write_atomic
+from ptq_tdq.artifacts import IntervalTable, write_atomic
 from ptq_tdq.errors import OutputError, ResumeError
-from ptq_tdq.intervals.dynamic import Dynamic
-from ptq_tdq.intervals.table import TableSource
+from ptq_tdq.quantized_model import source_of, table_of
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.search import QParams
 
@@ -84,13 +83,10 @@ def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
     if phase == "weights":
         return tensors
     for quantizer in unit.quantizers():
-        name, source = quantizer.record.name, quantizer.source
+        name = quantizer.record.name
         tensors[f"{name}.static_scale"] = static[name].scale
         tensors[f"{name}.static_zero_point"] = static[name].zero_point
-        if isinstance(source, TableSource):
-            tensors[f"{name}.scale"] = source.scale
-        assert isinstance(source, TableSource | Dynamic)
-        tensors[f"{name}.zero_point"] = source.zero_point
+        tensors |= table_of(quantizer).tensors(name)
     return tensors
 
 
@@ -125,8 +121,6 @@ def restore(
     for quantizer in unit.quantizers():
         name = quantizer.record.name
         static[name] = QParams(tensors[f"{name}.static_scale"], tensors[f"{name}.static_zero_point"])
-        zero_point = tensors[f"{name}.zero_point"]
-        scale = tensors.get(f"{name}.scale")
-        quantizer.source = Dynamic(zero_point, quantizer.qtype) if scale is None else TableSource(scale, zero_point)
+        quantizer.source = source_of(quantizer, IntervalTable.take(name, tensors))
         quantizer.enabled = True
     return losses

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ModelError
+from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.scheme import QType
 from ptq_tdq.timeaxis import lookup
@@ -31,6 +31,13 @@ class Step:
     """
 
     def __init__(self, artifact: Artifact) -> None:
+        """Raises :class:`RuntimeUnsupportedError` for quantizers that ask a network at run time."""
+        for quantizer in artifact.quantizers:
+            if artifact.tables[quantizer.name].generator:
+                raise RuntimeUnsupportedError(
+                    f"The quantizer '{quantizer.name}' finds its intervals by a network at run time, "
+                    'which has no integer form; use backend="simulated".'
+                )
         tables = {quantizer.name: artifact.tables[quantizer.name] for quantizer in artifact.quantizers}
         bits = {quantizer.name: quantizer.bits for quantizer in artifact.quantizers}
         timed = {name: table for name, table in tables.items() if table.scale is not None}

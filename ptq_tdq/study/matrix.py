@@ -10,6 +10,7 @@ from typing import Any
 from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, PRESETS, Config, preset
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.ptqd import CorrectionName, read_correction
+from ptq_tdq.intervals import source_class
 from ptq_tdq.load import Backend
 
 FULL_PRECISION = "fp"
@@ -51,7 +52,7 @@ class Cell:
     @property
     def runs_on(self) -> Backend:
         """The backend that its samples come from: intervals that are found at run time have no integer form."""
-        return "simulated" if self.config.method == "dynamic" else self.backend
+        return self.backend if source_class(self.config.method).timed else "simulated"
 
     @property
     def choices(self) -> dict[str, Any]:

@@ -247,6 +247,8 @@ def test_truncated_tensors_with_a_valid_hash(folder: Path, name: str, size: int)
         ({"conv__zero_point": torch.full((6,), -1, dtype=torch.int32)}, "zero point outside"),
         ({"conv__zero_point": torch.zeros(1, dtype=torch.int32)}, "'conv' needs zero points"),
         ({"proj__scale": torch.ones(6)}, "'proj' does not fit method 'dynamic'"),
+        ({"proj__generator__net": torch.ones(6)}, "'proj' does not fit method 'dynamic'"),
+        ({"other__generator__net": torch.ones(6)}, "'other.generator.net' without a zero point"),
         ({"other__zero_point": torch.zeros(1, dtype=torch.int32)}, "'other' belongs to no layer"),
     ],
 )

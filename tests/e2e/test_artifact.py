@@ -17,8 +17,12 @@ from ptq_tdq.artifacts import read_artifact
 from ptq_tdq.errors import ArtifactError, ConfigError, TimestepError
 
 QUICK = {"weight_iterations": 2, "activation_iterations": 2, "batch_size": 4, "weight_range": "minmax"}
-METHODS = ["static", "S_4", "tdq", "tdq-thin", "step-table", "step-lsq", "dynamic"]
-CASES = [*((method, "conditional") for method in METHODS), ("tdq-thin", "pipeline")]
+METHODS = ["static", "S_4", "tdq", "tdq-thin", "step-table", "step-lsq", "dynamic", "dynamic-statistics"]
+CASES = [
+    *((method, "conditional") for method in METHODS),
+    ("tdq-thin", "pipeline"),
+    ("dynamic-statistics-time", "pipeline"),
+]
 TIMES = [
     torch.tensor(0),
     torch.tensor(999),

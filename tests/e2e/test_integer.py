@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from ptq_tdq import calibrate, collect, load_model, load_quantized, preset
 from ptq_tdq.affine import quantize
+from ptq_tdq.artifacts import read_artifact
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError, RuntimeUnsupportedError, TimestepError
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.runtime import IntegerModel
 from ptq_tdq.runtime.layer import IntegerLayer, WeightOnlyLayer
+from ptq_tdq.runtime.step import Step
 
 FEW = {"weight_iterations": 2, "activation_iterations": 2, "batch_size": 4}
 CASES = {
@@ -214,6 +217,16 @@ def test_layers_without_an_integer_form_are_named(
     monkeypatch.setattr(UNet2DModel, "from_config", circular)
     with pytest.raises(RuntimeUnsupportedError, match=r"conv_in \(Conv2d\) has no integer form"):
         load_quantized(calibrated(conditional), backend="integer")
+
+
+def test_intervals_from_a_network_are_for_the_simulated_backend(
+    calibrated: Callable[[Path], Path], conditional: Path
+) -> None:
+    artifact = read_artifact(calibrated(conditional))
+    first = artifact.quantizers[0].name
+    table = replace(artifact.tables[first], generator={"net.0.weight": torch.ones(1)})
+    with pytest.raises(RuntimeUnsupportedError, match=rf"'{first}' .* network .* backend=\"simulated\""):
+        Step(replace(artifact, tables={**artifact.tables, first: table}))
 
 
 def test_inspect_says_what_runs(calibrated: Callable[[Path], Path], conditional: Path, cli: Any) -> None:

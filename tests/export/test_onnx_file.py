@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
-from torch import Tensor
+from torch import Tensor, ones
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import UsageError
+from ptq_tdq.errors import ModelError, UsageError
 from ptq_tdq.export import export_tables
 from ptq_tdq.export.onnx import FORMS, export_onnx, export_onnx_float
 from ptq_tdq.export.onnx import file as onnx_file
@@ -156,6 +157,17 @@ def test_two_files_for_hardware_teams(
 def test_unknown_runtime(tmp_path: Path, artifact_of: Callable[[str], Artifact]) -> None:
     with pytest.raises(UsageError, match=r"one of portable, onnxruntime, openvino\. Got 'tensorrt' instead"):
         export_onnx(artifact_of("W4A6"), tmp_path / "model.onnx", "tensorrt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_finds_intervals_has_no_form(
+    tmp_path: Path, artifact_of: Callable[[str], Artifact], skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_file, "make_skeleton", lambda artifact: skeleton)
+    artifact = artifact_of("W3A4-dynamic")
+    tables = {name: replace(table, generator={"net.0.weight": ones(1)}) for name, table in artifact.tables.items()}
+    with pytest.raises(ModelError, match="by a network at run time"):
+        export_onnx(replace(artifact, tables=tables), tmp_path / "model.onnx", "portable")
     assert list(tmp_path.iterdir()) == []
 
 

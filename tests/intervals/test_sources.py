@@ -292,23 +292,6 @@ def test_a_raw_scale_stays_positive() -> None:
     assert source().item() > 0
 
 
-# dynamic
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_dynamic_clips_nothing_and_uses_the_whole_range(bits: int) -> None:
-    source = build("dynamic", observe(bits=bits))
-    torch.manual_seed(1)
-    x = torch.randn(6, 3, 4, 4) * torch.logspace(-2, 2, 6).view(6, 1, 1, 1) + 0.1
-    scale, zero = source(torch.zeros(6), x)
-    codes = x.flatten(1) / scale[:, None] + zero[:, None]
-    top = 2**bits - 1
-    assert scale.shape == zero.shape == (6,) and zero.unique().numel() == 1
-    assert codes.min() >= -1e-3 and codes.max() <= top + 1e-3
-    reached = (codes.amin(1).abs() < 1e-3) | ((codes.amax(1) - top).abs() < 1e-3)
-    assert bool(reached.all())
-
-
 def test_a_table_stays_float32_in_a_half_precision_model() -> None:
     scale = torch.rand(T) + 0.1
     table = TableSource(scale, torch.zeros(T, dtype=torch.int32)).half()
@@ -322,21 +305,6 @@ def test_fixed_clips_nothing_at_any_step_and_is_not_learned() -> None:
     assert not list(source.parameters())
     assert (scale * (0 - zero_point) <= x.flatten(1).amin(1)).all()
     assert (scale * (255 - zero_point) >= x.flatten(1).amax(1)).all()
-
-
-def test_dynamic_is_abs_max_for_a_symmetric_zero_point() -> None:
-    source = source_class("dynamic")(torch.tensor(0), QType(8, signed=True))  # type: ignore[call-arg]
-    x = torch.tensor([[3.0, -1.0], [1.0, -8.0]])
-    assert source(torch.zeros(2), x)[0].tolist() == pytest.approx([3 / 127, 8 / 128])
-
-
-def test_dynamic_is_not_a_function_of_time() -> None:
-    assert not source_class("dynamic").timed
-    assert all(source_class(m).timed for m in (*QUICK, "tdq", "tdq-thin"))
-
-
-def test_a_dynamic_scale_for_zeros_is_positive() -> None:
-    assert (build("dynamic", observe())(torch.zeros(2), torch.zeros(2, 5))[0] > 0).all()
 
 
 # the registry

@@ -59,6 +59,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         {"method": "tdq-thin", "module_start": "steps", "zero_point": "step"},
         {"method": "tdq", "activation_iterations": 4, "rounding": "gptq"},
         {"method": "dynamic"},
+        {"method": "dynamic-statistics-time"},
         {
             "method": "step-lsq",
             "interval_parameter": "log",
@@ -84,7 +85,7 @@ def test_no_unit_ends_worse_than_it_began(wrap: Wrap, choose: Choose, samples: S
             assert weight.rounding is None and weight.codes is not None
             assert weight.codes.max() <= 2**3 - 1 and weight.codes.unique().numel() > 1
     for quantizer in quantized.quantizers().values():
-        if choices["method"] != "dynamic":
+        if not choices["method"].startswith("dynamic"):
             assert isinstance(quantizer.source, TableSource)
             scale, zero_point = quantizer.source.scale, quantizer.source.zero_point
             assert scale.shape == zero_point.shape == (T,) and bool((scale > 0).all() and scale.isfinite().all())
@@ -158,7 +159,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize(("method", "fraction"), [("S_2", 0.3), ("tdq-thin", 1.4), ("dynamic", 1.6)])
+@pytest.mark.parametrize(("method", "fraction"), [("S_2", 0.3), ("tdq-thin", 1.4), ("dynamic-statistics", 1.6)])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     wrap: Wrap, choose: Choose, samples: Samples, tmp_path: Path, method: str, fraction: float
 ) -> None:

@@ -1,0 +1,122 @@
+"""Sources that find the interval at run time: from the absolute maximum, or by a network of statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq_tdq.errors import ModelError
+from ptq_tdq.intervals import IntervalOptions, IntervalSource, Observed, source_class
+from ptq_tdq.intervals.dynamic import restore_dynamic
+from ptq_tdq.observe import Observer
+from ptq_tdq.scheme import QType
+
+T = 1000
+STEPS = torch.linspace(1, 961, 25).round()
+NETWORKS = ("dynamic-statistics", "dynamic-statistics-time")
+
+
+def activation(t: Tensor) -> Tensor:
+    """One draw whose length grows from 0.5 to 2 over t."""
+    x = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 0.3
+    return x * (0.5 + 1.5 * (t / T))[:, None]
+
+
+def observe(bits: int = 8, **options: Any) -> Observed:
+    observer, x = Observer("layer", STEPS), activation(STEPS)
+    observer.see(x, STEPS)
+    observer.start_counting()
+    observer.see(x, STEPS)
+    return Observed(T, STEPS, observer.histogram(), QType(bits), options=IntervalOptions(**options))
+
+
+def build(method: str, bits: int = 8, **options: Any) -> IntervalSource:
+    torch.manual_seed(0)
+    return source_class(method).build(method, observe(bits, **options)).eval()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dynamic_clips_nothing_and_uses_the_whole_range(bits: int) -> None:
+    source = build("dynamic", bits)
+    torch.manual_seed(1)
+    x = torch.randn(6, 3, 4, 4) * torch.logspace(-2, 2, 6).view(6, 1, 1, 1) + 0.1
+    scale, zero = source(torch.zeros(6), x)
+    codes = x.flatten(1) / scale[:, None] + zero[:, None]
+    top = 2**bits - 1
+    assert scale.shape == zero.shape == (6,) and zero.unique().numel() == 1
+    assert codes.min() >= -1e-3 and codes.max() <= top + 1e-3
+    reached = (codes.amin(1).abs() < 1e-3) | ((codes.amax(1) - top).abs() < 1e-3)
+    assert bool(reached.all())
+
+
+def test_dynamic_is_abs_max_for_a_symmetric_zero_point() -> None:
+    source = source_class("dynamic")(torch.tensor(0), QType(8, signed=True))  # type: ignore[call-arg]
+    x = torch.tensor([[3.0, -1.0], [1.0, -8.0]])
+    assert source(torch.zeros(2), x)[0].tolist() == pytest.approx([3 / 127, 8 / 128])
+
+
+@pytest.mark.parametrize("method", ["dynamic", *NETWORKS])
+def test_dynamic_sources_are_not_functions_of_time(method: str) -> None:
+    assert not source_class(method).timed
+    assert source_class("tdq").timed
+
+
+def test_a_dynamic_scale_for_zeros_is_positive() -> None:
+    assert (build("dynamic")(torch.zeros(2), torch.zeros(2, 5))[0] > 0).all()
+
+
+# networks
+
+
+def test_the_network_reads_four_statistics_and_the_time_encoding() -> None:
+    widths = {method: build(method, start="as-is").net[0].in_features for method in NETWORKS}  # type: ignore[union-attr,index]
+    assert widths == {"dynamic-statistics": 4, "dynamic-statistics-time": 4 + 128}
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_a_network_starts_at_the_best_intervals_of_the_steps(method: str) -> None:
+    best = observe().steps.scale
+    found = build(method, start="steps")(STEPS, activation(STEPS))[0]
+    assert (found / best).log().abs().mean() < 0.05
+    assert (best / best.mean()).log().abs().mean() > 0.2, "one interval is far away"
+
+
+def test_with_zero_weights_a_network_starts_as_the_static_interval() -> None:
+    source, static = build("dynamic-statistics", start="as-is", weights="zero"), observe().static
+    scale, zero_point = source(STEPS, activation(STEPS))
+    torch.testing.assert_close(scale, static.scale.expand(len(STEPS)))
+    assert bool((zero_point == static.zero_point).all())
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_each_sample_has_its_own_interval_which_follows_t_in_one_variant_only(method: str) -> None:
+    source, x = build(method, start="as-is"), activation(torch.tensor([100.0, 900.0]))
+    both = source(torch.tensor([5, 5]), x)[0]
+    torch.testing.assert_close(source(torch.tensor([5]), x[1:])[0], both[1:])
+    assert both[0] != both[1]
+    moved = source(torch.tensor([5, 800]), x)[0]
+    assert moved[0] == both[0]
+    assert (moved[1] == both[1]) == (method == "dynamic-statistics")
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_gradients_reach_the_network_and_not_the_tensor(method: str) -> None:
+    source, x = build(method, start="as-is"), activation(STEPS).requires_grad_()
+    source(STEPS, x)[0].sum().backward()
+    assert all(p.grad is not None and bool((p.grad != 0).any()) for p in source.parameters())
+    assert x.grad is None and source.raw_parameters() == []
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_what_is_kept_of_a_network_restores_it(method: str) -> None:
+    source, x = build(method), activation(STEPS)
+    state = torch.random.get_rng_state()
+    restored = restore_dynamic(method, source.zero_point, QType(8), source.generator)  # type: ignore[arg-type]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for ours, theirs in zip(restored.half()(STEPS, x), source(STEPS, x), strict=True):
+        assert torch.equal(ours, theirs)  # half(): intervals stay float32
+    with pytest.raises(ModelError, match=f"'{method}'"):
+        restore_dynamic(method, torch.tensor(3), QType(8), {"net.0.weight": torch.zeros(3)})
