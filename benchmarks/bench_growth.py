@@ -151,6 +151,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "growth"  # the same bytes from the same lines
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
     axes_of = {"pairs": "calibration pairs", "blocks": "reconstruction units", "parameters": "parameters (millions)"}
     figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.6), sharex="col", layout="constrained")
@@ -167,10 +168,15 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
         ):
             ax.loglog(x, values, "o-", color=color)
             ax.loglog(x, [values[-1] * v / x[-1] for v in x], ":", color="gray", label="in proportion")
-            ax.grid(alpha=0.3, which="both")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.grid(alpha=0.3)
         axes[1, column].set_xlabel(label)
+        axes[1, column].set_xticks(x, [f"{v:.2g}" if v < 100 else f"{v:.0f}" for v in x])
+        axes[1, column].xaxis.set_minor_locator(NullLocator())
     axes[0, 0].set_ylabel("CPU time (s), one thread")
-    axes[1, 0].set_ylabel("own memory above the model's (MiB)")
+    axes[1, 0].set_ylabel("memory beyond the model's (MiB)")
     axes[0, 0].legend()
     figure.suptitle("Calibration, preset default at W4A6 with 4 iterations: growth")
     figure.savefig(path, metadata={"Date": None})
