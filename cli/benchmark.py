@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,18 @@ from ptq_tdq.calib_data import load_model
 from ptq_tdq.cli.options import backend_option, model_option, quiet_option, threads_option, verbose_option
 from ptq_tdq.config import PRESETS
 from ptq_tdq.errors import ConfigError, UsageError
-from ptq_tdq.evaluate.names import METRICS
+from ptq_tdq.evaluate.names import METRICS, Metric
 from ptq_tdq.load import Backend
 from ptq_tdq.study.matrix import METHODS, Cell, make_cells
-from ptq_tdq.study.render import Table, find_metric, make_table, markdown, title, to_csv
+from ptq_tdq.study.render import Table, find_metric, listing, make_table, markdown, title, to_csv
 from ptq_tdq.study.results import Line, read_lines, unfinished
 from ptq_tdq.study.run import run_study, seconds_left
 
-FORMATS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "csv": to_csv}
+FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
+    "markdown": lambda tables: "\n".join(map(markdown, tables)),
+    "list": listing,
+    "csv": lambda tables: "".join(map(to_csv, tables)),
+}
 
 
 @click.command("benchmark")
@@ -63,21 +67,28 @@ FORMATS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "csv": to_cs
 )
 @click.option(
     "--metric",
-    "flag",
-    metavar="NAME",
+    "flags",
+    metavar="NAMES",
     default="fd-c10",
     show_default=True,
-    help=f"What the table shows: {', '.join(metric.flag for metric in METRICS)}.",
+    help=f"What the table shows, one or several: {', '.join(metric.flag for metric in METRICS)}.",
 )
 @click.option(
-    "--format", "form", type=click.Choice(list(FORMATS)), default="markdown", show_default=True, help="Of the table."
+    "--format",
+    "form",
+    type=click.Choice(list(FORMATS)),
+    default="markdown",
+    show_default=True,
+    help="markdown: a column per method; list: a line per method, a column per metric.",
 )
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here, not to stdout.")
 @click.option(
     "--render", type=click.Path(path_type=Path, dir_okay=False), help="Only draw the table of this results file."
 )
 @click.option(
-    "--against", metavar="PRESET", help="Compare each row with S_1 of this preset.  [default: of its own preset]"
+    "--against",
+    metavar="PRESET[:METHOD]",
+    help="What all are compared with; :METHOD is that of each preset.  [default: :S_1]",
 )
 @threads_option
 @verbose_option
@@ -96,7 +107,7 @@ def benchmark_command(
     results: Path,
     backend: Backend,
     workers: int,
-    flag: str,
+    flags: str,
     form: str,
     output: Path | None,
     render: Path | None,
@@ -111,24 +122,27 @@ def benchmark_command(
     methods are compared with S_1 (Q-Diffusion) on the same seed. With the integer backend the samples come from integer
     arithmetic; a method without tables (dynamic) has none and stays simulated, as its line says.
     """
-    metric = find_metric(flag)
+    metrics = [find_metric(flag) for flag in _names(flags)]
+    if form == "csv" and len(metrics) != 1:
+        raise UsageError("--format csv takes one --metric; give one, or choose another format.")
     if render:
         if not render.exists():
             raise UsageError(f"There is no results file '{render}'; run the study first.")
-        _give(make_table(read_lines(render), metric, against), form, output)
+        _give(read_lines(render), metrics, against, form, output)
         return
     cells = make_cells(_names(presets), _names(schemes), _names(methods), _numbers(seeds), settings, samples, backend)
     lines = read_lines(results)
     model = load_model(source)
     left = unfinished(cells, lines, model.sha256)
-    if against is not None and against not in {*(cell.preset for cell in cells), *(line["preset"] for line in lines)}:
-        raise UsageError(f"--against names the preset {against}, which the study does not have.")
+    home = (against or "").partition(":")[0]
+    if home and home not in {*(cell.preset for cell in cells), *(line["preset"] for line in lines)}:
+        raise UsageError(f"--against names the preset {home}, which the study does not have.")
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished cell."
     with _Bars(left, lines, workers, quiet=quiet, verbose=verbose, total=len(cells)) as bars:
         command = shlex.join(["ptq-tdq", *sys.argv[1:]])
         run_study(left, results, source=source, command=command, count=workers, on_line=bars.finished, on_say=bars.now)
     if not quiet or output:
-        _give(make_table(read_lines(results), metric, against), form, output)
+        _give(read_lines(results), metrics, against, form, output)
 
 
 class _Bars:
@@ -187,8 +201,8 @@ def _place(preset: str, scheme: str, method: str, seed: int) -> str:
     return " ".join([part for part in (preset, scheme) if part] + [title(method), f"seed {seed}"])
 
 
-def _give(table: Table, form: str, output: Path | None) -> None:
-    text = FORMATS[form](table)
+def _give(lines: list[Line], metrics: list[Metric], against: str | None, form: str, output: Path | None) -> None:
+    text = FORMATS[form]([make_table(lines, metric, against) for metric in metrics])
     if output:
         write_atomic(output, text.encode())
         click.echo(f"Wrote {output}", err=True)

@@ -1,4 +1,6 @@
-"""The table of a study, from its lines alone, in the layout of supp Table 4: a row per scheme, a column per method."""
+"""The table of a study, from its lines alone, in the layout of supp Table 4 (a row per scheme, a column per method), or
+as a list with a line per method.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,13 @@ from scipy.stats import ttest_rel
 
 from ptq_tdq.errors import UsageError
 from ptq_tdq.evaluate.names import METRICS, Metric
-from ptq_tdq.study.matrix import BASELINE_METHOD, FULL_PRECISION, METHODS
+from ptq_tdq.study.matrix import BASELINE_METHOD, FULL_PRECISION, METHODS, label
 from ptq_tdq.study.results import Line
 
 TITLES = {"tdq": "TDQ", "tdq-thin": "TDQ_thin", BASELINE_METHOD: "S_1", FULL_PRECISION: "FP"}
 SIGNIFICANT = 0.05
 ABSENT = "-"
+TEST = "p of a paired t-test; **bold**: better with p < 0.05"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method less S_1, over the seeds that both have, and the p value of a paired t-test (None below two seeds)."""
+    """A method less what it is compared with, over the seeds that both have.
+
+    ``p`` is of a paired t-test, None below two seeds.
+    """
 
     mean: float
     seeds: int
@@ -48,9 +54,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Table:
-    """Entries by row (preset, scheme) and column (method); ``against`` is the preset of the S_1 to compare with.
+    """Entries by row (preset, scheme) and column (method).
 
-    Without one each row is compared with its own.
+    Each row is compared with the column ``base`` of the preset ``against``, or of its own.
     """
 
     metric: Metric
@@ -58,10 +64,16 @@ class Table:
     rows: dict[tuple[str, str], dict[str, Entry]]
     notes: tuple[str, ...]
     against: str | None = None
+    base: str = BASELINE_METHOD
 
-    def is_baseline(self, row: tuple[str, str], column: str) -> bool:
+    def is_base(self, row: tuple[str, str], column: str) -> bool:
         """Whether an entry is what its row is compared with."""
-        return column == BASELINE_METHOD and self.against in (None, row[0])
+        return column == self.base and self.against in (None, row[0])
+
+    @property
+    def compared_with(self) -> str:
+        """What all are compared with, for a heading."""
+        return title(self.base) + (f" of preset {self.against}" if self.against else "")
 
 
 def find_metric(flag: str) -> Metric:
@@ -73,15 +85,17 @@ def find_metric(flag: str) -> Metric:
 
 
 def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None) -> Table:
-    """Gather a metric.
+    """Gather a metric. ``against`` is what all are compared with: PRESET, PRESET:METHOD or :METHOD (of each preset).
 
-    Raises :class:`UsageError` where no line has it, and where S_1 of the preset ``against`` is missing or was measured
-    on other samples or steps than a line.
+    Raises :class:`UsageError` where no line has the metric, and where the method to compare with is missing or was
+    measured on other samples or steps than a line.
     """
     if not any(metric.key in line["results"] for line in lines):
         raise UsageError(f"No line has the metric {metric.flag}; run the study first or choose another metric.")
-    if against is not None:
-        _require_comparable(lines, against)
+    home, _, method = (against or "").partition(":")
+    base = label(method) if method else BASELINE_METHOD
+    if against:
+        _require_comparable(lines, home, base)
     rows: dict[tuple[str, str], dict[str, Entry]] = {}
     for line in lines:
         if line["method"] != FULL_PRECISION:
@@ -105,26 +119,25 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
     others = [m for m in dict.fromkeys(present) if m not in (*METHODS, FULL_PRECISION)]
     full_too = [FULL_PRECISION] if any(e[FULL_PRECISION].values for e in rows.values() if FULL_PRECISION in e) else []
     columns = (*(m for m in METHODS if m in present), *others, *full_too)
-    return Table(metric, columns, rows, tuple(_notes(lines)), against)
+    return Table(metric, columns, rows, tuple(_notes(lines)), home or None, base)
 
 
-def _require_comparable(lines: Sequence[Line], against: str) -> None:
+def _require_comparable(lines: Sequence[Line], home: str, base: str) -> None:
     def measured_on(line: Line) -> tuple[int, int]:
         return line["evaluation"]["samples"], line["evaluation"]["num_inference_steps"]
 
-    base = {measured_on(line) for line in lines if (line["preset"], line["method"]) == (against, BASELINE_METHOD)}
-    if not base:
-        raise UsageError(f"No line is S_1 of the preset {against}; compare with a preset that has it.")
-    if {measured_on(line) for line in lines} != base:
-        raise UsageError(
-            f"Not all lines were measured on the samples and steps of preset {against}; leave --against out."
-        )
+    found = [line for line in lines if line["method"] == base and home in ("", line["preset"])]
+    where = f"{title(base)} of the preset {home}" if home else title(base)
+    if not found:
+        raise UsageError(f"No line is {where}; compare with one that is there.")
+    if home and {measured_on(line) for line in lines} != {measured_on(line) for line in found}:
+        raise UsageError(f"Not all lines were measured on the samples and steps of {where}; leave --against out.")
 
 
 def difference(table: Table, row: tuple[str, str], column: str) -> Difference | None:
-    """A column against S_1, in its row or in that of the preset to compare with; None without a common seed."""
+    """A column against the base, in its row or in that of the preset to compare with; None without a common seed."""
     base_row = table.rows.get((table.against or row[0], row[1]), {})
-    base, mine = (e.get(name, Entry({})).values for e, name in ((base_row, BASELINE_METHOD), (table.rows[row], column)))
+    base, mine = (e.get(name, Entry({})).values for e, name in ((base_row, table.base), (table.rows[row], column)))
     seeds = sorted(base.keys() & mine.keys())
     if not seeds:
         return None
@@ -137,47 +150,62 @@ def difference(table: Table, row: tuple[str, str], column: str) -> Difference | 
 
 
 def markdown(table: Table) -> str:
-    """Values with their deviation over seeds, then the differences to S_1."""
-    metric, titles = table.metric, [title(column) for column in table.columns]
-    most = max((len(e.values) for entries in table.rows.values() for e in entries.values()), default=0)
-    better = "higher" if metric.higher_is_better else "lower"
-    lines = [f"**{metric.title}** ({better} is better), mean ± standard deviation over seeds", ""]
+    """Values with their deviation over seeds, then the differences to the base."""
+    metric, titles, most = table.metric, [title(column) for column in table.columns], _most(table)
+    lines = [f"**{metric.title}** ({_better(metric)} is better), mean ± standard deviation over seeds", ""]
     lines += ["| preset | scheme | " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(titles)]
     for (preset, scheme), entries in table.rows.items():
         cells = [_text(metric, entries.get(column), most) for column in table.columns]
         lines.append(f"| {preset} | {scheme} | " + " | ".join(cells) + " |")
-    others = [
-        c for c in table.columns if c != FULL_PRECISION and not all(table.is_baseline(row, c) for row in table.rows)
-    ]
-    if others and any(BASELINE_METHOD in entries for entries in table.rows.values()):
-        test = "p of a paired t-test; **bold**: better with p < 0.05"
-        lines += ["", f"Difference to S_1{_of(table)} on the same seeds ({test})", ""]
+    others = [c for c in table.columns if c != FULL_PRECISION and not all(table.is_base(row, c) for row in table.rows)]
+    if others and any(table.base in entries for entries in table.rows.values()):
+        lines += ["", f"Difference to {table.compared_with} on the same seeds ({TEST})", ""]
         lines += ["| preset | scheme | " + " | ".join(map(title, others)) + " |", "|---|---|" + "---:|" * len(others)]
         for row in table.rows:
-            changes = [None if table.is_baseline(row, c) else difference(table, row, c) for c in others]
-            cells = [_change(metric, change) for change in changes]
-            lines.append(f"| {' | '.join(row)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {' | '.join(row)} | " + " | ".join(_change(table, row, c) for c in others) + " |")
     return "\n".join([*lines, "", *table.notes]) + "\n"
+
+
+def listing(tables: Sequence[Table]) -> str:
+    """A line per method, two columns per table: the metric, and its difference to the base."""
+    first = max(tables, key=lambda table: len(table.columns))  # with full precision, if one has it
+    metrics = [f"{t.metric.title}, {_better(t.metric)} is better | difference" for t in tables]
+    lines = ["| preset | scheme | method | " + " | ".join(metrics) + " |", "|---|---|---|" + "---:|---:|" * len(tables)]
+    for row, entries in first.rows.items():
+        for column in (c for c in first.columns if c in entries):
+            cells = [
+                cell
+                for t in tables
+                for cell in (_text(t.metric, t.rows[row].get(column), _most(t)), _change(t, row, column))
+            ]
+            lines.append(f"| {' | '.join(row)} | {title(column)} | " + " | ".join(cells) + " |")
+    how = f"Mean ± standard deviation over seeds; difference to {first.compared_with} on the same seeds ({TEST})."
+    return "\n".join([*lines, "", how, *first.notes]) + "\n"
 
 
 def to_csv(table: Table) -> str:
     """One line per row of the table, five columns per method."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    parts = ("mean", "deviation", "seeds", f"minus S_1{_of(table)}", "p")
+    parts = ("mean", "deviation", "seeds", f"minus {table.compared_with}", "p")
     writer.writerow(["preset", "scheme", "metric", *(f"{title(c)} {part}" for c in table.columns for part in parts)])
     for row, entries in table.rows.items():
         cells: list[object] = [*row, table.metric.key]
         for column in table.columns:
             entry, change = entries.get(column, Entry({})), difference(table, row, column)
-            against = (change.mean, change.p) if change and not table.is_baseline(row, column) else (None, None)
+            against = (change.mean, change.p) if change and not table.is_base(row, column) else (None, None)
             cells += [entry.mean, entry.deviation, len(entry.values), *against]
         writer.writerow(["" if cell is None else cell for cell in cells])
     return buffer.getvalue()
 
 
-def _of(table: Table) -> str:
-    return f" of preset {table.against}" if table.against else ""
+def _better(metric: Metric) -> str:
+    return "higher" if metric.higher_is_better else "lower"
+
+
+def _most(table: Table) -> int:
+    """The largest number of seeds of an entry."""
+    return max((len(e.values) for entries in table.rows.values() for e in entries.values()), default=0)
 
 
 def title(method: str) -> str:
@@ -201,8 +229,9 @@ def _text(metric: Metric, entry: Entry | None, most: int) -> str:
     return text
 
 
-def _change(metric: Metric, change: Difference | None) -> str:
-    if change is None:
+def _change(table: Table, row: tuple[str, str], column: str) -> str:
+    metric, change = table.metric, difference(table, row, column)
+    if change is None or column == FULL_PRECISION or table.is_base(row, column):
         return ABSENT
     text = f"{change.mean:+.{metric.digits}f}"
     if change.p is None:

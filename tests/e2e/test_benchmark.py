@@ -63,6 +63,11 @@ def test_the_table_comes_from_the_lines_alone(whole: Path, cli: Any, tmp_path: P
     out = tmp_path / "table.csv"
     result = cli("benchmark", "--render", whole, *METRIC, "--format", "csv", "--output", out)
     assert (result.code, result.out) == (0, "") and out.read_text().startswith("preset,scheme,metric,S_1 mean")
+    two = ("--metric", "latent-sqnr,mean-noise-sqnr")
+    listed = cli("benchmark", "--render", whole, *two, "--format", "list", "--against", "default:S_1")
+    assert listed.code == 0 and listed.out.count("| default | W4A8 | ") == 1 and "S_1 of preset default" in listed.out
+    refused = cli("benchmark", "--render", whole, *two, "--format", "csv")
+    assert refused.code != 0 and "one --metric" in refused.err
 
 
 def test_a_finished_study_runs_nothing_and_another_one_is_refused(study: Any, whole: Path, cli: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ptq_tdq.errors import UsageError
-from ptq_tdq.study.render import difference, find_metric, make_table, markdown, to_csv
+from ptq_tdq.study.render import difference, find_metric, listing, make_table, markdown, to_csv
 
 METRIC = find_metric("fd-c10")
 
@@ -124,8 +124,25 @@ def test_every_row_may_be_compared_with_s_1_of_one_preset() -> None:
     text = markdown(table).partition("Difference to S_1 of preset qdiff")[2]
     assert cells(text, "| preset") == ["preset", "scheme", "TDQ", "S_1", "S_20", "TDQ_thin:bias_lr=0"]
     assert cells(text, "| qdiff | W4A8")[3] == "-" and cells(text, "| default | W4A8")[3].startswith("**-1.833**")
-    with pytest.raises(UsageError, match="No line is S_1 of the preset paper"):
+    with pytest.raises(UsageError, match="No line is S_1 of the preset paper;"):
         make_table(LINES, METRIC, against="paper")
     longer = line("tdq", 0, 1.0, evaluation={"samples": 9, "num_inference_steps": 3, "seed": 0})
-    with pytest.raises(UsageError, match="samples and steps of preset qdiff"):
+    with pytest.raises(UsageError, match="samples and steps of S_1 of the preset qdiff"):
         make_table([*LINES, longer], METRIC, against="qdiff")
+
+
+def test_a_list_has_a_line_per_method_and_compares_with_any_of_them() -> None:
+    lines = [{**each, "results": {**each["results"], "kid_c10": 0.5 + each["seed"]}} for each in LINES]
+    tables = [make_table(lines, find_metric(name), against=":tdq") for name in ("fd-c10", "kid-c10")]
+    text = listing(tables)
+    assert cells(text, "| preset")[3:] == [
+        "FD-C10, lower is better", "difference", "KID-C10, lower is better", "difference",
+    ]  # fmt: skip
+    found = difference(make_table(LINES, METRIC), ("qdiff", "W4A8"), "tdq")
+    assert found is not None and found.p is not None
+    assert cells(text, "| qdiff | W4A8 | S_1")[3:5] == ["4.333 ± 1.528", f"+0.967 ({found.p:.2g})"]
+    assert cells(text, "| qdiff | W4A8 | TDQ")[4] == "-" and cells(text, "| qdiff | W4A8 | FP")[4] == "-"
+    assert cells(text, "| qdiff | W4A6 | S_20")[3:5] == ["2.500 (n = 1)", "-"], "no TDQ in this row"
+    assert "difference to TDQ on the same seeds" in text
+    with pytest.raises(UsageError, match="No line is TDQ_thin;"):
+        make_table(LINES, METRIC, against=":tdq-thin")
