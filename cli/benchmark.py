@@ -83,6 +83,11 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 )
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here, not to stdout.")
 @click.option(
+    "--grids",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Save a picture of each cell's first samples, beside full precision's, in this folder.",
+)
+@click.option(
     "--render", type=click.Path(path_type=Path, dir_okay=False), help="Only draw the table of this results file."
 )
 @click.option(
@@ -110,6 +115,7 @@ def benchmark_command(
     flags: str,
     form: str,
     output: Path | None,
+    grids: Path | None,
     render: Path | None,
     against: str | None,
     verbose: bool,
@@ -140,7 +146,10 @@ def benchmark_command(
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished cell."
     with _Bars(left, lines, workers, quiet=quiet, verbose=verbose, total=len(cells)) as bars:
         command = shlex.join(["ptq-tdq", *sys.argv[1:]])
-        run_study(left, results, source=source, command=command, count=workers, on_line=bars.finished, on_say=bars.now)
+        run_study(
+            left, results, source=source, command=command, count=workers, grids=grids,
+            on_line=bars.finished, on_say=bars.now,
+        )  # fmt: skip
     if not quiet or output:
         _give(read_lines(results), metrics, against, form, output)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from ptq_tdq.config import COLLECT_CHOICES
 from ptq_tdq.errors import UsageError
 from ptq_tdq.evaluate import inception
 from ptq_tdq.evaluate.baseline import Baseline, Measured, make_baseline
-from ptq_tdq.evaluate.images import grid
+from ptq_tdq.evaluate.images import grid_png
 from ptq_tdq.evaluate.names import METRICS, Metric
 from ptq_tdq.evaluate.ptqd import CorrectionName, corrected
 from ptq_tdq.load import Backend, load_quantized
@@ -233,10 +232,6 @@ def _write(output_dir: Path, document: dict[str, Any], baseline: Baseline, measu
         write_file(folder / "evaluation.json", text.encode())
         write_file(folder / "evaluation.md", "\n".join(lines).encode())
         if baseline.images is not None and measured.images is not None:
-            classes = baseline.reference.model.num_classes
-            shown = min(GRID_IMAGES, len(baseline.images))
-            columns = classes if 0 < classes <= shown else max(1, round(shown**0.5))
-            panels = {"full precision": baseline.images[:shown], document["scheme"]: measured.images[:shown]}
-            buffer = io.BytesIO()
-            grid(panels, columns).save(buffer, format="PNG")
-            write_file(folder / "samples.png", buffer.getvalue())
+            panels = {"full precision": baseline.images, document["scheme"]: measured.images}
+            shown = {name: images[:GRID_IMAGES] for name, images in panels.items()}
+            write_file(folder / "samples.png", grid_png(shown, baseline.reference.model.num_classes))

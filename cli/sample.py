@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import click
@@ -23,7 +22,7 @@ from ptq_tdq.cli.options import (
 )
 from ptq_tdq.cli.original import load_original
 from ptq_tdq.errors import ModelError
-from ptq_tdq.evaluate.images import decode, grid
+from ptq_tdq.evaluate.images import decode, grid_png
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import make_noise, run
 from ptq_tdq.load import Backend, load_quantized
@@ -77,11 +76,8 @@ def sample_command(
     quantized = load_quantized(artifact, backend=backend)
     latents = [run(unet, model, noise, labels, num_inference_steps, seed) for unet in (model.unet, quantized)]
     full, mine = (decode(model, x) for x in latents)
-    columns = model.num_classes if 0 < model.num_classes <= num_images else max(1, round(num_images**0.5))
     panels = {"full precision": full, f"{stored.config['scheme']} {stored.config['method']}": mine}
-    buffer = io.BytesIO()
-    grid(panels, columns).save(buffer, format="PNG")
-    write_atomic(output, buffer.getvalue())
+    write_atomic(output, grid_png(panels, model.num_classes))
     facts = {
         "output": str(output),
         "num_images": num_images,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -19,6 +21,19 @@ def decode(model: LoadedModel, latents: Tensor) -> Tensor:
     shift = getattr(model.vae.config, "shift_factor", None) or 0.0
     images: Tensor = model.vae.decode(latents / model.vae.config.scaling_factor + shift, return_dict=False)[0]
     return images.clamp(-1, 1)
+
+
+def columns(count: int, num_classes: int) -> int:
+    """Columns of a grid of ``count`` pictures: one per class where that fits, else about a square."""
+    return num_classes if 1 < num_classes <= min(count, 10) else max(1, round(count**0.5))
+
+
+def grid_png(panels: dict[str, Tensor], num_classes: int) -> bytes:
+    """The file of a :func:`grid` of panels of equal length."""
+    count = max(len(images) for images in panels.values())
+    buffer = io.BytesIO()
+    grid(panels, columns(count, num_classes)).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def grid(panels: dict[str, Tensor], columns: int, scale: int = 3) -> Image.Image:

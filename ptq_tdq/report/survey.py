@@ -13,7 +13,7 @@ from torch import Tensor
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calib_data import LoadedModel
 from ptq_tdq.errors import ArtifactMismatchError
-from ptq_tdq.evaluate.images import CAPTION_HEIGHT, decode, grid
+from ptq_tdq.evaluate.images import CAPTION_HEIGHT, columns, decode, grid
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import Reference, make_reference, run
 from ptq_tdq.load import load_quantized
@@ -114,11 +114,6 @@ def check_same_model(subjects: Sequence[Subject]) -> None:
             raise ArtifactMismatchError(
                 f"'{first.name}' and '{other.name}' were made from different models; make a report for each."
             )
-
-
-def columns(count: int, num_classes: int) -> int:
-    """Columns of a grid of ``count`` pictures: one per class where that fits, else about a square."""
-    return num_classes if 1 < num_classes <= min(count, 10) else max(1, round(count**0.5))
 
 
 def sheet(images: Tensor, num_classes: int) -> Image.Image:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from ptq_tdq.artifacts import publish_directory
 from ptq_tdq.errors import OutputError
-from ptq_tdq.evaluate.images import grid
+from ptq_tdq.evaluate.images import grid_png
 from ptq_tdq.report.data import report_data
 from ptq_tdq.report.figures import draw_figures
 from ptq_tdq.report.page import render_page
-from ptq_tdq.report.survey import PICTURES, Survey, columns, sheet
+from ptq_tdq.report.survey import PICTURES, Survey, sheet
 
 PAGE, FIGURES = "report.html", "figures"
 
@@ -42,10 +41,8 @@ def write_report(found: Survey, folder: Path, *, overwrite: bool = False) -> lis
     files = {PAGE: render_page(data, pictures).encode("utf-8")}
     files |= {f"{FIGURES}/{name}": content for name, content in draw_figures(data)}
     if samples:
-        buffer = io.BytesIO()
         shown = {name: images[:PICTURES] for name, images in samples.items()}
-        grid(shown, columns(min(data["samples"], PICTURES), data["classes"])).save(buffer, format="PNG")
-        files[f"{FIGURES}/samples.png"] = buffer.getvalue()
+        files[f"{FIGURES}/samples.png"] = grid_png(shown, data["classes"])
     with publish_directory(folder, overwrite) as target:
         (target / FIGURES).mkdir()
         for name, content in files.items():

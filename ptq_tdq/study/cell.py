@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from ptq_tdq.artifacts import write_atomic
 from ptq_tdq.calib_data import CalibrationSet, LoadedModel, collect_cached
 from ptq_tdq.calibrate import calibrate, identity, provenance, weight_identity
 from ptq_tdq.config import COLLECT_CHOICES
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.baseline import Baseline, load_baseline, make_baseline, save_baseline
+from ptq_tdq.evaluate.images import grid_png
 from ptq_tdq.evaluate.ptqd import corrected
 from ptq_tdq.load import load_quantized
 from ptq_tdq.quantized_model import QuantizedModel
@@ -24,13 +27,17 @@ from ptq_tdq.recon import UnitReport
 from ptq_tdq.study.matrix import FULL_PRECISION, Cell
 
 Say = Callable[[str], None]
+SHOWN = 30  # samples of a picture
 
 
-def run_cell(model: LoadedModel, cell: Cell, work: Path, say: Say = lambda text: None) -> dict[str, Any]:
+def run_cell(
+    model: LoadedModel, cell: Cell, work: Path, say: Say = lambda text: None, *, grids: Path | None = None
+) -> dict[str, Any]:
     """What the cell's line says, but for the facts of the machine.
 
-    ``work`` keeps what cells share (weights, full-precision samples) and the cell's own unfinished state. A
-    calibration that diverges is a result, not an error: its line has "failed" instead of "results".
+    ``work`` keeps what cells share (weights, full-precision samples) and the cell's own unfinished state; ``grids``
+    gets a picture of its first samples. A calibration that diverges is a result, not an error: its line has "failed"
+    instead of "results".
     """
     line: dict[str, Any] = {
         "preset": cell.preset,
@@ -49,13 +56,19 @@ def run_cell(model: LoadedModel, cell: Cell, work: Path, say: Say = lambda text:
     say("calibration set")
     calibration_set = collect_cached(model, **{key: getattr(cell.config, key) for key in COLLECT_CHOICES})
     try:
-        return {**line, **_measure(model, cell, baseline, calibration_set, work, say)}
+        return {**line, **_measure(model, cell, baseline, calibration_set, work, say, grids)}
     except NonFiniteError as error:
         return {**line, "failed": str(error), "results": {}, "seconds": {}}
 
 
 def _measure(
-    model: LoadedModel, cell: Cell, baseline: Baseline, calibration_set: CalibrationSet, work: Path, say: Say
+    model: LoadedModel,
+    cell: Cell,
+    baseline: Baseline,
+    calibration_set: CalibrationSet,
+    work: Path,
+    say: Say,
+    grids: Path | None,
 ) -> dict[str, Any]:
     seconds = {"weights": 0.0, "activations": 0.0}
     loss = {"weights": 0.0, "activations": 0.0}
@@ -84,6 +97,10 @@ def _measure(
     unet = corrected(cell.correction, model.unet, _executable(quantized, cell, own), calibration_set)
     measured = baseline.measure(unet, lambda done, total: say(f"samples {done}/{total}"))
     seconds["evaluation"] = time.perf_counter() - began
+    if grids and measured.images is not None and baseline.images is not None:
+        panels = {"full precision": baseline.images, f"{cell.preset} {cell.scheme} {cell.method}": measured.images}
+        shown = {name: images[:SHOWN] for name, images in panels.items()}
+        write_atomic(grids / f"{_file_name(cell)}.png", grid_png(shown, model.num_classes))
     shutil.rmtree(own, ignore_errors=True)
     return {"results": measured.results, "loss": loss, "seconds": seconds}
 
@@ -94,6 +111,11 @@ def _executable(quantized: QuantizedModel, cell: Cell, folder: Path) -> nn.Modul
         return quantized
     quantized.save_pretrained(folder / "artifact", overwrite=True)
     return load_quantized(folder / "artifact", backend=cell.runs_on)
+
+
+def _file_name(cell: Cell) -> str:
+    """PRESET-SCHEME-METHOD-SEED in letters that every file system has."""
+    return re.sub(r"[^\w.]+", "-", "-".join(map(str, cell.key)))
 
 
 def _baseline(model: LoadedModel, cell: Cell, work: Path, say: Say) -> Baseline:

@@ -26,6 +26,7 @@ def run_study(
     source: str | None,
     command: str,
     count: int = 1,
+    grids: Path | None = None,
     on_line: Callable[[Line], None] = lambda line: None,
     on_say: Heard = lambda worker, cell, text: None,
 ) -> None:
@@ -33,7 +34,7 @@ def run_study(
 
     Killed at any time, the lines and the shared weights stay; the remaining cells can be run again.
     """
-    job = Job(source, work_folder(results), command)
+    job = Job(source, work_folder(results), command, grids)
     for line in _here(job, cells, on_say) if count == 1 else _apart(job, cells, count, on_say):
         append_line(results, line)
         on_line(line)

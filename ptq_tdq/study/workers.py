@@ -32,6 +32,7 @@ class Job:
     source: str | None
     work: Path
     command: str
+    grids: Path | None = None
 
 
 class Runner:
@@ -84,7 +85,7 @@ def run_here(job: Job, cells: Sequence[Cell], say: Callable[[str], None]) -> Ite
     """Run cells in this process, one after the other."""
     model = load_model(job.source)
     for cell in cells:
-        yield {**run_cell(model, cell, job.work, say), "facts": facts(job.command)}
+        yield {**run_cell(model, cell, job.work, say, grids=job.grids), "facts": facts(job.command)}
 
 
 def _cores(count: int, share: int) -> list[list[int]]:
@@ -106,7 +107,7 @@ def _serve(pipe: Connection, job: Job, threads: int, cores: list[int]) -> None:
         model = load_model(job.source)
         while True:
             cell: Cell = pipe.recv()
-            line = run_cell(model, cell, job.work, lambda text: pipe.send(("say", text)))
+            line = run_cell(model, cell, job.work, lambda text: pipe.send(("say", text)), grids=job.grids)
             pipe.send(("done", {**line, "facts": facts(job.command)}))
     except EOFError:
         return

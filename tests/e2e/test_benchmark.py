@@ -37,9 +37,11 @@ def whole(study: tuple[str, ...], cli: Any, shared_cache: Path, tmp_path_factory
     results = tmp_path_factory.mktemp("study") / "whole.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PTQ_TDQ_CACHE", str(shared_cache))
-        result = cli(*study, "--results", results)
+        result = cli(*study, "--results", results, "--grids", results.with_name("grids"))
     assert (result.code, result.err) == (0, "")
     assert "| default | W4A6 |" in result.out
+    pictures = sorted(path.name for path in results.with_name("grids").iterdir())
+    assert pictures == [f"default-{scheme}-static-{seed}.png" for scheme in ("W4A6", "W4A8") for seed in (0, 1)]
     return Path(results)
 
 

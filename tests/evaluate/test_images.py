@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from ptq_tdq.calib_data import LoadedModel, load_model
-from ptq_tdq.evaluate.images import decode, grid
+from ptq_tdq.evaluate.images import columns, decode, grid
 
 
 def test_without_a_vae_latents_are_images(tiny_unet: Callable[..., UNet2DModel]) -> None:
@@ -36,3 +37,10 @@ def test_panels_stand_side_by_side_with_every_pixel_enlarged() -> None:
     assert (panel[:8, :16] == [255, 0, 0]).all() and (panel[8:, :8] == [255, 0, 0]).all()
     assert (panel[8:, 8:16] == 255).all(), "the last place of three in two columns stays empty"
     assert (panel[:8, 24:] == 128).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "expected"), [(20, 10, 10), (9, 0, 3), (4, 10, 2), (20, 1000, 4), (1, 0, 1)]
+)
+def test_columns_of_a_grid(count: int, classes: int, expected: int) -> None:
+    assert columns(count, classes) == expected

@@ -20,7 +20,7 @@ from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.report.data import clipped, correlation, report_data
 from ptq_tdq.report.findings import checks, findings, lowest, seeds, spread, worst_layers
 from ptq_tdq.report.page import render_page
-from ptq_tdq.report.survey import Subject, Survey, columns, survey
+from ptq_tdq.report.survey import Subject, Survey, survey
 from ptq_tdq.search import Histogram
 
 Json = dict[str, Any]
@@ -186,10 +186,3 @@ def test_artifacts_of_different_models_are_not_compared(quantized: QuantizedMode
     other = replace(artifact, config=artifact.config | {"base_model": {"id": "other", "sha256": "0" * 64}})
     with pytest.raises(ArtifactMismatchError, match="'a' and 'b' were made from different models"):
         survey([Subject("a", Path(), artifact), Subject("b", Path(), other)], None)
-
-
-@pytest.mark.parametrize(
-    ("count", "classes", "expected"), [(20, 10, 10), (9, 0, 3), (4, 10, 2), (20, 1000, 4), (1, 0, 1)]
-)
-def test_columns_of_a_grid(count: int, classes: int, expected: int) -> None:
-    assert columns(count, classes) == expected
