@@ -44,7 +44,7 @@ def outputs(layers: dict[str, nn.Module], found: dict[str, Tensor]) -> Iterator[
 
 
 def energies(error: Tensor) -> tuple[float, float]:
-    """``error`` [N, C, H, W] or [N, tokens, C]: the second half's energy, and what the first half's mean leaves of it."""
+    """``error`` [N, C, H, W] or [N, tokens, C]: the second half's energy, and what the first half's mean leaves."""
     learn, test = (error.flatten(2) if error.ndim == 4 else error.transpose(1, 2)).double().chunk(2)
     mean = learn.mean((0, 2), keepdim=True)
     return test.square().sum().item(), (test - mean).square().sum().item()
