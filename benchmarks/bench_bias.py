@@ -1,10 +1,10 @@
 """What a time-dependent bias correction could take: the share of each layer's output error that is a mean per channel
-and time step.
+and time step, beside what a bias for all t takes.
 
 Both models run on the same full-precision trajectories. At each step the mean error per output channel of the first
-half of the samples is taken from the error of the other half; the share is what that removes of its energy (negative:
-it adds). Layers of the time embedding, whose outputs are functions of t and class alone, are left out. One JSON line
-per artifact with the share of each layer over all steps, of the predicted noise, and by step.
+half of the samples ("each t"), or its mean over all steps ("all t"), is taken from the error of the other half; the
+share is what that removes of its energy (negative: it adds). Layers of the time embedding, whose outputs are functions
+of t and class alone, are left out. One JSON line per artifact, with the shares of each layer over all steps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import torch
@@ -43,15 +44,32 @@ def outputs(layers: dict[str, nn.Module], found: dict[str, Tensor]) -> Iterator[
             handle.remove()
 
 
-def energies(error: Tensor) -> tuple[float, float]:
-    """``error`` [N, C, H, W] or [N, tokens, C]: the second half's energy, and what the first half's mean leaves."""
-    learn, test = (error.flatten(2) if error.ndim == 4 else error.transpose(1, 2)).double().chunk(2)
-    mean = learn.mean((0, 2), keepdim=True)
-    return test.square().sum().item(), (test - mean).square().sum().item()
+class Errors:
+    """Errors of one layer, step by step."""
+
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []  # of the first half of the samples, per channel
+        self.sums: list[Tensor] = []  # of the second half
+        self.energies: list[Tensor] = []
+        self.count = 0  # values per channel in the second half of a step
+
+    def add(self, error: Tensor) -> None:
+        """``error`` [N, C, H, W] or [N, tokens, C] of the next step."""
+        learn, test = (error.flatten(2) if error.ndim == 4 else error.transpose(1, 2)).double().chunk(2)
+        self.means.append(learn.mean((0, 2)))
+        self.sums.append(test.sum((0, 2)))
+        self.energies.append(test.square().sum())
+        self.count = test.shape[0] * test.shape[2]
+
+    def shares(self) -> dict[str, float]:
+        """What taking the means from the errors removes of their energy."""
+        means, sums, energy = torch.stack(self.means), torch.stack(self.sums), torch.stack(self.energies).sum()
+        kinds = {"each t": means, "all t": means.mean(0).expand_as(means)}
+        return {kind: ((2 * m * sums - self.count * m.square()).sum() / energy).item() for kind, m in kinds.items()}
 
 
 @click.command()
-@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path, exists=True))
 @click.option("--samples", default=64)
 @click.option("--steps", default=20)
 @click.option("--seed", default=0)
@@ -66,8 +84,7 @@ def main(artifacts: tuple[Path, ...], samples: int, steps: int, seed: int, threa
         quantized = load_quantized(path)
         layers = quantized.layers()
         full = {name: model.unet.get_submodule(name) for name in layers}
-        before: dict[str, list[float]] = defaultdict(list)
-        after: dict[str, list[float]] = defaultdict(list)
+        errors: dict[str, Errors] = defaultdict(Errors)
         for x, t in zip(reference.x, reference.t, strict=True):
             expected: dict[str, Tensor] = {}
             got: dict[str, Tensor] = {}
@@ -75,24 +92,27 @@ def main(artifacts: tuple[Path, ...], samples: int, steps: int, seed: int, threa
                 expected[PREDICTION] = model.unet(x, t, **reference.labels()).sample
                 got[PREDICTION] = quantized(x, t, **reference.labels()).sample
             for name, target in ((name, y) for name, y in expected.items() if y.ndim > 2):
-                energy, left = energies(got[name] - target)
-                before[name].append(energy)
-                after[name].append(left)
-        shares = {name: 1 - sum(after[name]) / sum(before[name]) for name in before}
-        last = [1 - left / energy for energy, left in zip(before[PREDICTION], after[PREDICTION], strict=True)]
+                errors[name].add(got[name] - target)
+        shares = {name: each.shares() for name, each in errors.items()}
         line = {
             "scheme": quantized.provenance["scheme"], "method": quantized.provenance["method"],
             "choices": quantized.provenance["choices"], "samples": samples, "steps": steps, "seed": seed,
-            "share_of_layers": shares, "share_of_prediction_by_step": last, "facts": facts(),
+            "shares": shares, "facts": facts(),
         }  # fmt: skip
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        inner = [share for name, share in shares.items() if name != PREDICTION]
-        print(
-            f"{line['scheme']}: share of the error that is a mean per channel and t: median of the layers "
-            f"{median(inner):.2%}, largest {max(inner):.2%}; {PREDICTION} {shares[PREDICTION]:.2%}, "
-            f"at any step at most {max(last):.2%}"
-        )
+    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: a row per artifact."""
+    rows = ["| scheme | bias | median of the layers | largest | predicted noise |", "|---|---|---:|---:|---:|"]
+    for line in lines:
+        for kind in ("all t", "each t"):
+            inner = [share[kind] for name, share in line["shares"].items() if name != PREDICTION]
+            cells = (median(inner), max(inner), line["shares"][PREDICTION][kind])
+            rows.append(f"| {line['scheme']} | {kind} | " + " | ".join(f"{cell:.2%}" for cell in cells) + " |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ptq_tdq.artifacts import write_atomic
+from ptq_tdq.artifacts import check_folder, write_atomic
 from ptq_tdq.calib_data import load_model
 from ptq_tdq.cli.options import backend_option, model_option, quiet_option, threads_option, verbose_option
 from ptq_tdq.config import PRESETS
@@ -21,14 +21,14 @@ from ptq_tdq.errors import ConfigError, UsageError
 from ptq_tdq.evaluate.names import METRICS, Metric
 from ptq_tdq.load import Backend
 from ptq_tdq.study.matrix import METHODS, Cell, make_cells
-from ptq_tdq.study.render import Table, find_metric, listing, make_table, markdown, title, to_csv
+from ptq_tdq.study.render import Table, find_metric, listing, make_table, markdown, require_comparable, title, to_csv
 from ptq_tdq.study.results import Line, read_lines, unfinished
 from ptq_tdq.study.run import run_study, seconds_left
 
 FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
     "markdown": lambda tables: "\n".join(map(markdown, tables)),
     "list": listing,
-    "csv": lambda tables: "".join(map(to_csv, tables)),
+    "csv": lambda tables: to_csv(tables[0]),
 }
 
 
@@ -71,7 +71,7 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
     metavar="NAMES",
     default="fd-c10",
     show_default=True,
-    help=f"What the table shows, one or several: {', '.join(metric.flag for metric in METRICS)}.",
+    help=f"What the table shows, parted by commas (csv: one): {', '.join(metric.flag for metric in METRICS)}.",
 )
 @click.option(
     "--format",
@@ -85,7 +85,7 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 @click.option(
     "--grids",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Save a picture of each cell's first samples, beside full precision's, in this folder.",
+    help="Save a picture of the first samples of each cell that runs, beside full precision's, in this folder.",
 )
 @click.option(
     "--render", type=click.Path(path_type=Path, dir_okay=False), help="Only draw the table of this results file."
@@ -93,7 +93,8 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 @click.option(
     "--against",
     metavar="PRESET[:METHOD]",
-    help="What all are compared with; :METHOD is that of each preset.  [default: :S_1]",
+    help="Compare every row with this preset's METHOD (S_1 if not named); :METHOD alone: with its own preset's.  "
+    "[default: :S_1]",
 )
 @threads_option
 @verbose_option
@@ -121,17 +122,21 @@ def benchmark_command(
     verbose: bool,
     quiet: bool,
 ) -> None:
-    """Calibrate and measure every method x scheme x preset x seed, and draw a table of one metric.
+    """Calibrate and measure every method x scheme x preset x seed, and draw a table.
 
     Each finished cell is a line of the results file; a run that was stopped goes on when the same command is given
     again. Cells that differ only in activations share their weights. Each seed has its own calibration set and noise;
-    methods are compared with S_1 (Q-Diffusion) on the same seed. With the integer backend the samples come from integer
-    arithmetic; a method without tables (dynamic) has none and stays simulated, as its line says.
+    methods are compared with S_1 (Q-Diffusion), or what --against names, on the same seed. With the integer backend the
+    samples come from integer arithmetic; methods without tables (dynamic) stay simulated, as their lines say.
     """
     metrics = [find_metric(flag) for flag in _names(flags)]
-    if form == "csv" and len(metrics) != 1:
+    if not metrics:
+        raise UsageError("--metric names no metric; give one, for example fd-c10.")
+    if form == "csv" and len(metrics) > 1:
         raise UsageError("--format csv takes one --metric; give one, or choose another format.")
     if render:
+        if grids:
+            raise UsageError("--render runs no cells, so there are no pictures for --grids; leave one of them out.")
         if not render.exists():
             raise UsageError(f"There is no results file '{render}'; run the study first.")
         _give(read_lines(render), metrics, against, form, output)
@@ -140,9 +145,10 @@ def benchmark_command(
     lines = read_lines(results)
     model = load_model(source)
     left = unfinished(cells, lines, model.sha256)
-    home = (against or "").partition(":")[0]
-    if home and home not in {*(cell.preset for cell in cells), *(line["preset"] for line in lines)}:
-        raise UsageError(f"--against names the preset {home}, which the study does not have.")
+    planned = [{"preset": c.preset, "method": c.method, "evaluation": c.evaluation} for c in cells]
+    require_comparable([*lines, *planned], against)
+    if grids:
+        check_folder(grids)
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished cell."
     with _Bars(left, lines, workers, quiet=quiet, verbose=verbose, total=len(cells)) as bars:
         command = shlex.join(["ptq-tdq", *sys.argv[1:]])

@@ -233,5 +233,5 @@ def _write(output_dir: Path, document: dict[str, Any], baseline: Baseline, measu
         write_file(folder / "evaluation.md", "\n".join(lines).encode())
         if baseline.images is not None and measured.images is not None:
             panels = {"full precision": baseline.images, document["scheme"]: measured.images}
-            shown = {name: images[:GRID_IMAGES] for name, images in panels.items()}
-            write_file(folder / "samples.png", grid_png(shown, baseline.reference.model.num_classes))
+            classes = baseline.reference.model.num_classes
+            write_file(folder / "samples.png", grid_png(panels, classes, GRID_IMAGES))

@@ -78,6 +78,11 @@ class Artifact:
         """The activation quantizers of all layers in execution order."""
         return tuple(quantizer for layer in self.layers for quantizer in layer.inputs)
 
+    @property
+    def networks(self) -> list[str]:
+        """The quantizers that ask a network for their interval at run time."""
+        return [name for name, table in self.tables.items() if table.generator]
+
 
 def check_base_model(artifact: Artifact, sha256: str) -> None:
     """Raise :class:`ArtifactMismatchError` unless the weights with hash ``sha256`` are those that were quantized."""

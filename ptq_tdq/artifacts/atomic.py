@@ -78,6 +78,18 @@ def _output_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"The output '{path}' cannot be written ({error.strerror or error}): {advice}.") from error
 
 
+def check_folder(path: str | Path) -> None:
+    """Make a folder for files to come; raises :class:`OutputError` where that or a file in it is impossible."""
+    folder = Path(path).resolve()
+    with _output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = _sibling(folder / "probe")
+        try:
+            write_file(probe, b"")
+        finally:
+            probe.unlink(missing_ok=True)
+
+
 def check_target(path: str | Path, overwrite: bool = False) -> None:
     """Raise :class:`OutputError` for a directory that :func:`publish_directory` would refuse."""
     target = Path(path).resolve()

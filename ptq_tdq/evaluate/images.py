@@ -23,16 +23,16 @@ def decode(model: LoadedModel, latents: Tensor) -> Tensor:
     return images.clamp(-1, 1)
 
 
-def columns(count: int, num_classes: int) -> int:
+def columns_for(count: int, num_classes: int) -> int:
     """Columns of a grid of ``count`` pictures: one per class where that fits, else about a square."""
     return num_classes if 1 < num_classes <= min(count, 10) else max(1, round(count**0.5))
 
 
-def grid_png(panels: dict[str, Tensor], num_classes: int) -> bytes:
-    """The file of a :func:`grid` of panels of equal length."""
-    count = max(len(images) for images in panels.values())
+def grid_png(panels: dict[str, Tensor], num_classes: int, most: int | None = None) -> bytes:
+    """The file of a :func:`grid` of the first ``most`` images of each panel, or of all."""
+    shown = {caption: images[:most] for caption, images in panels.items()}
     buffer = io.BytesIO()
-    grid(panels, columns(count, num_classes)).save(buffer, format="PNG")
+    grid(shown, columns_for(max(map(len, shown.values())), num_classes)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -30,9 +30,9 @@ class IntervalOptions:
     zero_point: of modules and step sources: "fixed" at the static value; "step": interpolated over t between the
         observed steps' best ones; "low-end": interpolated is the low end of the steps' best ranges, and the zero point
         follows the learned scale. S_N searches one per bin.
-    start: modules start "as-is" (their random initialisation around the static interval), fitted to the "static"
+    start: networks start "as-is" (their random initialisation around the static interval), fitted to the "static"
         interval, or fitted to the "steps"' best intervals (regression in log s).
-    encoding: time encoding of ``tdq`` (supp Table 2). weights: initialisation of ``tdq`` (supp Table 7).
+    encoding: time encoding of ``tdq`` (supp Table 2). weights: initialisation of networks (supp Table 7).
     activation: nonlinearity of ``tdq-thin``, which the paper leaves open.
     """
 
@@ -91,7 +91,7 @@ class Observed:
 
 
 class IntervalSource(nn.Module, ABC):
-    """Scale and zero_point of one activation quantizer as a function of t (and, for ``dynamic``, of the tensor)."""
+    """Scale and zero_point of one activation quantizer as a function of t (of dynamic ones, of the tensor too)."""
 
     pattern: ClassVar[str]
     timed: ClassVar[bool] = True  # a function of t alone, so a table can hold it

@@ -44,13 +44,13 @@ class Dynamic(IntervalSource):
 
 
 def restore_dynamic(method: str, zero_point: Tensor, qtype: QType, generator: dict[str, Tensor]) -> Dynamic:
-    """A source of a dynamic ``method`` from what is kept of it; raises :class:`ModelError` where that does not fit."""
+    """A source of a dynamic ``method`` from what is kept of it; raises :class:`ModelError` for another network's."""
     cls = source_class(method)
     assert issubclass(cls, Dynamic)
     with torch.device("meta"):  # no random start
         source = cls(zero_point, qtype)
-    try:
-        source.load_state_dict({"zero_point": zero_point, **generator}, assign=True)
-    except RuntimeError:
-        raise ModelError(f"The saved network of a quantizer is not that of method '{method}'.") from None
+    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in source.generator.items()}
+    if {name: (tensor.dtype, tensor.shape) for name, tensor in generator.items()} != expected:
+        raise ModelError(f"The saved network of a quantizer is not that of method '{method}'; calibrate again.")
+    source.load_state_dict({"zero_point": zero_point, **generator}, assign=True)
     return source.requires_grad_(False).eval()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calib_data import LoadedModel
 from ptq_tdq.errors import ArtifactMismatchError
-from ptq_tdq.evaluate.images import CAPTION_HEIGHT, columns, decode, grid
+from ptq_tdq.evaluate.images import CAPTION_HEIGHT, columns_for, decode, grid
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import Reference, make_reference, run
 from ptq_tdq.load import load_quantized
@@ -119,7 +119,7 @@ def check_same_model(subjects: Sequence[Subject]) -> None:
 def sheet(images: Tensor, num_classes: int) -> Image.Image:
     """The first :data:`PICTURES` images [N, C, H, W] as one picture without margins."""
     shown = images[:PICTURES]
-    picture = grid({"": shown}, columns(len(shown), num_classes), scale=1)
+    picture = grid({"": shown}, columns_for(len(shown), num_classes), scale=1)
     return picture.crop((0, CAPTION_HEIGHT, picture.width, picture.height))
 
 

@@ -41,8 +41,7 @@ def write_report(found: Survey, folder: Path, *, overwrite: bool = False) -> lis
     files = {PAGE: render_page(data, pictures).encode("utf-8")}
     files |= {f"{FIGURES}/{name}": content for name, content in draw_figures(data)}
     if samples:
-        shown = {name: images[:PICTURES] for name, images in samples.items()}
-        files[f"{FIGURES}/samples.png"] = grid_png(shown, data["classes"])
+        files[f"{FIGURES}/samples.png"] = grid_png(samples, data["classes"], PICTURES)
     with publish_directory(folder, overwrite) as target:
         (target / FIGURES).mkdir()
         for name, content in files.items():

@@ -32,12 +32,11 @@ class Step:
 
     def __init__(self, artifact: Artifact) -> None:
         """Raises :class:`RuntimeUnsupportedError` for quantizers that ask a network at run time."""
-        for quantizer in artifact.quantizers:
-            if artifact.tables[quantizer.name].generator:
-                raise RuntimeUnsupportedError(
-                    f"The quantizer '{quantizer.name}' finds its intervals by a network at run time, "
-                    'which has no integer form; use backend="simulated".'
-                )
+        for name in artifact.networks:
+            raise RuntimeUnsupportedError(
+                f"The quantizer '{name}' asks a network for its interval at run time, which has no integer form; "
+                'use backend="simulated".'
+            )
         tables = {quantizer.name: artifact.tables[quantizer.name] for quantizer in artifact.quantizers}
         bits = {quantizer.name: quantizer.bits for quantizer in artifact.quantizers}
         timed = {name: table for name, table in tables.items() if table.scale is not None}

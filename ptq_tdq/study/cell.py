@@ -99,8 +99,7 @@ def _measure(
     seconds["evaluation"] = time.perf_counter() - began
     if grids and measured.images is not None and baseline.images is not None:
         panels = {"full precision": baseline.images, f"{cell.preset} {cell.scheme} {cell.method}": measured.images}
-        shown = {name: images[:SHOWN] for name, images in panels.items()}
-        write_atomic(grids / f"{_file_name(cell)}.png", grid_png(shown, model.num_classes))
+        write_atomic(grids / f"{_file_name(cell)}.png", grid_png(panels, model.num_classes, SHOWN))
     shutil.rmtree(own, ignore_errors=True)
     return {"results": measured.results, "loss": loss, "seconds": seconds}
 
@@ -114,8 +113,8 @@ def _executable(quantized: QuantizedModel, cell: Cell, folder: Path) -> nn.Modul
 
 
 def _file_name(cell: Cell) -> str:
-    """PRESET-SCHEME-METHOD-SEED in letters that every file system has."""
-    return re.sub(r"[^\w.]+", "-", "-".join(map(str, cell.key)))
+    """PRESET-SCHEME-METHOD-SEED-STEPS in letters that every file system has."""
+    return re.sub(r"[^\w.]+", "-", "-".join(map(str, (*cell.key, f"{cell.config.num_inference_steps}steps"))))
 
 
 def _baseline(model: LoadedModel, cell: Cell, work: Path, say: Say) -> Baseline:

@@ -17,7 +17,7 @@ FULL_PRECISION = "fp"
 """The method of a cell that only samples with full precision."""
 
 BASELINE_METHOD = "static"
-"""S_1 = Q-Diffusion, to which every method is compared."""
+"""S_1 = Q-Diffusion, to which every method is compared unless something else is named."""
 
 METHODS = ("tdq", "tdq-thin", BASELINE_METHOD, "S_2", "S_4", "S_10", "S_20", "step-table", "step-lsq", "dynamic")
 """The columns of a table, in the order of supp Table 4."""
@@ -51,7 +51,7 @@ class Cell:
 
     @property
     def runs_on(self) -> Backend:
-        """The backend that its samples come from: intervals that are found at run time have no integer form."""
+        """The backend that its samples come from: without tables, the simulated one."""
         return self.backend if source_class(self.config.method).timed else "simulated"
 
     @property

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+from typing import Any
 
 from scipy.stats import ttest_rel
 
@@ -92,10 +93,7 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
     """
     if not any(metric.key in line["results"] for line in lines):
         raise UsageError(f"No line has the metric {metric.flag}; run the study first or choose another metric.")
-    home, _, method = (against or "").partition(":")
-    base = label(method) if method else BASELINE_METHOD
-    if against:
-        _require_comparable(lines, home, base)
+    home, base = require_comparable(lines, against)
     rows: dict[tuple[str, str], dict[str, Entry]] = {}
     for line in lines:
         if line["method"] != FULL_PRECISION:
@@ -122,16 +120,32 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
     return Table(metric, columns, rows, tuple(_notes(lines)), home or None, base)
 
 
-def _require_comparable(lines: Sequence[Line], home: str, base: str) -> None:
-    def measured_on(line: Line) -> tuple[int, int]:
+def require_comparable(lines: Sequence[Mapping[str, Any]], against: str | None) -> tuple[str, str]:
+    """The preset ("": each row's own) and the column that ``against`` names.
+
+    ``lines`` are cells with "preset", "method" and "evaluation", measured or not; raises :class:`UsageError` as
+    :func:`make_table`.
+    """
+    home, _, method = (against or "").partition(":")
+    base = label(method) if method else BASELINE_METHOD
+    if not against:
+        return home, base
+
+    def measured_on(line: Mapping[str, Any]) -> tuple[int, int]:
         return line["evaluation"]["samples"], line["evaluation"]["num_inference_steps"]
 
     found = [line for line in lines if line["method"] == base and home in ("", line["preset"])]
     where = f"{title(base)} of the preset {home}" if home else title(base)
     if not found:
-        raise UsageError(f"No line is {where}; compare with one that is there.")
+        raise UsageError(
+            f"The study has no {where}; --against takes PRESET, PRESET:METHOD or :METHOD of cells that it has."
+        )
     if home and {measured_on(line) for line in lines} != {measured_on(line) for line in found}:
-        raise UsageError(f"Not all lines were measured on the samples and steps of {where}; leave --against out.")
+        raise UsageError(
+            f"Not all cells are measured on the samples and steps of {where}; "
+            "--against :METHOD compares within each preset."
+        )
+    return home, base
 
 
 def difference(table: Table, row: tuple[str, str], column: str) -> Difference | None:

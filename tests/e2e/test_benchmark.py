@@ -41,7 +41,7 @@ def whole(study: tuple[str, ...], cli: Any, shared_cache: Path, tmp_path_factory
     assert (result.code, result.err) == (0, "")
     assert "| default | W4A6 |" in result.out
     pictures = sorted(path.name for path in results.with_name("grids").iterdir())
-    assert pictures == [f"default-{scheme}-static-{seed}.png" for scheme in ("W4A6", "W4A8") for seed in (0, 1)]
+    assert pictures == [f"default-{scheme}-static-{seed}-2steps.png" for scheme in ("W4A6", "W4A8") for seed in (0, 1)]
     return Path(results)
 
 
@@ -66,8 +66,8 @@ def test_the_table_comes_from_the_lines_alone(whole: Path, cli: Any, tmp_path: P
     result = cli("benchmark", "--render", whole, *METRIC, "--format", "csv", "--output", out)
     assert (result.code, result.out) == (0, "") and out.read_text().startswith("preset,scheme,metric,S_1 mean")
     two = ("--metric", "latent-sqnr,mean-noise-sqnr")
-    listed = cli("benchmark", "--render", whole, *two, "--format", "list", "--against", "default:S_1")
-    assert listed.code == 0 and listed.out.count("| default | W4A8 | ") == 1 and "S_1 of preset default" in listed.out
+    listed = cli("benchmark", "--render", whole, *two, "--format", "list", "--against", ":static")
+    assert listed.code == 0 and listed.out.count("| default | W4A8 | ") == 1 and "to S_1 on the same" in listed.out
     refused = cli("benchmark", "--render", whole, *two, "--format", "csv")
     assert refused.code != 0 and "one --metric" in refused.err
 
@@ -158,6 +158,10 @@ def _alive(pid: int) -> bool:
 def test_bad_requests_are_one_line(cli: Any, tmp_path: Path) -> None:
     for words, flags in (
         ("no metric 'fid3'", ("--metric", "fid3")),
+        ("names no metric", ("--metric", ",")),
+        ("has no S_4; --against takes", ("--against", ":S_4", "--methods", "S_1")),
+        ("has no S_1 of the preset qdiff", ("--against", "qdiff")),
+        ("cannot be written", ("--grids", __file__)),
         ("There is no results file", ("--render", tmp_path / "absent")),
         ("--seeds takes numbers", ("--seeds", "a")),
         ("method", ("--methods", "S_x")),

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from ptq_tdq.calib_data import LoadedModel, load_model
-from ptq_tdq.evaluate.images import columns, decode, grid
+from ptq_tdq.evaluate.images import columns_for, decode, grid
 
 
 def test_without_a_vae_latents_are_images(tiny_unet: Callable[..., UNet2DModel]) -> None:
@@ -43,4 +43,4 @@ def test_panels_stand_side_by_side_with_every_pixel_enlarged() -> None:
     ("count", "classes", "expected"), [(20, 10, 10), (9, 0, 3), (4, 10, 2), (20, 1000, 4), (1, 0, 1)]
 )
 def test_columns_of_a_grid(count: int, classes: int, expected: int) -> None:
-    assert columns(count, classes) == expected
+    assert columns_for(count, classes) == expected

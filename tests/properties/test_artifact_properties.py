@@ -60,15 +60,18 @@ def artifacts(draw: st.DrawFn) -> Artifact:
         kind, bits, method = (
             draw(st.sampled_from(sorted(SHAPES))),
             draw(bit_widths),
-            draw(st.sampled_from(["tdq", "dynamic"])),
+            draw(st.sampled_from(["tdq", "dynamic", "dynamic-statistics"])),
         )
         shape, weight_bits = SHAPES[kind], draw(st.none() | bit_widths)
         layers.append(
             LayerRecord(name, kind, "unit", (0, shape[1]), weight_bits, (QuantizerRecord(name, bits, method, "mse"),))
         )
-        rows = 1 if method == "dynamic" else steps
+        dynamic, network = method != "tdq", method == "dynamic-statistics"
+        parts = draw(st.lists(names, min_size=1, max_size=2, unique=True)) if network else []
         tables[name] = IntervalTable(
-            None if method == "dynamic" else scales(draw, steps), integers(draw, 2**bits - 1, torch.int32, rows)
+            None if dynamic else scales(draw, steps),
+            integers(draw, 2**bits - 1, torch.int32, 1 if dynamic else steps),
+            {part: scales(draw, draw(st.integers(1, 3))) for part in parts},
         )
         if weight_bits is not None:
             channels = draw(st.sampled_from([1, shape[0]]))

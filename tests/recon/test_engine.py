@@ -85,7 +85,10 @@ def test_no_unit_ends_worse_than_it_began(wrap: Wrap, choose: Choose, samples: S
             assert weight.rounding is None and weight.codes is not None
             assert weight.codes.max() <= 2**3 - 1 and weight.codes.unique().numel() > 1
     for quantizer in quantized.quantizers().values():
-        if not choices["method"].startswith("dynamic"):
+        if choices["method"].startswith("dynamic"):
+            assert isinstance(quantizer.source, Dynamic) and not quantizer.source.training
+            assert not any(p.requires_grad for p in quantizer.source.parameters())
+        else:
             assert isinstance(quantizer.source, TableSource)
             scale, zero_point = quantizer.source.scale, quantizer.source.zero_point
             assert scale.shape == zero_point.shape == (T,) and bool((scale > 0).all() and scale.isfinite().all())

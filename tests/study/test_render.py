@@ -124,7 +124,7 @@ def test_every_row_may_be_compared_with_s_1_of_one_preset() -> None:
     text = markdown(table).partition("Difference to S_1 of preset qdiff")[2]
     assert cells(text, "| preset") == ["preset", "scheme", "TDQ", "S_1", "S_20", "TDQ_thin:bias_lr=0"]
     assert cells(text, "| qdiff | W4A8")[3] == "-" and cells(text, "| default | W4A8")[3].startswith("**-1.833**")
-    with pytest.raises(UsageError, match="No line is S_1 of the preset paper;"):
+    with pytest.raises(UsageError, match="has no S_1 of the preset paper;"):
         make_table(LINES, METRIC, against="paper")
     longer = line("tdq", 0, 1.0, evaluation={"samples": 9, "num_inference_steps": 3, "seed": 0})
     with pytest.raises(UsageError, match="samples and steps of S_1 of the preset qdiff"):
@@ -144,5 +144,5 @@ def test_a_list_has_a_line_per_method_and_compares_with_any_of_them() -> None:
     assert cells(text, "| qdiff | W4A8 | TDQ")[4] == "-" and cells(text, "| qdiff | W4A8 | FP")[4] == "-"
     assert cells(text, "| qdiff | W4A6 | S_20")[3:5] == ["2.500 (n = 1)", "-"], "no TDQ in this row"
     assert "difference to TDQ on the same seeds" in text
-    with pytest.raises(UsageError, match="No line is TDQ_thin;"):
+    with pytest.raises(UsageError, match="has no TDQ_thin; --against takes"):
         make_table(LINES, METRIC, against=":tdq-thin")

@@ -35,6 +35,11 @@ def export_onnx(artifact: Artifact, file: str | Path, runtime: str = "portable")
     """
     if runtime not in FORMS:
         raise UsageError(f"The runtime must be one of {', '.join(FORMS)}. Got {runtime!r} instead.")
+    for name in artifact.networks:
+        raise ModelError(
+            f"The quantizer '{name}' asks a network for its interval at run time, which has no ONNX form; "
+            "choose an artifact with another method."
+        )
     write_atomic(file, encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact), runtime))
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ModelError
 from ptq_tdq.export.onnx.nodes import Builder, axes
 from ptq_tdq.scheme import QType
 
@@ -97,11 +96,6 @@ class Lookup:
 
     def _interval(self, artifact: Artifact, name: str, bits: int) -> Interval:
         table = artifact.tables[name]
-        if table.generator:
-            raise ModelError(
-                f"The quantizer '{name}' finds its intervals by a network at run time, which has no ONNX form; "
-                "choose an artifact with another method."
-            )
         column = self.columns.index(name) if name in self.columns else None
         fixed = table.scale is not None and column is None
         return Interval(
