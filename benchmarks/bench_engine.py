@@ -140,7 +140,9 @@ class Bench:
 @click.option("--iterations", default="50", help="Iterations of the published loop, separated by commas.")
 @click.option("--set", "settings", multiple=True, help="A choice of ours, name=value.")
 @click.option("--minutes", default=9.0, help="Stop before the next unit after so many minutes.")
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder of the unfinished run.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), default=Path("build/engine"), help="Folder of the unfinished run."
+)
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--threads", default=1)
 @click.option("--render", is_flag=True, help="Only print the sums.")
