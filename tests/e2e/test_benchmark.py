@@ -161,7 +161,7 @@ def test_bad_requests_are_one_line(cli: Any, tmp_path: Path) -> None:
         ("names no metric", ("--metric", ",")),
         ("has no S_4; --against takes", ("--against", ":S_4", "--methods", "S_1")),
         ("has no S_1 of the preset qdiff", ("--against", "qdiff")),
-        ("cannot be written", ("--grids", __file__)),
+        ("cannot be written", ("--grids", Path(__file__) / "grids")),
         ("There is no results file", ("--render", tmp_path / "absent")),
         ("--seeds takes numbers", ("--seeds", "a")),
         ("method", ("--methods", "S_x")),
