@@ -161,7 +161,7 @@ def test_bad_requests_are_one_line(cli: Any, tmp_path: Path) -> None:
         ("names no metric", ("--metric", ",")),
         ("has no S_4; --against takes", ("--against", ":S_4", "--methods", "S_1")),
         ("has no S_1 of the preset qdiff", ("--against", "qdiff")),
-        ("cannot be written", ("--grids", Path(__file__) / "grids")),
+        ("is a file", ("--grids", __file__)),
         ("There is no results file", ("--render", tmp_path / "absent")),
         ("--seeds takes numbers", ("--seeds", "a")),
         ("method", ("--methods", "S_x")),
@@ -169,3 +169,5 @@ def test_bad_requests_are_one_line(cli: Any, tmp_path: Path) -> None:
     ):
         result = cli("benchmark", *flags)
         assert (result.code, result.out, result.err.count("\n")) == (2, "", 1) and words in result.err, result.err
+    result = cli("benchmark", "--grids", Path(__file__) / "grids")
+    assert (result.code, result.err.count("\n")) == (1, 1) and "cannot be written" in result.err
