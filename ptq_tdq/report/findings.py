@@ -145,11 +145,11 @@ def checks(data: Json, artifact: Json) -> list[tuple[str, str]]:
         )  # fmt: skip
     elif not stored:
         found.append(("unknown", "The artifact holds no measurement from calibration to compare with."))
-    # in execution order the linears of the time embedding come before it
-    first: Json = next((layer for layer in artifact["layers"] if layer["kind"].startswith("conv")), {})
+    # a UNet2DModel's first convolution; it is missing here where it was skipped
+    first: Json = next((layer for layer in artifact["layers"] if layer["name"] == "conv_in"), {})
     quantizers = first.get("quantizers")
     clipped = artifact["tables"][quantizers[0]].get("clipped") if quantizers else None
-    if quantizers == []:
+    if not quantizers:
         found.append(("ok", "The model's own input x_t is not quantized."))
     elif clipped:
         share = max(v for v in clipped if v is not None)

@@ -58,7 +58,7 @@ def native_attend(library: ctypes.CDLL) -> Attend:
         first = find(0, q)  # the quantizers of one attention are neighbours in the tables
         out = torch.empty_like(q)
         tops = (ctypes.c_float * 4)(*(float(QType(b).qmax) for b in bits))
-        call = _Attention(*q.shape, int(first.uniform is None), factor, tops)
+        call = _Attention(*q.shape, int(first.each), factor, tops)
         where = (x.data_ptr() for x in (q, k, v, first.scale, first.zero_point, out))
         if function(ctypes.addressof(call), *where):
             raise MemoryError

@@ -116,9 +116,9 @@ class OneDnnProducts:
         self.nbytes = len(self._packed) * weights.codes.numel() + 4 * weights.scale.nbytes
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
-        if interval.uniform is not None:
-            zero_point = int(interval.zero_point)
-            return self._sum(codes, interval.uniform, zero_point, self._scale, self._bias, onto)
+        if not interval.each:
+            scale, zero_point = float(interval.scale), int(interval.zero_point)
+            return self._sum(codes, scale, zero_point, self._scale, self._bias, onto)
         each = (-1, 1, 1, 1)
         sums = self._sum(codes, 1.0, 0, self._one, None, None)  # of codes, still without a zero point
         sums -= interval.zero_point.view(each) * self._weight_sum.view(1, -1, 1, 1)
@@ -186,7 +186,7 @@ class NativeProducts:
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
         batch, channels, height, width = codes.shape
-        each = int(interval.uniform is None)
+        each = int(interval.each)
         key = (batch, height, width, each)
         calls = self._calls.get(key)
         size = self._geometry.size(height, width)

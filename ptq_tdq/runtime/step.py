@@ -13,15 +13,17 @@ from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.scheme import QType
 from ptq_tdq.timeaxis import lookup
 
-REMEMBERED = 128  # time steps whose intervals are kept ready: a sampler comes back to its steps
-
 
 class Interval(NamedTuple):
     """Scale float32 and zero_point int32 of one quantizer: [1] where all samples are alike, else [B]."""
 
     scale: Tensor
     zero_point: Tensor
-    uniform: float | None  # the scale as a number, where all samples are alike
+
+    @property
+    def each(self) -> bool:
+        """Whether samples have intervals of their own."""
+        return self.scale.numel() > 1
 
 
 class Step:
@@ -45,7 +47,9 @@ class Step:
         self._zero_point = torch.stack([t.zero_point for t in timed.values()], 1) if timed else None
         self._dynamic = {n: Dynamic(t.zero_point[0], QType(bits[n])) for n, t in tables.items() if t.scale is None}
         self._now: list[Interval] = []
-        self._ready: dict[float, list[Interval]] = {}
+        # where all samples are alike: a row of the tables, and each quantizer's place in it
+        self._row = torch.empty(len(timed)), torch.empty(len(timed), dtype=torch.int32)
+        self._places = list(map(Interval, *(row.split(1) for row in self._row)))
 
     def __contains__(self, quantizer: str) -> bool:
         """Whether the quantizer has a table (a dynamic one has not)."""
@@ -56,35 +60,23 @@ class Step:
         if self._scale is None or self._zero_point is None:
             return
         each = torch.atleast_1d(torch.as_tensor(t))
-        if each.numel() > 1 and not bool((each == each[0]).all()):
-            self._now = self._look_up(each)
-            return
-        key = float(each[0])
-        if key not in self._ready:
-            if len(self._ready) == REMEMBERED:
-                self._ready.clear()
-            self._ready[key] = self._look_up(each[:1])
-        self._now = self._ready[key]
-
-    def _look_up(self, t: Tensor) -> list[Interval]:
-        """The intervals of all quantizers at t [1], for all samples, or [B]."""
-        assert self._scale is not None and self._zero_point is not None
-        if len(t) == 1 and float(t).is_integer() and 0 <= float(t) < len(self._scale):  # a row as it lies in memory
-            scale, zero_point = self._scale[int(t)][:, None], self._zero_point[int(t)][:, None]
+        if each.numel() == 1 or bool((each == each[0]).all()):
+            for row, table in zip(self._row, (self._scale, self._zero_point), strict=True):
+                row.copy_(lookup(table, each[:1])[0])
+            self._now = self._places
         else:
-            scale, zero_point = (lookup(table, t).T.contiguous() for table in (self._scale, self._zero_point))
-        numbers = scale[:, 0].tolist() if len(t) == 1 else [None] * len(scale)
-        return list(map(Interval, scale.unbind(), zero_point.unbind(), numbers))
+            found = (lookup(table, each).T.contiguous() for table in (self._scale, self._zero_point))
+            self._now = list(map(Interval, *(values.unbind() for values in found)))
 
     def interval(self, quantizer: str, x: Tensor) -> Interval:
         """The quantizer's interval for its tensor x [B, ...], which only a dynamic one looks at."""
         if quantizer in self._dynamic:
             scale, zero_point = self._dynamic[quantizer](torch.empty(0), x)
-            return Interval(scale, zero_point.contiguous(), None)
+            return Interval(scale, zero_point.contiguous())
         if not self._now:
             raise ModelError("A layer ran outside the model's forward pass; call the model, not its parts.")
         found = self._now[self._column[quantizer]]
-        if found.uniform is None and len(found.scale) != len(x):
+        if found.each and len(found.scale) != len(x):
             raise ModelError(
                 f"{len(found.scale)} time steps do not fit a batch of {len(x)}; pass one t, or one per sample."
             )

@@ -134,8 +134,9 @@ def test_checks_say_what_is_wrong(data: Json) -> None:
     assert {state for state, _ in checks(data, artifact)} == {"ok", "unknown"}  # it was not measured at calibration
     first[0] = 0.25
     (layer,) = (layer for layer in artifact["layers"] if layer["name"] == "conv_in")
-    bare = {**artifact, "layers": [{**layer, "quantizers": []}]}
-    assert any("x_t is not quantized" in text for _, text in checks(data, bare))
+    others = [other for other in artifact["layers"] if other is not layer]
+    for layers in ([{**layer, "quantizers": []}, *others], others):  # weights alone, or skipped
+        assert any("x_t is not quantized" in text for _, text in checks(data, {**artifact, "layers": layers}))
     artifact["reconstruction"] = {"weights": [{"unit": "u", "before": 1.0, "after": 2.0}]}
     warnings = " ".join(text for state, text in checks(data, artifact) if state == "warn")
     assert "clipped (up to 25.00%" in warnings and "higher loss than they began with: u" in warnings

@@ -89,7 +89,7 @@ def test_native_attention_equals_the_reference(
     zero_point = torch.tensor([[128], [120], [131], [0]], dtype=torch.int32).expand(4, rows).contiguous()
 
     def find(index: int, x: torch.Tensor) -> Interval:
-        return Interval(scale[index], zero_point[index], None if mixed else float(scale[index, 0]))
+        return Interval(scale[index], zero_point[index])
 
     arguments = (q, k, v, find, [8, 8, 8, 8], depth**-0.5)
     expected, found = reference_attend(*arguments), native_attend(library)(*arguments)

@@ -68,7 +68,7 @@ def test_equals_a_float64_evaluation_of_the_same_codes(make: Make, bits: int, ge
     codes = torch.randint(0, 256, (3, 12, 9, 7), generator=generator, dtype=torch.uint8)
     codes = codes.contiguous(memory_format=torch.channels_last)
     scale, zero_point = torch.tensor([0.031, 0.4, 0.0023]), torch.tensor([3, 128, 255], dtype=torch.int32)
-    interval = Interval(scale, zero_point, None) if mixed else Interval(scale[:1], zero_point[:1], scale[0].item())
+    interval = Interval(scale, zero_point) if mixed else Interval(scale[:1], zero_point[:1])
     expected = in_float64(codes, interval, weights, geometry)
     found = make(weights, geometry)(codes, interval, None)
     assert found.dtype == torch.float32 and found.shape == expected.shape
@@ -82,7 +82,7 @@ def test_adds_its_result_to_what_is_there(make: Make, bits: int, mixed: bool) ->
     weights, geometry = random_weights(bits, 8, 4, (3, 3), seed=1), Geometry((3, 3))
     codes = torch.randint(0, 256, (2, 4, 6, 6), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     scale, zero_point = torch.tensor([0.1, 0.2]), torch.tensor([5, 9], dtype=torch.int32)
-    interval = Interval(scale, zero_point, None) if mixed else Interval(scale[:1], zero_point[:1], scale[0].item())
+    interval = Interval(scale, zero_point) if mixed else Interval(scale[:1], zero_point[:1])
     residual = torch.randn(2, 8, 4, 4)
     expected = in_float64(codes, interval, weights, geometry) + residual
     found = make(weights, geometry)(codes, interval, residual.clone(memory_format=torch.channels_last))
@@ -93,7 +93,7 @@ def test_grouped_convolutions() -> None:
     geometry = Geometry((3, 3), groups=4)
     weights = random_weights(4, 8, 2, (3, 3), seed=3)
     codes = torch.randint(0, 256, (2, 8, 5, 5), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    interval = Interval(torch.tensor([0.1]), torch.tensor([7], dtype=torch.int32), torch.tensor(0.1).item())
+    interval = Interval(torch.tensor([0.1]), torch.tensor([7], dtype=torch.int32))
     assert not NativeProducts.covers(weights, geometry)
     found = OneDnnProducts(weights, geometry)(codes, interval, None)
     torch.testing.assert_close(found.double(), in_float64(codes, interval, weights, geometry), rtol=1e-5, atol=1e-5)
