@@ -28,8 +28,6 @@ def lookup(table: Tensor, t: Tensor) -> Tensor:
     Integer tables (zero points) are interpolated and rounded. Raises :class:`TimestepError` outside [0, T-1].
     """
     last = table.shape[0] - 1
-    if t.numel() == 1 and 0 <= (one := t.item()) <= last and one == int(one):
-        return table[int(one)][None]  # the common call: a row as it lies in memory
     require_covered(t, last)
     below = t.floor().long()
     if t.dtype == torch.int64 or bool((below == t).all()):

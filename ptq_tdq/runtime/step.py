@@ -43,13 +43,15 @@ class Step:
         bits = {quantizer.name: quantizer.bits for quantizer in artifact.quantizers}
         timed = {name: table for name, table in tables.items() if table.scale is not None}
         self._column = {name: index for index, name in enumerate(timed)}
-        self._scale = torch.stack([t.scale for t in timed.values() if t.scale is not None], 1) if timed else None
-        self._zero_point = torch.stack([t.zero_point for t in timed.values()], 1) if timed else None
         self._dynamic = {n: Dynamic(t.zero_point[0], QType(bits[n])) for n, t in tables.items() if t.scale is None}
         self._now: list[Interval] = []
-        # where all samples are alike: a row of the tables, and each quantizer's place in it
-        self._row = torch.empty(len(timed)), torch.empty(len(timed), dtype=torch.int32)
-        self._places = list(map(Interval, *(row.split(1) for row in self._row)))
+        if timed:
+            scales = torch.stack([t.scale for t in timed.values() if t.scale is not None], 1)
+            zero_points = torch.stack([t.zero_point for t in timed.values()], 1)
+            self._table = torch.stack([scales.view(torch.int32), zero_points], 1)  # [T, 2, Q]: one copy for a row
+            # where all samples are alike: a row, and each quantizer's place in it
+            self._row = torch.empty_like(self._table[0])
+            self._places = list(map(Interval, self._row[0].view(torch.float32).split(1), self._row[1].split(1)))
 
     def __contains__(self, quantizer: str) -> bool:
         """Whether the quantizer has a table (a dynamic one has not)."""
@@ -57,15 +59,16 @@ class Step:
 
     def set(self, t: Tensor | float | int) -> None:
         """Look all up at t: a scalar or [B]. Raises :class:`~ptq_tdq.errors.TimestepError` outside the tables."""
-        if self._scale is None or self._zero_point is None:
+        if not self._column:
             return
         each = torch.atleast_1d(torch.as_tensor(t))
-        if each.numel() == 1 or bool((each == each[0]).all()):
-            for row, table in zip(self._row, (self._scale, self._zero_point), strict=True):
-                row.copy_(lookup(table, each[:1])[0])
+        one, *others = set(each.tolist())
+        if not others and 0 <= one < len(self._table) and one == int(one):
+            self._row.copy_(self._table[int(one)])
             self._now = self._places
         else:
-            found = (lookup(table, each).T.contiguous() for table in (self._scale, self._zero_point))
+            tables = self._table[:, 0].view(torch.float32), self._table[:, 1]
+            found = (lookup(table, each if others else each[:1]).T.contiguous() for table in tables)
             self._now = list(map(Interval, *(values.unbind() for values in found)))
 
     def interval(self, quantizer: str, x: Tensor) -> Interval:
