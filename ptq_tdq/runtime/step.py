@@ -51,7 +51,7 @@ class Step:
             self._table = torch.stack([scales.view(torch.int32), zero_points], 1)  # [T, 2, Q]: one copy for a row
             # where all samples are alike: a row, and each quantizer's place in it
             self._row = torch.empty_like(self._table[0])
-            self._places = list(map(Interval, self._row[0].view(torch.float32).split(1), self._row[1].split(1)))
+            self._places = list(map(Interval, *(values.split(1) for values in _halves(self._row))))
 
     def __contains__(self, quantizer: str) -> bool:
         """Whether the quantizer has a table (a dynamic one has not)."""
@@ -63,13 +63,16 @@ class Step:
             return
         each = torch.atleast_1d(torch.as_tensor(t))
         one, *others = set(each.tolist())
-        if not others and 0 <= one < len(self._table) and one == int(one):
-            self._row.copy_(self._table[int(one)])
-            self._now = self._places
-        else:
-            tables = self._table[:, 0].view(torch.float32), self._table[:, 1]
-            found = (lookup(table, each if others else each[:1]).T.contiguous() for table in tables)
+        if others:
+            found = (lookup(values, each).T.contiguous() for values in _halves(self._table))
             self._now = list(map(Interval, *(values.unbind() for values in found)))
+            return
+        if 0 <= one < len(self._table) and one == int(one):
+            self._row.copy_(self._table[int(one)])
+        else:
+            for place, values in zip(_halves(self._row), _halves(self._table), strict=True):
+                place.copy_(lookup(values, each[:1])[0])
+        self._now = self._places
 
     def interval(self, quantizer: str, x: Tensor) -> Interval:
         """The quantizer's interval for its tensor x [B, ...], which only a dynamic one looks at."""
@@ -84,3 +87,8 @@ class Step:
                 f"{len(found.scale)} time steps do not fit a batch of {len(x)}; pass one t, or one per sample."
             )
         return found
+
+
+def _halves(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales, as float32, and the zero points of [..., 2, Q]: views [..., Q]."""
+    return table[..., 0, :].view(torch.float32), table[..., 1, :]
