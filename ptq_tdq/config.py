@@ -12,7 +12,7 @@ from sys import float_info
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ptq_tdq.errors import ConfigError
-from ptq_tdq.intervals import IntervalOptions, source_class
+from ptq_tdq.intervals import Encoding, IntervalOptions, source_class
 from ptq_tdq.scheme import MAX_BITS, MIN_BITS, Scheme
 
 Role = Literal["first", "last", "time_embedding", "shortcut", "downsample"]
@@ -33,6 +33,10 @@ class Config:
     Rounding "gptq" is the closed form of :mod:`ptq_tdq.gptq`, with the ``damping`` of its compensation for quantized
     inputs, and with ``round_again`` once more at the end of phase A, when activations are quantized too; "adaround" is
     learned in ``weight_iterations``.
+
+    The blocks of phase A learn from ``activation_inputs``: what the quantized blocks before them give, or what the
+    full-precision ones give. Their loss weighs all samples alike or, "relative", each time step by one over the size of
+    its targets.
 
     Learning (:mod:`ptq_tdq.recon.weights`, :mod:`ptq_tdq.recon.activations`): ``interval_lr`` is the rate of a learned
     scale, ``module_lr`` that of a module's weights, ``bias_lr`` that of the layers' biases in both phases (0 keeps
@@ -72,19 +76,22 @@ class Config:
     rounding_b_start: float = 20.0
     rounding_b_end: float = 2.0
     # phase A
+    activation_inputs: Literal["quantized", "full-precision"] = "quantized"
     activation_range: Literal["mse", "mse-ends", "minmax", "ema"] = "mse-ends"
     activation_iterations: int = 80
     interval_lr: float = 1e-2
     module_lr: float = 2e-3
     loss_power: float = 2.4
+    loss_weights: Literal["uniform", "relative"] = "uniform"
     batch_size: int = 32
     bias_lr: float = 1e-3
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     interval_parameter: Literal["raw", "log"] = "log"
     zero_point: Literal["fixed", "step", "low-end"] = "low-end"
     module_start: Literal["as-is", "static", "steps"] = "steps"
-    time_encoding: Literal["none", "normalize", "fourier", "frequency"] = "frequency"
+    time_encoding: Encoding = "frequency"
     module_weights: Literal["he", "gaussian", "zero", "xavier"] = "he"
+    thin_encoding: Encoding = "normalize"
     thin_activation: Literal["relu", "silu", "tanh"] = "silu"
 
     def __post_init__(self) -> None:
@@ -114,6 +121,7 @@ class Config:
             start=self.module_start,
             encoding=self.time_encoding,
             weights=self.module_weights,
+            thin_encoding=self.thin_encoding,
             activation=self.thin_activation,
         )
 
@@ -138,9 +146,10 @@ COLLECT_CHOICES = ("samples_per_step", "calibration_steps", "num_inference_steps
 
 ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is there in part
     (
-        *("preset", "method", "softmax_bits", "fixed_layers", "activation_range", "activation_iterations"),
-        *("interval_lr", "module_lr", "loss_power", "round_again", "interval_parameter", "zero_point"),
-        *("module_start", "time_encoding", "module_weights", "thin_activation"),
+        *("preset", "method", "softmax_bits", "fixed_layers", "activation_inputs", "activation_range"),
+        *("activation_iterations", "interval_lr", "module_lr", "loss_power", "loss_weights", "round_again"),
+        *("interval_parameter", "zero_point", "module_start", "time_encoding", "module_weights", "thin_encoding"),
+        "thin_activation",
     )
 )
 

@@ -21,6 +21,8 @@ from ptq_tdq.intervals.zero_point import LowEndZeroPoint, TabledZeroPoint
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import Histogram, QParams, activation_qparams
 
+Encoding = Literal["none", "normalize", "fourier", "frequency"]  # of the time step, for a network
+
 
 @dataclass(frozen=True)
 class IntervalOptions:
@@ -32,14 +34,16 @@ class IntervalOptions:
         follows the learned scale. S_N searches one per bin.
     start: networks start "as-is" (their random initialisation around the static interval), fitted to the "static"
         interval, or fitted to the "steps"' best intervals (regression in log s).
-    encoding: time encoding of ``tdq`` (supp Table 2). weights: initialisation of networks (supp Table 7).
+    encoding, thin_encoding: time encodings of ``tdq`` (supp Table 2) and of ``tdq-thin``.
+    weights: initialisation of networks (supp Table 7).
     activation: nonlinearity of ``tdq-thin``, which the paper leaves open.
     """
 
     parameter: Literal["raw", "log"] = "log"
     zero_point: Literal["fixed", "step", "low-end"] = "fixed"
     start: Literal["as-is", "static", "steps"] = "steps"
-    encoding: Literal["none", "normalize", "fourier", "frequency"] = "frequency"
+    encoding: Encoding = "frequency"
+    thin_encoding: Encoding = "normalize"
     weights: Literal["he", "gaussian", "zero", "xavier"] = "he"
     activation: Literal["relu", "silu", "tanh"] = "silu"
 

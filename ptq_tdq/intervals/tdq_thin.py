@@ -1,4 +1,7 @@
-"""``tdq-thin``: a 3-layer MLP with 16 hidden units on u = t / T, for calibration on few samples (supp s5)."""
+"""``tdq-thin``: a 3-layer MLP with 16 hidden units, for calibration on few samples (supp s5).
+
+The paper gives it u = t / T ("normalize"); the other encodings are for comparison.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,18 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "ta
 
 
 class TDQThin(ModuleInterval):
-    """MLP 1-16-16-1 and softplus."""
+    """MLP d-16-16-1 and softplus; d = 1 for u."""
 
     pattern = "tdq-thin"
 
     @classmethod
     def build(cls, method: str, observed: Observed) -> TDQThin:
         activation = ACTIVATIONS[observed.options.activation]
+        encode = TimeEncoding(observed.options.thin_encoding, observed.num_train_timesteps)
         net = nn.Sequential(
-            nn.Linear(1, HIDDEN), activation(), nn.Linear(HIDDEN, HIDDEN), activation(), nn.Linear(HIDDEN, 1)
+            nn.Linear(encode.width, HIDDEN), activation(), nn.Linear(HIDDEN, HIDDEN), activation(), nn.Linear(HIDDEN, 1)
         )
         initialize(net, observed.options.weights)
-        source = cls(TimeEncoding("normalize", observed.num_train_timesteps), net, observed.zero_point())
+        source = cls(encode, net, observed.zero_point())
         source.start(observed)
         return source

@@ -72,7 +72,7 @@ def reconstruct_activations(
 ) -> ActivationResult:
     """Learn the intervals of the unit's activations; the end state is never worse than the start.
 
-    ``full`` and ``call`` are the unit's calls in the full-precision and in the quantized stream.
+    ``full`` is the unit's call in the full-precision stream, ``call`` the one to learn from.
     """
     observed = observe(unit, call, config, num_train_timesteps)
     quantizers = unit.quantizers()
@@ -124,8 +124,9 @@ def _learn(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.activation_iterations)
     first, first_shifts = _state(unit, sources)
     sources.train()
+    chances = None if config.loss_weights == "uniform" else _chances(unit, target, config.loss_power)
     for _ in range(config.activation_iterations):
-        index = torch.randint(len(target), (config.batch_size,), generator=generator)
+        index = _draw(len(target), chances, config.batch_size, generator)
         loss = unit.learning_loss(call, target, config.loss_power, config, index)
         optimizer.zero_grad()
         loss.backward()
@@ -140,6 +141,23 @@ def _learn(
         for shift, value in zip(unit.shifts(), first_shifts, strict=True):
             shift.copy_(value)
     return before
+
+
+def _draw(count: int, chances: Tensor | None, size: int, generator: torch.Generator) -> Tensor:
+    """Indices of the samples of one batch, all alike or with ``chances`` [N]."""
+    if chances is None:
+        return torch.randint(count, (size,), generator=generator)
+    return torch.multinomial(chances, size, replacement=True, generator=generator)
+
+
+def _chances(unit: Unit, target: Tensor, power: float) -> Tensor:
+    """One over the mean size of the targets at each sample's time step [N], but for a common factor."""
+    size = torch.cat([target[batch].abs().pow(power).flatten(1).mean(1) for batch in unit.batches()])
+    _, step, count = unit.t.unique(return_inverse=True, return_counts=True)
+    of_step = torch.zeros(len(count)).index_add(0, step, size.float()) / count
+    relative = of_step / of_step.max().clamp(min=torch.finfo(torch.float32).tiny)
+    chances: Tensor = 1 / relative.clamp(min=1e-6)[step]
+    return chances
 
 
 def _state(unit: Unit, sources: nn.ModuleList) -> tuple[dict[str, Tensor], list[Tensor]]:

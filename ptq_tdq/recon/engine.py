@@ -100,8 +100,9 @@ def reconstruct(
                     if phase == "weights":
                         losses = reconstruct_weights(unit, full, mine, target, config, generator)
                     else:
+                        seen = mine if config.activation_inputs == "quantized" else full
                         result = reconstruct_activations(
-                            unit, full, mine, target, config, generator, num_train_timesteps
+                            unit, full, seen, target, config, generator, num_train_timesteps
                         )
                         losses = result.before, result.after
                         static.update(result.static)

@@ -82,9 +82,19 @@ class Cell:
         return self.method == FULL_PRECISION or self.choices == line_choices(line)
 
 
+_BEFORE = {  # choices that the first lines do not name, as they were then
+    "backend": "simulated",
+    "correction": "none",
+    "round_again": False,
+    "activation_inputs": "quantized",
+    "loss_weights": "uniform",
+    "thin_encoding": "normalize",
+}
+
+
 def line_choices(line: Mapping[str, Any]) -> dict[str, Any]:
     """What :attr:`Cell.choices` was when a line was written."""
-    return {"backend": "simulated", "correction": "none", "round_again": False, **line["choices"]}
+    return {**_BEFORE, **line["choices"]}
 
 
 def make_cells(

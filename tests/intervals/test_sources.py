@@ -182,6 +182,14 @@ def test_the_thin_module_has_three_layers_with_16_hidden_units_on_u() -> None:
     assert source.encode(torch.tensor([0, 250, 999])).squeeze(1).tolist() == pytest.approx([0, 0.25, 0.999])
 
 
+@pytest.mark.parametrize("encoding", ["none", "normalize", "fourier", "frequency"])
+def test_the_thin_module_takes_each_encoding(encoding: str) -> None:
+    source = build("tdq-thin", observe(thin_encoding=encoding, encoding="none", start="static"))
+    assert next(m for m in source.modules() if isinstance(m, nn.Linear)).in_features == source.encode.width
+    assert source.encode.kind == encoding
+    check_table(source)
+
+
 def test_dropout_acts_in_training_only() -> None:
     source = build("tdq", observe(start="as-is"))
     t, x = torch.full((64,), 500), torch.empty(64, 0)
