@@ -32,12 +32,7 @@ CASES = {
     "no attention, whole tensors": {"preset": "paper", "scheme": "W2A4", "method": "tdq"},
     "dynamic": {"preset": "default", "scheme": "W5A8", "method": "dynamic"},
 }
-TIMES = {
-    "one t": torch.tensor(500),
-    "one fractional t": torch.tensor(250.75),
-    "mixed t": torch.tensor([0, 999, 0, 17]),
-    "mixed fractional t": torch.tensor([0.5, 3.25, 998.75, 20.0]),
-}
+TIMES = [torch.tensor(500), torch.tensor([0, 999, 0, 17]), torch.tensor([0.5, 3.25, 998.75, 20.0])]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -89,7 +84,7 @@ def weight_only(model: IntegerModel) -> set[str]:
     return set(model.facts["weight_only_layers"])
 
 
-@pytest.mark.parametrize("t", TIMES.values(), ids=list(TIMES))
+@pytest.mark.parametrize("t", TIMES, ids=["one t", "mixed t", "fractional t"])
 def test_each_layer_computes_what_the_simulated_one_does(artifact: Path, t: Tensor) -> None:
     codes, layers = simulated_codes(load_quantized(artifact), t)
     model = load_quantized(artifact, backend="integer")
@@ -109,7 +104,7 @@ def test_each_layer_computes_what_the_simulated_one_does(artifact: Path, t: Tens
         assert all(torch.equal(c.int(), like(c, codes[q])) for q, c in mine.items())
 
 
-@pytest.mark.parametrize("t", TIMES.values(), ids=list(TIMES))
+@pytest.mark.parametrize("t", TIMES, ids=["one t", "mixed t", "fractional t"])
 def test_codes_differ_at_ties_and_what_follows_from_them_only(artifact: Path, t: Tensor) -> None:
     expected, _ = simulated_codes(load_quantized(artifact), t)
     model = load_quantized(artifact, backend="integer")
@@ -145,10 +140,17 @@ def record_codes(layer: IntegerLayer, found: dict[str, Tensor]) -> None:
     layer.quantize = recording
 
 
-@pytest.mark.parametrize("t", [*TIMES.values(), 7], ids=[*TIMES, "a number"])
+@pytest.mark.parametrize("t", [*TIMES, 7], ids=str)
 def test_the_whole_model_predicts_the_same_noise(artifact: Path, t: Any) -> None:
     expected, found = (predict(load_quantized(artifact, backend=b), t) for b in ("simulated", "integer"))
     assert (found - expected).pow(2).mean() < 1e-4 * expected.pow(2).mean()
+
+
+@pytest.mark.parametrize("t", [0.0, 250.75, 998.5, 999.0])
+def test_one_time_step_for_all_samples_is_that_of_each(artifact: Path, t: float) -> None:
+    model = load_quantized(artifact, backend="integer")
+    alone, mixed = (predict(model, torch.tensor(each)) for each in (t, [t, t, t, 7.5]))
+    assert torch.equal(alone[:3], mixed[:3]) and not torch.equal(alone[3], mixed[3])
 
 
 def test_torch_operations_give_the_same_as_the_kernels(
