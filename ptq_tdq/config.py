@@ -87,7 +87,7 @@ class Config:
     bias_lr: float = 1e-3
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     interval_parameter: Literal["raw", "log"] = "log"
-    zero_point: Literal["fixed", "step", "low-end"] = "low-end"
+    zero_point: Literal["fixed", "step"] = "step"
     module_start: Literal["as-is", "static", "steps"] = "steps"
     time_encoding: Encoding = "frequency"
     module_weights: Literal["he", "gaussian", "zero", "xavier"] = "he"

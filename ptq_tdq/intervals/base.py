@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.errors import ConfigError
-from ptq_tdq.intervals.zero_point import LowEndZeroPoint, TabledZeroPoint
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import Histogram, QParams, activation_qparams
 
@@ -30,8 +29,7 @@ class IntervalOptions:
 
     parameter: a learned scale is stored raw (LSQ) or as its logarithm.
     zero_point: of modules and step sources: "fixed" at the static value; "step": interpolated over t between the
-        observed steps' best ones; "low-end": interpolated is the low end of the steps' best ranges, and the zero point
-        follows the learned scale. S_N searches one per bin.
+        observed steps' best ones. S_N searches one per bin.
     start: networks start "as-is" (their random initialisation around the static interval), fitted to the "static"
         interval, or fitted to the "steps"' best intervals (regression in log s).
     encoding, thin_encoding: time encodings of ``tdq`` (supp Table 2) and of ``tdq-thin``.
@@ -40,7 +38,7 @@ class IntervalOptions:
     """
 
     parameter: Literal["raw", "log"] = "log"
-    zero_point: Literal["fixed", "step", "low-end"] = "fixed"
+    zero_point: Literal["fixed", "step"] = "fixed"
     start: Literal["as-is", "static", "steps"] = "steps"
     encoding: Encoding = "frequency"
     thin_encoding: Encoding = "normalize"
@@ -83,15 +81,11 @@ class Observed:
         dense = torch.from_numpy(np.interp(axis, self.t.numpy(), values.double().numpy()))
         return dense.to(torch.float32) if values.is_floating_point() else dense.round().to(values.dtype)
 
-    def zero_point(self) -> TabledZeroPoint | LowEndZeroPoint:
-        """The zero point over the axis, as the options say."""
-        choice = self.options.zero_point
-        if choice == "low-end":
-            low = (self.qtype.qmin - self.steps.zero_point) * self.steps.scale
-            return LowEndZeroPoint(self.spread(low), self.qtype)
-        if choice == "step":
-            return TabledZeroPoint(self.spread(self.steps.zero_point))
-        return TabledZeroPoint(self.static.zero_point.expand(self.num_train_timesteps).clone())
+    def zero_point(self) -> Tensor:
+        """The zero point over the axis, as the options say: int32 [T]."""
+        if self.options.zero_point == "step":
+            return self.spread(self.steps.zero_point)
+        return self.static.zero_point.expand(self.num_train_timesteps).clone()
 
 
 class IntervalSource(nn.Module, ABC):

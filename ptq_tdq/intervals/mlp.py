@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptq_tdq.intervals.base import IntervalSource, Observed
+from ptq_tdq.timeaxis import lookup
 
 
 def inverse_softplus(y: Tensor) -> Tensor:
@@ -52,14 +53,14 @@ def _fit(net: nn.Sequential, features: Tensor, target: Tensor) -> None:
 class ModuleInterval(IntervalSource):
     """``scale = softplus(net(encode(t)))``; the net's last layer is a linear layer to one number."""
 
-    def __init__(self, encode: nn.Module, net: nn.Sequential, zero_point: nn.Module) -> None:
+    def __init__(self, encode: nn.Module, net: nn.Sequential, zero_point: Tensor) -> None:
         super().__init__()
         self.encode, self.net = encode, net
-        self.zero_point = zero_point
+        self.register_buffer("zero_point", zero_point)
+        self.zero_point: Tensor
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = scale_of(self.net, self.encode(t))
-        return scale, self.zero_point(t, scale)
+        return scale_of(self.net, self.encode(t)), lookup(self.zero_point, t)
 
     def start(self, observed: Observed) -> None:
         """Begin where the options say."""

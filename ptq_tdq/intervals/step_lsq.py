@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptq_tdq.intervals.base import IntervalSource, LearnedScale, Observed
+from ptq_tdq.timeaxis import lookup
 
 
 class StepLSQ(IntervalSource):
-    """Scale [K] learned at the observed steps t [K], linear in t between them and constant beyond."""
+    """Scale [K] learned at the observed steps t [K], linear in t between them and constant beyond; zero_point [T]."""
 
     pattern = "step-lsq"
 
-    def __init__(self, t: Tensor, scale: Tensor, zero_point: nn.Module, parameter: str) -> None:
+    def __init__(self, t: Tensor, scale: Tensor, zero_point: Tensor, parameter: str) -> None:
         super().__init__()
-        self.scale, self.zero_point = LearnedScale(scale, parameter), zero_point
+        self.scale = LearnedScale(scale, parameter)
         self.register_buffer("t", t)
+        self.register_buffer("zero_point", zero_point)
         self.t: Tensor
+        self.zero_point: Tensor
 
     @classmethod
     def build(cls, method: str, observed: Observed) -> StepLSQ:
@@ -30,4 +33,4 @@ class StepLSQ(IntervalSource):
         weight = ((t - self.t[before]) / gap).clamp(0.0, 1.0)
         knots = self.scale()
         scale = knots[before] * (1 - weight) + knots[after] * weight
-        return scale, self.zero_point(t, scale)
+        return scale, lookup(self.zero_point, t)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ptq_tdq.intervals.base import IntervalSource, Observed
@@ -22,8 +21,7 @@ class TableSource(IntervalSource):
     @classmethod
     def build(cls, method: str, observed: Observed) -> TableSource:
         """The best interval of each observed step, spread over the axis; not learned."""
-        scale = observed.spread(observed.steps.scale)
-        return cls(scale, observed.zero_point()(torch.arange(len(scale)), scale))
+        return cls(observed.spread(observed.steps.scale), observed.zero_point())
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return lookup(self.scale, t), lookup(self.zero_point, t)

@@ -81,7 +81,7 @@ def test_the_network_reads_four_statistics_and_the_time_encoding() -> None:
     assert widths == {"dynamic-statistics": 4, "dynamic-statistics-time": 4 + 128}
 
 
-@pytest.mark.parametrize("zero_point", ["fixed", "step", "low-end"])
+@pytest.mark.parametrize("zero_point", ["fixed", "step"])
 @pytest.mark.parametrize("method", NETWORKS)
 def test_a_network_starts_with_less_error_than_the_static_interval(method: str, zero_point: str) -> None:
     """On 8 samples of each step, whose mean drifts: the zero point in use is the static one whatever the choice."""
