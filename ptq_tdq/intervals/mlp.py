@@ -6,8 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.intervals.base import IntervalSource, Observed
 from ptq_tdq.timeaxis import lookup
+
+DIVERGED = (
+    "A network of the time step diverges on the way to its first intervals; choose another time encoding, or "
+    "module_start=as-is."
+)
 
 
 def inverse_softplus(y: Tensor) -> Tensor:
@@ -35,7 +41,10 @@ def start(net: nn.Sequential, features: Tensor, observed: Observed) -> None:
 
 
 def _fit(net: nn.Sequential, features: Tensor, target: Tensor) -> None:
-    """Least squares of log s over the observed steps, by L-BFGS without dropout."""
+    """Least squares of log s over the observed steps, by L-BFGS without dropout.
+
+    Raises :class:`NonFiniteError` where it diverges, as it may for features as large as the raw time step.
+    """
     net.eval()
     optimizer = torch.optim.LBFGS(net.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
@@ -45,8 +54,13 @@ def _fit(net: nn.Sequential, features: Tensor, target: Tensor) -> None:
         loss.backward()
         return loss
 
-    with torch.enable_grad():
-        optimizer.step(closure)
+    try:
+        with torch.enable_grad():
+            optimizer.step(closure)
+    except RuntimeError as error:  # torch takes no step of infinite length
+        raise NonFiniteError(DIVERGED) from error
+    if not bool(torch.isfinite(scale_of(net, features)).all()):
+        raise NonFiniteError(DIVERGED)
     net.train()
 
 

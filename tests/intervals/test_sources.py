@@ -12,12 +12,12 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from ptq_tdq.errors import ConfigError
+from ptq_tdq.errors import ConfigError, NonFiniteError
 from ptq_tdq.intervals import IntervalOptions, IntervalSource, Observed, source_class
 from ptq_tdq.intervals.base import LearnedScale
-from ptq_tdq.intervals.mlp import inverse_softplus
+from ptq_tdq.intervals.mlp import inverse_softplus, start
 from ptq_tdq.intervals.table import TableSource
-from ptq_tdq.intervals.tdq import TimeEncoding
+from ptq_tdq.intervals.tdq import TimeEncoding, make_net
 from ptq_tdq.observe import Observer
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import weight_qparams
@@ -236,6 +236,12 @@ def test_start_static_is_the_static_interval_at_the_observed_steps(method: str, 
     observed = observe(start="static", **options)
     found = scales(build(method, observed))[STEPS.long()]
     torch.testing.assert_close(found, observed.static.scale.expand(len(STEPS)), rtol=0.05, atol=0)
+
+
+def test_a_fit_that_diverges_says_what_to_do() -> None:
+    observed = observe()
+    with pytest.raises(NonFiniteError, match="choose another time encoding"):
+        start(make_net(1), torch.full((len(STEPS), 1), torch.inf), observed)
 
 
 @pytest.mark.parametrize("y", [1e-6, 1e-3, 0.1, 1.0, 20.0, 80.0])
