@@ -1,17 +1,20 @@
-"""What a time-dependent bias correction could take: the share of each layer's output error that is a mean per channel
-and time step, beside what a bias for all t takes.
+"""A bias that follows t: what it could take of each layer's output error, and what it gains where it is applied.
 
 Both models run on the same full-precision trajectories. At each step the mean error per output channel of the first
 half of the samples ("each t"), or its mean over all steps ("all t"), is taken from the error of the other half; the
 share is what that removes of its energy (negative: it adds). Layers of the time embedding, whose outputs are functions
-of t and class alone, are left out. One JSON line per artifact, with the shares of each layer over all steps.
+of t and class alone, are left out.
+
+Then the means are taken from the outputs themselves, layer after layer, so that each layer's mean is what those before
+it have left, and kept as a table per step. With it in place ("after") and without ("before") the model is compared with
+full precision on trajectories of another seed. One JSON line per artifact.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -23,10 +26,13 @@ from facts import facts
 from torch import Tensor, nn
 
 from ptq_tdq import load_model, load_quantized
-from ptq_tdq.evaluate.trajectories import make_reference
+from ptq_tdq.calib_data import LoadedModel
+from ptq_tdq.evaluate.trajectories import Reference, compare, make_reference
+from ptq_tdq.quantized_model import QuantizedModel
 
 RESULTS = Path(__file__).parent / "results" / "bias.jsonl"
 PREDICTION = "predicted noise"
+TESTED, OTHER_SEED = 200, 1000  # trajectories of another seed
 
 
 @contextmanager
@@ -68,51 +74,127 @@ class Errors:
         return {kind: ((2 * m * sums - self.count * m.square()).sum() / energy).item() for kind, m in kinds.items()}
 
 
-@click.command()
-@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path, exists=True))
-@click.option("--samples", default=64)
-@click.option("--steps", default=20)
-@click.option("--seed", default=0)
-@click.option("--threads", default=1)
-@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
-def main(artifacts: tuple[Path, ...], samples: int, steps: int, seed: int, threads: int, results: Path) -> None:
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    model = load_model()
-    reference = make_reference(model, samples=samples, num_inference_steps=steps, seed=seed, recorded=samples)
-    for path in artifacts:
-        quantized = load_quantized(path)
-        layers = quantized.layers()
-        full = {name: model.unet.get_submodule(name) for name in layers}
-        errors: dict[str, Errors] = defaultdict(Errors)
+class StepBias:
+    """The mean error per output channel of each layer at each step, to be taken from its output."""
+
+    def __init__(self, quantized: QuantizedModel) -> None:
+        self.quantized = quantized
+        self.tables: dict[float, dict[str, Tensor]] = {}  # by t and layer
+
+    def learn(self, full: dict[str, nn.Module], model: nn.Module, reference: Reference) -> None:
+        """Fill the tables from one pass over the full-precision trajectories."""
         for x, t in zip(reference.x, reference.t, strict=True):
             expected: dict[str, Tensor] = {}
-            got: dict[str, Tensor] = {}
-            with torch.no_grad(), outputs(full, expected), outputs(layers, got):
-                expected[PREDICTION] = model.unet(x, t, **reference.labels()).sample
-                got[PREDICTION] = quantized(x, t, **reference.labels()).sample
-            for name, target in ((name, y) for name, y in expected.items() if y.ndim > 2):
-                errors[name].add(got[name] - target)
-        shares = {name: each.shares() for name, each in errors.items()}
-        line = {
-            "scheme": quantized.provenance["scheme"], "method": quantized.provenance["method"],
-            "choices": quantized.provenance["choices"], "samples": samples, "steps": steps, "seed": seed,
-            "shares": shares, "facts": facts(),
-        }  # fmt: skip
-        with results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+            with torch.no_grad(), outputs(full, expected):
+                model(x, t, **reference.labels())
+            table = self.tables[t[0].item()] = {}
+
+            def correct(name: str, output: Tensor) -> Tensor:
+                if output.ndim < 3:
+                    return output
+                table[name] = (output - expected[name]).mean((0, 2, 3) if output.ndim == 4 else (0, 1))  # noqa: B023
+                return self._without(output, table[name])  # noqa: B023
+
+            with torch.no_grad(), self._hooks(correct):
+                self.quantized(x, t, **reference.labels())
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """The quantized model with the biases of its time step."""
+        now: dict[str, Tensor] = {}
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal now
+            t = args[1] if len(args) > 1 else kwargs["timestep"]
+            now = self.tables[float(torch.as_tensor(t).flatten()[0])]
+
+        handle = self.quantized.register_forward_pre_hook(begin, with_kwargs=True)
+        try:
+            with self._hooks(lambda name, output: self._without(output, now[name]) if name in now else output):
+                yield self.quantized
+        finally:
+            handle.remove()
+
+    @staticmethod
+    def _without(output: Tensor, mean: Tensor) -> Tensor:
+        return output - (mean[:, None, None] if output.ndim == 4 else mean)
+
+    @contextmanager
+    def _hooks(self, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+        def hook(name: str) -> Any:
+            return lambda module, args, output: change(name, output)
+
+        handles = [layer.register_forward_hook(hook(name)) for name, layer in self.quantized.layers().items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def measure(path: Path, model: LoadedModel, samples: int, steps: int) -> dict[str, Any]:
+    """The line of one artifact, whose own seed is that of the noise."""
+    quantized = load_quantized(path)
+    seed = quantized.provenance["seed"]
+    reference = make_reference(model, samples=samples, num_inference_steps=steps, seed=seed)
+    layers = quantized.layers()
+    full = {name: model.unet.get_submodule(name) for name in layers}
+    errors: dict[str, Errors] = defaultdict(Errors)
+    for x, t in zip(reference.x, reference.t, strict=True):
+        expected: dict[str, Tensor] = {}
+        got: dict[str, Tensor] = {}
+        with torch.no_grad(), outputs(full, expected), outputs(layers, got):
+            expected[PREDICTION] = model.unet(x, t, **reference.labels()).sample
+            got[PREDICTION] = quantized(x, t, **reference.labels()).sample
+        for name, target in ((name, y) for name, y in expected.items() if y.ndim > 2):
+            errors[name].add(got[name] - target)
+    bias = StepBias(quantized)
+    bias.learn(full, model.unet, reference)
+    test = make_reference(model, samples=TESTED, num_inference_steps=steps, seed=seed + OTHER_SEED)
+    before = compare(test, quantized, seed + OTHER_SEED)
+    with bias.applied() as corrected:
+        after = compare(test, corrected, seed + OTHER_SEED)
+    return {
+        "scheme": quantized.provenance["scheme"], "method": quantized.provenance["method"],
+        "choices": quantized.provenance["choices"], "samples": samples, "steps": steps, "seed": seed,
+        "shares": {name: each.shares() for name, each in errors.items()},
+        "before": before.to_dict(), "after": after.to_dict(), "facts": facts(),
+    }  # fmt: skip
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: a row per artifact."""
-    rows = ["| scheme | bias | median of the layers | largest | predicted noise |", "|---|---|---:|---:|---:|"]
+    rows = [
+        "| scheme | seed | bias | median of the layers | largest | predicted noise | latents, noise (dB) |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
     for line in lines:
-        for kind in ("all t", "each t"):
+        for kind, when in (("all t", "before"), ("each t", "after")):
             inner = [share[kind] for name, share in line["shares"].items() if name != PREDICTION]
-            cells = (median(inner), max(inner), line["shares"][PREDICTION][kind])
-            rows.append(f"| {line['scheme']} | {kind} | " + " | ".join(f"{cell:.2%}" for cell in cells) + " |")
+            shares = " | ".join(f"{x:.2%}" for x in (median(inner), max(inner), line["shares"][PREDICTION][kind]))
+            found = line.get(when)
+            applied = f"{when}: {found['latent_sqnr_db']:.2f}, {found['mean_noise_sqnr_db']:.2f}" if found else "-"
+            rows.append(f"| {line['scheme']} | {line['seed']} | {kind} | {shares} | {applied} |")
     return "\n".join(rows)
+
+
+@click.command()
+@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@click.option("--samples", default=64)
+@click.option("--steps", default=20)
+@click.option("--threads", default=1)
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+@click.option("--render", is_flag=True, help="Only print the table.")
+def main(artifacts: tuple[Path, ...], samples: int, steps: int, threads: int, results: Path, render: bool) -> None:
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    if not render:
+        model = load_model()
+        for path in artifacts:
+            line = measure(path, model, samples, steps)
+            with results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    print(table([json.loads(line) for line in results.read_text().splitlines()]))
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ class _Bars:
     def finished(self, line: Line) -> None:
         """A cell is in the results file."""
         key = line["preset"], line["scheme"], line["method"], line["seed"]
-        self.left = [cell for cell in self.left if cell.key != key]
+        self.left = [cell for cell in self.left if (cell.key, cell.evaluation) != (key, line["evaluation"])]
         self.lines.append(line)
         self.bars.advance(self.task)
         self._show()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ptq_tdq.artifacts import write_atomic
 from ptq_tdq.calib_data import REFERENCE_ID, LoadedModel
 from ptq_tdq.calib_data.reference import Cifar10Classifier, load_classifier, reference_path
-from ptq_tdq.evaluate import c10
+from ptq_tdq.evaluate import c10, quality
 from ptq_tdq.evaluate.images import decode
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import BATCH, Progress, Reference, compare, finite, make_reference, run
@@ -72,7 +72,12 @@ class Baseline:
 def make_baseline(
     model: LoadedModel, *, samples: int, num_inference_steps: int, seed: int, on_progress: Progress | None = None
 ) -> Baseline:
-    """Sample with full precision; ``on_progress(done, total)`` counts samples."""
+    """Sample with full precision; ``on_progress(done, total)`` counts samples.
+
+    Raises :class:`~ptq_tdq.errors.MissingExtraError` without torchmetrics, which the embedded model's metrics need.
+    """
+    if is_embedded(model):
+        quality.require()
     reference = make_reference(
         model,
         samples=samples,

@@ -19,6 +19,12 @@ KID_SUBSETS, KID_SUBSET_SIZE = 10, 1000
 NEIGHBOURS = 3
 
 
+def require() -> None:
+    """Raise :class:`MissingExtraError` where the metrics cannot be computed, before anything is sampled for them."""
+    with _torchmetrics(0):
+        import torchmetrics  # noqa: F401
+
+
 def kid(real: Tensor, fake: Tensor, seed: int = 0) -> float:
     """Kernel distance of features [N, D] and [M, D] (KID, arXiv 1801.01401: cubic kernel, unbiased; may be below 0).
 

@@ -152,7 +152,7 @@ def checks(data: Json, artifact: Json) -> list[tuple[str, str]]:
     if not quantizers:
         found.append(("ok", "The model's own input x_t is not quantized."))
     elif clipped:
-        share = max(v for v in clipped if v is not None)
+        share = max((v for v in clipped if v is not None), default=0.0)
         found.append(
             ("ok", "The model's own input x_t is never clipped.")
             if share == 0

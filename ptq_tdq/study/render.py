@@ -88,8 +88,8 @@ def find_metric(flag: str) -> Metric:
 def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None) -> Table:
     """Gather a metric. ``against`` is what all are compared with: PRESET, PRESET:METHOD or :METHOD (of each preset).
 
-    Raises :class:`UsageError` where no line has the metric, and where the method to compare with is missing or was
-    measured on other samples or steps than a line.
+    Raises :class:`UsageError` where no line has the metric, where one preset and scheme is measured on several numbers
+    of samples or steps, and where the method to compare with is missing or was measured on others than a line.
     """
     if not any(metric.key in line["results"] for line in lines):
         raise UsageError(f"No line has the metric {metric.flag}; run the study first or choose another metric.")
@@ -100,12 +100,13 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
             rows.setdefault((line["preset"], line["scheme"]), {})
     for row, entries in rows.items():
         mine = [line for line in lines if (line["preset"], line["scheme"]) == row]
-        steps = {line["evaluation"]["num_inference_steps"] for line in mine}
-        full = [
-            line
-            for line in lines
-            if line["method"] == FULL_PRECISION and line["evaluation"]["num_inference_steps"] in steps
-        ]
+        sizes = {_measured_on(line) for line in mine}
+        if len(sizes) > 1:
+            raise UsageError(
+                f"{' '.join(row)} is measured on several numbers of (samples, steps): {sorted(sizes)}; "
+                "keep one of them in a file."
+            )
+        full = [line for line in lines if line["method"] == FULL_PRECISION and _measured_on(line) in sizes]
         for line in (*mine, *full):
             entry = entries.setdefault(line["method"], Entry({}))
             value = line["results"].get(metric.key)
@@ -120,6 +121,10 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
     return Table(metric, columns, rows, tuple(_notes(lines)), home or None, base)
 
 
+def _measured_on(line: Mapping[str, Any]) -> tuple[int, int]:
+    return line["evaluation"]["samples"], line["evaluation"]["num_inference_steps"]
+
+
 def require_comparable(lines: Sequence[Mapping[str, Any]], against: str | None) -> tuple[str, str]:
     """The preset ("": each row's own) and the column that ``against`` names.
 
@@ -131,16 +136,13 @@ def require_comparable(lines: Sequence[Mapping[str, Any]], against: str | None) 
     if not against:
         return home, base
 
-    def measured_on(line: Mapping[str, Any]) -> tuple[int, int]:
-        return line["evaluation"]["samples"], line["evaluation"]["num_inference_steps"]
-
     found = [line for line in lines if line["method"] == base and home in ("", line["preset"])]
     where = f"{title(base)} of the preset {home}" if home else title(base)
     if not found:
         raise UsageError(
             f"The study has no {where}; --against takes PRESET, PRESET:METHOD or :METHOD of cells that it has."
         )
-    if home and {measured_on(line) for line in lines} != {measured_on(line) for line in found}:
+    if home and {_measured_on(line) for line in lines} != {_measured_on(line) for line in found}:
         raise UsageError(
             f"Not all cells are measured on the samples and steps of {where}; "
             "--against :METHOD compares within each preset."

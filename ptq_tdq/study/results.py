@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,16 @@ def unfinished(cells: Sequence[Cell], lines: Sequence[Line], model_sha256: str) 
 
 
 def _key(line: Line) -> tuple[Any, ...]:
-    place = line["preset"], line["scheme"], line["method"], line["seed"]
-    return (*place, line["evaluation"]["num_inference_steps"])
+    return _place((line["preset"], line["scheme"], line["method"], line["seed"]), line["evaluation"])
 
 
 def _cell_key(cell: Cell) -> tuple[Any, ...]:
-    return (*cell.key, cell.evaluation["num_inference_steps"])
+    return _place(cell.key, cell.evaluation)
+
+
+def _place(key: tuple[str, str, str, int], evaluation: Mapping[str, int]) -> tuple[Any, ...]:
+    """Presets may differ in their steps, so full precision has a cell for each number of them."""
+    return (*key, evaluation["num_inference_steps"] if key[2] == FULL_PRECISION else None)
 
 
 def _difference(cell: Cell, line: Line) -> str:

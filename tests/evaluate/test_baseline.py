@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from ptq_tdq.calib_data import LoadedModel, load_model, unet_sha256
+from ptq_tdq.errors import MissingExtraError
 from ptq_tdq.evaluate.baseline import Baseline, is_embedded, load_baseline, make_baseline, save_baseline
 from ptq_tdq.evaluate.names import METRICS
 
@@ -61,6 +63,18 @@ def test_a_larger_error_is_worse_in_every_distance_to_full_precision(model: Load
         if metric.against == "full precision":
             better, worse = (small, large) if metric.higher_is_better else (large, small)
             assert better[metric.key] >= worse[metric.key], metric.key
+
+
+def test_a_missing_extra_is_known_before_anything_is_sampled(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    sampled: list[int] = []
+    with pytest.raises(MissingExtraError, match=r"pip install 'ptq-tdq\[metrics\]'"):
+        make_baseline(
+            model, samples=COUNT, num_inference_steps=2, seed=3, on_progress=lambda done, total: sampled.append(done)
+        )
+    assert sampled == []
 
 
 def test_a_baseline_survives_the_disk(model: LoadedModel, baseline: Baseline, tmp_path: Path) -> None:

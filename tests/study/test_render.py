@@ -100,6 +100,18 @@ def test_the_csv_has_the_same_numbers() -> None:
     assert second["TDQ mean"] == "" and float(second["FP deviation"]) == 1.0
 
 
+@pytest.mark.parametrize("size", [{"samples": 8}, {"num_inference_steps": 3}])
+def test_cells_measured_on_other_samples_or_steps_are_not_mixed(size: dict[str, int]) -> None:
+    other = {**LINES[0]["evaluation"], **size}
+    with pytest.raises(UsageError, match=r"qdiff W4A8 is measured on several numbers of \(samples, steps\)"):
+        make_table([*LINES, line("S_2", 0, 3.0, evaluation=other)], METRIC)
+    apart = make_table(
+        [*LINES, line("S_2", 0, 3.0, "W2A2", evaluation=other), line("fp", 0, 9.0, evaluation=other)], METRIC
+    )
+    assert apart.rows["qdiff", "W2A2"]["fp"].values == {0: 9.0}
+    assert apart.rows["qdiff", "W4A8"]["fp"].values == {0: 1.0, 1: 2.0, 2: 3.0}
+
+
 def test_metrics_of_pairs_have_no_full_precision_column() -> None:
     lines = [{**each, "results": {"latent_sqnr_db": 20.0}} for each in LINES if each["method"] != "fp"]
     full = [{**each, "results": {"fd_c10": 1.0}} for each in LINES if each["method"] == "fp"]

@@ -66,12 +66,20 @@ def test_finished_cells_are_left_out() -> None:
     [
         ({"settings": ["bias_lr=0.5"]}, r"'default W4A8 tdq 0' with bias_lr 0.001 where this study has 0.5"),
         ({"samples": 8}, r"'fp 0' with samples 1000 where this study has 8"),
+        ({"settings": ["num_inference_steps=50"]}, r"'default W4A8 tdq 0' with num_inference_steps 25 where this"),
     ],
 )
 def test_another_study_in_the_file_is_refused(now: dict[str, Any], message: str) -> None:
     lines = [line(cell) for cell in make()]
     with pytest.raises(UsageError, match=message):
         unfinished(make(**now), lines, "m")
+
+
+def test_presets_may_differ_in_their_steps() -> None:
+    cells = make(presets=["default", "qdiff"])
+    assert [cell.evaluation["num_inference_steps"] for cell in cells] == [25, 100, 25, 100]
+    assert unfinished(cells, [line(cell) for cell in cells], "m") == []
+    assert unfinished(cells, [line(cells[0]), line(cells[2])], "m") == [cells[1], cells[3]]
 
 
 def test_another_model_in_the_file_is_refused() -> None:
