@@ -63,6 +63,22 @@ def test_the_page_holds_what_calibration_measured_and_what_was_measured_now(
     assert str(conditional) not in (report / "report.html").read_text()
 
 
+def test_artifacts_that_differ_in_the_seed_are_drawn_together(
+    cli: Any, small: tuple[str, ...], calibrated: Any, conditional: Path, tmp_path: Path
+) -> None:
+    first, second = calibrated(conditional), tmp_path / "second"
+    made = cli("calibrate", "--model", conditional, "--output-dir", second, *small, "--seed", 1)
+    assert made.code == 0, made.err
+    result = cli("report", first, second, "--model", conditional, "--output-dir", tmp_path / "report", *FLAGS)
+    assert result.code == 0, result.err
+    page = tmp_path / "report" / "report.html"
+    assert [artifact["choices"]["seed"] for artifact in data_of(page)["artifacts"]] == [0, 1]
+    assert "Between seeds, an interval deviates by" in page.read_text()
+    assert {path.name for path in (tmp_path / "report" / "figures").iterdir()} >= {"seeds.png", "seeds.svg"}
+    if CHROMIUM:
+        assert browse(page).count("<option") >= 2
+
+
 def test_without_the_base_model_it_writes_what_the_artifact_holds(
     cli: Any, calibrated: Any, pipeline: Path, copy_of: Any, tmp_path: Path, small: tuple[str, ...]
 ) -> None:

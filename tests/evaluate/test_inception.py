@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from ptq_tdq.errors import MissingExtraError, UsageError
-from ptq_tdq.evaluate.inception import load_folder, load_inception, to_uint8
+from ptq_tdq.evaluate.inception import (
+    BATCH,
+    SPATIAL_CHANNELS,
+    against_data,
+    describe,
+    load_folder,
+    load_inception,
+    to_uint8,
+)
 
 
 @pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
@@ -53,3 +62,32 @@ def test_a_folder_that_cannot_be_compared_with_is_one_sentence(tmp_path: Path) -
 def test_pixels_are_rounded_and_grey_becomes_three_channels() -> None:
     images = torch.tensor([-1.0, 0.0, 1.0, 2.0]).view(4, 1, 1, 1)
     assert to_uint8(images)[:, :, 0, 0].tolist() == [[v] * 3 for v in (0, 128, 255, 255)]
+
+
+class Network(nn.Module):
+    """The form of torch-fidelity's network, small: pooled features, logits, a branch of 9 channels at 2 x 2 places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Mixed_6d = nn.Module()
+        self.Mixed_6d.branch1x1 = nn.Conv2d(3, 9, 2, stride=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values = self.Mixed_6d.branch1x1(x.float() / 255)
+        return values.mean((2, 3)), values.flatten(1)[:, :5]
+
+
+def test_each_distance_reads_its_own_features_of_all_batches() -> None:
+    torch.manual_seed(0)
+    network, count = Network(), BATCH + 7
+    images = torch.rand(count, 3, 4, 4) * 2 - 1
+    real = describe(network, to_uint8(images))
+    assert [part.shape for part in real] == [(count, 9), (count, SPATIAL_CHANNELS * 4), (count, 5)]
+    with torch.no_grad():
+        whole = network.Mixed_6d.branch1x1(to_uint8(images).float() / 255)
+    torch.testing.assert_close(real[1], whole[:, :SPATIAL_CHANNELS].flatten(1))
+    same = against_data(network, images, real)
+    assert same["fid"] == pytest.approx(0, abs=1e-5) and same["sfid"] == pytest.approx(0, abs=1e-4)
+    assert 1 <= same["inception_score"] <= 5
+    other = against_data(network, -images.abs(), real)
+    assert other["fid"] > 0.01 and other["sfid"] > 0.01
