@@ -23,11 +23,12 @@ from typing import Any
 import click
 import torch
 from facts import facts
+from paired import paired
 from torch import Tensor, nn
 
 from ptq_tdq import load_model, load_quantized
 from ptq_tdq.calib_data import LoadedModel
-from ptq_tdq.evaluate.trajectories import Reference, compare, make_reference
+from ptq_tdq.evaluate.trajectories import compare, make_reference
 from ptq_tdq.quantized_model import QuantizedModel
 
 RESULTS = Path(__file__).parent / "results" / "bias.jsonl"
@@ -36,18 +37,26 @@ TESTED, OTHER_SEED = 200, 1000  # trajectories of another seed
 
 
 @contextmanager
-def outputs(layers: dict[str, nn.Module], found: dict[str, Tensor]) -> Iterator[None]:
-    """Fill ``found`` with the output of each layer during a ``with`` block."""
+def hooked(layers: dict[str, nn.Module], change: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+    """Give the output of each layer to ``change`` during a ``with`` block; what that returns replaces it."""
 
-    def keep(name: str) -> object:
-        return lambda module, values, output: found.update({name: output})
+    def hook(name: str) -> Any:
+        return lambda module, args, output: change(name, output)
 
-    handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def outputs(unet: nn.Module, layers: dict[str, nn.Module], x: Tensor, t: Tensor, labels: Any) -> dict[str, Tensor]:
+    """The output of each layer with a spatial or token axis, and the predicted noise."""
+    found: dict[str, Tensor] = {}
+    with torch.no_grad(), hooked(layers, lambda name, output: found.update({name: output})):
+        prediction = unet(x, t, **labels).sample
+    return {name: y for name, y in found.items() if y.ndim > 2} | {PREDICTION: prediction}
 
 
 class Errors:
@@ -78,25 +87,21 @@ class StepBias:
     """The mean error per output channel of each layer at each step, to be taken from its output."""
 
     def __init__(self, quantized: QuantizedModel) -> None:
-        self.quantized = quantized
+        self.quantized, self.layers = quantized, dict[str, nn.Module](quantized.layers())
         self.tables: dict[float, dict[str, Tensor]] = {}  # by t and layer
 
-    def learn(self, full: dict[str, nn.Module], model: nn.Module, reference: Reference) -> None:
-        """Fill the tables from one pass over the full-precision trajectories."""
-        for x, t in zip(reference.x, reference.t, strict=True):
-            expected: dict[str, Tensor] = {}
-            with torch.no_grad(), outputs(full, expected):
-                model(x, t, **reference.labels())
-            table = self.tables[t[0].item()] = {}
+    def learn(self, expected: dict[str, Tensor], x: Tensor, t: Tensor, labels: Any) -> None:
+        """Fill the table of a step, whose full-precision outputs are ``expected``."""
+        table = self.tables[t[0].item()] = {}
 
-            def correct(name: str, output: Tensor) -> Tensor:
-                if output.ndim < 3:
-                    return output
-                table[name] = (output - expected[name]).mean((0, 2, 3) if output.ndim == 4 else (0, 1))  # noqa: B023
-                return self._without(output, table[name])  # noqa: B023
+        def correct(name: str, output: Tensor) -> Tensor:
+            if name not in expected:
+                return output
+            table[name] = (output - expected[name]).mean((0, 2, 3) if output.ndim == 4 else (0, 1))
+            return self._without(output, table[name])
 
-            with torch.no_grad(), self._hooks(correct):
-                self.quantized(x, t, **reference.labels())
+        with torch.no_grad(), hooked(self.layers, correct):
+            self.quantized(x, t, **labels)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
@@ -110,7 +115,7 @@ class StepBias:
 
         handle = self.quantized.register_forward_pre_hook(begin, with_kwargs=True)
         try:
-            with self._hooks(lambda name, output: self._without(output, now[name]) if name in now else output):
+            with hooked(self.layers, lambda name, y: self._without(y, now[name]) if name in now else y):
                 yield self.quantized
         finally:
             handle.remove()
@@ -119,37 +124,22 @@ class StepBias:
     def _without(output: Tensor, mean: Tensor) -> Tensor:
         return output - (mean[:, None, None] if output.ndim == 4 else mean)
 
-    @contextmanager
-    def _hooks(self, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-        def hook(name: str) -> Any:
-            return lambda module, args, output: change(name, output)
-
-        handles = [layer.register_forward_hook(hook(name)) for name, layer in self.quantized.layers().items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
 
 def measure(path: Path, model: LoadedModel, samples: int, steps: int) -> dict[str, Any]:
     """The line of one artifact, whose own seed is that of the noise."""
     quantized = load_quantized(path)
     seed = quantized.provenance["seed"]
     reference = make_reference(model, samples=samples, num_inference_steps=steps, seed=seed)
-    layers = quantized.layers()
+    layers = dict[str, nn.Module](quantized.layers())
     full = {name: model.unet.get_submodule(name) for name in layers}
     errors: dict[str, Errors] = defaultdict(Errors)
-    for x, t in zip(reference.x, reference.t, strict=True):
-        expected: dict[str, Tensor] = {}
-        got: dict[str, Tensor] = {}
-        with torch.no_grad(), outputs(full, expected), outputs(layers, got):
-            expected[PREDICTION] = model.unet(x, t, **reference.labels()).sample
-            got[PREDICTION] = quantized(x, t, **reference.labels()).sample
-        for name, target in ((name, y) for name, y in expected.items() if y.ndim > 2):
-            errors[name].add(got[name] - target)
     bias = StepBias(quantized)
-    bias.learn(full, model.unet, reference)
+    for x, t in zip(reference.x, reference.t, strict=True):
+        expected = outputs(model.unet, full, x, t, reference.labels())
+        got = outputs(quantized, layers, x, t, reference.labels())
+        for name, target in expected.items():
+            errors[name].add(got[name] - target)
+        bias.learn(expected, x, t, reference.labels())
     test = make_reference(model, samples=TESTED, num_inference_steps=steps, seed=seed + OTHER_SEED)
     before = compare(test, quantized, seed + OTHER_SEED)
     with bias.applied() as corrected:
@@ -163,18 +153,17 @@ def measure(path: Path, model: LoadedModel, samples: int, steps: int) -> dict[st
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: a row per artifact."""
+    """Markdown: a row per artifact and kind of bias."""
     rows = [
-        "| scheme | seed | bias | median of the layers | largest | predicted noise | latents, noise (dB) |",
-        "|---|---:|---|---:|---:|---:|---:|",
+        "| scheme | seed | bias | median of the layers | largest | predicted noise |",
+        "|---|---:|---|---:|---:|---:|",
     ]
     for line in lines:
-        for kind, when in (("all t", "before"), ("each t", "after")):
+        for kind in ("all t", "each t"):
             inner = [share[kind] for name, share in line["shares"].items() if name != PREDICTION]
-            shares = " | ".join(f"{x:.2%}" for x in (median(inner), max(inner), line["shares"][PREDICTION][kind]))
-            found = line.get(when)
-            applied = f"{when}: {found['latent_sqnr_db']:.2f}, {found['mean_noise_sqnr_db']:.2f}" if found else "-"
-            rows.append(f"| {line['scheme']} | {line['seed']} | {kind} | {shares} | {applied} |")
+            cells = (median(inner), max(inner), line["shares"][PREDICTION][kind])
+            shares = " | ".join(f"{cell:.2%}" for cell in cells)
+            rows.append(f"| {line['scheme']} | {line['seed']} | {kind} | {shares} |")
     return "\n".join(rows)
 
 
@@ -194,7 +183,8 @@ def main(artifacts: tuple[Path, ...], samples: int, steps: int, threads: int, re
             line = measure(path, model, samples, steps)
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    print(table(lines), "", paired([line for line in lines if "before" in line], ("scheme",)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import click
 import torch
 from facts import facts
-from scipy import stats
+from paired import paired
 from torch import Tensor, nn
 
 from ptq_tdq import calibrate, load_model, preset
 from ptq_tdq.calib_data import collect_cached
+from ptq_tdq.calib_data.sampling import start_schedule
 from ptq_tdq.config import COLLECT_CHOICES
 from ptq_tdq.evaluate.trajectories import Reference, compare, make_reference
 from ptq_tdq.intervals.table import TableSource
@@ -31,7 +32,6 @@ RESULTS = Path(__file__).parent / "results" / "trajectory.jsonl"
 STEPS = 20
 LEARNED, MEASURED = 64, 200  # trajectories
 OTHER_SEED = 1000  # added for the trajectories that are learned from
-METRICS = {"latent_sqnr_db": "final latents (dB)", "mean_noise_sqnr_db": "predicted noise (dB)"}
 
 
 class Gained(TableSource):
@@ -61,8 +61,7 @@ def learn(
         gains.append(quantizer.source.log_gain)
     optimizer = torch.optim.Adam(gains, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    scheduler, generator = reference.model.scheduler, torch.Generator().manual_seed(seed)
-    scheduler.set_timesteps(STEPS)
+    scheduler, generator = start_schedule(reference.model.scheduler, STEPS), torch.Generator().manual_seed(seed)
     points, losses = (*reference.x, reference.latents), []
     for _ in range(iterations):
         begin = int(torch.randint(STEPS - length + 1, (), generator=generator))
@@ -98,29 +97,13 @@ def measure(
     began = time.process_time()
     losses = learn(quantized, known, seed, iterations, length, batch, rate, knots)
     seconds = time.process_time() - began
+    quarter = -(-len(losses) // 4)
     return {
         "scheme": scheme, "seed": seed, "iterations": iterations, "length": length, "batch": batch, "rate": rate,
         "knots": knots, "before": before.to_dict(), "after": compare(reference, quantized, seed).to_dict(),
-        "first_losses": mean(losses[: len(losses) // 4]), "last_losses": mean(losses[-(len(losses) // 4) :]),
+        "first_losses": mean(losses[:quarter]), "last_losses": mean(losses[-quarter:]),
         "cpu_seconds": seconds, "facts": facts(),
     }  # fmt: skip
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: a row per scheme and length, mean over seeds, p of a paired t-test."""
-    rows = [
-        "| scheme | steps | seeds | " + " | ".join(f"{name}, before | after | p" for name in METRICS.values()) + " |",
-        "|---|---:|---:|" + "---:|" * 3 * len(METRICS),
-    ]
-    for scheme, length in dict.fromkeys((line["scheme"], line["length"]) for line in lines):
-        same = [line for line in lines if (line["scheme"], line["length"]) == (scheme, length)]
-        cells = []
-        for metric in METRICS:
-            before, after = ([line[when][metric] for line in same] for when in ("before", "after"))
-            cells += [f"{mean(v):.2f} ± {stdev(v):.2f}" if len(v) > 1 else f"{v[0]:.2f}" for v in (before, after)]
-            cells.append(f"{stats.ttest_rel(after, before).pvalue:.2g}" if len(same) > 1 else "-")
-        rows.append(f"| {scheme} | {length} | {len(same)} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
 
 
 @click.command()
@@ -141,7 +124,7 @@ def main(seeds: str, threads: int, results: Path, render: bool, **choices: Any) 
         line = measure(seed=seed, **choices)
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+    print(paired([json.loads(line) for line in results.read_text().splitlines()], ("scheme", "length")))
 
 
 if __name__ == "__main__":

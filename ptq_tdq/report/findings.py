@@ -148,11 +148,12 @@ def checks(data: Json, artifact: Json) -> list[tuple[str, str]]:
     # a UNet2DModel's first convolution; it is missing here where it was skipped
     first: Json = next((layer for layer in artifact["layers"] if layer["name"] == "conv_in"), {})
     quantizers = first.get("quantizers")
-    clipped = artifact["tables"][quantizers[0]].get("clipped") if quantizers else None
+    clipped = (artifact["tables"][quantizers[0]].get("clipped") or []) if quantizers else []
+    shares = [v for v in clipped if v is not None]
     if not quantizers:
         found.append(("ok", "The model's own input x_t is not quantized."))
-    elif clipped:
-        share = max((v for v in clipped if v is not None), default=0.0)
+    elif shares:
+        share = max(shares)
         found.append(
             ("ok", "The model's own input x_t is never clipped.")
             if share == 0
