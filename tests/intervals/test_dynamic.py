@@ -6,41 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from observed import STEPS, T, activation, observe, watch
+from observed import build as build_from
 from torch import Tensor
 
 from ptq_tdq.affine import fake_quantize
 from ptq_tdq.errors import ModelError, TimestepError
-from ptq_tdq.intervals import IntervalOptions, IntervalSource, Observed, source_class
+from ptq_tdq.intervals import IntervalSource, source_class
 from ptq_tdq.intervals.dynamic import restore_dynamic
-from ptq_tdq.observe import Observer
 from ptq_tdq.scheme import QType
 
-T = 1000
-STEPS = torch.linspace(1, 961, 25).round()
 NETWORKS = ("dynamic-statistics", "dynamic-statistics-time")
 
 
-def activation(t: Tensor) -> Tensor:
-    """One draw whose length grows from 0.5 to 2 over t."""
-    x = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 0.3
-    return x * (0.5 + 1.5 * (t / T))[:, None]
-
-
-def watch(x: Tensor, t: Tensor, bits: int, **options: Any) -> Observed:
-    observer = Observer("layer", t.unique())
-    observer.see(x, t)
-    observer.start_counting()
-    observer.see(x, t)
-    return Observed(T, t.unique(), observer.histogram(), QType(bits), options=IntervalOptions(**options))
-
-
-def observe(bits: int = 8, **options: Any) -> Observed:
-    return watch(activation(STEPS), STEPS, bits, **options)
-
-
 def build(method: str, bits: int = 8, **options: Any) -> IntervalSource:
-    torch.manual_seed(0)
-    return source_class(method).build(method, observe(bits, **options)).eval()
+    return build_from(method, observe(bits=bits, **options))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -106,7 +86,7 @@ def test_a_network_knows_the_end_of_its_axis() -> None:
 
 
 def test_with_zero_weights_a_network_starts_as_the_static_interval() -> None:
-    source, static = build("dynamic-statistics", start="as-is", weights="zero"), observe().static
+    source, static = build("dynamic-statistics", start="as-is", weights="zero"), observe(bits=8).static
     scale, zero_point = source(STEPS, activation(STEPS))
     torch.testing.assert_close(scale, static.scale.expand(len(STEPS)))
     assert bool((zero_point == static.zero_point).all())
