@@ -166,7 +166,7 @@ def checks(data: Json, artifact: Json) -> list[tuple[str, str]]:
         worse = [u["unit"] for u in units if u["after"] > u["before"]]
         choices = artifact["choices"]
         again = choices["rounding"] == "gptq" and choices.get("round_again")
-        learned = "intervals and the second rounding" if again else "intervals"
+        learned = "learned intervals and the second rounding" if again else "learned intervals"
         cuts = [
             f"{what} cut it by {median([1 - u['after'] / u['before'] for u in known]):.0%}"
             for phase, what in (("weights", "rounding"), ("activations", learned))
@@ -175,7 +175,7 @@ def checks(data: Json, artifact: Json) -> list[tuple[str, str]]:
         found.append(
             (
                 "ok",
-                f"No block ended with a higher loss than it began with; learned {_list(cuts)} (medians)."
+                f"No block ended with a higher loss than it began with; {_list(cuts)} (medians)."
                 if cuts
                 else "No block ended with a higher loss than it began with.",
             )
