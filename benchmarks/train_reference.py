@@ -14,19 +14,31 @@ decoder on with the encoder (so the latents) fixed. Results are written to WORK/
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
+from reference_model import dit as dit_stage
 from reference_model import unet as unet_stage
 from reference_model import vae as vae_stage
 from reference_model.data import cached_latents, load_images
 from reference_model.evaluate import evaluate as evaluate_model
 from reference_model.export import export_halves
+from reference_model.loop import train
 
 from ptq_tdq.calib_data.reference import load_classifier
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,11 @@ class Folders:
 
     def vae(self) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(self.find("vae"), torch_dtype=torch.float32).eval()
+
+    def latents(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents of the training images and of their mirror images [2, N, 4, h, w], and labels [N]."""
+        images, labels = load_images(self.data)
+        return cached_latents(self.vae(), images, self.work / "latents.pt"), labels
 
 
 @click.group(context_settings={"show_default": True})
@@ -109,54 +126,59 @@ def decoder(
     model.save_pretrained(folders.work / "vae")
 
 
+def _training(steps: int, batch: int, lr: float) -> Callable[[Command], Command]:
+    """The options that both denoisers are trained by."""
+    options = (
+        click.option("--steps", default=steps, help="The last step; the learning rate is 0 there."),
+        click.option("--batch", default=batch),
+        click.option("--lr", "peak", default=lr, help="Peak learning rate."),
+        click.option("--warmup", default=500, help="Steps."),
+        click.option("--decay-start", default=0, help="Step at which the linear decay begins (0: at once)."),
+        click.option("--ema", "ema_decay", default=0.9995, help="Decay of the weight average."),
+        click.option("--seed", default=0),
+        click.option("--checkpoint-every", default=250, help="Steps."),
+    )
+
+    def apply(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
 @main.command()
-@click.option("--steps", default=7500, help="The last step; the learning rate is 0 there.")
-@click.option("--batch", default=128)
-@click.option("--lr", default=4e-4, help="Peak learning rate.")
-@click.option("--warmup", default=500, help="Steps.")
-@click.option("--decay-start", default=0, help="Step at which the linear decay begins (0: at once).")
-@click.option("--ema", default=0.9995, help="Decay of the weight average.")
-@click.option("--seed", default=0)
-@click.option("--checkpoint-every", default=250, help="Steps.")
+@_training(steps=7500, batch=128, lr=4e-4)
 @click.pass_obj
-def unet(
-    folders: Folders,
-    steps: int,
-    batch: int,
-    lr: float,
-    warmup: int,
-    decay_start: int,
-    ema: float,
-    seed: int,
-    checkpoint_every: int,
-) -> None:
+def unet(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
     """Train the U-Net on cached latents (AdamW, EMA, bf16 autocast)."""
     torch.manual_seed(seed)
-    images, labels = load_images(folders.data)
-    latents = cached_latents(folders.vae(), images, folders.work / "latents.pt")
-    del images
+    latents, labels = folders.latents()
     if folders.init:
         new = UNet2DModel.from_pretrained(folders.init / "unet", torch_dtype=torch.float32)
     else:
         new = UNet2DModel(**unet_stage.CONFIG)
     scheduler = DDIMScheduler(**unet_stage.SCHEDULER)
-    trained = unet_stage.train_unet(
-        new,
-        scheduler,
-        latents,
-        labels,
-        folders.work,
-        steps=steps,
-        batch=batch,
-        peak=lr,
-        warmup=warmup,
-        decay_start=decay_start,
-        ema_decay=ema,
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-    )
+    loss = unet_stage.unet_loss(latents, labels, scheduler, batch)
+    trained = train("unet", new, loss, folders.work, seed=seed, **schedule)
     trained.save_pretrained(folders.work / "unet")
     scheduler.save_pretrained(folders.work / "scheduler")
+
+
+@main.command()
+@_training(steps=8000, batch=96, lr=6e-4)
+@click.pass_obj
+def dit(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
+    """Train the transformer on cached latents (flow matching, AdamW, EMA, bf16 autocast)."""
+    torch.manual_seed(seed)
+    latents, labels = folders.latents()
+    if folders.init and (folders.init / "transformer").exists():
+        new = DiTTransformer2DModel.from_pretrained(folders.init / "transformer", torch_dtype=torch.float32)
+    else:
+        new = dit_stage.new_dit()
+    trained = train("dit", new, dit_stage.dit_loss(latents, labels, batch), folders.work, seed=seed, **schedule)
+    trained.save_pretrained(folders.work / "transformer")
+    FlowMatchEulerDiscreteScheduler(**dit_stage.SCHEDULER).save_pretrained(folders.work / "scheduler")
 
 
 @main.command()

@@ -1,17 +1,13 @@
-"""The U-Net: epsilon prediction on cached latents, resumable, its schedule counted in steps and never in seconds."""
+"""The U-Net: epsilon prediction on cached latents."""
 
 from __future__ import annotations
 
-import signal
-import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from reference_model.data import save_atomic
 
 NO_CLASS = 10
 CONFIG: dict[str, Any] = {
@@ -36,12 +32,6 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
-def learning_rate(step: int, peak: float, warmup: int, anchor: tuple[int, float], last: int) -> float:
-    """Linear warm-up to ``peak``, then a straight line from ``anchor`` (step, rate) down to 0 at step ``last``."""
-    decayed = anchor[1] * (last - step) / max(1, last - anchor[0]) if step >= anchor[0] else peak
-    return min(peak * (step + 1) / max(1, warmup), decayed)
-
-
 def noise_batch(
     latents: torch.Tensor, labels: torch.Tensor, alphas: torch.Tensor, batch: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,73 +47,15 @@ def noise_batch(
     return a.sqrt() * clean + (1 - a).sqrt() * noise, t, labels[index].masked_fill(dropped, NO_CLASS), noise
 
 
-def train_unet(
-    unet: UNet2DModel,
-    scheduler: DDIMScheduler,
-    latents: torch.Tensor,
-    labels: torch.Tensor,
-    work: Path,
-    *,
-    steps: int,
-    batch: int,
-    peak: float,
-    warmup: int,
-    decay_start: int,
-    ema_decay: float,
-    seed: int,
-    checkpoint_every: int,
-) -> UNet2DModel:
-    """Train to step ``steps`` and return the model with its averaged (EMA) weights.
+def unet_loss(
+    latents: torch.Tensor, labels: torch.Tensor, scheduler: DDIMScheduler, batch: int
+) -> Callable[[UNet2DModel, torch.Generator], torch.Tensor]:
+    """Mean squared error of the predicted noise on a batch of latents [2, N, 4, h, w], in bf16 autocast."""
 
-    A checkpoint in ``work`` is resumed; when ``steps`` has changed since, the rate falls in a straight line from where
-    it is now to 0 at the new end. SIGTERM writes a checkpoint and exits with 143.
-    """
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
-    parameters = list(unet.parameters())
-    average = [p.detach().clone() for p in parameters]
-    generator = torch.Generator().manual_seed(seed)
-    alphas = scheduler.alphas_cumprod
-    anchor, step, path = (decay_start, peak), 0, work / "unet.ckpt"
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        unet.load_state_dict(state["unet"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, step, anchor = state["average"], state["step"], tuple(state["anchor"])
-        generator.set_state(state["generator"])
-        if state["last"] != steps and step > anchor[0]:
-            anchor = (step, learning_rate(step, peak, warmup, anchor, state["last"]))
-
-    def checkpoint() -> None:
-        values = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
-        save_atomic({**values, "anchor": anchor, "last": steps, "generator": generator.get_state()}, path)
-
-    stopping: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
-    running, started = 0.0, time.process_time()
-    unet.train()
-    while step < steps:
-        rate = learning_rate(step, peak, warmup, anchor, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        x, t, classes, noise = noise_batch(latents, labels, alphas, batch, generator)
+    def loss(unet: UNet2DModel, generator: torch.Generator) -> torch.Tensor:
+        x, t, classes, noise = noise_batch(latents, labels, scheduler.alphas_cumprod, batch, generator)
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
             predicted = unet(x, t, class_labels=classes).sample
-        loss = torch.nn.functional.mse_loss(predicted.float(), noise)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - ema_decay)
-        step += 1
-        running += loss.item()
-        if step % 50 == 0:
-            seconds = (time.process_time() - started) / 50
-            print(f"unet {step}/{steps} loss {running / 50:.4f} lr {rate:.2e} cpu {seconds:.2f} s/step", flush=True)
-            running, started = 0.0, time.process_time()
-        if step % checkpoint_every == 0 or step == steps or stopping:
-            checkpoint()
-        if stopping:
-            raise SystemExit(143)
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, average)
-    return unet.eval()
+        return torch.nn.functional.mse_loss(predicted.float(), noise)
+
+    return loss
