@@ -151,7 +151,7 @@ def _training(steps: int, batch: int, lr: float) -> Callable[[Command], Command]
 @_training(steps=7500, batch=128, lr=4e-4)
 @click.pass_obj
 def unet(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
-    """Train the U-Net on cached latents (AdamW, EMA, bf16 autocast)."""
+    """Train the U-Net on cached latents (AdamW, EMA)."""
     torch.manual_seed(seed)
     latents, labels = folders.latents()
     if folders.init:
