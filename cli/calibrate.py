@@ -34,7 +34,7 @@ FLAGS = {  # choice of the preset -> metavar, help
         "dynamic-statistics-time.",
     ),
     "samples_per_step": ("N", "Calibration samples at each step; in all N times --calibration-steps."),
-    "calibration_steps": ("N", "How many of the sampler's steps calibration looks at."),
+    "calibration_steps": ("N", "How many of the sampler's steps calibration looks at; all, if it has fewer."),
     "num_inference_steps": ("N", "Steps of the sampler."),
     "step_distribution": ("NAME", "How these steps are chosen: uniform, or normal (PTQ4DM)."),
     "seed": ("N", "Seed of noise, order and initialisation."),
@@ -118,8 +118,9 @@ def calibrate_command(
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished block."
     say = Progress(quiet=quiet, verbose=verbose)
     model = load_model(source)
-    if scheduler:
+    if scheduler is not None:
         model = with_scheduler(model, scheduler)
+    model_id = _id(model.id)
     for notice in model.notices:
         say.notice(notice)
     say.config(config)
@@ -130,7 +131,13 @@ def calibrate_command(
         discard(unfinished)
     with say.units():
         quantized = calibrate(
-            model.unet, config, calibration_set, model_id=_id(model.id), run_directory=unfinished, on_unit=say.unit
+            model.unet,
+            config,
+            calibration_set,
+            model_id=model_id,
+            run_directory=unfinished,
+            on_unit=say.unit,
+            on_notice=say.notice,
         )
     learned = static = None
     if evaluation_samples:
@@ -158,7 +165,14 @@ def calibrate_command(
 
 
 def _id(source: str) -> str:
-    """A folder that could be taken for a hub id is written as the folder that it is."""
+    """A folder that could be taken for a hub id is written as the folder that it is.
+
+    Raises :class:`ConfigError` for a name that an artifact cannot hold.
+    """
+    try:
+        source.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("The name of the model's folder is not UTF-8; rename it.") from None
     looks_like_a_hub_id = not source.startswith((".", "~", "/")) and Path(source).is_dir()
     return f"./{source}" if looks_like_a_hub_id else source
 

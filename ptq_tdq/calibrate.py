@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 from collections.abc import Callable, Iterable
@@ -12,14 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq_tdq.calib_data import CalibrationSet, unet_sha256
+from ptq_tdq.artifacts import check_draft
+from ptq_tdq.calib_data import CalibrationSet, check_unet, unet_sha256
 from ptq_tdq.config import ACTIVATION_CHOICES, Config
 from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel, base_config
 from ptq_tdq.recon import CHECKPOINT_FORM, RunDirectory, Samples, UnitReport, reconstruct
 from ptq_tdq.scheme import Scheme
-from ptq_tdq.timed_model import require_timestep
+
+_log = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -31,20 +34,23 @@ def calibrate(
     run_directory: Path | None = None,
     weights_directory: Path | None = None,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
+    on_notice: Callable[[str], None] = _log.warning,
 ) -> QuantizedModel:
     """Quantize a copy of ``model`` block by block; the model itself stays as it is.
 
     ``model`` is a diffusers UNet2DModel (or a module with its call signature and ``config``); ``model_id`` is its name
     in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
     stopped. With a ``weights_directory`` as well, phase W is kept there: runs that differ only in what phase A decides
-    may share it, one after the other. ``on_unit`` hears of each finished unit. The result's :attr:`static` holds the
-    static MSE intervals, its :attr:`metrics` the losses of each unit ("reconstruction").
+    may share it, one after the other. ``on_unit`` gets a report of each finished unit. ``on_notice`` gets a sentence
+    for each damaged file of an unfinished run, whose unit is done again; by default that is logged. The result's
+    :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit ("reconstruction").
 
     Raises :class:`~ptq_tdq.errors.ModelError` (no timestep argument, 0 layers), :class:`~ptq_tdq.errors.NonFiniteError`
-    (NaN or Inf; names the layer and t), :class:`CalibrationSetError` for a set that does not fit the model, and
-    :class:`~ptq_tdq.errors.ResumeError` (another run in the directory).
+    (NaN or Inf; names the layer and t), :class:`CalibrationSetError` for a set that does not fit the model,
+    :class:`~ptq_tdq.errors.ConfigError` for what an artifact could not say (a ``model_id`` that is no text), all before
+    the first unit, and :class:`~ptq_tdq.errors.ResumeError` (another run in the directory).
     """
-    require_timestep(model)
+    check_unet(model)
     _check_fit(model, calibration_set)
     samples = Samples(
         calibration_set.x.to(next(model.parameters()).dtype), calibration_set.t, calibration_set.class_labels
@@ -52,7 +58,8 @@ def calibrate(
     plan = make_plan(model, config, lambda: model(**samples.inputs(slice(0, 2))))
     quantized = QuantizedModel.copy_of(model, plan)
     quantized.provenance = provenance(model, config, calibration_set, model_id)
-    run = _open_run(run_directory, weights_directory, quantized.provenance)
+    check_draft(quantized.provenance, [record.to_dict() for record in plan])
+    run = _open_run(run_directory, weights_directory, quantized.provenance, on_notice)
     steps = quantized.provenance["time_axis"]["num_train_timesteps"]
     reports: list[UnitReport] = []
 
@@ -65,11 +72,13 @@ def calibrate(
     return quantized.finalize()
 
 
-def _open_run(folder: Path | None, weights: Path | None, document: dict[str, Any]) -> RunDirectory | None:
+def _open_run(
+    folder: Path | None, weights: Path | None, document: dict[str, Any], on_notice: Callable[[str], None]
+) -> RunDirectory | None:
     if folder is None:
         return None
-    shared = RunDirectory(weights, weight_identity(document)) if weights else None
-    return RunDirectory(folder, identity(document), weights=shared)
+    shared = RunDirectory(weights, weight_identity(document), on_notice=on_notice) if weights else None
+    return RunDirectory(folder, identity(document), weights=shared, on_notice=on_notice)
 
 
 def losses(reports: Iterable[UnitReport]) -> dict[str, list[dict[str, Any]]]:

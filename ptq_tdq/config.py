@@ -22,6 +22,9 @@ Role = Literal["first", "last", "time_embedding", "shortcut", "downsample"]
 class Config:
     """All choices of one run. The defaults are preset ``default``.
 
+    Each is checked and brought to the one form that is saved: text is read as the choice's type, "w4a8 " is "W4A8", a
+    list names each of its items once. Raises :class:`ConfigError` (:class:`SchemeError` for the scheme).
+
     Layers: ``eight_bit_layers``, ``weight_only_layers`` (8-bit weights, inputs in floating point), ``float_layers`` and
     ``fixed_layers`` hold roles; ``skip`` holds name patterns of
     layers to leave in floating point. The input of a fixed layer, where it is quantized, keeps one interval that clips
@@ -97,7 +100,9 @@ class Config:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
-        Scheme.parse(self.scheme)
+        if self.preset not in PRESETS:
+            raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}. Got {self.preset!r} instead.")
+        object.__setattr__(self, "scheme", str(Scheme.parse(self.scheme)))
         source_class(self.method)
         for name, (least, limit) in _BOUNDS.items():
             value = getattr(self, name)
@@ -134,10 +139,16 @@ class Config:
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
     def changed(self, choices: Mapping[str, Any]) -> Config:
-        """A copy with some choices replaced; values may be text, as a flag gives them. Raises :class:`ConfigError`."""
+        """A copy with some choices replaced; values may be text, as a flag gives them. Raises :class:`ConfigError`.
+
+        ``calibration_steps`` follow fewer ``num_inference_steps`` unless they are named too.
+        """
         unknown = sorted(set(choices) - {f.name for f in fields(self)})
         if unknown:
             raise ConfigError(f"There is no choice named {unknown[0]!r}; the choices are {', '.join(self.to_dict())}.")
+        if "num_inference_steps" in choices and "calibration_steps" not in choices:
+            steps = _checked("num_inference_steps", choices["num_inference_steps"], int)
+            choices = {**choices, "calibration_steps": min(self.calibration_steps, max(steps, 1))}
         return replace(self, **choices)
 
 
@@ -155,10 +166,11 @@ ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is 
 
 _BOUNDS: Mapping[str, tuple[float, float]] = {  # least value, and the first that is too large
     "seed": (0, 1 << 32),
-    **dict.fromkeys(("samples_per_step", "calibration_steps", "num_inference_steps", "batch_size"), (1, inf)),
-    **dict.fromkeys(("weight_iterations", "activation_iterations", "rounding_loss", "bias_lr"), (0, inf)),
-    **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "loss_power", "damping"), (float_info.min, inf)),
-    **dict.fromkeys(("rounding_b_start", "rounding_b_end"), (float_info.min, inf)),
+    **dict.fromkeys(("samples_per_step", "num_inference_steps", "calibration_steps", "batch_size"), (1, 1 << 20)),
+    **dict.fromkeys(("weight_iterations", "activation_iterations"), (0, 1 << 31)),
+    **dict.fromkeys(("rounding_loss", "bias_lr"), (0, inf)),
+    **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "damping"), (float_info.min, inf)),
+    **dict.fromkeys(("loss_power", "rounding_b_start", "rounding_b_end"), (1, inf)),  # below 1 no gradient at 0
     "rounding_warmup": (0, 1),
     "softmax_bits": (MIN_BITS, MAX_BITS + 1),
 }
@@ -167,7 +179,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {  # least value, and the first tha
 def _bounds(least: float, limit: float) -> str:
     if limit < inf:
         return f"at least {least} and below {limit}"
-    return f"at least {least}" if least in (0, 1) else "above 0 and finite"
+    return f"at least {least} and finite" if least in (0, 1) else "above 0 and finite"
 
 
 def _plain(value: Any) -> Any:
@@ -179,24 +191,35 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, str | list | tuple):
             raise ConfigError(f"{name} must be a list. Got {value!r} instead.")
-        items = [v for v in value.split(",") if v] if isinstance(value, str) else list(value)
-        return tuple(_checked(name, item, get_args(kind)[0]) for item in items)
+        items = [v for v in map(str.strip, value.split(",")) if v] if isinstance(value, str) else list(value)
+        return tuple(dict.fromkeys(_checked(name, item, get_args(kind)[0]) for item in items))
+    if isinstance(value, str):
+        value = value.strip()
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
         raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}. Got {value!r} instead.")
-    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
     try:
-        if kind is bool or isinstance(value, bool):
-            if isinstance(value, bool) and kind is bool:
-                return value
-            raise ValueError
-        if kind is int and isinstance(value, float) and not value.is_integer():
+        return _read(value, kind)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name} must be of type {kind.__name__}. Got {value!r} instead.") from None
+
+
+def _read(value: Any, kind: type) -> Any:
+    """``value`` as a bool, int, float or str; raises KeyError, TypeError, ValueError or OverflowError."""
+    if kind is str:
+        str.encode(value)  # a file name that is not UTF-8 could not be saved
+        return value
+    if kind is bool:
+        return value if isinstance(value, bool) else {"true": True, "false": False}[str.lower(value)]
+    if isinstance(value, str):
+        if not value.isascii() or "_" in value:  # int() reads the digits of all scripts
             raise ValueError
         return kind(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} must be of type {kind.__name__}. Got {value!r} instead.") from None
+    number = kind(value)
+    if isinstance(value, bool) or number != value:
+        raise ValueError
+    return number
 
 
 _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
@@ -247,7 +270,7 @@ def preset(name: str, **choices: Any) -> Config:
     """The configuration of preset ``name`` with some choices replaced; raises :class:`ConfigError`."""
     if name not in list(PRESETS):  # a file may name it by a list, which has no hash
         raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}. Got {name!r} instead.")
-    return Config().changed({"preset": name, **PRESETS[name], **choices})
+    return Config().changed({"preset": name, **PRESETS[name]}).changed(choices)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -255,7 +278,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"The config file {path} cannot be read ({error}); give a TOML or JSON file.") from None
     if not isinstance(data, dict):
         raise ConfigError(f"The config file {path} must hold a table of choices.")

@@ -27,6 +27,14 @@ class Observer:
         self.counts: Tensor | None = None
 
     def start_counting(self) -> None:
+        """End the first pass; raises :class:`NonFiniteError` for a range too wide for an interval in float32."""
+        lo, hi = self.lo.min(), self.hi.max()
+        if not bool(torch.isfinite(2 * (hi - lo))):  # twice, because learned intervals may grow
+            t = self.steps[torch.maximum(-self.lo, self.hi).argmax()]
+            raise NonFiniteError(
+                f"{self.name} has activations from {lo:g} to {hi:g}, the largest at t = {t:g}: no interval in float32 "
+                "can hold them."
+            )
         self.counts = torch.zeros(len(self.steps) * BINS)
 
     def see(self, x: Tensor, t: Tensor) -> None:

@@ -39,15 +39,17 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        """Read "W4A8" (case does not matter); raises :class:`SchemeError` for anything else."""
-        match = re.fullmatch(r"[wW](\d+)[aA](\d+)", text.strip())
-        bits = tuple(int(group) for group in match.groups()) if match else ()
-        if not bits or not all(MIN_BITS <= b <= MAX_BITS for b in bits):
+        """Read "W4A8" (case and spaces around it do not matter); raises :class:`SchemeError` for anything else.
+
+        ``str()`` of the result is the one spelling that artifacts hold.
+        """
+        match = re.fullmatch(rf"[wW]([{MIN_BITS}-{MAX_BITS}])[aA]([{MIN_BITS}-{MAX_BITS}])", text.strip())
+        if match is None:
             raise SchemeError(
                 f"The scheme must be written W<bits>A<bits> with {MIN_BITS} to {MAX_BITS} bits each, "
                 f"for example W4A8. Got {text!r} instead."
             )
-        return cls(*bits)
+        return cls(*map(int, match.groups()))
 
     def __str__(self) -> str:
         return f"W{self.weight_bits}A{self.activation_bits}"

@@ -46,14 +46,20 @@ def weight_qparams(rows: Tensor, qtype: QType, *, method: str = "mse", symmetric
     best_scale, best_zero = place(lo, hi, qtype)
     if method == "minmax":
         return QParams(best_scale, best_zero)
-    best = torch.full_like(best_scale, torch.inf)
+    best, size = torch.full_like(best_scale, torch.inf), _size(lo, hi)
     for factor in SHRINK_FACTORS:
         scale, zero = place(lo * factor, hi * factor, qtype)
-        error = (rows - fake_quantize(rows, scale[:, None], zero[:, None], qtype)).abs().pow(POWER).mean(1)
+        error = ((rows - fake_quantize(rows, scale[:, None], zero[:, None], qtype)) / size).abs().pow(POWER).mean(1)
         better = error < best
         best = torch.where(better, error, best)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
     return QParams(best_scale, best_zero)
+
+
+def _size(lo: Tensor, hi: Tensor) -> Tensor:
+    """A power of two near the largest value of each row [G, 1]: the power p of an error in this unit is in range."""
+    largest = torch.maximum(-lo, hi).to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)[:, None]
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def activation_qparams(
         scale = torch.maximum(up, down).clamp(min=torch.finfo(torch.float32).tiny)
         return scale, zero_point.to(torch.int32).expand_as(scale)
 
-    x, best = histogram.centres, torch.full_like(lo, torch.inf)
+    x, best, size = histogram.centres, torch.full_like(lo, torch.inf), _size(lo, hi)
     low = high = torch.ones_like(lo)  # the best factors so far
     for moves_low, moves_high in {"minmax": (), "ema": (), "mse": _BOTH_ENDS, "mse-ends": _EACH_END}[method]:
         first_low, first_high = low, high
@@ -108,7 +114,7 @@ def activation_qparams(
             new_low = torch.full_like(lo, factor) if moves_low else first_low
             new_high = torch.full_like(hi, factor) if moves_high else first_high
             scale, zero = place(new_low, new_high)
-            error = (x - fake_quantize(x, scale[:, None], zero[:, None], qtype)).abs().pow(POWER)
+            error = ((x - fake_quantize(x, scale[:, None], zero[:, None], qtype)) / size).abs().pow(POWER)
             error = (error * histogram.counts).sum(1)
             better = error < best
             best = torch.where(better, error, best)

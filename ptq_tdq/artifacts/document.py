@@ -72,6 +72,18 @@ def check_document(document: dict[str, Any]) -> None:
         )
 
 
+def check_draft(config: dict[str, Any], layers: list[dict[str, Any]]) -> None:
+    """Check all of a document that is known before its data files exist; raises :class:`ConfigError`.
+
+    ``config`` is the document without the keys that are made when it is written.
+    """
+    empty = dict.fromkeys(schema()["properties"]["files"]["required"], sha256(b"").hexdigest())
+    document = {**config, "schema_version": SCHEMA_VERSION, "layers": layers, "files": empty}
+    plain = json.loads(encode_json(sign(document), CONFIG_FILE))
+    if error := best_match(_validator().iter_errors(plain)):
+        raise ConfigError(f"No artifact could say so: {error.json_path} {error.message[:200]}; change that choice.")
+
+
 def _validator() -> Any:
     # JSON Schema calls 4.0 an integer; Python's shifts and shapes do not.
     types = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)

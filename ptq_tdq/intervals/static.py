@@ -11,7 +11,7 @@ from ptq_tdq.intervals.base import IntervalSource, LearnedScale, Observed
 class BinnedIntervals(IntervalSource):
     """Scale [N] learned and zero_point [N] fixed; time bin n covers t in [n T / N, (n + 1) T / N)."""
 
-    pattern = r"static|S_([1-9]\d*)"
+    pattern = r"static|S_([1-9][0-9]{0,3})"
 
     def __init__(self, scale: Tensor, zero_point: Tensor, num_train_timesteps: int, parameter: str) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.config import Config
+from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.intervals import IntervalSource, Observed, source_class
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer
@@ -78,7 +79,10 @@ def reconstruct_activations(
     quantizers = unit.quantizers()
     for quantizer in quantizers:
         record = quantizer.record
-        quantizer.source = source_class(record.method).build(record.method, observed[record.name])
+        try:
+            quantizer.source = source_class(record.method).build(record.method, observed[record.name])
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{record.name}: {error}") from error
         quantizer.enabled = True
     sources = nn.ModuleList(q.source for q in quantizers if q.source)
     sources.eval()
@@ -94,11 +98,23 @@ def reconstruct_activations(
 
 
 def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
-    """Evaluate a source at every time step and keep only its table; a dynamic source stays, no longer learned."""
+    """Evaluate a source at every time step and keep only its table; a dynamic source stays, no longer learned.
+
+    Raises :class:`NonFiniteError` for an interval that float32 does not hold, as at steps that calibration never saw.
+    """
     assert quantizer.source is not None
     quantizer.source.requires_grad_(False)
-    if quantizer.source.timed:
-        quantizer.source = TableSource(*quantizer.source.table(num_train_timesteps))
+    if not quantizer.source.timed:
+        return
+    scale, zero_point = quantizer.source.table(num_train_timesteps)
+    finite = torch.isfinite(scale * quantizer.qtype.qmax)
+    if not bool(finite.all()):
+        t = int((~finite).nonzero()[0])
+        raise NonFiniteError(
+            f"{quantizer.record.name} has learned an interval that float32 cannot hold at t = {t}; "
+            "choose another method or lower learning rates."
+        )
+    quantizer.source = TableSource(scale, zero_point)
 
 
 def _learn(
@@ -152,7 +168,8 @@ def _draw(count: int, chances: Tensor | None, size: int, generator: torch.Genera
 
 def _chances(unit: Unit, target: Tensor, power: float) -> Tensor:
     """One over the mean size of the targets at each sample's time step [N], but for a common factor."""
-    size = torch.cat([target[batch].abs().pow(power).flatten(1).mean(1) for batch in unit.batches()])
+    largest = target.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # in its unit no power overflows
+    size = torch.cat([(target[batch] / largest).abs().pow(power).flatten(1).mean(1) for batch in unit.batches()])
     _, step, count = unit.t.unique(return_inverse=True, return_counts=True)
     of_step = torch.zeros(len(count)).index_add(0, step, size.float()) / count
     relative = of_step / of_step.max().clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,8 +1,14 @@
-"""The folder of an unfinished run: one file per finished unit, and what the run was begun with."""
+"""The folder of an unfinished run: one file per finished unit, and what the run was begun with.
+
+A file is used only if its hash is right, which covers its content and the run that it belongs to. Any other file costs
+its unit a second time and nothing else: units are deterministic, so later ones still fit.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +18,44 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ptq_tdq.artifacts import IntervalTable, write_atomic
+from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError, ResumeError
+from ptq_tdq.intervals import source_class
+from ptq_tdq.intervals.dynamic import Dynamic
+from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.quantized_model import source_of, table_of
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.search import QParams
 
-CHECKPOINT_FORM = 2  # changes with the names and the meaning of the tensors in the files
+CHECKPOINT_FORM = 3  # changes with the names and the meaning of the tensors in the files
 
 Tensors = dict[str, Tensor]
+Saved = tuple[Tensors, tuple[float, float]]
+Form = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+# What safetensors and torch raise for files that are no checkpoints.
+_DAMAGE = (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError, AssertionError)
 
 
 class RunDirectory:
     """``run.json`` with the run's identity (a flat dict), and ``<phase>-<index>.safetensors`` per finished unit."""
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, weights: RunDirectory | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        *,
+        weights: RunDirectory | None = None,
+        on_notice: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Open or begin a run; raises :class:`ResumeError` naming the key that differs from the run on disk.
 
-        ``weights`` keeps phase W instead: runs that differ only in phase A share it.
+        ``weights`` keeps phase W instead: runs that differ only in phase A share it. ``on_notice`` gets a sentence for
+        each file that is damaged.
         """
-        self.path = path
-        self._homes = {"weights": weights.path if weights else path, "activations": path}
+        self.path, self.on_notice = path, on_notice
+        self.identity = json.dumps(identity, sort_keys=True)
+        self._homes = {"weights": weights or self, "activations": self}
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -39,13 +63,11 @@ class RunDirectory:
                 f"The folder {path} cannot be made ({error.strerror}); choose another output directory."
             ) from None
         record = path / "run.json"
-        if not record.exists():
-            write_atomic(record, json.dumps(identity, indent=1, sort_keys=True).encode())
+        before = self._read_record(record)
+        if before is None:
+            signed = {**identity, "sha256": sha256(self.identity.encode()).hexdigest()}
+            write_atomic(record, json.dumps(signed, indent=1, sort_keys=True).encode())
             return
-        try:
-            before = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ResumeError(f"{record} is damaged; delete {path} or start with --no-resume.") from None
         for key in [*identity, *sorted(before.keys() - identity.keys())]:
             if before.get(key) != identity.get(key):
                 raise ResumeError(
@@ -53,28 +75,90 @@ class RunDirectory:
                     "start with --no-resume to discard it, or choose another output directory."
                 )
 
+    def _read_record(self, record: Path) -> dict[str, Any] | None:
+        """The identity in ``run.json``; None where there is none, or, with a notice, none that can be trusted."""
+        try:
+            before = json.loads(record.read_bytes())
+            signature = before.pop("sha256")
+            if sha256(json.dumps(before, sort_keys=True).encode()).hexdigest() != signature:
+                raise ValueError
+        except FileNotFoundError:
+            return None
+        except (*_DAMAGE, RecursionError):
+            self.on_notice(f"{record} is damaged and written again; of its units those count that are of this run.")
+            return None
+        found: dict[str, Any] = before
+        return found
+
     def _file(self, phase: str, index: int) -> Path:
-        return self._homes[phase] / f"{phase}-{index:04d}.safetensors"
+        return self._homes[phase].path / f"{phase}-{index:04d}.safetensors"
+
+    def _hash(self, phase: str, index: int, tensors: Tensors, losses: str) -> str:
+        about = [self._homes[phase].identity, phase, index, losses]
+        return sha256(json.dumps(about).encode() + save(tensors)).hexdigest()
 
     def write(self, phase: str, index: int, tensors: Tensors, losses: tuple[float, float]) -> None:
-        data = save({k: v.contiguous() for k, v in tensors.items()}, metadata={"losses": json.dumps(losses)})
+        """Keep a finished unit; raises :class:`OutputError` where that is impossible."""
+        tensors, text = {k: v.contiguous() for k, v in tensors.items()}, json.dumps(losses)
+        data = save(tensors, metadata={"losses": text, "sha256": self._hash(phase, index, tensors, text)})
         write_atomic(self._file(phase, index), data)
 
-    def read(self, phase: str, index: int) -> tuple[Tensors, tuple[float, float]] | None:
-        """The saved unit, or None where it is not finished yet."""
+    def read(self, phase: str, index: int, form: Form) -> Saved | None:
+        """The saved unit with tensors of this ``form``, or None where it has to be done.
+
+        Says so to ``on_notice`` if there is a file. Raises :class:`ResumeError` for a folder in its place.
+        """
         path = self._file(phase, index)
-        if not path.exists():
-            return None
+        if path.is_dir():
+            raise ResumeError(f"{path} is a folder where a finished unit would be kept; move it away.")
         try:
             with safe_open(path, framework="pt") as file:
-                before, after = json.loads(file.metadata()["losses"])
-                return {key: file.get_tensor(key) for key in file.keys()}, (before, after)  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ResumeError(f"{path} is damaged ({error}); start with --no-resume.") from None
+                metadata = file.metadata()
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            if metadata["sha256"] != self._hash(phase, index, tensors, metadata["losses"]):
+                raise ValueError
+            before, after = map(float, json.loads(metadata["losses"]))
+            if {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()} != form:
+                raise ValueError
+        except FileNotFoundError:
+            return None
+        except _DAMAGE:
+            self.on_notice(f"The checkpoint {path} is damaged; the unit is done again.")
+            return None
+        return tensors, (before, after)
 
-    def finished(self, phase: str, units: int) -> bool:
-        """Whether all ``units`` of a phase are there."""
-        return all(self._file(phase, index).exists() for index in range(units))
+
+def form_of(unit: Unit, phase: str, config: Config, num_train_timesteps: int) -> Form:
+    """Types and shapes of the tensors that :func:`snapshot` gives."""
+    form: Form = {name: (shift.dtype, tuple(shift.shape)) for name, shift in _shifts(unit).items()}
+    for layer in unit.layers():
+        for index in range(len(layer.ranges)):
+            part = layer.part(index).shape
+            rows = (part[0] if config.weight_granularity == "per_channel" else 1,)
+            kinds = {
+                "codes": (torch.uint8, tuple(part)),
+                "scale": (torch.float32, rows),
+                "zero_point": (torch.int32, rows),
+            }
+            form |= {f"weight.{layer.record.name}.{index}.{key}": kind for key, kind in kinds.items()}
+    if phase == "weights":
+        return form
+    for quantizer in unit.quantizers():
+        name = quantizer.record.name
+        form |= {f"{name}.static_scale": (torch.float32, ()), f"{name}.static_zero_point": (torch.int32, ())}
+        form |= _table_form(quantizer, num_train_timesteps)
+    return form
+
+
+def _table_form(quantizer: ActivationQuantizer, num_train_timesteps: int) -> Form:
+    cls, name = source_class(quantizer.record.method), quantizer.record.name
+    if not issubclass(cls, Dynamic):
+        shape = (num_train_timesteps,)
+        return {f"{name}.scale": (torch.float32, shape), f"{name}.zero_point": (torch.int32, shape)}
+    with torch.device("meta"):
+        network = cls(torch.zeros((), dtype=torch.int32), quantizer.qtype).generator
+    kinds = {f"{name}.generator.{key}": (value.dtype, tuple(value.shape)) for key, value in network.items()}
+    return {f"{name}.zero_point": (torch.int32, (1,)), **kinds}
 
 
 def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
@@ -103,9 +187,7 @@ def _shifts(unit: Unit) -> Tensors:
     return {f"{layer.record.name}.shift": layer.shift.detach() for layer in unit.layers() if layer.shift is not None}
 
 
-def restore(
-    unit: Unit, phase: str, saved: tuple[Tensors, tuple[float, float]], static: dict[str, QParams]
-) -> tuple[float, float]:
+def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams]) -> tuple[float, float]:
     """Inverse of :func:`snapshot`; switches the phase's quantizers on and returns the losses."""
     tensors, losses = saved
     with torch.no_grad():

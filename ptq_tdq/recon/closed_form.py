@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.config import Config
-from ptq_tdq.gptq import compensated, gptq, layer_error, solve_order
+from ptq_tdq.gptq import compensated, gptq, layer_error, nearest, solve_order
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.recon.moments import Moments, moments
 from ptq_tdq.recon.streams import UnitCall
@@ -14,7 +14,7 @@ from ptq_tdq.recon.unit import Unit
 from ptq_tdq.scheme import QType
 
 FACTORS = (1.06, 1.0, 0.95, 0.9, 0.85)  # of the first scales; each output channel keeps the best
-PIECE = 1 << 22  # weights, with all factors, that are rounded at once
+PIECE = 1 << 21  # weights, with all factors, that are rounded at once
 
 
 def round_unit(unit: Unit, full: UnitCall, mine: UnitCall, config: Config, generator: torch.Generator) -> None:
@@ -53,7 +53,7 @@ def _round(layer: QuantLayer, found: list[Moments], damping: float, factors: tup
         rounded = (codes[rows] - zero_point[rows].repeat_interleave(widths, 1)) * (
             scale[rows] * best[rows, None]
         ).repeat_interleave(widths, 1)
-        shift[rows] = known.lost + (weight[rows] - rounded) @ known.mean
+        shift[rows] = (known.lost + (weight[rows] - rounded).double() @ known.mean).float()
     starts = [lo * columns for lo, _ in layer.ranges]
     for index, (quantizer, start, width) in enumerate(zip(quantizers, starts, widths.tolist(), strict=True)):
         assert quantizer.scale is not None and quantizer.zero_point is not None
@@ -68,11 +68,16 @@ def _best_codes(
     target: Tensor, known: Moments, inverse: tuple[Tensor, Tensor], scale: Tensor, zero_point: Tensor, widths: Tensor,
     qtype: QType, factors: tuple[float, ...],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Codes [R, K] of the rows ``target`` [R, K], and the factor [R] of the scales [R, P] that gave the least error."""
+    """Codes [R, K] of the rows ``target`` [R, K], and the factor [R] of the scales [R, P] that gave the least error.
+
+    GPTQ is greedy, so rounding to nearest competes too: the error is never above what that leaves.
+    """
     rows, count = len(target), len(factors)
     scales = torch.cat([scale * factor for factor in factors]).repeat_interleave(widths, 1)
     zero_points, targets = zero_point.repeat(count, 1).repeat_interleave(widths, 1), target.repeat(count, 1)
-    codes = gptq(targets, *inverse, scales, zero_points, qtype)
-    errors = layer_error(targets - (codes - zero_points) * scales, known.hessian).view(count, rows)
+    found = gptq(targets, *inverse, scales, zero_points, qtype), nearest(targets, scales, zero_points, qtype)
+    codes = torch.stack(found)
+    errors = layer_error((targets - (codes - zero_points) * scales).flatten(0, 1), known.hessian).view(-1, rows)
     best = errors.argmin(0)
-    return codes.view(count, rows, -1)[best, torch.arange(rows)], torch.tensor(factors)[best]
+    chosen = codes.view(2 * count, rows, -1)[best, torch.arange(rows)]
+    return chosen.float(), torch.tensor(factors)[best % count]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ptq_tdq.config import Config
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import reconstruct_activations
-from ptq_tdq.recon.checkpoint import RunDirectory, restore, snapshot
+from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
 from ptq_tdq.recon.streams import Store, UnitCall, sweep
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
@@ -74,25 +74,31 @@ def reconstruct(
     store = Store(_stream_bytes(quantized, samples) > CACHE_BYTES)
     static: dict[str, QParams] = {}
 
-    def restore_all(phase: Phase, run: RunDirectory) -> None:
-        for index, name in enumerate(units):
-            unit = Unit(name, quantized.model.get_submodule(name), quantized.clock, samples.t)
-            saved = run.read(phase, index)
-            assert saved is not None
-            on_unit(UnitReport(phase, index, len(units), name, *restore(unit, phase, saved, static), 0.0))
+    def unit_of(name: str) -> Unit:
+        return Unit(name, quantized.model.get_submodule(name), quantized.clock, samples.t)
+
+    def read(phase: Phase, index: int) -> Saved | None:
+        form = form_of(unit_of(units[index]), phase, config, num_train_timesteps)
+        return run.read(phase, index, form) if run else None
 
     def pass_over(phase: Phase) -> None:
-        if run and run.finished(phase, len(units)):
-            return restore_all(phase, run)  # nothing is left to learn, so no stream has to flow
+        # all are read before any is put in place: a unit that has to be done again must find the state it began with
+        kept = [read(phase, index) for index in range(len(units))]
+        if all(kept):  # nothing is left to learn, so no stream has to flow
+            for index, (name, saved) in enumerate(zip(units, kept, strict=True)):
+                assert saved is not None
+                losses = restore(unit_of(name), phase, saved, static)
+                on_unit(UnitReport(phase, index, len(units), name, *losses, 0.0))
+            return
         done = 0
 
         def process(full: UnitCall, mine: UnitCall) -> tuple[Tensor, Tensor]:
             nonlocal done
             began = time.perf_counter()
-            unit = Unit(full.unit, quantized.model.get_submodule(full.unit), quantized.clock, samples.t)
+            unit = unit_of(full.unit)
             with switched(unit.module, weights=False, activations=False):
                 target = unit.outputs(full, store)
-            saved = run.read(phase, done) if run else None
+            saved, kept[done] = kept[done], None
             if saved is None:
                 generator = torch.Generator().manual_seed(config.seed * 1_000_003 + done)
                 with torch.random.fork_rng(devices=[]):

@@ -42,34 +42,67 @@ def moments(
 ) -> list[Moments]:
     """Moments of a layer's inputs, one for each of its groups, from all samples at random positions."""
     weights = layer.weight.flatten(1).float().chunk(_groups(layer.layer))
-    outputs, columns = weights[0].shape
-    sums = [(torch.zeros(columns, columns), torch.zeros(outputs, columns), torch.zeros(columns), torch.zeros(outputs))
-            for _ in weights]  # fmt: skip
-    count, each = 0, -(-ROWS * columns // len(unit.t))  # positions of each sample
+    sums = [_Sums(*weight.shape) for weight in weights]
+    each = -(-ROWS * weights[0].shape[1] // len(unit.t))  # positions of each sample
     for batch in unit.batches():
         quantized = _input(unit, layer, mine, batch)
+        unit.check(quantized, unit.t[batch], f"{layer.record.name} gets")
         with switched(unit.module, weights=False, activations=False):
             original = _input(unit, layer, full, batch)
         pick = _picker(layer.layer, quantized, each, generator)
-        piece = max(1, PIECE // (each * columns))
+        piece = max(1, PIECE // (each * weights[0].shape[1]))
         for values in zip(quantized.split(piece), original.split(piece), strict=True):
             seen, meant = map(pick, values)
-            count += len(seen)
-            for group, (weight, (hessian, cross, mean, lost)) in enumerate(zip(weights, sums, strict=True)):
+            for group, (weight, own) in enumerate(zip(weights, sums, strict=True)):
                 x = seen[:, group]
-                difference = (meant[:, group] - x) @ weight.t()
-                hessian.addmm_(x.t(), x)
-                cross.addmm_(difference.t(), x)
-                mean += x.sum(0)
-                lost += difference.sum(0)
-    return [_finished(group, count, centred) for group in sums]
+                own.add(x, _product(meant[:, group] - x, weight.t()))
+    return [own.finished(centred) for own in sums]
 
 
-def _finished(sums: tuple[Tensor, ...], count: int, centred: bool) -> Moments:
-    hessian, cross, mean, lost = (value / count for value in sums)
-    if centred:
-        hessian, cross = hessian - torch.outer(mean, mean), cross - torch.outer(lost, mean)
-    return Moments(hessian, cross, mean, lost, centred)
+class _Sums:
+    """Means, and products about them, of all rows so far, in float64 and without large terms that cancel.
+
+    A second moment less the square of the mean is noise where inputs hardly vary; so each piece is taken about its own
+    mean, and the pieces are joined as Chan, Golub and LeVeque do (1979): sums of positive semidefinite matrices only.
+    """
+
+    def __init__(self, outputs: int, columns: int) -> None:
+        self.count = 0
+        self.mean, self.lost = torch.zeros(columns).double(), torch.zeros(outputs).double()
+        self.hessian, self.cross = torch.zeros(columns, columns).double(), torch.zeros(outputs, columns).double()
+
+    def add(self, x: Tensor, difference: Tensor) -> None:
+        """Rows ``x`` [n, K] and ``difference`` [n, O], float64."""
+        count = self.count + len(x)
+        mean, lost = x.mean(0), difference.mean(0)
+        x, difference = x - mean, difference - lost
+        to_mean, to_lost = mean - self.mean, lost - self.lost
+        between = self.count * len(x) / count
+        self.hessian += _product(x.t(), x) + between * torch.outer(to_mean, to_mean)
+        self.cross += _product(difference.t(), x) + between * torch.outer(to_lost, to_mean)
+        self.mean += to_mean * (len(x) / count)
+        self.lost += to_lost * (len(x) / count)
+        self.count = count
+
+    def finished(self, centred: bool) -> Moments:
+        hessian, cross = self.hessian / self.count, self.cross / self.count
+        if not centred:
+            hessian += torch.outer(self.mean, self.mean)
+            cross += torch.outer(self.lost, self.mean)
+        return Moments(hessian, cross, self.mean, self.lost, centred)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in float64 for any sizes; computed in float32, twice as fast, once the powers of two are taken out."""
+    a, of_rows = _small(a, 1)
+    b, of_columns = _small(b, 0)
+    return torch.ldexp(torch.ldexp((a @ b).double(), of_rows), of_columns)
+
+
+def _small(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``x`` as float32 numbers below 1, and the exponents that were taken out of its rows or columns."""
+    exponent = torch.frexp(x.abs().amax(dim, keepdim=True)).exponent.double()
+    return torch.ldexp(x.double(), -exponent).float(), exponent
 
 
 def _groups(layer: nn.Module) -> int:
@@ -101,7 +134,7 @@ def _picker(layer: nn.Module, x: Tensor, each: int, generator: torch.Generator) 
     if isinstance(layer, nn.Linear):
         tokens = x[0].numel() // x.shape[-1]
         index = torch.randperm(tokens, generator=generator)[:each]
-        return lambda value: value.reshape(len(value), tokens, -1)[:, index].flatten(0, 1)[:, None].float()
+        return lambda value: value.reshape(len(value), tokens, -1)[:, index].flatten(0, 1)[:, None].double()
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)
     sizes = _windows(layer, x[:1]).shape[2 : 2 + len(layer.kernel_size)]
     index = torch.randperm(sizes.numel(), generator=generator)[:each]
@@ -110,7 +143,7 @@ def _picker(layer: nn.Module, x: Tensor, each: int, generator: torch.Generator) 
     def pick(value: Tensor) -> Tensor:
         picked = _windows(layer, value)[where].transpose(1, 2)  # [B, n, C, *kernel]
         rows: Tensor = picked.unflatten(2, (layer.groups, -1)).flatten(3).flatten(0, 1)
-        return rows.float()
+        return rows.double()
 
     return pick
 

@@ -67,17 +67,18 @@ class Unit:
         with torch.no_grad():
             for batch in self.batches():
                 part = self.run(call, batch)
-                self.check(part, self.t[batch])
+                self.check(part, self.t[batch], f"{self.name} gives")
                 if whole is None:
                     whole = store.empty((len(self.t), *part.shape[1:]), part.dtype)
                 whole[batch] = part
         assert whole is not None
         return whole
 
-    def check(self, values: Tensor, t: Tensor) -> None:
+    def check(self, values: Tensor, t: Tensor, what: str) -> None:
+        """Raise :class:`NonFiniteError`, "<what> NaN or Inf at t = ...", unless all ``values`` [B, ...] are finite."""
         finite = torch.isfinite(values.flatten(1)).all(1)
         if not bool(finite.all()):
-            raise NonFiniteError(f"{self.name} gives NaN or Inf at t = {t[~finite][0].item():g}; the run stops there.")
+            raise NonFiniteError(f"{what} NaN or Inf at t = {t[~finite][0].item():g}; the run stops there.")
 
     def learning_loss(self, call: UnitCall, target: Tensor, power: float, config: Config, index: Tensor) -> Tensor:
         """The reconstruction loss over some samples, with gradients; products are in the config's ``compute_dtype``."""

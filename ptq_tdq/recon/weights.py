@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ptq_tdq.affine import quantize
 from ptq_tdq.config import Config
+from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.modules import QuantLayer, WeightQuantizer
 from ptq_tdq.recon.closed_form import round_unit
 from ptq_tdq.recon.streams import UnitCall
@@ -20,12 +21,17 @@ _WeightState = tuple[list[tuple[Tensor | None, Tensor | None, Tensor | None]], l
 
 
 def initialize(layer: QuantLayer, config: Config) -> None:
-    """First intervals and nearest rounding for each channel range of a layer."""
+    """First intervals and nearest rounding for each channel range of a layer.
+
+    Raises :class:`NonFiniteError` for weights whose range float32 does not hold.
+    """
     for index, quantizer in enumerate(layer.weight_quantizers()):
         weight = layer.part(index)
         rows = weight.flatten(1) if config.weight_granularity == "per_channel" else weight.reshape(1, -1)
         symmetric = config.symmetric_weights(quantizer.qtype.bits)
         found = weight_qparams(rows, quantizer.qtype, method=config.weight_range, symmetric=symmetric)
+        if not bool(torch.isfinite(2 * quantizer.qtype.qmax * found.scale).all()):  # twice, because scales may grow
+            raise NonFiniteError(f"{layer.record.name} has weights that are too large for an interval in float32.")
         shape = (-1,) + (1,) * (weight.ndim - 1)
         codes = quantize(weight, found.scale.view(shape), found.zero_point.view(shape), quantizer.qtype)
         layer.assign(index, codes, found.scale, found.zero_point)
