@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ptq_tdq.artifacts import check_folder, write_atomic
 from ptq_tdq.calib_data import load_model
+from ptq_tdq.calibrate import check_choices
 from ptq_tdq.cli.options import backend_option, model_option, quiet_option, threads_option, verbose_option
 from ptq_tdq.config import PRESETS
 from ptq_tdq.errors import ConfigError, UsageError
@@ -147,6 +148,8 @@ def benchmark_command(
     left = unfinished(cells, lines, model.sha256)
     planned = [{"preset": c.preset, "method": c.method, "evaluation": c.evaluation} for c in cells]
     require_comparable([*lines, *planned], against)
+    for config in {(c.config.skip, c.config.float_layers, c.config.attention): c.config for c in left}.values():
+        check_choices(model.unet, config)  # all that the plan of a model depends on
     if grids:
         check_folder(grids)
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished cell."

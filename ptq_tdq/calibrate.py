@@ -72,6 +72,15 @@ def calibrate(
     return quantized.finalize()
 
 
+def check_choices(model: Any, config: Config) -> None:
+    """Raise what :func:`calibrate` would for choices that do not fit ``model``, before there is a calibration set."""
+    size = model.config.sample_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    labels = torch.zeros(1, dtype=torch.int64) if model.config.num_class_embeds else None
+    blank = Samples(torch.zeros(1, model.config.in_channels, height, width, dtype=model.dtype), torch.zeros(1), labels)
+    make_plan(model, config, lambda: model(**blank.inputs(slice(0, 1))))
+
+
 def _open_run(
     folder: Path | None, weights: Path | None, document: dict[str, Any], on_notice: Callable[[str], None]
 ) -> RunDirectory | None:

@@ -7,9 +7,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ptq_tdq.affine import quantize
-from ptq_tdq.gptq import compensated, gptq, layer_error, solve_order
+from ptq_tdq.gptq import DAMPING, compensated, gptq, layer_error, nearest, solve_order
 from ptq_tdq.scheme import QType
 
 
@@ -79,3 +81,95 @@ def test_inputs_that_never_vary_give_rounding_to_nearest() -> None:
     assert torch.equal(
         gptq(weight, *solve_order(zeros), scale, zero, QType(4)).int(), quantize(weight, scale, zero, QType(4))
     )
+
+
+Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, QType]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """A weight, its grid and positive semidefinite H: of any rank, with dead and repeated channels, of any size."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 32)))
+    rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 70))
+    x = torch.randn(draw(st.integers(1, 90)), columns, generator=generator, dtype=torch.float64)
+    kind = draw(st.sampled_from(["zero", "rank 1", "repeated", "dead", "constant", "plain"]))
+    if kind == "zero":
+        x.zero_()
+    elif kind == "rank 1":
+        x = x[:1].expand_as(x)
+    elif kind == "repeated":
+        x = x[:, torch.randint(columns, (columns,), generator=generator)]
+    elif kind == "dead":
+        x[:, torch.rand(columns, generator=generator) < 0.5] = 0
+    elif kind == "constant":
+        x = torch.ones_like(x)
+    powers = torch.rand(columns, generator=generator) * draw(st.integers(0, 30))  # channels of unlike sizes
+    x = x * 10.0**powers * 10.0 ** draw(st.integers(-30, 30))
+    bits = draw(st.integers(2, 8))
+    weight = torch.randn(rows, columns, generator=generator)
+    scale = torch.rand(rows, columns, generator=generator) * draw(st.sampled_from([1e-3, 0.1, 10.0])) + 1e-4
+    zero_point = torch.randint(0, 1 << bits, (rows, columns), generator=generator)
+    return weight, x.t() @ x / len(x), scale, zero_point, QType(bits)
+
+
+@settings(deadline=None, max_examples=200)
+@given(cases())
+def test_every_positive_semidefinite_hessian_gives_codes_in_range(case: Case) -> None:
+    weight, hessian, scale, zero_point, qtype = case
+    codes = gptq(weight, *solve_order(hessian), scale, zero_point, qtype)
+    assert codes.shape == weight.shape and bool((codes == codes.round()).all())
+    assert codes.min() >= qtype.qmin and codes.max() <= qtype.qmax
+    assert bool(layer_error(weight - (codes - zero_point) * scale, hessian).isfinite().all())
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases())
+def test_without_clipping_the_error_keeps_babais_bound(case: Case) -> None:
+    """In the damped H, at most ``sum (s_k / 2 U_kk)^2``; and that is at most ``sum (s_k / 2)^2 H_kk``."""
+    weight, hessian, scale, _, qtype = case
+    wide = scale * 1e6
+    order, upper = solve_order(hessian)
+    middle = torch.full(weight.shape, 1 << (qtype.bits - 1))
+    codes = gptq(weight, order, upper, wide, middle, qtype)
+    inside = ((codes > qtype.qmin) & (codes < qtype.qmax)).all(1)  # these rows were not clipped
+    damped = hessian.clone()
+    damped.diagonal().mul_(1 + DAMPING)
+    damped.diagonal()[hessian.diagonal() == 0] = 1 + DAMPING
+    error = layer_error(weight - (codes - middle) * wide, damped)
+    bound = (wide[:, order] / 2 / upper.diagonal()).square().sum(1)
+    assert bool((error[inside] <= bound[inside] * (1 + 1e-6)).all())
+    assert bool((bound <= ((wide.double() / 2).square() * damped.diagonal()).sum(1) * (1 + 1e-6)).all())
+
+
+@settings(deadline=None, max_examples=50)
+@given(cases(), st.integers(0, 1 << 32))
+def test_the_unit_of_a_channel_does_not_matter(case: Case, seed: int) -> None:
+    """x_k times a power of two, and W_k by as much less, is the same layer: so is its compensation."""
+    weight, hessian, *_ = case
+    unit = 2.0 ** torch.randint(-20, 20, (weight.shape[1],), generator=torch.Generator().manual_seed(seed)).double()
+    cross = 0.1 * weight.double() @ hessian
+    plain = compensated(weight, hessian, cross, 0.3)
+    scaled = compensated(weight / unit, hessian * unit[:, None] * unit, cross * unit, 0.3)
+    torch.testing.assert_close(scaled * unit, plain, rtol=1e-6, atol=0)
+
+
+def test_a_huge_channel_does_not_drown_the_others() -> None:
+    torch.manual_seed(5)
+    qtype, weight, x = QType(4), torch.randn(6, 40), correlated(300, 40).double()
+    scale, zero = torch.full((6, 41), 0.3), torch.full((6, 41), 8)
+    alone = gptq(weight, *solve_order(x.t() @ x), scale[:, 1:], zero[:, 1:], qtype)
+    hessian = torch.block_diag(torch.tensor([[1e76]], dtype=torch.float64), x.t() @ x)
+    both = gptq(torch.cat([torch.ones(6, 1), weight], 1), *solve_order(hessian), scale, zero, qtype)
+    assert torch.equal(both[:, 1:], alone)
+    assert not torch.equal(alone, nearest(weight, scale[:, 1:], zero[:, 1:], qtype))
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases(), st.floats(1e-6, 1e6))
+def test_compensation_is_finite_and_leaves_dead_channels(case: Case, damping: float) -> None:
+    weight, hessian, *_ = case
+    cross = 0.1 * weight.double() @ hessian  # what inputs that are all 10% too small lose
+    found = compensated(weight, hessian, cross, damping)
+    assert bool(found.isfinite().all())
+    dead = hessian.diagonal() == 0
+    assert torch.equal(found[:, dead], weight[:, dead].double())

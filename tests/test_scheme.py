@@ -45,7 +45,24 @@ def test_the_field_writes_w4a8_for_four_bit_weights_and_eight_bit_activations() 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "4A8", "W4", "A8W4", "W4A8 W4A6", "W4A-8", "W4.0A8", "W1A8", "W4A9", "W44A8", "int8"]
+    "text",
+    [
+        "",
+        "4A8",
+        "W4",
+        "A8W4",
+        "W4A8 W4A6",
+        "W4A-8",
+        "W4.0A8",
+        "W1A8",
+        "W4A9",
+        "W44A8",
+        "int8",
+        "W04A8",
+        "W٤A٨",
+        "Ｗ4A8",
+        "W4A8\0",
+    ],
 )
 def test_anything_else_is_refused_with_the_text_and_an_example(text: str) -> None:
     with pytest.raises(SchemeError, match="for example W4A8") as caught:

@@ -198,3 +198,16 @@ def test_pooling_each_step_alone_changes_nothing_and_pooling_twice_is_pooling_on
     assert same(steps.pooled(torch.arange(4), 4), steps)
     halves = steps.pooled(torch.tensor([0, 0, 1, 1]), 2)
     assert same(halves.pooled(torch.tensor([0, 0]), 1), steps.pooled(torch.zeros(4, dtype=torch.int64), 1))
+
+
+@pytest.mark.parametrize("power", [-100, -60, 60, 100])
+def test_the_unit_of_the_values_does_not_matter(power: int) -> None:
+    """The power 2.4 of an error would leave float32 long before the error itself."""
+    x, unit = data("skewed", 3, 500), 2.0**power
+    for method in ("mse", "mse-ends"):
+        if method == "mse":
+            plain, scaled = weight_qparams(x, QType(4)), weight_qparams(x * unit, QType(4))
+            assert torch.equal(plain.scale * unit, scaled.scale) and torch.equal(plain.zero_point, scaled.zero_point)
+        steps = [activation_qparams(histogram(x * u, torch.arange(3.0)), QType(4), method=method) for u in (1.0, unit)]
+        assert torch.equal(steps[0].scale * unit, steps[1].scale)
+        assert torch.equal(steps[0].zero_point, steps[1].zero_point)

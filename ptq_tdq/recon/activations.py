@@ -114,7 +114,7 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
             f"{quantizer.record.name} has learned an interval that float32 cannot hold at t = {t}; "
             "choose another method or lower learning rates."
         )
-    quantizer.source = TableSource(scale, zero_point)
+    quantizer.source = TableSource(scale.clamp(min=torch.finfo(torch.float32).tiny), zero_point)
 
 
 def _learn(

@@ -50,18 +50,22 @@ def _round(layer: QuantLayer, found: list[Moments], damping: float, factors: tup
             codes[own], best[own] = _best_codes(
                 target[some], known, inverse, scale[own], zero_point[own], widths, quantizers[0].qtype, factors
             )
-        rounded = (codes[rows] - zero_point[rows].repeat_interleave(widths, 1)) * (
-            scale[rows] * best[rows, None]
-        ).repeat_interleave(widths, 1)
+        scales = _times(scale[rows], best[rows, None]).repeat_interleave(widths, 1)
+        rounded = (codes[rows] - zero_point[rows].repeat_interleave(widths, 1)) * scales
         shift[rows] = (known.lost + (weight[rows] - rounded).double() @ known.mean).float()
     starts = [lo * columns for lo, _ in layer.ranges]
     for index, (quantizer, start, width) in enumerate(zip(quantizers, starts, widths.tolist(), strict=True)):
         assert quantizer.scale is not None and quantizer.zero_point is not None
         part = codes[:, start : start + width].reshape(layer.part(index).shape).to(torch.int32)
-        own_scale = (scale[:, index] * best)[: len(quantizer.scale)].contiguous()
+        own_scale = _times(scale[:, index], best)[: len(quantizer.scale)].contiguous()
         layer.assign(index, part, own_scale, quantizer.zero_point)
     if layer.shift is not None and found[0].centred:
         layer.shift.copy_(shift)
+
+
+def _times(scale: Tensor, factor: Tensor | float) -> Tensor:
+    """``scale * factor``, never subnormal: some threads flush such numbers to 0."""
+    return (scale * factor).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _best_codes(
@@ -73,7 +77,7 @@ def _best_codes(
     GPTQ is greedy, so rounding to nearest competes too: the error is never above what that leaves.
     """
     rows, count = len(target), len(factors)
-    scales = torch.cat([scale * factor for factor in factors]).repeat_interleave(widths, 1)
+    scales = torch.cat([_times(scale, factor) for factor in factors]).repeat_interleave(widths, 1)
     zero_points, targets = zero_point.repeat(count, 1).repeat_interleave(widths, 1), target.repeat(count, 1)
     found = gptq(targets, *inverse, scales, zero_points, qtype), nearest(targets, scales, zero_points, qtype)
     codes = torch.stack(found)

@@ -60,3 +60,25 @@ def test_moments_of_the_inputs_give_those_of_the_outputs(name: str, centred: boo
         torch.testing.assert_close(weight @ m.hessian.double() @ weight.T, hessian, rtol=1e-3, atol=1e-4)
         cross = (d - mean_d).T @ (a - mean_a) / len(a)
         torch.testing.assert_close(m.cross.double() @ weight.T, cross, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e38])
+def test_moments_of_hostile_inputs_are_finite_and_semidefinite(size: float, centred: bool) -> None:
+    """Constant, dead and repeated channels, a mean far above the deviation, and squares beyond float32."""
+    layer = nn.Linear(6, 4).requires_grad_(False)
+    record = LayerRecord("a", "linear", "a", (0, 6), 4, (QuantizerRecord("a", 4, "static", "mse"),))
+    wrapped = QuantLayer(layer, record, Clock())
+    torch.manual_seed(0)
+    full = torch.rand(200, 6)
+    full[:, 0], full[:, 1], full[:, 3], full[:, 4] = 0.0, 0.7, full[:, 2], 1 + 1e-6 * full[:, 4]
+    unit = Unit("a", wrapped, Clock(), torch.zeros(200))
+    calls = [UnitCall("a", (value * size,), {}) for value in (full, 0.9 * full)]
+    (found,) = moments(unit, wrapped, *calls, torch.Generator().manual_seed(0), centred=centred)
+    assert all(bool(value.isfinite().all()) for value in (found.hessian, found.cross, found.mean, found.lost))
+    assert bool((found.hessian[0] == 0).all()) and (not centred or bool((found.hessian[1] == 0).all()))
+    spread = found.hessian.diagonal().sqrt().clamp(min=1e-300)
+    assert torch.linalg.eigvalsh(found.hessian / spread[:, None] / spread).min() > -1e-5
+    if centred:
+        expected = (0.9 * full * torch.tensor(size)).double().var(0, correction=0)
+        torch.testing.assert_close(found.hessian.diagonal(), expected, rtol=1e-4, atol=0)

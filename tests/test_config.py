@@ -1,0 +1,106 @@
+"""Choices: what is read is what is saved, and everything else is one sentence at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptq_tdq.artifacts import schema
+from ptq_tdq.config import PRESETS, Config, preset, read_config_file
+from ptq_tdq.errors import ConfigError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stored"),
+    [
+        ("scheme", "w4a8", "W4A8"),
+        ("scheme", " W3A6\n", "W3A6"),
+        ("method", "tdq ", "tdq"),
+        ("method", "S_9999", "S_9999"),
+        ("seed", " 7", 7),
+        ("seed", 5.0, 5),
+        ("damping", "1e-3", 1e-3),
+        ("damping", 1, 1.0),
+        ("round_again", "False", False),
+        ("skip", "", ()),
+        ("skip", "a.*, b", ("a.*", "b")),
+        ("eight_bit_layers", "first,last,first", ("first", "last")),
+        ("eight_bit_layers", ["last", "last"], ("last",)),
+    ],
+)
+def test_a_choice_is_stored_in_its_one_form(name: str, value: Any, stored: Any) -> None:
+    found = getattr(Config().changed({name: value}), name)
+    assert found == stored and type(found) is type(stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("scheme", value) for value in (None, 48, "", "W٤A٨", "W4A8\0")),
+        *(("method", value) for value in ("", "TDQ", "s_4", "S_04", "S_0", "S_٤", "S_10000", "S_", "tdq\0", 5)),
+        *(
+            ("seed", value)
+            for value in ("", "１", "٣", "1_0", "1e3", "0x1", -1, 1 << 32, 0.5, math.nan, math.inf, True)
+        ),
+        *(("seed", value) for value in (None, [1], {}, "9" * 5000)),
+        *(("damping", value) for value in ("nan", "inf", "1e400", "1e-400", 0, -1, 10**400, "", None, [])),
+        *(("loss_power", value) for value in (0.5, "1e400")),
+        *(("batch_size", value) for value in (0, 1 << 20, 10**30)),
+        *(("samples_per_step", value) for value in (0, 10**12)),
+        *(("round_again", value) for value in ("", "yes", 1, None, [])),
+        *(("skip", value) for value in (None, 5, [5], [None], [["a"]], {"a": 1}, ["\udcff"])),
+        *(("eight_bit_layers", value) for value in ("FIRST", "[first]", ["first", 1], "first;last")),
+        *(("compute_dtype", value) for value in ("", "float16", None, 32)),
+        *(("preset", value) for value in ("", "mine", None)),
+        ("colour", "red"),
+    ],
+)
+def test_anything_else_is_one_sentence(name: str, value: Any) -> None:
+    with pytest.raises(UsageError) as caught:
+        Config().changed({name: value})
+    assert len(str(caught.value).splitlines()) == 1 and name.split("_")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_calibration_steps_follow_fewer_inference_steps(name: str) -> None:
+    own = preset(name).calibration_steps
+    for steps in (1, 10, "10", own, 1000):
+        expected = min(own, int(steps))
+        assert preset(name, num_inference_steps=steps).calibration_steps == expected
+        assert preset(name).changed({"num_inference_steps": steps}).calibration_steps == expected
+    assert preset(name, num_inference_steps=10, calibration_steps=3).calibration_steps == 3
+    with pytest.raises(ConfigError, match=r"calibration_steps must not exceed num_inference_steps \(10\)\. Got 11"):
+        preset(name, num_inference_steps=10, calibration_steps=11)
+    for nonsense in (0, -5, "x", math.nan):
+        with pytest.raises(ConfigError, match="num_inference_steps must be"):
+            preset(name, num_inference_steps=nonsense)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_choices_of_a_preset_survive_json(name: str) -> None:
+    choices = json.loads(json.dumps(preset(name).to_dict()))
+    assert preset(choices.pop("preset"), **choices) == preset(name)
+    assert schema()["properties"]["choices"]["type"] == "object"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("a.json", ""),
+        ("a.json", "[1]"),
+        ("a.json", "[" * 100_000),
+        ("a.json", "\ufeff{}"),
+        ("a.toml", "x"),
+        ("a.toml", "skip = " + "[" * 100_000),
+    ],
+)
+def test_a_file_that_is_no_table_of_choices(file: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="The config file"):
+        read_config_file(tmp_path / file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_config_file(tmp_path)
