@@ -44,7 +44,20 @@ def test_a_choice_is_stored_in_its_one_form(name: str, value: Any, stored: Any) 
         *(("method", value) for value in ("", "TDQ", "s_4", "S_04", "S_0", "S_٤", "S_10000", "S_", "tdq\0", 5)),
         *(
             ("seed", value)
-            for value in ("", "１", "٣", "1_0", "1e3", "0x1", -1, 1 << 32, 0.5, math.nan, math.inf, True)
+            for value in (
+                "",
+                "\N{FULLWIDTH DIGIT ONE}",
+                "٣",
+                "1_0",
+                "1e3",
+                "0x1",
+                -1,
+                1 << 32,
+                0.5,
+                math.nan,
+                math.inf,
+                True,
+            )
         ),
         *(("seed", value) for value in (None, [1], {}, "9" * 5000)),
         *(("damping", value) for value in ("nan", "inf", "1e400", "1e-400", 0, -1, 10**400, "", None, [])),

@@ -60,7 +60,7 @@ def test_the_field_writes_w4a8_for_four_bit_weights_and_eight_bit_activations() 
         "int8",
         "W04A8",
         "W٤A٨",
-        "Ｗ4A8",
+        "\N{FULLWIDTH LATIN CAPITAL LETTER W}4A8",
         "W4A8\0",
     ],
 )

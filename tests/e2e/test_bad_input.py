@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from ptq_tdq import CalibrationSet, calibrate, load_quantized, preset
-from ptq_tdq.errors import ArtifactCorruptError, CalibrationSetError, ModelError, NonFiniteError
+from ptq_tdq.errors import ArtifactCorruptError, CalibrationSetError, ConfigError, ModelError, NonFiniteError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUICK = ("--method", "static", "--set", "activation_iterations=0", "--set", "rounding=nearest", "--set")
@@ -127,6 +128,56 @@ def test_no_layer_left_and_a_pattern_that_matches_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_choices_that_do_not_fit_the_model_are_refused_before_the_sampler_runs(
+    cli: Any, small: tuple[str, ...], pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PTQ_TDQ_CACHE", str(tmp_path / "cache"))
+    run = ("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small)
+    check_refusal(cli(*run, "--skip", "conv_middle"), 1, "matches no layer")
+    study = ("benchmark", "--model", pipeline, "--results", tmp_path / "r.jsonl", "--set", "skip=conv_middle")
+    check_refusal(cli(*study, "--methods", "static", "--seeds", "0"), 1, "matches no layer")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_no_document_can_hold_is_refused_before_the_first_unit(unet: Callable[..., UNet2DModel]) -> None:
+    def stop(report: object) -> None:
+        raise AssertionError(report)
+
+    for name in ("\udcff", 5):
+        found: Any = name
+        with pytest.raises(ConfigError):
+            calibrate(unet(), preset("default"), small_set(num_train_timesteps=10), model_id=found, on_unit=stop)
+
+
+def test_a_lower_case_scheme_and_fewer_steps_end_in_an_artifact(cli: Any, pipeline: Path, tmp_path: Path) -> None:
+    run = ("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out")
+    shown = json.loads(cli(*run, "--num-inference-steps", "10", "--scheme", " w4a8 ", "--show-config").out)
+    assert (shown["scheme"], shown["num_inference_steps"], shown["calibration_steps"]) == ("W4A8", 10, 10)
+    quick = (
+        "--samples-per-step",
+        "2",
+        "--evaluation-samples",
+        "0",
+        "--threads",
+        "1",
+        *QUICK,
+        "activation_range=minmax",
+    )
+    result = cli(*run, "--scheme", " w4a8 ", "--num-inference-steps", "2", *quick)
+    assert result.code == 0, result.err
+    choices = json.loads((tmp_path / "out" / "ptq_tdq_config.json").read_text())["choices"]
+    assert (choices["scheme"], choices["calibration_steps"]) == ("W4A8", 2)
+
+
+def test_a_model_of_zeros_is_calibrated_and_measured(
+    cli: Any, saved: Any, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = saved(lambda unet: [parameter.zero_() for parameter in unet.parameters()])
+    result = cli("calibrate", "--model", model, "--output-dir", tmp_path / "out", *small, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert load_quantized(tmp_path / "out").metrics["learned"]["latent_sqnr_db"] is None  # equal, so infinite
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -137,6 +188,14 @@ def test_no_layer_left_and_a_pattern_that_matches_nothing(
         (("--threads", "0"), "0 is not in the range x>=1"),
         (("--calibration-steps", "9", "--num-inference-steps", "8"), "calibration_steps must not exceed"),
         (("--num-inference-steps", "5000"), "cannot run 5000 inference steps"),
+        (("--num-inference-steps", "0"), "num_inference_steps must be at least 1"),
+        (("--num-inference-steps", "10", "--set", "calibration_steps=11"), "Got 11 instead."),
+        (("--scheme", "W٤A٨"), "for example W4A8. Got 'W٤A٨' instead."),
+        (("--method", "TDQ"), "tdq-thin. Got 'TDQ' instead."),
+        (("--seed", "٣"), "seed must be of type int. Got '٣' instead."),
+        (("--scheduler", ""), "no scheduler named ''"),
+        (("--set", "damping=1e400"), "damping must be above 0 and finite. Got inf instead."),
+        (("--set", "skip=\udcff"), "skip must be of type str. Got '\\udcff' instead."),
     ],
 )
 def test_usage_errors(flags: tuple[str, ...], said: str, cli: Any, pipeline: Path, tmp_path: Path) -> None:

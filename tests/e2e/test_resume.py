@@ -144,11 +144,37 @@ def test_no_resume_starts_afresh(
     partial = killed("weights", out)
     for path in partial.iterdir():
         path.write_bytes(b"damaged")
-    refused = cli("calibrate", "--model", pipeline, "--output-dir", out, *small)
-    assert refused.code == 1 and "start with --no-resume" in refused.err
-    assert cli("calibrate", "--model", pipeline, "--output-dir", out, *small, "--no-resume").code == 0
+    result = cli("calibrate", "--model", pipeline, "--output-dir", out, *small, "--no-resume")
+    assert (result.code, result.err) == (0, "")
     assert contents(out) == contents(calibrated(pipeline))
     assert not partial.exists()
+
+
+def test_damaged_checkpoints_are_named_and_done_again(
+    killed: Callable[[str, Path], Path],
+    cli: Any,
+    small: tuple[str, ...],
+    contents: Any,
+    calibrated: Any,
+    pipeline: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    partial = killed("activations", out)
+    (partial / "run.json").write_text("[]")
+    weights, activations = partial / "weights-0001.safetensors", partial / "activations-0000.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    activations.write_bytes(activations.read_bytes()[:100])
+    result = cli("calibrate", "--model", pipeline, "--output-dir", out, *small)
+    assert result.code == 0
+    assert [line.partition(" is damaged")[0] for line in result.err.splitlines()] == [
+        str(partial / "run.json"),
+        f"The checkpoint {weights}",
+        f"The checkpoint {activations}",
+    ]
+    assert contents(out) == contents(calibrated(pipeline))
 
 
 def test_a_folder_of_the_user_with_the_name_of_an_unfinished_run_is_left_alone(

@@ -211,22 +211,6 @@ def test_another_run_in_the_folder_is_an_error_that_names_the_key(tmp_path: Path
     RunDirectory(tmp_path, before)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"\0" * 200])
-def test_damaged_files_of_a_run_are_an_error(tmp_path: Path, damage: bytes) -> None:
-    folder = RunDirectory(tmp_path, {"model": "m"})
-    folder.write("weights", 0, {"a": torch.ones(2)}, (2.0, 1.0))
-    tensors, losses = folder.read("weights", 0) or ({}, None)
-    assert torch.equal(tensors["a"], torch.ones(2)) and losses == (2.0, 1.0)
-    assert folder.read("weights", 1) is None and folder.read("activations", 0) is None
-    (path,) = tmp_path.glob("weights-*")
-    path.write_bytes(damage)
-    with pytest.raises(ResumeError, match="damaged"):
-        folder.read("weights", 0)
-    (tmp_path / "run.json").write_bytes(damage)
-    with pytest.raises(ResumeError, match="damaged"):
-        RunDirectory(tmp_path, {"model": "m"})
-
-
 def test_rounding_is_learned_in_both_halves_of_a_split_shortcut(wrap: Wrap, choose: Choose, samples: Samples) -> None:
     """The public Q-Diffusion code forgets the second half (method section 3.7)."""
     config = choose(
