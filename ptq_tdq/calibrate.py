@@ -21,6 +21,7 @@ from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel, base_config
 from ptq_tdq.recon import CHECKPOINT_FORM, RunDirectory, Samples, UnitReport, reconstruct
 from ptq_tdq.scheme import Scheme
+from ptq_tdq.timeaxis import require_covered
 
 _log = logging.getLogger(__name__)
 
@@ -45,10 +46,11 @@ def calibrate(
     for each damaged file of an unfinished run, whose unit is done again; by default that is logged. The result's
     :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit ("reconstruction").
 
-    Raises :class:`~ptq_tdq.errors.ModelError` (no timestep argument, 0 layers), :class:`~ptq_tdq.errors.NonFiniteError`
-    (NaN or Inf; names the layer and t), :class:`CalibrationSetError` for a set that does not fit the model,
-    :class:`~ptq_tdq.errors.ConfigError` for what an artifact could not say (a ``model_id`` that is no text), all before
-    the first unit, and :class:`~ptq_tdq.errors.ResumeError` (another run in the directory).
+    Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no timestep argument, 0 layers),
+    :class:`CalibrationSetError` for a set that does not fit the model, :class:`~ptq_tdq.errors.TimestepError` for a
+    step beyond its axis, :class:`~ptq_tdq.errors.ConfigError` for what an artifact cannot say (a ``model_id`` that is
+    no text) and :class:`~ptq_tdq.errors.ResumeError` (another run in the directory); at any time
+    :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
     """
     check_unet(model)
     _check_fit(model, calibration_set)
@@ -59,8 +61,9 @@ def calibrate(
     quantized = QuantizedModel.copy_of(model, plan)
     quantized.provenance = provenance(model, config, calibration_set, model_id)
     check_draft(quantized.provenance, [record.to_dict() for record in plan])
-    run = _open_run(run_directory, weights_directory, quantized.provenance, on_notice)
     steps = quantized.provenance["time_axis"]["num_train_timesteps"]
+    require_covered(calibration_set.t, steps - 1)
+    run = _open_run(run_directory, weights_directory, quantized.provenance, on_notice)
     reports: list[UnitReport] = []
 
     def hear(report: UnitReport) -> None:

@@ -15,7 +15,14 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from ptq_tdq import CalibrationSet, calibrate, load_quantized, preset
-from ptq_tdq.errors import ArtifactCorruptError, CalibrationSetError, ConfigError, ModelError, NonFiniteError
+from ptq_tdq.errors import (
+    ArtifactCorruptError,
+    CalibrationSetError,
+    ConfigError,
+    ModelError,
+    NonFiniteError,
+    TimestepError,
+)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUICK = ("--method", "static", "--set", "activation_iterations=0", "--set", "rounding=nearest", "--set")
@@ -117,6 +124,11 @@ def test_a_calibration_set_of_another_kind_of_model(unet: Callable[..., UNet2DMo
         calibrate(unet(in_channels=4), config, small_set(num_train_timesteps=10))
     with pytest.raises(CalibrationSetError, match="does not name num_train_timesteps"):
         calibrate(unet(), config, small_set())
+    for steps in ("10", 10.5, 0, None):
+        with pytest.raises(ConfigError, match="num_train_timesteps"):
+            calibrate(unet(), config, small_set(num_train_timesteps=steps))
+    with pytest.raises(TimestepError, match="Got t = 7"):
+        calibrate(unet(), config, small_set(num_train_timesteps=7))
 
 
 def test_no_layer_left_and_a_pattern_that_matches_nothing(
