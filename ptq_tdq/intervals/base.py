@@ -144,5 +144,5 @@ def source_class(method: str) -> type[IntervalSource]:
     for pattern, cls in IntervalSource.registry.items():
         if re.fullmatch(pattern, method):
             return cls
-    names = ", ".join(sorted(IntervalSource.registry)).replace(r"|S_([1-9][0-9]{0,3})", ", S_N (N from 1 to 9999)")
+    names = ", ".join(sorted(IntervalSource.registry)).replace(r"|S_([1-9][0-9]{0,3})", ", S_N (S_4, up to S_9999)")
     raise ConfigError(f"The method must be one of {names}. Got {method!r} instead.")
