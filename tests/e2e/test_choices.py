@@ -60,7 +60,7 @@ def test_what_show_config_prints_is_a_config_file(cli: Any, tmp_path: Path) -> N
         ("colour=red", "There is no choice named 'colour'"),
         ("weight_iterations=many", "weight_iterations must be of type int. Got 'many' instead."),
         ("weight_iterations=2.5", "weight_iterations must be of type int. Got '2.5' instead."),
-        ("weight_iterations=-1", "weight_iterations must be at least 0. Got -1 instead."),
+        ("weight_iterations=-1", "weight_iterations must be at least 0 and below 2147483648. Got -1 instead."),
         ("weight_lr=0", "weight_lr must be above 0 and finite. Got 0.0 instead."),
         ("weight_lr=nan", "weight_lr must be above 0 and finite. Got nan instead."),
         ("attention=maybe", "attention must be of type bool. Got 'maybe' instead."),
