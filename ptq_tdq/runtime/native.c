@@ -169,16 +169,20 @@ typedef struct {
     float factor, qmax[4];
 } Attention;
 
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-
-enum { ROWS = 8, COLUMNS = 32 };
+/* ROWS x 2 vectors of sums: as many as the registers hold. */
+#if defined(__AVX512F__)
+enum { ROWS = 8, LANES = 16, COLUMNS = 2 * LANES };
+#else
+enum { ROWS = 6, LANES = 8, COLUMNS = 2 * LANES };
+#endif
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 
 /* out [ROWS, COLUMNS] = a [ROWS, inner] b [inner, COLUMNS]; the operands are integers, the sums exact below 2^24. */
 static void product(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, float *out,
                     int64_t out_stride) {
     vec sum[ROWS][2] = {0};
     for (int64_t i = 0; i < inner; i++) {
-        const vec low = *(const vec *)(b + i * b_stride), high = *(const vec *)(b + i * b_stride + 16);
+        const vec low = *(const vec *)(b + i * b_stride), high = *(const vec *)(b + i * b_stride + LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             sum[r][0] += low * a[r * a_stride + i];
@@ -188,7 +192,7 @@ static void product(const float *a, int64_t a_stride, const float *b, int64_t b_
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
         *(vec *)(out + r * out_stride) = sum[r][0];
-        *(vec *)(out + r * out_stride + 16) = sum[r][1];
+        *(vec *)(out + r * out_stride + LANES) = sum[r][1];
     }
 }
 
@@ -466,6 +470,10 @@ static void unpack(const uint8_t *from, const int8_t *weight_zero, int64_t size,
         }
 }
 
+static void widen(const uint8_t *restrict from, int64_t size, uint16_t *restrict to) {
+    for (int64_t i = 0; i < size; i++) to[i] = from[i];
+}
+
 /* out [outputs] = gain (sum - correction) + bias (+ onto, which may be out itself). */
 static inline __attribute__((always_inline)) void finish(int64_t outputs, const int32_t *sum, const int32_t *correction,
                                                          const float *gain, const float *bias, const float *onto,
@@ -520,25 +528,26 @@ int convolve(const Convolution *c, const uint8_t *codes, const float *scale, con
 #pragma omp parallel reduction(| : failed)
     {
         void *work = malloc((size_t)(unpacks ? size : (widens ? image * 2 : 1)));
-        int64_t widened = -1; /* the image in work */
+        int64_t present = -1; /* the block or the image in work: it changes in the outer of two loops */
         failed = !work;
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t n = 0; n < c->batch; n++)
-            for (int64_t block = 0; block < blocks; block++) {
-                if (!work) continue;
-                const int64_t first = block * BLOCK;
-                const uint8_t *from = codes + n * image, *weights = c->weights + block * size / (c->nibbles ? 2 : 1);
-                Operands o = {from, weights, c->weight_zero + first};
-                if (unpacks) {
-                    unpack(weights, o.weight_zero, size, work);
-                    o.weights = work;
-                } else if (widens) {
-                    for (int64_t i = 0; widened != n && i < image; i++) ((uint16_t *)work)[i] = from[i];
-                    widened = n;
-                    o.codes = work;
-                }
-                convolve_block(c, &o, n, first, scale[n * c->each], zero_point[n * c->each], onto, out);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < c->batch * blocks; i++) {
+            if (!work) continue;
+            const int64_t n = unpacks ? i % c->batch : i / blocks, block = unpacks ? i / c->batch : i % blocks;
+            const int64_t first = block * BLOCK;
+            const uint8_t *from = codes + n * image, *weights = c->weights + block * size / (c->nibbles ? 2 : 1);
+            Operands o = {from, weights, c->weight_zero + first};
+            if (unpacks) {
+                if (present != block) unpack(weights, o.weight_zero, size, work);
+                present = block;
+                o.weights = work;
+            } else if (widens) {
+                if (present != n) widen(from, image, work);
+                present = n;
+                o.codes = work;
             }
+            convolve_block(c, &o, n, first, scale[n * c->each], zero_point[n * c->each], onto, out);
+        }
         free(work);
     }
     return failed;
