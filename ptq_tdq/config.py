@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.intervals import Encoding, IntervalOptions, source_class
+from ptq_tdq.processor import has_bfloat16
 from ptq_tdq.scheme import MAX_BITS, MIN_BITS, Scheme
 
 Role = Literal["first", "last", "time_embedding", "shortcut", "downsample"]
@@ -44,7 +45,8 @@ class Config:
     Learning (:mod:`ptq_tdq.recon.weights`, :mod:`ptq_tdq.recon.activations`): ``interval_lr`` is the rate of a learned
     scale, ``module_lr`` that of a module's weights, ``bias_lr`` that of the layers' biases in both phases (0 keeps
     them). ``compute_dtype`` is that of the products inside the learning loops; losses that decide anything are always
-    evaluated in float32.
+    evaluated in float32. "auto" becomes, when the record is made, bfloat16 where the processor computes in it and
+    float32 elsewhere, so what is saved and compared is what runs.
     """
 
     preset: str = "default"
@@ -88,7 +90,7 @@ class Config:
     loss_weights: Literal["uniform", "relative"] = "uniform"
     batch_size: int = 32
     bias_lr: float = 1e-3
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     interval_parameter: Literal["raw", "log"] = "log"
     zero_point: Literal["fixed", "step"] = "step"
     module_start: Literal["as-is", "static", "steps"] = "steps"
@@ -103,6 +105,8 @@ class Config:
         if self.preset not in PRESETS:
             raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}. Got {self.preset!r} instead.")
         object.__setattr__(self, "scheme", str(Scheme.parse(self.scheme)))
+        if self.compute_dtype == "auto":
+            object.__setattr__(self, "compute_dtype", "bfloat16" if has_bfloat16() else "float32")
         source_class(self.method)
         for name, (least, limit) in _BOUNDS.items():
             value = getattr(self, name)

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError, NonFiniteError, RuntimeUnsupportedError
 from ptq_tdq.modules import layer_kind
+from ptq_tdq.processor import instruction_set, sums_eight_bits
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.runtime.attention import Attend, native_attend, reference_attend
 from ptq_tdq.runtime.blocks import IntegerAttention, fuse
-from ptq_tdq.runtime.cpu import check_exact, instruction_set
 from ptq_tdq.runtime.kernels import Quantize, reference_quantize
 from ptq_tdq.runtime.layer import IntegerLayer, Part, WeightOnlyLayer
 from ptq_tdq.runtime.native import native_quantize, open_library
-from ptq_tdq.runtime.products import Geometry, NativeProducts, OneDnnProducts, Products, Weights
+from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights
 from ptq_tdq.runtime.step import Step
-from ptq_tdq.scheme import QType
 from ptq_tdq.timed_model import TimedModel
 
 
@@ -35,7 +34,7 @@ class IntegerModel(TimedModel):
     def __init__(self, model: nn.Module, artifact: Artifact) -> None:
         """Replace layers of ``model``, built on the meta device: nothing of it is used but its structure.
 
-        Raises :class:`RuntimeUnsupportedError` where a layer has no integer form or its sums would saturate here.
+        Raises :class:`RuntimeUnsupportedError` where a layer has no integer form.
         """
         super().__init__(model.eval().requires_grad_(False))
         self.provenance, self.metrics = artifact.config, artifact.metrics
@@ -61,8 +60,8 @@ class IntegerModel(TimedModel):
                     )
                 _replace(model, record.name, block)
         self.facts: dict[str, Any] = {
-            "instructions": engine.isa,
-            "products": engine.products,
+            "instructions": instruction_set(),
+            "products": " and ".join(engine.products) or "nothing",
             "passes": engine.passes,
             "integer_layers": sum(bool(record.inputs) for record in layers),
             "weight_only_layers": [record.name for record in layers if not record.inputs],
@@ -95,15 +94,14 @@ class _Engine:
     """Which kernels run on this processor."""
 
     def __init__(self) -> None:
-        self.isa = instruction_set()
         found = open_library()
         self.library = found if isinstance(found, CDLL) else None
         self.quantize: Quantize = native_quantize(self.library) if self.library else reference_quantize
         self.attend: Attend = native_attend(self.library) if self.library else reference_attend
         self.passes = "native C" if self.library else f"torch ({found})"
-        # AMX has four times the rate of VNNI, and oneDNN uses it
-        self.native = self.library is not None and hasattr(self.library, "convolve") and self.isa == "vnni"
-        self.products = "native C, AVX512-VNNI" if self.native else "oneDNN"
+        # AMX has four times the rate of our kernels' instructions, and oneDNN uses it
+        self.native = self.library is not None and instruction_set() != "amx-int8"
+        self.products: dict[str, None] = {}  # what computes, in order of first use
 
     def layer(self, layer: nn.Module, record: LayerRecord, artifact: Artifact, step: Step) -> nn.Module:
         """The integer form of one layer."""
@@ -131,14 +129,15 @@ class _Engine:
             quantizer = record.inputs[index]
             weights = weights.padded() if geometry.groups == 1 else weights
             pitch = weights.codes.shape[1] * geometry.groups
-            check_exact(name, int(weights.signed.abs().max()), QType(quantizer.bits).qmax, self.isa)
-            parts.append(Part(quantizer, channels, pitch, self._products(weights, geometry)))
+            products = self._products(weights, geometry)
+            self.products[products.name] = None
+            parts.append(Part(quantizer, channels, pitch, products))
         return IntegerLayer(record, parts, geometry.padding, step, self.quantize)
 
     def _products(self, weights: Weights, geometry: Geometry) -> Products:
         if self.library is not None and self.native and NativeProducts.covers(weights, geometry):
             return NativeProducts(weights, geometry, self.library)
-        return OneDnnProducts(weights, geometry)
+        return OneDnnProducts(weights, geometry) if sums_eight_bits() else FloatProducts(weights, geometry)
 
 
 def _know_dtype(model: nn.Module) -> None:

@@ -169,16 +169,20 @@ typedef struct {
     float factor, qmax[4];
 } Attention;
 
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-
-enum { ROWS = 8, COLUMNS = 32 };
+/* ROWS x 2 vectors of sums: as many as the registers hold. */
+#if defined(__AVX512F__)
+enum { ROWS = 8, LANES = 16, COLUMNS = 2 * LANES };
+#else
+enum { ROWS = 6, LANES = 8, COLUMNS = 2 * LANES };
+#endif
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 
 /* out [ROWS, COLUMNS] = a [ROWS, inner] b [inner, COLUMNS]; the operands are integers, the sums exact below 2^24. */
 static void product(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, float *out,
                     int64_t out_stride) {
     vec sum[ROWS][2] = {0};
     for (int64_t i = 0; i < inner; i++) {
-        const vec low = *(const vec *)(b + i * b_stride), high = *(const vec *)(b + i * b_stride + 16);
+        const vec low = *(const vec *)(b + i * b_stride), high = *(const vec *)(b + i * b_stride + LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             sum[r][0] += low * a[r * a_stride + i];
@@ -188,7 +192,7 @@ static void product(const float *a, int64_t a_stride, const float *b, int64_t b_
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
         *(vec *)(out + r * out_stride) = sum[r][0];
-        *(vec *)(out + r * out_stride + 16) = sum[r][1];
+        *(vec *)(out + r * out_stride + LANES) = sum[r][1];
     }
 }
 
@@ -260,13 +264,11 @@ int attention(const Attention *a, const float *q, const float *k, const float *v
     return failed;
 }
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#include <immintrin.h>
-
 /* A convolution of padded codes [batch, in_height, in_width, channels], channels a multiple of 4, with weights
- * [blocks of 32 outputs][kernel positions x channels / 4][32 outputs][4 channels]: signed bytes, or unsigned nibbles
- * (low first) of which weight_zero [outputs] is subtracted. weight_sum [outputs] are the sums of the signed weights.
- * weight_* and bias have 32 entries for each block, whatever the number of outputs is. */
+ * [blocks of outputs][kernel positions x channels / group][BLOCK outputs][group channels]: signed bytes, or unsigned
+ * nibbles (low first) of which weight_zero [outputs] is subtracted. weight_sum [outputs] are the sums of the signed
+ * weights. weight_* and bias have BLOCK entries for each block, whatever the number of outputs is. BLOCK and the group
+ * are what suits the processor; block_outputs and group_channels tell the caller. */
 typedef struct {
     int64_t batch, in_height, in_width, channels, out_height, out_width, outputs;
     int64_t kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width;
@@ -277,7 +279,24 @@ typedef struct {
     const float *weight_scale, *bias;
 } Convolution;
 
-enum { PIXELS = 8, LANES = 2 }; /* a tile: 8 pixels x 2 vectors of 16 outputs, 16 of the 32 registers */
+/* One block of weights and one image. Codes have 16 bits where the processor WIDENs them for weights of 8 bits; nibbles
+ * are bytes already, less their zero points, where it UNPACKs them. */
+typedef struct {
+    const void *codes, *weights;
+    const int8_t *weight_zero;
+} Operands;
+
+/* Where the codes of a kernel position begin, counted from those of the first position. */
+static inline int64_t offset(const Convolution *c, int64_t kh, int64_t kw) {
+    return (kh * c->dilation_height * c->in_width + kw * c->dilation_width) * c->channels;
+}
+
+/* tile, once for each kind of processor: the sums of BLOCK outputs at PIXELS pixels, whose codes begin at[pixel]. */
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+#define INSTRUCTIONS "AVX512-VNNI"
+
+enum { PIXELS = 8, BLOCK = 32, NIBBLE_GROUP = 4, BYTE_GROUP = 4, UNPACK = 0, WIDEN = 0 };
 
 static inline __m512i nibble_weights(const uint8_t *from, __m512i zero) {
     const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
@@ -285,84 +304,251 @@ static inline __m512i nibble_weights(const uint8_t *from, __m512i zero) {
     return _mm512_sub_epi8(codes, zero);
 }
 
-/* The sums of one tile; at[] are the top left codes of its pixels. */
-static inline __attribute__((always_inline)) void tile(const Convolution *c, const uint8_t *const at[PIXELS],
-                                                       const uint8_t *weights, const __m512i zero[LANES], int nibbles,
-                                                       __m512i sum[PIXELS][LANES]) {
-    const int64_t line = c->in_width * c->channels, bytes = nibbles ? 32 : 64;
-#pragma GCC unroll 8
-    for (int p = 0; p < PIXELS; p++)
+/* 8 pixels x 2 vectors of 16 outputs: 16 of the 32 registers. */
+static inline __attribute__((always_inline)) void vnni_tile(const Convolution *c, const Operands *o, int nibbles,
+                                                            const int64_t at[PIXELS], int32_t out[PIXELS][BLOCK]) {
+    const uint8_t *weights = o->weights, *from[PIXELS];
+    const int64_t bytes = nibbles ? 32 : 64;
+    __m512i zero[2], sum[PIXELS][2];
 #pragma GCC unroll 2
-        for (int l = 0; l < LANES; l++) sum[p][l] = _mm512_setzero_si512();
+    for (int l = 0; l < 2; l++) {
+        const __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(o->weight_zero + l * 16)));
+        zero[l] = _mm512_shuffle_epi8(first, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < PIXELS; p++) {
+        from[p] = (const uint8_t *)o->codes + at[p];
+        sum[p][0] = sum[p][1] = _mm512_setzero_si512();
+    }
     for (int64_t kh = 0; kh < c->kernel_height; kh++)
         for (int64_t kw = 0; kw < c->kernel_width; kw++) {
-            const int64_t start = kh * c->dilation_height * line + kw * c->dilation_width * c->channels;
-            for (int64_t i = start; i < start + c->channels; i += 4, weights += LANES * bytes) {
-                __m512i w[LANES];
+            const int64_t start = offset(c, kh, kw);
+            for (int64_t i = start; i < start + c->channels; i += 4, weights += 2 * bytes) {
+                __m512i w[2];
 #pragma GCC unroll 2
-                for (int l = 0; l < LANES; l++)
+                for (int l = 0; l < 2; l++)
                     w[l] = nibbles ? nibble_weights(weights + l * bytes, zero[l]) : _mm512_loadu_si512(weights + l * bytes);
 #pragma GCC unroll 8
                 for (int p = 0; p < PIXELS; p++) {
                     int32_t four;
-                    memcpy(&four, at[p] + i, 4);
+                    memcpy(&four, from[p] + i, 4);
                     const __m512i q = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
-                    for (int l = 0; l < LANES; l++) sum[p][l] = _mm512_dpbusd_epi32(sum[p][l], q, w[l]);
+                    for (int l = 0; l < 2; l++) sum[p][l] = _mm512_dpbusd_epi32(sum[p][l], q, w[l]);
                 }
             }
         }
+#pragma GCC unroll 8
+    for (int p = 0; p < PIXELS; p++)
+#pragma GCC unroll 2
+        for (int l = 0; l < 2; l++) _mm512_storeu_si512(out[p] + l * 16, sum[p][l]);
 }
 
-/* out [batch, out_height, out_width, outputs] = s w_s (sum - z weight_sum) + bias (+ onto, which may be out itself). */
-void convolve(const Convolution *c, const uint8_t *codes, const float *scale, const int32_t *zero_point,
-              const float *onto, float *out) {
-    const int64_t blocks = (c->outputs + 31) / 32, pixels = c->out_height * c->out_width;
-    const int64_t size = c->kernel_height * c->kernel_width * c->channels * 32 / (c->nibbles ? 2 : 1);
-    const int64_t line = c->in_width * c->channels;
-#pragma omp parallel for collapse(2) schedule(static)
-    for (int64_t n = 0; n < c->batch; n++)
-        for (int64_t block = 0; block < blocks; block++) {
-            const uint8_t *image = codes + n * c->in_height * line;
-            const float s = scale[n * c->each];
-            const __m512i z = _mm512_set1_epi32(zero_point[n * c->each]);
-            __m512i zero[LANES], correction[LANES];
-            __m512 gain[LANES], bias[LANES];
-            __mmask16 present[LANES];
-            for (int l = 0; l < LANES; l++) {
-                const int64_t first = block * 32 + l * 16, left = c->outputs - first;
-                const __m512i bytes = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(c->weight_zero + first)));
-                zero[l] = _mm512_shuffle_epi8(bytes, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
-                correction[l] = _mm512_mullo_epi32(z, _mm512_loadu_si512(c->weight_sum + first));
-                gain[l] = _mm512_mul_ps(_mm512_set1_ps(s), _mm512_loadu_ps(c->weight_scale + first));
-                bias[l] = _mm512_loadu_ps(c->bias + first);
-                present[l] = left >= 16 ? 0xffff : (left > 0 ? (__mmask16)((1u << left) - 1) : 0);
+static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXELS], int32_t out[PIXELS][BLOCK]) {
+    if (c->nibbles)
+        vnni_tile(c, o, 1, at, out);
+    else
+        vnni_tile(c, o, 0, at, out);
+}
+
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define INSTRUCTIONS "AVX2"
+
+enum { PIXELS = 6, BLOCK = 16, NIBBLE_GROUP = 4, BYTE_GROUP = 2, UNPACK = 1, WIDEN = 1 };
+
+/* 8 outputs, 4 channels times groups (at most 4): |w| <= 15, so 8 products, two at a time, add up exactly in 16 bits. */
+static inline __attribute__((always_inline)) void narrow_step(const uint8_t *const from[PIXELS], int64_t i,
+                                                              const int8_t *weights, int groups, __m256i sum[PIXELS]) {
+    __m256i w[4];
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; g++) w[g] = _mm256_loadu_si256((const __m256i *)(weights + g * 4 * BLOCK));
+#pragma GCC unroll 8
+    for (int p = 0; p < PIXELS; p++) {
+        __m256i pairs = _mm256_setzero_si256();
+#pragma GCC unroll 4
+        for (int g = 0; g < groups; g++) {
+            int32_t four;
+            memcpy(&four, from[p] + i + 4 * g, 4);
+            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(_mm256_set1_epi32(four), w[g]));
+        }
+        sum[p] = _mm256_add_epi32(sum[p], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+}
+
+/* Weights of 4 bits: 6 sums of 8 outputs and 4 vectors of weights, in 16 registers. */
+static void narrow_tile(const Convolution *c, const Operands *o, const int64_t at[PIXELS], int32_t out[PIXELS][BLOCK]) {
+    const uint8_t *from[PIXELS];
+    for (int p = 0; p < PIXELS; p++) from[p] = (const uint8_t *)o->codes + at[p];
+    for (int half = 0; half < BLOCK; half += 8) {
+        const int8_t *weights = (const int8_t *)o->weights + half * 4;
+        __m256i sum[PIXELS];
+#pragma GCC unroll 8
+        for (int p = 0; p < PIXELS; p++) sum[p] = _mm256_setzero_si256();
+        for (int64_t kh = 0; kh < c->kernel_height; kh++)
+            for (int64_t kw = 0; kw < c->kernel_width; kw++) {
+                int64_t i = offset(c, kh, kw);
+                const int64_t end = i + c->channels;
+                for (; i + 16 <= end; i += 16, weights += 16 * BLOCK) narrow_step(from, i, weights, 4, sum);
+                for (; i < end; i += 4, weights += 4 * BLOCK) narrow_step(from, i, weights, 1, sum);
             }
-            for (int64_t begin = 0; begin < pixels; begin += PIXELS) {
-                const uint8_t *at[PIXELS];
-                for (int64_t p = 0; p < PIXELS; p++) { /* beyond the end: the last pixel again, not stored */
-                    const int64_t pixel = begin + p < pixels ? begin + p : pixels - 1;
-                    const int64_t h = pixel / c->out_width, w = pixel % c->out_width;
-                    at[p] = image + h * c->stride_height * line + w * c->stride_width * c->channels;
-                }
-                __m512i sum[PIXELS][LANES];
-                if (c->nibbles)
-                    tile(c, at, c->weights + block * size, zero, 1, sum);
-                else
-                    tile(c, at, c->weights + block * size, zero, 0, sum);
+#pragma GCC unroll 8
+        for (int p = 0; p < PIXELS; p++) _mm256_storeu_si256((__m256i *)(out[p] + half), sum[p]);
+    }
+}
+
+/* Weights of 8 bits: 6 x 2 sums of 8 outputs; the products are of 16 bits, since pairs of 8 bits would not fit there. */
+static void wide_tile(const Convolution *c, const Operands *o, const int64_t at[PIXELS], int32_t out[PIXELS][BLOCK]) {
+    const int8_t *weights = o->weights;
+    const uint16_t *from[PIXELS];
+    __m256i sum[PIXELS][2];
+#pragma GCC unroll 8
+    for (int p = 0; p < PIXELS; p++) {
+        from[p] = (const uint16_t *)o->codes + at[p];
+        sum[p][0] = sum[p][1] = _mm256_setzero_si256();
+    }
+    for (int64_t kh = 0; kh < c->kernel_height; kh++)
+        for (int64_t kw = 0; kw < c->kernel_width; kw++) {
+            const int64_t start = offset(c, kh, kw);
+            for (int64_t i = start; i < start + c->channels; i += 2, weights += 2 * BLOCK) {
+                const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)weights));
+                const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(weights + BLOCK)));
 #pragma GCC unroll 8
                 for (int p = 0; p < PIXELS; p++) {
-                    if (begin + p >= pixels) break;
-                    const int64_t place = ((n * pixels) + begin + p) * c->outputs + block * 32;
-#pragma GCC unroll 2
-                    for (int l = 0; l < LANES; l++) {
-                        const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[p][l], correction[l]));
-                        __m512 y = _mm512_fmadd_ps(exact, gain[l], bias[l]);
-                        if (onto) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(present[l], onto + place + l * 16));
-                        _mm512_mask_storeu_ps(out + place + l * 16, present[l], y);
-                    }
+                    int32_t two;
+                    memcpy(&two, from[p] + i, 4);
+                    const __m256i q = _mm256_set1_epi32(two);
+                    sum[p][0] = _mm256_add_epi32(sum[p][0], _mm256_madd_epi16(q, low));
+                    sum[p][1] = _mm256_add_epi32(sum[p][1], _mm256_madd_epi16(q, high));
                 }
             }
+        }
+#pragma GCC unroll 8
+    for (int p = 0; p < PIXELS; p++)
+#pragma GCC unroll 2
+        for (int l = 0; l < 2; l++) _mm256_storeu_si256((__m256i *)(out[p] + l * 8), sum[p][l]);
+}
+
+static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXELS], int32_t out[PIXELS][BLOCK]) {
+    (c->nibbles ? narrow_tile : wide_tile)(c, o, at, out);
+}
+
+#else
+#define INSTRUCTIONS "portable"
+
+enum { PIXELS = 4, BLOCK = 16, NIBBLE_GROUP = 1, BYTE_GROUP = 1, UNPACK = 1, WIDEN = 0 };
+
+static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXELS], int32_t out[PIXELS][BLOCK]) {
+    const int8_t *weights = o->weights;
+    const uint8_t *codes = o->codes;
+    memset(out, 0, sizeof(int32_t) * PIXELS * BLOCK);
+    for (int64_t kh = 0; kh < c->kernel_height; kh++)
+        for (int64_t kw = 0; kw < c->kernel_width; kw++) {
+            const int64_t start = offset(c, kh, kw);
+            for (int64_t i = start; i < start + c->channels; i++, weights += BLOCK)
+                for (int p = 0; p < PIXELS; p++)
+                    for (int l = 0; l < BLOCK; l++) out[p][l] += codes[at[p] + i] * weights[l];
         }
 }
 #endif
+
+const char *instructions(void) { return INSTRUCTIONS; }
+
+int64_t block_outputs(void) { return BLOCK; }
+
+int64_t group_channels(int64_t nibbles) { return nibbles ? NIBBLE_GROUP : BYTE_GROUP; }
+
+/* Nibbles of one block -> size bytes, less the zero points. */
+static void unpack(const uint8_t *from, const int8_t *weight_zero, int64_t size, int8_t *to) {
+    enum { ROW = BLOCK * NIBBLE_GROUP };
+    int8_t zero[ROW];
+    for (int i = 0; i < ROW; i++) zero[i] = weight_zero[i / NIBBLE_GROUP];
+    for (const int8_t *end = to + size; to < end; to += ROW, from += ROW / 2)
+        for (int i = 0; i < ROW / 2; i++) {
+            to[2 * i] = (int8_t)((from[i] & 15) - zero[2 * i]);
+            to[2 * i + 1] = (int8_t)((from[i] >> 4) - zero[2 * i + 1]);
+        }
+}
+
+static void widen(const uint8_t *restrict from, int64_t size, uint16_t *restrict to) {
+    for (int64_t i = 0; i < size; i++) to[i] = from[i];
+}
+
+/* out [outputs] = gain (sum - correction) + bias (+ onto, which may be out itself). */
+static inline __attribute__((always_inline)) void finish(int64_t outputs, const int32_t *sum, const int32_t *correction,
+                                                         const float *gain, const float *bias, const float *onto,
+                                                         float *out) {
+    if (onto)
+#pragma GCC ivdep
+        for (int64_t l = 0; l < outputs; l++) out[l] = (float)(sum[l] - correction[l]) * gain[l] + bias[l] + onto[l];
+    else
+#pragma GCC ivdep
+        for (int64_t l = 0; l < outputs; l++) out[l] = (float)(sum[l] - correction[l]) * gain[l] + bias[l];
+}
+
+/* The outputs of one block for image n. */
+static void convolve_block(const Convolution *c, const Operands *o, int64_t n, int64_t first, float scale,
+                           int32_t zero_point, const float *onto, float *out) {
+    const int64_t pixels = c->out_height * c->out_width, line = c->in_width * c->channels;
+    const int64_t outputs = c->outputs - first < BLOCK ? c->outputs - first : BLOCK;
+    const float *bias = c->bias + first;
+    int32_t correction[BLOCK], sum[PIXELS][BLOCK];
+    float gain[BLOCK];
+    for (int l = 0; l < BLOCK; l++) {
+        correction[l] = zero_point * c->weight_sum[first + l];
+        gain[l] = scale * c->weight_scale[first + l];
+    }
+    for (int64_t begin = 0; begin < pixels; begin += PIXELS) {
+        int64_t at[PIXELS];
+        for (int64_t p = 0; p < PIXELS; p++) { /* beyond the end: the last pixel again, not stored */
+            const int64_t pixel = begin + p < pixels ? begin + p : pixels - 1;
+            const int64_t h = pixel / c->out_width, w = pixel % c->out_width;
+            at[p] = h * c->stride_height * line + w * c->stride_width * c->channels;
+        }
+        tile(c, o, at, sum);
+        for (int64_t p = 0; p < PIXELS && begin + p < pixels; p++) {
+            const int64_t place = (n * pixels + begin + p) * c->outputs + first;
+            const float *there = onto ? onto + place : NULL;
+            if (outputs == BLOCK)
+                finish(BLOCK, sum[p], correction, gain, bias, there, out + place);
+            else
+                finish(outputs, sum[p], correction, gain, bias, there, out + place);
+        }
+    }
+}
+
+/* out [batch, out_height, out_width, outputs] = s w_s (sum - z weight_sum) + bias (+ onto, which may be out itself).
+ * Returns 0, or 1 without memory. */
+int convolve(const Convolution *c, const uint8_t *codes, const float *scale, const int32_t *zero_point,
+             const float *onto, float *out) {
+    const int64_t blocks = (c->outputs + BLOCK - 1) / BLOCK, image = c->in_height * c->in_width * c->channels;
+    const int64_t size = c->kernel_height * c->kernel_width * c->channels * BLOCK;
+    const int unpacks = UNPACK && c->nibbles, widens = WIDEN && !c->nibbles;
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        void *work = malloc((size_t)(unpacks ? size : (widens ? image * 2 : 1)));
+        int64_t present = -1; /* the block or the image in work: it changes in the outer of two loops */
+        failed = !work;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < c->batch * blocks; i++) {
+            if (!work) continue;
+            const int64_t n = unpacks ? i % c->batch : i / blocks, block = unpacks ? i / c->batch : i % blocks;
+            const int64_t first = block * BLOCK;
+            const uint8_t *from = codes + n * image, *weights = c->weights + block * size / (c->nibbles ? 2 : 1);
+            Operands o = {from, weights, c->weight_zero + first};
+            if (unpacks) {
+                if (present != block) unpack(weights, o.weight_zero, size, work);
+                present = block;
+                o.weights = work;
+            } else if (widens) {
+                if (present != n) widen(from, image, work);
+                present = n;
+                o.codes = work;
+            }
+            convolve_block(c, &o, n, first, scale[n * c->each], zero_point[n * c->each], onto, out);
+        }
+        free(work);
+    }
+    return failed;
+}

@@ -25,7 +25,7 @@ from ptq_tdq.cache import cache_folder
 from ptq_tdq.errors import OutputError
 from ptq_tdq.runtime.kernels import Grid, Norm, Quantize
 
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 SWITCH = "PTQ_TDQ_NATIVE"  # 0 = never build or use native code
 
 
@@ -39,12 +39,12 @@ class _Frame(ctypes.Structure):
     ]
 
 
-def open_library() -> ctypes.CDLL | str:
-    """The built library, or a clause that says why there is none."""
+def open_library(march: str = "native") -> ctypes.CDLL | str:
+    """The library built for a processor as compilers name it, or a clause that says why there is none."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
     try:
-        return _library()
+        return _library(march)
     except (OSError, subprocess.CalledProcessError, OutputError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         return f"no native kernels: {detail[0] if detail else type(error).__name__}"
@@ -87,18 +87,19 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
     return quantize
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
+@lru_cache
+def _library(march: str) -> ctypes.CDLL:
     """The built library; raises OSError or CalledProcessError where it cannot be built."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
     if compiler is None:
         raise OSError("there is no C compiler")
     source = files("ptq_tdq.runtime").joinpath("native.c").read_bytes()
-    identity = [source, compiler.encode(), " ".join(FLAGS).encode(), _processor()]
+    flags = [*FLAGS, f"-march={march}"]
+    identity = [source, compiler.encode(), " ".join(flags).encode(), _processor()]
     name = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
     path = cache_folder() / f"native-{name}.so"
     if not path.exists():
-        write_atomic(path, _build(compiler, source))
+        write_atomic(path, _build([compiler, *flags], source))
     return ctypes.CDLL(str(path))
 
 
@@ -111,14 +112,14 @@ def _processor() -> bytes:
         return platform.processor().encode()
 
 
-def _build(compiler: str, source: bytes) -> bytes:
+def _build(compile_command: list[str], source: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         # compiled with OpenMP, linked without its library: torch has loaded one, and two would fight for the cores
         compile_, object_, out = Path(folder, "native.c"), Path(folder, "native.o"), Path(folder, "native.so")
         compile_.write_bytes(source)
         for command in (
-            [compiler, *FLAGS, "-c", str(compile_), "-o", str(object_)],
-            [compiler, "-shared", str(object_), "-o", str(out), "-lm"],
+            [*compile_command, "-c", str(compile_), "-o", str(object_)],
+            [compile_command[0], "-shared", str(object_), "-o", str(out), "-lm"],
         ):
             subprocess.run(command, check=True, capture_output=True, text=True)
         return out.read_bytes()

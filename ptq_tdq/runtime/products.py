@@ -1,4 +1,4 @@
-"""Convolutions of codes: u8 activations x s8 weights with int32 sums, by our kernel (AVX512-VNNI) or by oneDNN.
+"""Convolutions of codes: u8 activations x s8 weights with exact sums, by our kernel, by oneDNN or in floating point.
 
     y = s w_s (sum (q - z) w) + bias        w: signed weight codes, w_s: their scale for each output channel
 
@@ -14,13 +14,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ptq_tdq.errors import RuntimeUnsupportedError
 from ptq_tdq.runtime.step import Interval
 
-BLOCK = 32  # outputs that the kernel computes together
-CHANNELS = 4  # channels that one instruction sums
+CHANNELS = 4  # the kernel takes multiples of so many
 NIBBLE_BITS = 4  # weights of at most so many bits share a byte in memory
+LARGEST_CODE = 255
+LARGEST_FLOAT32_INTEGER = 2**24  # up to which float32 has them all
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,23 @@ class Weights:
 class Products(Protocol):
     """Padded codes uint8 [B, C, H, W] (channels_last) -> float32 [B, O, H', W'].
 
-    The result is added to ``onto``, whose memory it may take. ``nbytes`` is what the weights take in memory.
+    The result is added to ``onto``, whose memory it may take. ``nbytes`` is what the weights take in memory, ``name``
+    says what computes.
     """
 
     nbytes: int
+    name: str
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor: ...
 
 
 class OneDnnProducts:
-    """By ``torch.ops.onednn``: any processor with VNNI or AMX, any geometry."""
+    """By ``torch.ops.onednn``: any geometry, but exact with AVX512-VNNI or AMX alone.
+
+    Without them it adds pairs of products in 16 bits, and saturates silently.
+    """
+
+    name = "oneDNN"
 
     def __init__(self, weights: Weights, geometry: Geometry) -> None:
         g = geometry
@@ -140,6 +149,25 @@ class OneDnnProducts:
         return y
 
 
+class FloatProducts:
+    """By ``torch``, in floating point that represents the sums exactly: any processor, any geometry."""
+
+    name = "torch, in floating point"
+
+    def __init__(self, weights: Weights, geometry: Geometry) -> None:
+        self._geometry, self._codes, self._scale, self._bias = geometry, weights.narrow, weights.scale, weights.bias
+        largest = LARGEST_CODE * int(weights.signed.abs().flatten(1).sum(1).max())
+        self._dtype = torch.float32 if largest <= LARGEST_FLOAT32_INTEGER else torch.float64
+        self.nbytes = self._codes.nbytes + weights.scale.nbytes + weights.bias.nbytes
+
+    def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
+        each, channel, g = (-1, 1, 1, 1), (1, -1, 1, 1), self._geometry
+        levels = codes.to(self._dtype) - interval.zero_point.view(each)
+        sums = functional.conv2d(levels, self._codes.to(self._dtype), None, g.stride, 0, g.dilation, g.groups)
+        y = sums.float() * (interval.scale.view(each) * self._scale.view(channel)) + self._bias.view(channel)
+        return y if onto is None else y + onto
+
+
 class _Convolution(ctypes.Structure):
     """``Convolution`` of native.c."""
 
@@ -157,19 +185,21 @@ class NativeProducts:
 
     def __init__(self, weights: Weights, geometry: Geometry, library: ctypes.CDLL) -> None:
         self._geometry, self._outputs, self._convolve = geometry, len(weights.codes), library.convolve
-        self._convolve.argtypes, self._convolve.restype = [ctypes.c_void_p] * 6, None
+        self._convolve.argtypes, self._convolve.restype = [ctypes.c_void_p] * 6, ctypes.c_int
+        self.name = f"native C, {_instructions(library)}"
         self._nibbles = int(weights.bits <= NIBBLE_BITS)
         zero = weights.zero_point if self._nibbles else torch.zeros_like(weights.zero_point)
         signed = [weights.signed] if self._nibbles else weights.summands()
         stored = [weights.codes] if self._nibbles else signed
         bias = [weights.bias, *[torch.zeros_like(weights.bias)] * (len(stored) - 1)]
+        block, group = _layout(library, self._nibbles)
         self._tensors = [
             (
-                _in_blocks(w, pairs=bool(self._nibbles)),
-                _padded(zero.to(torch.int8)),
-                _padded(s.flatten(1).sum(1, dtype=torch.int32)),
-                _padded(weights.scale),
-                _padded(b),
+                _in_blocks(w, block, group, pairs=bool(self._nibbles)),
+                _padded(zero.to(torch.int8), block),
+                _padded(s.flatten(1).sum(1, dtype=torch.int32), block),
+                _padded(weights.scale, block),
+                _padded(b, block),
             )
             for w, s, b in zip(stored, signed, bias, strict=True)
         ]
@@ -202,20 +232,35 @@ class NativeProducts:
             out = onto = onto.contiguous(memory_format=torch.channels_last)
         where = codes.data_ptr(), interval.scale.data_ptr(), interval.zero_point.data_ptr()
         for call in calls:
-            self._convolve(ctypes.addressof(call), *where, None if onto is None else out.data_ptr(), out.data_ptr())
+            there = None if onto is None else out.data_ptr()
+            if self._convolve(ctypes.addressof(call), *where, there, out.data_ptr()):
+                raise MemoryError
             onto = out
         return out
 
 
-def _padded(values: Tensor) -> Tensor:
+def _instructions(library: ctypes.CDLL) -> str:
+    library.instructions.restype = ctypes.c_char_p
+    name: bytes = library.instructions()
+    return name.decode()
+
+
+def _layout(library: ctypes.CDLL, nibbles: int) -> tuple[int, int]:
+    """Outputs in a block of weights and channels in a group of them, as this processor's kernel takes them."""
+    library.block_outputs.restype = library.group_channels.restype = ctypes.c_int64
+    library.group_channels.argtypes = [ctypes.c_int64]
+    return library.block_outputs(), library.group_channels(nibbles)
+
+
+def _padded(values: Tensor, block: int) -> Tensor:
     """Values [O], with zeros up to a multiple of the block."""
-    return nn.functional.pad(values, (0, -len(values) % BLOCK)).contiguous()
+    return functional.pad(values, (0, -len(values) % block)).contiguous()
 
 
-def _in_blocks(codes: Tensor, *, pairs: bool) -> Tensor:
+def _in_blocks(codes: Tensor, block: int, group: int, *, pairs: bool) -> Tensor:
     """[O, C, kh, kw] in the order of native.c; with ``pairs`` two unsigned codes of 4 bits to a byte."""
-    codes = nn.functional.pad(codes, (0, 0, 0, 0, 0, 0, 0, -len(codes) % BLOCK))
-    rows = codes.permute(0, 2, 3, 1).reshape(len(codes) // BLOCK, BLOCK, -1, CHANNELS)
+    codes = functional.pad(codes, (0, 0, 0, 0, 0, 0, 0, -len(codes) % block))
+    rows = codes.permute(0, 2, 3, 1).reshape(len(codes) // block, block, -1, group)
     blocks = rows.permute(0, 2, 1, 3).contiguous()
     if not pairs:
         return blocks

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptq_tdq.errors import RuntimeUnsupportedError
-from ptq_tdq.runtime.cpu import check_exact
-from ptq_tdq.runtime.products import Geometry, NativeProducts, OneDnnProducts, Products, Weights
+from ptq_tdq.processor import sums_eight_bits
+from ptq_tdq.runtime.native import open_library
+from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights
 from ptq_tdq.runtime.step import Interval
 
 Make = Callable[[Weights, Geometry], Products]
+MARCH = {"native": "native", "AVX2": "haswell", "portable": "x86-64"}  # older processors' kernels run on newer ones
 
 
-@pytest.fixture(params=["native", "onednn"])
+EXACT = {"float": FloatProducts} | ({"oneDNN": OneDnnProducts} if sums_eight_bits() else {})  # for any geometry
+
+
+@pytest.fixture(params=[*MARCH, *EXACT])
 def make(request: pytest.FixtureRequest) -> Make:
-    if request.param == "onednn":
-        return OneDnnProducts
-    library: ctypes.CDLL = request.getfixturevalue("library")
-    if not hasattr(library, "convolve"):
-        pytest.skip("no AVX512-VNNI here")
-    return lambda weights, geometry: NativeProducts(weights, geometry, library)
+    kind: str = request.param
+    if kind in EXACT:
+        return EXACT[kind]
+    capability = torch.backends.cpu.get_cpu_capability()
+    if (kind == "portable" and platform.machine() != "x86_64") or (kind == "AVX2" and "AVX" not in capability):
+        pytest.skip(f"this processor does not run {kind}")
+    library = open_library(MARCH[kind])
+    if isinstance(library, str):
+        pytest.skip(library)
+    return partial(NativeProducts, library=library)
 
 
 def random_weights(bits: int, outputs: int, channels: int, kernel: tuple[int, int], seed: int) -> Weights:
@@ -89,31 +99,46 @@ def test_adds_its_result_to_what_is_there(make: Make, bits: int, mixed: bool) ->
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_grouped_convolutions() -> None:
+@pytest.mark.parametrize("channels", [20, 64])
+@pytest.mark.parametrize("weight", [-15, 15, -128, 127])
+def test_the_largest_sums_are_exact(make: Make, weight: int, channels: int) -> None:
+    # where instructions add products in 16 bits, two of 255 x 127 do not fit, and many of 255 x 15 do not
+    zero_point = torch.full((16,), max(-weight, 0), dtype=torch.int32)
+    codes = torch.full((16, channels, 3, 3), max(weight, 0), dtype=torch.uint8)
+    weights = Weights(codes, 4 if abs(weight) == 15 else 8, torch.ones(16), zero_point, torch.zeros(16))
+    x = torch.full((1, channels, 5, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    interval = Interval(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    found = make(weights, Geometry((3, 3)))(x, interval, None)
+    assert torch.equal(found, torch.full((1, 16, 3, 2), 255.0 * weight * channels * 9))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_grouped_convolutions(bits: int) -> None:
     geometry = Geometry((3, 3), groups=4)
-    weights = random_weights(4, 8, 2, (3, 3), seed=3)
+    weights = random_weights(bits, 8, 2, (3, 3), seed=3)
     codes = torch.randint(0, 256, (2, 8, 5, 5), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     interval = Interval(torch.tensor([0.1]), torch.tensor([7], dtype=torch.int32))
     assert not NativeProducts.covers(weights, geometry)
-    found = OneDnnProducts(weights, geometry)(codes, interval, None)
-    torch.testing.assert_close(found.double(), in_float64(codes, interval, weights, geometry), rtol=1e-5, atol=1e-5)
+    expected = in_float64(codes, interval, weights, geometry)
+    for products in EXACT.values():
+        found = products(weights, geometry)(codes, interval, None)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_beyond_the_integers_of_float32_are_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes, values = (
+        torch.randint(0, 256, (rows, 4096, 1, 1), generator=generator, dtype=torch.uint8) for rows in (8, 16)
+    )
+    weights = Weights(values, 8, torch.ones(16), torch.zeros(16, dtype=torch.int32), torch.zeros(16))
+    interval = Interval(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    exact = codes.flatten(1).long() @ values.flatten(1).long().T
+    assert exact.min() > 2**24
+    assert torch.equal(FloatProducts(weights, Geometry())(codes, interval, None).flatten(1), exact.float())
 
 
 def test_4_bit_weights_stay_two_to_a_byte(library: ctypes.CDLL) -> None:
-    if not hasattr(library, "convolve"):
-        pytest.skip("no AVX512-VNNI here")
     narrow = NativeProducts(random_weights(4, 64, 64, (3, 3), 0), Geometry((3, 3)), library)
     wide = NativeProducts(random_weights(5, 64, 64, (3, 3), 0), Geometry((3, 3)), library)
     beside = 64 * (4 + 4 + 4 + 1)  # scale, bias, sum and zero point of each output
     assert (narrow.nbytes, wide.nbytes) == (64 * 64 * 9 // 2 + beside, 64 * 64 * 9 + beside)
-
-
-@pytest.mark.parametrize(("weight", "code", "exact"), [(128, 255, False), (127, 127, True), (15, 255, True)])
-def test_without_vnni_sums_that_saturate_are_refused(weight: int, code: int, exact: bool) -> None:
-    # vpmaddubsw adds two products in 16 bits: 2 * 127 * 127 = 32258 fits, 2 * 128 * 255 does not
-    if exact:
-        check_exact("conv_in", weight, code, "none")
-    else:
-        with pytest.raises(RuntimeUnsupportedError, match="no VNNI: the integer sums of conv_in"):
-            check_exact("conv_in", weight, code, "none")
-    check_exact("conv_in", weight, code, "vnni")

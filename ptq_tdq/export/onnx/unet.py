@@ -19,7 +19,7 @@ from ptq_tdq.errors import ModelError, UsageError
 from ptq_tdq.export.extras import need
 from ptq_tdq.export.onnx.file import METADATA
 from ptq_tdq.export.onnx.skeleton import LABELS, SAMPLE, TIMESTEP
-from ptq_tdq.runtime.cpu import instruction_set
+from ptq_tdq.processor import sums_eight_bits
 from ptq_tdq.timeaxis import require_covered
 
 Run = Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]
@@ -99,7 +99,7 @@ def _onnxruntime(file: Path, threads: int) -> Run:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if instruction_set() == "none":  # sums of 8-bit products would saturate silently
+    if not sums_eight_bits():  # sums of 8-bit products would saturate silently
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 

@@ -1,0 +1,22 @@
+"""What this processor computes: integer products, bfloat16."""
+
+from __future__ import annotations
+
+import torch
+
+
+def instruction_set() -> str:
+    """The instructions for integer products: "amx-int8", "vnni" or, without these, the widest vectors ("avx2")."""
+    if torch.cpu._is_amx_tile_supported():
+        return "amx-int8"
+    return "vnni" if torch.cpu._is_vnni_supported() else torch.backends.cpu.get_cpu_capability().lower()
+
+
+def sums_eight_bits() -> bool:
+    """Whether u8 x s8 products are added in 32 bits; other processors add pairs in 16 bits first, and saturate."""
+    return instruction_set() in ("amx-int8", "vnni")
+
+
+def has_bfloat16() -> bool:
+    """Whether bfloat16 products are instructions; elsewhere they are emulated, ten times slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
