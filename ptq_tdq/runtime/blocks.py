@@ -27,7 +27,7 @@ def norm_of(module: nn.Module, *, silu: bool) -> Norm | None:
     if not isinstance(module, nn.GroupNorm) or module.weight is None:
         return None
     weight, bias = (p.detach().float().contiguous() for p in (module.weight, module.bias))
-    return Norm(module.num_groups, weight, bias, module.eps, silu)
+    return Norm(int(module.num_groups), weight, bias, module.eps, silu)
 
 
 def _takes_norm(layer: nn.Module | None) -> bool:

@@ -15,7 +15,6 @@ from diffusers import UNet2DModel
 
 from ptq_tdq import CalibrationSet, calibrate, preset
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.records import LayerRecord
 
 STEPS = 10
 
@@ -55,7 +54,7 @@ def small_artifact() -> Artifact:
     return calibrate(small_unet(), config, samples).to_artifact()
 
 
-def with_layer(artifact: Artifact, name: str, **changes: Any) -> Artifact:
+def with_layer(artifact: Artifact, name: str, /, **changes: Any) -> Artifact:
     """The artifact with another record of one layer."""
     layers = tuple(replace(layer, **changes) if layer.name == name else layer for layer in artifact.layers)
     return replace(artifact, layers=layers)
@@ -77,12 +76,7 @@ def with_config(artifact: Artifact, **changes: Any) -> Artifact:
     return replace(artifact, config={**artifact.config, "model_config": config})
 
 
-def layer_of(artifact: Artifact, kind: str, ranges: int = 1) -> LayerRecord:
-    """The first layer of a kind that has a quantized input."""
-    return next(r for r in artifact.layers if r.kind == kind and r.inputs and len(r.splits) in (0, ranges + 1))
-
-
 def run_python(script: str, *args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a process of its own, which may crash, with warnings as errors off."""
+    """Run a script in a process of its own, which may crash."""
     command = [sys.executable, "-c", script, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=600)
