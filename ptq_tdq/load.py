@@ -12,7 +12,7 @@ from ptq_tdq.artifacts import CONFIG_FILE, Artifact, read_artifact
 from ptq_tdq.errors import ArtifactError, ConfigError
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.runtime import IntegerModel
-from ptq_tdq.structure import build_model, float32_default, meta_model
+from ptq_tdq.structure import build_model, building, meta_model
 
 Backend = Literal["simulated", "integer"]
 
@@ -56,14 +56,14 @@ def load_quantized(
         raise ConfigError(f'The backend "integer" runs on the CPU only. Got device {str(device)!r} instead.')
     artifact = read_artifact(_folder(source))
     if backend == "integer":
-        with float32_default():
+        with building():
             return IntegerModel(meta_model(artifact), artifact)  # the float weights are never made
     return build_quantized(artifact).to(device)
 
 
 def build_quantized(artifact: Artifact) -> QuantizedModel:
     """The simulated model of an artifact in memory; raises :class:`ArtifactMismatchError` where they do not fit."""
-    with float32_default():
+    with building():
         return QuantizedModel.from_artifact(build_model(artifact), artifact)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ArtifactError, ArtifactMismatchError
+from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError
 from ptq_tdq.fit import check_fit
 
 LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small
@@ -26,6 +26,24 @@ LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is stil
 # positions) is small. Both limits are for files of a few values, where that "small" is more than the model itself.
 CALLS_PER_TENSOR, SPARE_CALLS = 8, 1_000
 VALUES_PER_VALUE, SPARE_VALUES = 4, 2**24
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Around all that makes a model of an artifact: float32, and one kind of error for whatever a constructor meets.
+
+    Raises :class:`ArtifactMismatchError` in the place of what is no error of this package.
+    """
+    try:
+        with _float32_default():
+            yield
+    except PtqTdqError:
+        raise
+    except Exception as error:  # nobody has checked the entries of the configuration one by one
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ArtifactMismatchError(
+            f"The artifact's model_config is none that its model takes ({reason}); make the artifact again."
+        ) from error
 
 
 def meta_model(artifact: Artifact) -> nn.Module:
@@ -37,7 +55,9 @@ def meta_model(artifact: Artifact) -> nn.Module:
     cls = _denoiser(artifact.config["model_config"].get("_class_name"))
     _check_integers(artifact)
     with torch.device("meta"), _Limit(artifact):
-        return _build(cls, artifact)
+        structure = cls.from_config(artifact.config["model_config"])
+    assert isinstance(structure, nn.Module)
+    return structure
 
 
 def build_model(artifact: Artifact) -> nn.Module:
@@ -46,8 +66,11 @@ def build_model(artifact: Artifact) -> nn.Module:
     """
     structure = meta_model(artifact)
     check_fit(structure, artifact)
+    cls: Any = type(structure)
     with torch.device("cpu"):
-        return _build(type(structure), artifact)
+        model = cls.from_config(artifact.config["model_config"])
+    assert isinstance(model, nn.Module)
+    return model
 
 
 def _denoiser(name: Any) -> Any:
@@ -63,22 +86,8 @@ def _denoiser(name: Any) -> Any:
     return cls
 
 
-def _build(cls: Any, artifact: Artifact) -> nn.Module:
-    try:
-        model = cls.from_config(artifact.config["model_config"])
-    except ArtifactError:
-        raise
-    except Exception as error:  # whatever a constructor meets in a configuration that nobody checked
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ArtifactMismatchError(
-            f"The artifact's model_config is none that a {cls.__name__} takes ({reason}); make the artifact again."
-        ) from error
-    assert isinstance(model, nn.Module)
-    return model
-
-
 @contextmanager
-def float32_default() -> Iterator[None]:
+def _float32_default() -> Iterator[None]:
     """Build float32 models whatever torch's default dtype is at the moment, as diffusers does when it loads one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

@@ -170,6 +170,8 @@ def _check_inputs(value: Any) -> None:
         raise ModelError(f"The integer backend runs on the CPU. Got a tensor on {value.device}; move it there.")
     if not value.numel():
         raise ModelError(f"The model was given an empty tensor {list(value.shape)}; pass at least one sample.")
+    if value.is_complex():
+        raise ModelError("The model was given complex numbers; pass real ones.")
     if value.is_floating_point() and not bool(value.float().isfinite().all()):
         raise NonFiniteError("The model was given NaN or Inf; the integer backend has no codes for them.")
 

@@ -115,7 +115,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "a module of diffusers": (config(_class_name="utils"), "'utils', which this version"),
     "a model without time": (config(_class_name="AutoencoderKL"), "'AutoencoderKL', which takes no time step"),
     "a denoiser of another kind": (config(_class_name="UNet1DModel"), "(model_config|missing|is a)"),
-    "no channels": (config(block_out_channels=[]), "model_config is none that a UNet2DModel takes"),
+    "no channels": (config(block_out_channels=[]), "model_config is none that its model takes"),
     "negative channels": (config(block_out_channels=[-8, -16]), "model_config is none that"),
     "channels in words": (config(block_out_channels=["eight", "sixteen"]), "model_config is none that"),
     "10^9 channels": (config(block_out_channels=[10**9, 10**9]), "holds a number beyond"),
@@ -125,6 +125,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "10^7 classes": (config(num_class_embeds=10**7), "far larger model than its tensors"),
     "another number of classes": (config(num_class_embeds=4), r"class_embedding\.weight' is torch.float32 \[3, 32\]"),
     "other blocks": (config(down_block_types=["DownBlock2D", "DownBlock2D"]), "no layer 'down_blocks.1.attentions"),
+    "a list for a factor": (config(mid_block_scale_factor=[0, 1]), "model_config is none that"),
     "blocks of no kind": (config(down_block_types=["os.system", "exec"]), "model_config is none that"),
 }
 SCRIPT = """
