@@ -9,13 +9,16 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hostile import run_python, small_artifact, with_config, with_layer, with_tensor
 
+from ptq_tdq import load_quantized
 from ptq_tdq.artifacts import Artifact, write_artifact
+from ptq_tdq.errors import ArtifactMismatchError
 from ptq_tdq.records import QuantizerRecord
 
 Change = Callable[[Artifact], Artifact]
@@ -125,7 +128,6 @@ CASES: dict[str, tuple[Change, str]] = {
     "10^7 classes": (config(num_class_embeds=10**7), "far larger model than its tensors"),
     "another number of classes": (config(num_class_embeds=4), r"class_embedding\.weight' is torch.float32 \[3, 32\]"),
     "other blocks": (config(down_block_types=["DownBlock2D", "DownBlock2D"]), "no layer 'down_blocks.1.attentions"),
-    "a list for a factor": (config(mid_block_scale_factor=[0, 1]), "model_config is none that"),
     "blocks of no kind": (config(down_block_types=["os.system", "exec"]), "model_config is none that"),
 }
 SCRIPT = """
@@ -172,3 +174,9 @@ def test_an_artifact_that_does_not_fit_its_model_is_refused(
 @pytest.mark.parametrize("backend", ["simulated", "integer"])
 def test_the_same_artifact_without_a_change_runs(backend: str, verdicts: dict[tuple[str, str], str]) -> None:
     assert verdicts[f"{len(CASES):02}", backend] == "runs"
+
+
+def test_an_entry_that_only_the_integer_form_reads(tmp_path: Path) -> None:
+    write_artifact(tmp_path / "out", with_config(small_artifact(), mid_block_scale_factor=[0, 1]))
+    with pytest.raises(ArtifactMismatchError, match=r"model_config is none that its model takes \(float\(\) argument"):
+        load_quantized(tmp_path / "out", backend="integer")
