@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Literal, get_args, overload
 
-import diffusers
 import torch
 from huggingface_hub import snapshot_download
 
 from ptq_tdq.artifacts import CONFIG_FILE, Artifact, read_artifact
-from ptq_tdq.errors import ArtifactError, ArtifactMismatchError, ConfigError
+from ptq_tdq.errors import ArtifactError, ConfigError
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.runtime import IntegerModel
+from ptq_tdq.structure import build_model, building, meta_model
 
 Backend = Literal["simulated", "integer"]
 
@@ -44,7 +44,9 @@ def load_quantized(
     bit for bit. "integer" computes convolutions and linears with integers, on the CPU, and is the fast one; its
     ``facts`` say what runs.
 
-    Raises :class:`~ptq_tdq.errors.ArtifactError` (missing, damaged, of an unknown version or model class),
+    No content of the files runs as code or is trusted: every tensor is held against the model's structure first.
+
+    Raises :class:`~ptq_tdq.errors.ArtifactError` (missing, damaged, of another version, or of no model that fits),
     :class:`~ptq_tdq.errors.ConfigError` for an unknown backend or a device that it does not have, and
     :class:`~ptq_tdq.errors.RuntimeUnsupportedError` for what cannot run in integers on this processor.
     """
@@ -54,23 +56,15 @@ def load_quantized(
         raise ConfigError(f'The backend "integer" runs on the CPU only. Got device {str(device)!r} instead.')
     artifact = read_artifact(_folder(source))
     if backend == "integer":
-        with torch.device("meta"):  # the float weights are never made
-            structure = _structure(artifact)
-        return IntegerModel(structure, artifact)
+        with building():
+            return IntegerModel(meta_model(artifact), artifact)  # the float weights are never made
     return build_quantized(artifact).to(device)
 
 
 def build_quantized(artifact: Artifact) -> QuantizedModel:
-    """The simulated model of an artifact in memory; raises :class:`ArtifactMismatchError` for another model class."""
-    return QuantizedModel.from_artifact(_structure(artifact), artifact)
-
-
-def _structure(artifact: Artifact) -> Any:
-    name = artifact.config["model_config"].get("_class_name")
-    cls = getattr(diffusers, str(name), None)
-    if cls is None or not hasattr(cls, "from_config"):
-        raise ArtifactMismatchError(f"The artifact is of a {name!r}, which this version of diffusers does not have.")
-    return cls.from_config(artifact.config["model_config"])
+    """The simulated model of an artifact in memory; raises :class:`ArtifactMismatchError` where they do not fit."""
+    with building():
+        return QuantizedModel.from_artifact(build_model(artifact), artifact)
 
 
 def _folder(source: str | Path) -> Path:

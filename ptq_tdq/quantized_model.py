@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact, IntervalTable, model_card, write_artifact
-from ptq_tdq.errors import ModelError
+from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError
+from ptq_tdq.fit import check_fit
 from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
 from ptq_tdq.intervals.table import TableSource
@@ -113,19 +114,22 @@ class QuantizedModel(TimedModel):
 
     @classmethod
     def from_artifact(cls, model: nn.Module, artifact: Artifact) -> QuantizedModel:
-        """Fill ``model``, a freshly built one of the artifact's configuration, and switch its quantizers on."""
-        missing, unexpected = model.load_state_dict(artifact.float_state, strict=False)
-        if unexpected or {key.removesuffix(".weight") for key in missing} != set(artifact.weight_codes):
-            raise ModelError(
-                "The artifact's tensors do not fit the model of its own configuration; it cannot be loaded."
-            )
+        """Fill ``model``, a freshly built one of the artifact's configuration, and switch its quantizers on.
+
+        Raises :class:`~ptq_tdq.errors.ArtifactMismatchError` where they do not fit.
+        """
+        check_fit(model, artifact)
+        model.load_state_dict(artifact.float_state, strict=False)  # the quantized weights follow
         quantized = cls(model.eval().requires_grad_(False), artifact.layers)
         for name, layer in quantized.layers().items():
             for index, (lo, hi) in enumerate(layer.ranges):
                 scale, zero_point = artifact.weight_scale[name][:, index], artifact.weight_zero_point[name][:, index]
                 layer.assign(index, artifact.weight_codes[name][:, lo:hi], scale, zero_point)
         for name, quantizer in quantized.quantizers().items():
-            quantizer.source = source_of(quantizer, artifact.tables[name])
+            try:
+                quantizer.source = source_of(quantizer, artifact.tables[name])
+            except (ConfigError, ModelError) as error:
+                raise ArtifactMismatchError(f"The quantizer '{name}' cannot be made: {error}") from error
         quantized.provenance, quantized.metrics = artifact.config, artifact.metrics
         return quantized.finalize()
 

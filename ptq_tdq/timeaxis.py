@@ -22,6 +22,17 @@ def require_covered(t: Tensor, last: int) -> None:
         )
 
 
+def as_vector(t: Tensor | float | int) -> Tensor:
+    """t of one or all samples as a vector; a float of Python's is float32, whatever torch's default dtype is.
+
+    Raises :class:`ModelError` for anything but a number or a vector of them.
+    """
+    vector: Tensor = torch.atleast_1d(torch.as_tensor(t, dtype=torch.float32 if isinstance(t, float) else None))
+    if vector.ndim > 1 or not len(vector):
+        raise ModelError(f"The time step must be one number or one per sample. Got the shape {list(vector.shape)}.")
+    return vector
+
+
 def lookup(table: Tensor, t: Tensor) -> Tensor:
     """Values of ``table`` [T, ...] at ``t`` [B]: [B, ...], exact for integer t, linear between neighbours otherwise.
 
@@ -46,7 +57,7 @@ class Clock:
 
     def set(self, t: Tensor | float | int) -> None:
         """Set t: a scalar (all samples alike) or a tensor [B]."""
-        self._t = torch.atleast_1d(torch.as_tensor(t))
+        self._t = as_vector(t)
 
     def read(self, batch: int) -> Tensor:
         """t of each of ``batch`` samples, [batch]; a batch that repeats each sample k times gets each t k times."""

@@ -21,6 +21,15 @@ def require_timestep(model: nn.Module) -> None:
         )
 
 
+def in_float32(value: Any) -> Any:
+    """``value``, or what a dict, list or tuple holds, with the floating tensors in float32."""
+    if type(value) is dict:
+        return {key: in_float32(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(in_float32, value))
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 class TimedModel(nn.Module, ABC):
     """Calls ``model`` as it is called itself (``pipe.unet = ...``) after :meth:`at` has heard of ``timestep``.
 
@@ -38,8 +47,13 @@ class TimedModel(nn.Module, ABC):
         """Make ready for a forward pass at time steps ``t``, a scalar or one per sample [B]."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's forward; raises :class:`~ptq_tdq.errors.TimestepError` for t outside the tables."""
+        """The wrapped model's forward; raises :class:`~ptq_tdq.errors.TimestepError` for t outside the tables.
+
+        A float32 model takes inputs of any floating dtype, as they come where torch's default dtype is another.
+        """
         self.at(self._signature.bind(*args, **kwargs).arguments["timestep"])
+        if self.dtype == torch.float32:
+            args, kwargs = in_float32(args), in_float32(kwargs)
         return self.model(*args, **kwargs)
 
     @property

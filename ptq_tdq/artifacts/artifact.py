@@ -110,8 +110,7 @@ def check_artifact(artifact: Artifact) -> None:
         name = layer.name
         _check_weight(layer, artifact.weight_codes[name], artifact.weight_scale[name], artifact.weight_zero_point[name])
     for name, tensor in artifact.float_state.items():
-        finite = not tensor.is_floating_point() or bool(tensor.cpu().double().isfinite().all())
-        _require(finite, f"The tensor '{name}' has NaN or Inf")
+        _require(_is_finite(tensor), f"The tensor '{name}' has NaN or Inf")
 
 
 def _check_table(quantizer: QuantizerRecord, table: IntervalTable, steps: int) -> None:
@@ -119,7 +118,7 @@ def _check_table(quantizer: QuantizerRecord, table: IntervalTable, steps: int) -
     dynamic, network = quantizer.method.startswith(DYNAMIC), quantizer.method.startswith(f"{DYNAMIC}-")
     fits = (table.scale is None) == dynamic and bool(table.generator) == network
     _require(fits, f"{what} does not fit method '{quantizer.method}'")
-    _require(all(bool(tensor.isfinite().all()) for tensor in table.generator.values()), f"{what} has NaN or Inf")
+    _require(all(map(_is_finite, table.generator.values())), f"{what} has NaN or Inf")
     shape = (1,) if table.scale is None else (steps,)
     if table.scale is not None:
         _check_scale(what, table.scale, shape, quantizer.bits)
@@ -158,6 +157,11 @@ def _check_zero_point(what: str, zero_point: Tensor, shape: tuple[int, ...], bit
 def _check_form(what: str, part: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     found = f"{tensor.dtype} {list(tensor.shape)}"
     _require(tensor.dtype == dtype and tensor.shape == shape, f"{what} needs {part} {dtype} {list(shape)}, not {found}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # in float64, because torch has no such test for the 8-bit floats
+    return not tensor.is_floating_point() or bool(tensor.cpu().double().isfinite().all())
 
 
 def _same_names(what: str, found: dict[str, Any], expected: set[str]) -> None:

@@ -23,6 +23,7 @@ WEIGHTS_FILE = "weights.safetensors"
 METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
 _DATA_FILES = (TABLES_FILE, WEIGHTS_FILE, METRICS_FILE)  # README.md is prose that its owner may edit: not hashed
+_MOST_DIMS = 4  # of a weight
 _WEIGHT_PARTS = ("weight_codes", "weight_shape", "weight_scale", "weight_zero_point")
 
 
@@ -140,7 +141,7 @@ def _take_weight(tensors: dict[str, Tensor], layer: LayerRecord) -> tuple[Tensor
     except KeyError as error:
         raise ArtifactCorruptError(f"{WEIGHTS_FILE} has no {error}; make the artifact again.") from error
     packed, shape, scale, zero_point = parts
-    if shape.dtype != torch.int64 or shape.ndim != 1 or not bool((shape > 0).all()):
+    if shape.dtype != torch.int64 or shape.ndim != 1 or len(shape) > _MOST_DIMS or not bool((shape > 0).all()):
         raise ArtifactCorruptError(
             f"The weight shape of '{layer.name}' is not a list of sizes; make the artifact again."
         )
@@ -163,6 +164,8 @@ def _load(data: bytes, name: str) -> dict[str, Tensor]:
 
 def _read(path: Path) -> bytes:
     try:
+        if not path.is_file() and path.exists():  # a pipe or a device may never end
+            raise OSError(0, "it is not a regular file")
         return path.read_bytes()
     except OSError as error:
         raise ArtifactCorruptError(

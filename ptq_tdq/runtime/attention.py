@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ptq_tdq.runtime.address import address
 from ptq_tdq.runtime.step import Interval
 from ptq_tdq.scheme import QType
 
@@ -55,12 +56,22 @@ def native_attend(library: ctypes.CDLL) -> Attend:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, find: FindInterval, bits: Sequence[int], factor: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        first = find(0, q)  # the quantizers of one attention are neighbours in the tables
-        out = torch.empty_like(q)
+        found = [find(index, x) for index, x in enumerate((q, k, v, q))]  # tables do not look at x
+        scale = torch.cat([interval.scale for interval in found])
+        zero_point = torch.cat([interval.zero_point for interval in found])
+        each, shape = found[0].each, q.shape
+        batch, tokens, heads, depth = shape
+        intervals = (len(found) * (batch if each else 1),)
+        out = torch.empty(shape, dtype=torch.float32)
         tops = (ctypes.c_float * 4)(*(float(QType(b).qmax) for b in bits))
-        call = _Attention(*q.shape, int(first.each), factor, tops)
-        where = (x.data_ptr() for x in (q, k, v, first.scale, first.zero_point, out))
-        if function(ctypes.addressof(call), *where):
+        call = _Attention(batch, tokens, heads, depth, int(each), factor, tops)
+        if function(
+            ctypes.addressof(call),
+            *(address(what, x, torch.float32, shape) for what, x in (("q", q), ("k", k), ("v", v))),
+            address("the scales of an attention", scale, torch.float32, intervals),
+            address("the zero points of an attention", zero_point, torch.int32, intervals),
+            out.data_ptr(),
+        ):
             raise MemoryError
         return out
 

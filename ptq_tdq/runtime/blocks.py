@@ -27,7 +27,7 @@ def norm_of(module: nn.Module, *, silu: bool) -> Norm | None:
     if not isinstance(module, nn.GroupNorm) or module.weight is None:
         return None
     weight, bias = (p.detach().float().contiguous() for p in (module.weight, module.bias))
-    return Norm(module.num_groups, weight, bias, module.eps, silu)
+    return Norm(int(module.num_groups), weight, bias, module.eps, silu)
 
 
 def _takes_norm(layer: nn.Module | None) -> bool:
@@ -133,11 +133,11 @@ class IntegerAttention(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        batch, _, height, width = x.shape
+        height, width = x.shape[2:]
         q, k, v = (layer.run(x).permute(0, 2, 3, 1) for layer in (self.to_q, self.to_k, self.to_v))
-        q, k, v = (y.reshape(batch, height * width, self.heads, -1) for y in (q, k, v))
+        q, k, v = (y.flatten(1, 2).unflatten(2, (self.heads, -1)) for y in (q, k, v))
         out = self.attend(q, k, v, self._interval, self.bits, self.scale)
-        out = out.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+        out = out.flatten(2).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         y: Tensor = self.to_out.run(out, onto=x.clone() if self.residual else None)
         return y if self.factor == 1 else y / self.factor
 

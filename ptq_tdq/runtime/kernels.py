@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptq_tdq.affine import quantize
+from ptq_tdq.errors import RuntimeUnsupportedError
 from ptq_tdq.scheme import QType
 
 
@@ -40,6 +41,15 @@ class Grid(NamedTuple):
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     up: int = 1
 
+    def check(self, channels: int, norm: Norm | None) -> None:
+        """Raise :class:`RuntimeUnsupportedError` unless the grid (and the norm) fit an x of so many channels."""
+        lo, hi = self.channels
+        inside = 0 <= lo < hi <= channels and self.pitch >= hi - lo
+        whole = norm is None or ((lo, hi) == (0, channels) and norm.groups > 0 and channels % norm.groups == 0)
+        if not (inside and whole and min(self.padding) >= 0 and self.up >= 1):
+            groups = "" if norm is None else f" behind a norm of {norm.groups} groups"
+            raise RuntimeUnsupportedError(f"The integer kernels cannot quantize {channels} channels by {self}{groups}.")
+
 
 class Quantize(Protocol):
     """x [B, C, H, W] -> codes uint8 [B, pitch, top + up H + bottom, left + up W + right], channels_last.
@@ -64,6 +74,7 @@ def reference_quantize(
     x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, norm: Norm | None, shift: Tensor | None
 ) -> Tensor:
     """:class:`Quantize` in torch operations."""
+    grid.check(x.shape[1], norm)
     x = (x if norm is None else normalized(x, norm, shift))[:, slice(*grid.channels)]
     each = (-1, 1, 1, 1)
     codes = quantize(x, scale.view(each), zero_point.view(each), QType(grid.bits)).to(torch.uint8)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ptq_tdq.errors import ModelError
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, normalized
 from ptq_tdq.runtime.products import Geometry, Products
@@ -73,15 +75,19 @@ class IntegerLayer(nn.Module):
         """As the layer that it stands for: x [B, C, H, W], or [B, ..., C] of a Linear."""
         if self.record.kind != "linear":
             return self.run(x)
-        image = x.reshape(len(x), 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
-        return self.run(image).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        image = x.reshape(len(x), 1, prod(x.shape[1:-1]), x.shape[-1]).permute(0, 3, 1, 2)
+        y = self.run(image).permute(0, 2, 3, 1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def run(self, x: Tensor, *, shift: Tensor | None = None, onto: Tensor | None = None, up: int = 1) -> Tensor:
         """x [B, C, H, W] (a Linear's tokens as pixels) -> [B, O, H', W'].
 
         ``shift`` [B, C] is added before the norm; the result is added to ``onto``, whose memory it may take; ``up``
-        enlarges x by nearest neighbours first.
+        enlarges x by nearest neighbours first. Raises :class:`ModelError` for another number of channels.
         """
+        channels = self.parts[-1].channels[1]
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ModelError(f"The layer {self.record.name} takes {channels} channels. Got {list(x.shape)} instead.")
         norm = self.norm
         for part in self.parts:
             timed = part.quantizer.name in self.step

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import CDLL
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ArtifactMismatchError, NonFiniteError, RuntimeUnsupportedError
+from ptq_tdq.errors import ModelError, NonFiniteError, RuntimeUnsupportedError
+from ptq_tdq.fit import check_fit
 from ptq_tdq.modules import layer_kind
 from ptq_tdq.processor import instruction_set, sums_eight_bits
 from ptq_tdq.records import LayerRecord
@@ -34,8 +36,10 @@ class IntegerModel(TimedModel):
     def __init__(self, model: nn.Module, artifact: Artifact) -> None:
         """Replace layers of ``model``, built on the meta device: nothing of it is used but its structure.
 
-        Raises :class:`RuntimeUnsupportedError` where a layer has no integer form.
+        Raises :class:`~ptq_tdq.errors.ArtifactMismatchError` for an artifact of another model, and
+        :class:`RuntimeUnsupportedError` where a layer has no integer form.
         """
+        check_fit(model, artifact)
         super().__init__(model.eval().requires_grad_(False))
         self.provenance, self.metrics = artifact.config, artifact.metrics
         self.step = Step(artifact)
@@ -44,11 +48,10 @@ class IntegerModel(TimedModel):
         for record in layers:
             _replace(model, record.name, engine.layer(model.get_submodule(record.name), record, artifact, self.step))
         state = {k: v for k, v in artifact.float_state.items() if k.removesuffix(".bias") not in artifact.weight_codes}
-        _, unexpected = model.load_state_dict(state, strict=False, assign=True)
-        if unexpected or any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
-            raise ArtifactMismatchError(
-                "The artifact's tensors do not fit the model of its own configuration; it cannot be loaded."
-            )
+        model.load_state_dict(state, strict=False, assign=True)
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            if tensor.is_meta:  # made by the model itself, and no part of its state
+                raise RuntimeUnsupportedError(f'The tensor {name} has no integer form yet; use backend="simulated".')
         model.float().requires_grad_(False)
         _know_dtype(model)
         for record in artifact.layers:
@@ -72,11 +75,24 @@ class IntegerModel(TimedModel):
         }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's forward; raises :class:`NonFiniteError` for NaN or Inf, which codes cannot hold."""
-        for x in (*args, *kwargs.values()):
-            if isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()):
-                raise NonFiniteError("The model was given NaN or Inf; the integer backend has no codes for them.")
-        return super().forward(*args, **kwargs)
+        """The wrapped model's forward, in float32 whatever the dtype of its inputs and an autocast around it.
+
+        Raises :class:`NonFiniteError` for NaN or Inf, which codes cannot hold, and :class:`ModelError` for an empty
+        batch or a tensor that is not on the CPU.
+        """
+        _check_inputs((args, kwargs))
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return super().forward(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """``to("cpu")`` and the like change nothing; another dtype or device would be another model."""
+        moved = fn(torch.empty(0, dtype=torch.float32))
+        if moved.dtype != torch.float32 or moved.device.type != "cpu":
+            raise RuntimeUnsupportedError(
+                f"The integer model computes in float32 on the CPU. Got {moved.dtype} on {moved.device} instead; "
+                'use backend="simulated" there.'
+            )
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,7 +126,7 @@ class _Engine:
             of[name] for of in (artifact.weight_codes, artifact.weight_scale, artifact.weight_zero_point)
         )
         codes = codes.view(*codes.shape[:2], *geometry.kernel)
-        no_bias = torch.zeros(len(codes))
+        no_bias = torch.zeros(len(codes), dtype=torch.float32)
         bias = artifact.float_state.get(f"{name}.bias", no_bias).float()
         ranges = list(pairwise(record.splits))
         parts = []
@@ -138,6 +154,25 @@ class _Engine:
         if self.library is not None and self.native and NativeProducts.covers(weights, geometry):
             return NativeProducts(weights, geometry, self.library)
         return OneDnnProducts(weights, geometry) if sums_eight_bits() else FloatProducts(weights, geometry)
+
+
+def _check_inputs(value: Any) -> None:
+    """Every tensor among the arguments, also of a dict or list."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            _check_inputs(inner)
+    if not isinstance(value, Tensor):
+        return
+    if value.device.type != "cpu":
+        raise ModelError(f"The integer backend runs on the CPU. Got a tensor on {value.device}; move it there.")
+    if not value.numel():
+        raise ModelError(f"The model was given an empty tensor {list(value.shape)}; pass at least one sample.")
+    if value.is_complex():
+        raise ModelError("The model was given complex numbers; pass real ones.")
+    if value.is_floating_point() and not bool(value.float().isfinite().all()):
+        raise NonFiniteError("The model was given NaN or Inf; the integer backend has no codes for them.")
 
 
 def _know_dtype(model: nn.Module) -> None:

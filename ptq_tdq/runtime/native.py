@@ -1,7 +1,7 @@
 """Builds ``native.c`` on demand with the system's C compiler and calls it; without one, kernels.py does the work.
 
-The library is kept in the user's cache, under a name that follows from its source, the flags and the processor. It
-shares torch's OpenMP threads, since it is linked without a library of its own.
+The library is kept in a private folder of the user's cache, under a name that follows from its source, the flags and
+the processor. It shares torch's OpenMP threads, since it is linked without a library of its own.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -21,11 +23,14 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.artifacts.atomic import write_atomic
-from ptq_tdq.cache import cache_folder
+from ptq_tdq.cache import cache_folder, private_folder, read_private, with_digest
 from ptq_tdq.errors import OutputError
+from ptq_tdq.runtime.address import address, per_sample
 from ptq_tdq.runtime.kernels import Grid, Norm, Quantize
+from ptq_tdq.scheme import QType
 
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+BUILD_SECONDS = 300  # a compiler that takes longer hangs
 SWITCH = "PTQ_TDQ_NATIVE"  # 0 = never build or use native code
 
 
@@ -45,7 +50,7 @@ def open_library(march: str = "native") -> ctypes.CDLL | str:
         return f"{SWITCH}=0"
     try:
         return _library(march)
-    except (OSError, subprocess.CalledProcessError, OutputError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         return f"no native kernels: {detail[0] if detail else type(error).__name__}"
 
@@ -65,22 +70,28 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
             x = x.float().contiguous(memory_format=torch.channels_last)
         batch, stride, height, width = x.shape
         (lo, hi), (top, left, bottom, right), up = grid.channels, grid.padding, grid.up
-        each = int(scale.numel() > 1)
+        grid.check(stride, norm)
+        *interval, each = per_sample("a quantizer", scale, zero_point, batch)
         key = (batch, stride, height, width, grid, each)
         frame = frames.get(key)
         if frame is None:
-            sizes = (batch, height, width, hi - lo, stride, lo, grid.pitch, *grid.padding, up, each, 2**grid.bits - 1)
+            top_code = QType(grid.bits).qmax
+            sizes = (batch, height, width, hi - lo, stride, lo, grid.pitch, *grid.padding, up, each, top_code)
             frame = frames[key] = _Frame(*sizes)
         shape = (batch, grid.pitch, top + height * up + bottom, left + width * up + right)
         out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-        where = scale.data_ptr(), zero_point.data_ptr(), out.data_ptr()
+        values = address("x", x, torch.float32, x.shape, torch.channels_last)
         if norm is None:
-            plain(ctypes.addressof(frame), x.data_ptr(), *where)
+            plain(ctypes.addressof(frame), values, *interval, out.data_ptr())
             return out
         shift = None if shift is None else shift.float().contiguous()
-        moved = None if shift is None else shift.data_ptr()
-        weights = norm.weight.data_ptr(), norm.bias.data_ptr(), norm.groups, norm.epsilon, norm.silu
-        if fused(ctypes.addressof(frame), x.data_ptr(), moved, *weights, *where):
+        moved = None if shift is None else address("a shift", shift, torch.float32, (batch, stride))
+        affine = (
+            address("the weight of a norm", norm.weight, torch.float32, (stride,)),
+            address("the bias of a norm", norm.bias, torch.float32, (stride,)),
+        )
+        numbers = norm.groups, norm.epsilon, norm.silu
+        if fused(ctypes.addressof(frame), values, moved, *affine, *numbers, *interval, out.data_ptr()):
             raise MemoryError
         return out
 
@@ -89,18 +100,45 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
 
 @lru_cache
 def _library(march: str) -> ctypes.CDLL:
-    """The built library; raises OSError or CalledProcessError where it cannot be built."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
-    if compiler is None:
-        raise OSError("there is no C compiler")
+    """The built library; raises OSError, ValueError or SubprocessError where it cannot be built."""
+    compiler = _compiler()
+    compile_command = [*compiler, *FLAGS, f"-march={march}"]
     source = files("ptq_tdq.runtime").joinpath("native.c").read_bytes()
-    flags = [*FLAGS, f"-march={march}"]
-    identity = [source, compiler.encode(), " ".join(flags).encode(), _processor()]
+    identity = [source, *map(str.encode, compile_command), _processor()]
     name = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
-    path = cache_folder() / f"native-{name}.so"
-    if not path.exists():
-        write_atomic(path, _build([compiler, *flags], source))
-    return ctypes.CDLL(str(path))
+    try:
+        path = private_folder(cache_folder() / "native") / f"{name}.so"
+    except (OSError, OutputError):  # no place to keep it: it is built for this process alone
+        return _opened(_build(compiler, compile_command, source))
+    library = read_private(path)
+    if library is None:
+        library = _build(compiler, compile_command, source)
+        with suppress(OSError, OutputError):  # a cache that cannot be written, likewise
+            path.unlink(missing_ok=True)
+            write_atomic(path, with_digest(library))
+    return _opened(library)
+
+
+def _compiler() -> list[str]:
+    """The command of the C compiler; ``$CC`` may have flags or a launcher (``ccache gcc``)."""
+    chosen = shlex.split(os.environ.get("CC", ""))
+    found = chosen or [name for name in ("gcc", "clang", "cc") if shutil.which(name)][:1]
+    if not found:
+        raise OSError("there is no C compiler")
+    return found
+
+
+def _opened(library: bytes) -> ctypes.CDLL:
+    """Load the bytes that were checked or built, and not a file that somebody may have changed since."""
+    if hasattr(os, "memfd_create"):  # a file in memory, also where temporary folders must not hold programs
+        file = os.memfd_create("ptq-tdq-native")
+        with open(file, "wb", closefd=False) as opened:  # stays open: the loader knows libraries by their path
+            opened.write(library)
+        return ctypes.CDLL(f"/proc/self/fd/{file}")
+    with tempfile.TemporaryDirectory() as folder:  # which only this user may enter
+        path = Path(folder, "native.so")
+        path.write_bytes(library)
+        return ctypes.CDLL(str(path))
 
 
 def _processor() -> bytes:
@@ -112,14 +150,14 @@ def _processor() -> bytes:
         return platform.processor().encode()
 
 
-def _build(compile_command: list[str], source: bytes) -> bytes:
+def _build(linker: list[str], compile_command: list[str], source: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         # compiled with OpenMP, linked without its library: torch has loaded one, and two would fight for the cores
         compile_, object_, out = Path(folder, "native.c"), Path(folder, "native.o"), Path(folder, "native.so")
         compile_.write_bytes(source)
         for command in (
             [*compile_command, "-c", str(compile_), "-o", str(object_)],
-            [compile_command[0], "-shared", str(object_), "-o", str(out), "-lm"],
+            [*linker, "-shared", str(object_), "-o", str(out), "-lm"],
         ):
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS)
         return out.read_bytes()

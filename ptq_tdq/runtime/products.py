@@ -9,6 +9,7 @@ The input is padded with the code z, so that no place of the image is an excepti
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptq_tdq.errors import RuntimeUnsupportedError
+from ptq_tdq.runtime.address import address, per_sample
 from ptq_tdq.runtime.step import Interval
 
 CHANNELS = 4  # the kernel takes multiples of so many
@@ -57,13 +59,26 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Weights:
-    """Codes uint8 [O, C, kh, kw] of ``bits`` bits, scale float32, zero_point and bias [O]."""
+    """Codes uint8 [O, C, kh, kw] of ``bits`` bits, scale and bias float32 [O], zero_point int32 [O].
+
+    Raises :class:`RuntimeUnsupportedError` for tensors of another form.
+    """
 
     codes: Tensor
     bits: int
     scale: Tensor
     zero_point: Tensor
     bias: Tensor
+
+    def __post_init__(self) -> None:
+        codes, outputs = self.codes, self.codes.shape[:1]
+        rows = (self.scale, torch.float32), (self.zero_point, torch.int32), (self.bias, torch.float32)
+        fit = all(x.dtype == dtype and x.shape == outputs and x.device.type == "cpu" for x, dtype in rows)
+        if not (
+            fit and codes.dtype == torch.uint8 and codes.ndim == 4 and codes.numel() and codes.device.type == "cpu"
+        ):
+            found = ", ".join(f"{x.dtype} {list(x.shape)}" for x in (codes, *(x for x, _ in rows)))
+            raise RuntimeUnsupportedError(f"These tensors are no weights of the integer kernels: {found}.")
 
     def padded(self) -> Weights:
         """The same with channels up to a multiple of 4, whose weights are 0."""
@@ -115,6 +130,7 @@ class OneDnnProducts:
 
     def __init__(self, weights: Weights, geometry: Geometry) -> None:
         g = geometry
+        self._geometry, self._shape = geometry, weights.codes.shape
         self._scale, self._bias, self._one = weights.scale, weights.bias, torch.ones_like(weights.scale)
         self._weight_sum = weights.signed.flatten(1).sum(1).float()
         self._no_zero = torch.zeros(len(weights.scale), dtype=torch.int32)
@@ -125,6 +141,7 @@ class OneDnnProducts:
         self.nbytes = len(self._packed) * weights.codes.numel() + 4 * weights.scale.nbytes
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
+        check_codes(codes, interval, onto, self._shape, self._geometry)
         if not interval.each:
             scale, zero_point = float(interval.scale), int(interval.zero_point)
             return self._sum(codes, scale, zero_point, self._scale, self._bias, onto)
@@ -161,6 +178,7 @@ class FloatProducts:
         self.nbytes = self._codes.nbytes + weights.scale.nbytes + weights.bias.nbytes
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
+        check_codes(codes, interval, onto, self._codes.shape, self._geometry)
         each, channel, g = (-1, 1, 1, 1), (1, -1, 1, 1), self._geometry
         levels = codes.to(self._dtype) - interval.zero_point.view(each)
         sums = functional.conv2d(levels, self._codes.to(self._dtype), None, g.stride, 0, g.dilation, g.groups)
@@ -184,7 +202,7 @@ class NativeProducts:
     """By ``native.c``: weights of 4 bits stay two to a byte in memory; no groups, channels a multiple of 4."""
 
     def __init__(self, weights: Weights, geometry: Geometry, library: ctypes.CDLL) -> None:
-        self._geometry, self._outputs, self._convolve = geometry, len(weights.codes), library.convolve
+        self._geometry, self._shape, self._convolve = geometry, weights.codes.shape, library.convolve
         self._convolve.argtypes, self._convolve.restype = [ctypes.c_void_p] * 6, ctypes.c_int
         self.name = f"native C, {_instructions(library)}"
         self._nibbles = int(weights.bits <= NIBBLE_BITS)
@@ -215,19 +233,19 @@ class NativeProducts:
         return geometry.groups == 1 and weights.codes.shape[1] % CHANNELS == 0
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
+        shape = check_codes(codes, interval, onto, self._shape, self._geometry)
         batch, channels, height, width = codes.shape
-        each = int(interval.each)
+        each, outputs, size = int(interval.each), shape[1], shape[2:]
         key = (batch, height, width, each)
         calls = self._calls.get(key)
-        size = self._geometry.size(height, width)
         if calls is None:
             g = self._geometry
-            sizes = (batch, height, width, channels, *size, self._outputs, *g.kernel, *g.stride, *g.dilation)
+            sizes = (batch, height, width, channels, *size, outputs, *g.kernel, *g.stride, *g.dilation)
             calls = self._calls[key] = [
                 _Convolution(*sizes, self._nibbles, each, *(x.data_ptr() for x in tensors)) for tensors in self._tensors
             ]
         if onto is None:
-            out = torch.empty((batch, self._outputs, *size), memory_format=torch.channels_last)
+            out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
         else:
             out = onto = onto.contiguous(memory_format=torch.channels_last)
         where = codes.data_ptr(), interval.scale.data_ptr(), interval.zero_point.data_ptr()
@@ -237,6 +255,30 @@ class NativeProducts:
                 raise MemoryError
             onto = out
         return out
+
+
+def check_codes(
+    codes: Tensor, interval: Interval, onto: Tensor | None, weights: Sequence[int], geometry: Geometry
+) -> tuple[int, int, int, int]:
+    """The shape of the products of ``codes`` with weights of the shape [O, C, kh, kw].
+
+    Raises :class:`RuntimeUnsupportedError` for codes, an interval or an ``onto`` that the kernels would misread.
+    """
+    outputs, channels = weights[0], weights[1] * geometry.groups
+    batch, _, height, width = codes.shape
+    size = geometry.size(height, width)
+    address("codes", codes, torch.uint8, (batch, channels, height, width), torch.channels_last)
+    per_sample("codes", interval.scale, interval.zero_point, batch)
+    if min(size) < 1:
+        raise RuntimeUnsupportedError(
+            f"A padded image of {height} x {width} pixels is too small for the kernel {geometry.kernel}; pass a larger."
+        )
+    shape = (batch, outputs, *size)
+    if onto is not None and (onto.dtype != torch.float32 or onto.shape != shape or onto.device.type != "cpu"):
+        raise RuntimeUnsupportedError(
+            f"Products of the shape {list(shape)} cannot be added to {onto.dtype} {list(onto.shape)} on {onto.device}."
+        )
+    return shape
 
 
 def _instructions(library: ctypes.CDLL) -> str:

@@ -11,7 +11,7 @@ from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.scheme import QType
-from ptq_tdq.timeaxis import lookup
+from ptq_tdq.timeaxis import as_vector, lookup
 
 
 class Interval(NamedTuple):
@@ -61,7 +61,7 @@ class Step:
         """Look all up at t: a scalar or [B]. Raises :class:`~ptq_tdq.errors.TimestepError` outside the tables."""
         if not self._column:
             return
-        each = torch.atleast_1d(torch.as_tensor(t))
+        each = as_vector(t)
         one, *others = set(each.tolist())
         if others:
             found = (lookup(values, each).T.contiguous() for values in _halves(self._table))

@@ -1,0 +1,101 @@
+"""Whether an artifact is that of a model: every tensor against the module it belongs to, before anything computes.
+
+``artifacts`` has found the artifact free of contradictions; here it meets the structure of a model. Hashes say nothing
+about that: whoever writes a file writes its hashes too, and a kernel that trusts a wrong shape writes past its buffers.
+"""
+
+from __future__ import annotations
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.errors import ArtifactMismatchError
+from ptq_tdq.modules import layer_kind
+from ptq_tdq.modules.attention import OPERANDS
+from ptq_tdq.records import LayerRecord
+
+_ADVICE = "; load the artifact with the model that it was made from, or make it again."
+
+
+def check_fit(model: nn.Module, artifact: Artifact) -> None:
+    """Compare ``artifact`` with ``model``, built from its configuration (on the meta device, or with any weights).
+
+    Raises :class:`ArtifactMismatchError` naming the first layer or tensor that does not fit.
+    """
+    seen: dict[nn.Module, str] = {}
+    for record in artifact.layers:
+        module = _module(model, record)
+        if module in seen:
+            raise ArtifactMismatchError(f"'{record.name}' and '{seen[module]}' are one layer of the model{_ADVICE}")
+        seen[module] = record.name
+        if record.kind == "attention":
+            _check_attention(record)
+        else:
+            _check_layer(record, module, artifact.weight_codes.get(record.name))
+    _check_state(model, artifact)
+
+
+def _module(model: nn.Module, record: LayerRecord) -> nn.Module:
+    try:
+        module = model.get_submodule(record.name)
+    except AttributeError:
+        raise ArtifactMismatchError(f"The model has no layer '{record.name}'{_ADVICE}") from None
+    kind = "attention" if isinstance(module, Attention) else layer_kind(module)
+    _require(kind == record.kind, record, f"is a {type(module).__name__} in the model, not a {record.kind}")
+    return module
+
+
+def _check_attention(record: LayerRecord) -> None:
+    _require(record.weight_bits is None and not record.splits, record, "has weights, which an attention has not")
+    count = len(record.inputs)
+    _require(count == len(OPERANDS), record, f"has {count} quantizers, not one for each of {', '.join(OPERANDS)}")
+
+
+def _check_layer(record: LayerRecord, module: nn.Module, codes: Tensor | None) -> None:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or codes is None:
+        where = "the model" if weight is None else "the artifact"
+        raise ArtifactMismatchError(f"'{record.name}' has no weight of its own in {where}{_ADVICE}")
+    shape, expected = list(codes.shape), list(weight.shape)
+    _require(shape == expected, record, f"has codes of the shape {shape}, its weight in the model is {expected}")
+    groups = getattr(module, "groups", 1)
+    channels, ranges = weight.shape[1] * groups, len(record.splits) - 1
+    _require(
+        ranges >= 1 and record.splits[-1] == channels,
+        record,
+        f"has the channel ranges {list(record.splits)}, its input in the model has {channels} channels",
+    )
+    _require(ranges == 1 or groups == 1, record, "has channel ranges, which a grouped convolution cannot have")
+    count = len(record.inputs)
+    _require(
+        count == ranges or (count == 0 and ranges == 1),  # only the weight of a whole layer may be quantized alone
+        record,
+        f"has {count} quantizers for {ranges} channel range{'s' * (ranges > 1)}",
+    )
+
+
+def _check_state(model: nn.Module, artifact: Artifact) -> None:
+    """All tensors but the quantized weights: the same names, shapes and kinds of number."""
+    quantized = {f"{name}.weight" for name in artifact.weight_codes}
+    expected = {key: tensor for key, tensor in model.state_dict().items() if key not in quantized}
+    for key in sorted(expected.keys() ^ artifact.float_state.keys()):
+        where = "the artifact" if key in expected else "the model"
+        raise ArtifactMismatchError(f"The tensor '{key}' is missing in {where}{_ADVICE}")
+    for key, tensor in expected.items():
+        found = artifact.float_state[key]
+        if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point() or _odd(found):
+            raise ArtifactMismatchError(
+                f"The tensor '{key}' is {found.dtype} {list(found.shape)}, "
+                f"in the model {tensor.dtype} {list(tensor.shape)}{_ADVICE}"
+            )
+
+
+def _odd(tensor: Tensor) -> bool:
+    """Numbers that no model has: complex ones, and bytes with a meaning of their own."""
+    return tensor.is_complex() or tensor.is_quantized
+
+
+def _require(condition: bool, record: LayerRecord, clause: str) -> None:
+    if not condition:
+        raise ArtifactMismatchError(f"'{record.name}' {clause}{_ADVICE}")

@@ -1,0 +1,38 @@
+"""The one door from tensors to C: an address is given only for memory that is what the kernel takes it for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ptq_tdq.errors import RuntimeUnsupportedError
+
+
+def address(
+    what: str, x: Tensor, dtype: torch.dtype, shape: Sequence[int], layout: torch.memory_format | None = None
+) -> int:
+    """The address of ``x``; ``layout`` is torch.channels_last for images, else rows as they are written.
+
+    Raises :class:`RuntimeUnsupportedError` for a tensor of another dtype, shape, layout or device.
+    """
+    layout = torch.contiguous_format if layout is None else layout
+    fits = x.dtype == dtype and x.shape == torch.Size(shape) and x.device.type == "cpu"
+    if not (fits and x.is_contiguous(memory_format=layout)):
+        raise RuntimeUnsupportedError(
+            f"The integer kernels take {what} as {dtype} {list(shape)} without gaps on the CPU. "
+            f"Got {x.dtype} {list(x.shape)} on {x.device} instead."
+        )
+    return x.data_ptr()
+
+
+def per_sample(what: str, scale: Tensor, zero_point: Tensor, batch: int) -> tuple[int, int, bool]:
+    """The addresses of an interval's scale and zero point, and whether each of ``batch`` samples has its own."""
+    each = scale.numel() > 1
+    shape = (batch if each else 1,)
+    return (
+        address(f"the scale of {what}", scale, torch.float32, shape),
+        address(f"the zero point of {what}", zero_point, torch.int32, shape),
+        each,
+    )

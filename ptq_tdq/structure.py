@@ -1,0 +1,138 @@
+"""The model that an artifact describes, built from its configuration: first without memory, then for real.
+
+A configuration comes from elsewhere, so nothing in it is trusted: it names a denoiser of diffusers or nothing, and what
+it builds is held against what the weights file really has before any of it takes memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError
+from ptq_tdq.fit import check_fit
+
+LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small
+# A model makes each of its tensors and initializes it, in two to three calls; what it makes beside them (encodings of
+# positions) is small. Both limits are for files of a few values, where that "small" is more than the model itself.
+CALLS_PER_TENSOR, SPARE_CALLS = 8, 1_000
+VALUES_PER_VALUE, SPARE_VALUES = 4, 2**24
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Around all that makes a model of an artifact: float32, and one kind of error for whatever a constructor meets.
+
+    Raises :class:`ArtifactMismatchError` in the place of what is no error of this package.
+    """
+    try:
+        with _float32_default():
+            yield
+    except PtqTdqError:
+        raise
+    except Exception as error:  # nobody has checked the entries of the configuration one by one
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ArtifactMismatchError(
+            f"The artifact's model_config is none that its model takes ({reason}); make the artifact again."
+        ) from error
+
+
+def meta_model(artifact: Artifact) -> nn.Module:
+    """The structure of the artifact's model on the meta device, which holds shapes and no values.
+
+    Raises :class:`ArtifactMismatchError` for a class that is no denoiser of this diffusers, and for a configuration
+    that the class does not take or that asks for far more than the artifact holds.
+    """
+    cls = _denoiser(artifact.config["model_config"].get("_class_name"))
+    _check_integers(artifact)
+    with torch.device("meta"), _Limit(artifact):
+        structure = cls.from_config(artifact.config["model_config"])
+    assert isinstance(structure, nn.Module)
+    return structure
+
+
+def build_model(artifact: Artifact) -> nn.Module:
+    """The artifact's model on the CPU, with random weights; raises what :func:`meta_model` and
+    :func:`~ptq_tdq.fit.check_fit` raise, before it takes memory.
+    """
+    structure = meta_model(artifact)
+    check_fit(structure, artifact)
+    cls: Any = type(structure)
+    with torch.device("cpu"):
+        model = cls.from_config(artifact.config["model_config"])
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _denoiser(name: Any) -> Any:
+    """The class of diffusers that is called ``name``; other attributes of the package are none of our business."""
+    try:
+        cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    except Exception:  # diffusers imports it now, and an optional package may be missing or broken
+        cls = None
+    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+        raise ArtifactMismatchError(f"The artifact is of a {name!r}, which this version of diffusers does not have.")
+    if "timestep" not in inspect.signature(cls.forward).parameters:
+        raise ArtifactMismatchError(f"The artifact is of a {name!r}, which takes no time step and is no denoiser.")
+    return cls
+
+
+@contextmanager
+def _float32_default() -> Iterator[None]:
+    """Build float32 models whatever torch's default dtype is at the moment, as diffusers does when it loads one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _num_values(artifact: Artifact) -> int:
+    tensors = (*artifact.weight_codes.values(), *artifact.float_state.values())
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _check_integers(artifact: Artifact) -> None:
+    """Refuse integers beyond all reason: constructors make lists and loops of them, which no device can limit."""
+    largest = max(LARGEST_INTEGER, _num_values(artifact))
+    rest: list[Any] = [artifact.config["model_config"]]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            rest.extend(value.values())
+        elif isinstance(value, list):
+            rest.extend(value)
+        elif isinstance(value, int) and abs(value) > largest:
+            raise ArtifactMismatchError(
+                f"The artifact's model_config holds a number beyond {largest}; make the artifact again."
+            )
+
+
+class _Limit(TorchFunctionMode):
+    """Ends a construction that makes more tensors, or larger ones, than the artifact's own tensors account for."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
+        self._calls = SPARE_CALLS + CALLS_PER_TENSOR * (len(artifact.weight_codes) + len(artifact.float_state))
+        self._values = SPARE_VALUES + VALUES_PER_VALUE * _num_values(artifact)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._calls -= 1
+        if isinstance(result, Tensor) and not any(result is given for given in args):
+            self._values -= result.numel()
+        if self._calls < 0 or self._values < 0:
+            raise ArtifactMismatchError(
+                "The artifact's model_config asks for a far larger model than its tensors; make the artifact again."
+            )
+        return result

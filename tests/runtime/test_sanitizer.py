@@ -1,0 +1,67 @@
+"""The kernels under an address and undefined-behaviour sanitizer: the project's own build, with two more flags."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+OUT_OF_BOUNDS = """
+import ctypes, sys, torch
+from ptq_tdq.runtime.native import _Frame, open_library
+library = open_library()
+assert not isinstance(library, str), library
+rows = int(sys.argv[1])  # of an image of 4 rows
+x, out = torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, rows, 4, dtype=torch.uint8)
+scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+frame = _Frame(1, rows, 4, 8, 8, 0, 8, 0, 0, 0, 0, 1, 0, 255)
+library.quantize.argtypes = [ctypes.c_void_p] * 5
+library.quantize(ctypes.addressof(frame), *(t.data_ptr() for t in (x, scale, zero_point, out)))
+print("done")
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Python under the sanitizer's runtime; libstdc++ comes with it, which must be there before torch throws."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no gcc, whose sanitizer this is")
+    libraries = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"):
+        found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        libraries.append(found.stdout.strip())
+        if not Path(libraries[-1]).is_absolute():
+            pytest.skip(f"this gcc has no {name}")
+    return {
+        **os.environ,
+        "CC": f"{compiler} {FLAGS}",
+        "PTQ_TDQ_CACHE": str(tmp_path_factory.mktemp("sanitized")),
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python leaves its own at the end
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def run(environment: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *args]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def test_the_sanitizer_reports_a_row_too_many(environment: dict[str, str]) -> None:
+    assert run(environment, "-c", OUT_OF_BOUNDS, "4").stdout == "done\n"
+    wrong = run(environment, "-c", OUT_OF_BOUNDS, "5")
+    assert wrong.returncode != 0 and "heap-buffer-overflow" in wrong.stderr
+
+
+def test_the_kernels_stay_inside_their_memory(environment: dict[str, str]) -> None:
+    files = [str(HERE / "test_kernels.py"), str(HERE / "test_products.py")]
+    result = run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "native", "-rs")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout and "no native kernels" not in result.stdout

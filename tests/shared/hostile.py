@@ -1,0 +1,82 @@
+"""A small artifact, changes to it by somebody who writes artifacts by other means, and a process that may crash."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+
+from ptq_tdq import CalibrationSet, calibrate, preset
+from ptq_tdq.artifacts import Artifact
+
+STEPS = 10
+
+
+def small_unet(**changes: Any) -> UNet2DModel:
+    """8 and 16 channels, attention, split shortcuts, class labels."""
+    torch.manual_seed(0)
+    options = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        "num_class_embeds": 3,
+    }
+    return UNet2DModel(**(options | changes)).eval().requires_grad_(False)
+
+
+@functools.cache
+def small_artifact() -> Artifact:
+    """W4A8 of :func:`small_unet` everywhere, so that it runs in integers on any processor; not to be changed."""
+    generator = torch.Generator().manual_seed(0)
+    x, t, labels = torch.randn(4, 3, 8, 8, generator=generator), torch.tensor([0.0, 3.0, 6.0, 9.0]), torch.arange(4) % 3
+    samples = CalibrationSet(x, t, labels, {"num_train_timesteps": STEPS})
+    config = preset(
+        "default",
+        method="static",
+        eight_bit_layers=(),
+        rounding="nearest",
+        round_again=False,
+        activation_iterations=0,
+        weight_range="minmax",
+        activation_range="minmax",
+    )
+    return calibrate(small_unet(), config, samples).to_artifact()
+
+
+def with_layer(artifact: Artifact, name: str, /, **changes: Any) -> Artifact:
+    """The artifact with another record of one layer."""
+    layers = tuple(replace(layer, **changes) if layer.name == name else layer for layer in artifact.layers)
+    return replace(artifact, layers=layers)
+
+
+def with_tensor(artifact: Artifact, part: str, name: str, tensor: torch.Tensor | None) -> Artifact:
+    """The artifact with another tensor in one of its dictionaries, or without it."""
+    changed = dict(getattr(artifact, part))
+    changed.pop(name, None)
+    if tensor is not None:
+        changed[name] = tensor
+    return replace(artifact, **{part: changed})
+
+
+def with_config(artifact: Artifact, **changes: Any) -> Artifact:
+    """The artifact with other entries in the configuration of its model; None removes one."""
+    config = {**artifact.config["model_config"], **changes}
+    config = {key: value for key, value in config.items() if value is not None}
+    return replace(artifact, config={**artifact.config, "model_config": config})
+
+
+def run_python(script: str, *args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own, which may crash."""
+    command = [sys.executable, "-c", script, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=600)
