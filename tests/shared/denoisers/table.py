@@ -55,6 +55,7 @@ class Denoiser:
     more_times: tuple[str, ...] = ()  # arguments that get the same time again
     time_scale: float = 1.0
     reversed: bool = False
+    time_repeats: int = 0  # the time is [batch, repeats] where the pipeline repeats it for each frame
     return_dict: bool | None = False  # None: the pipeline leaves it out
     mixes_rows: bool = False
 
@@ -69,6 +70,8 @@ class Denoiser:
     def inputs(self, batch: int, t: Tensor, first: int = 0) -> Arguments:
         """Keyword arguments of one call for the rows from ``first``; ``t`` ``[batch]`` on the scheduler's 0..1000."""
         time = self.time_scale * (1000 - t if self.reversed else t)
+        if self.time_repeats:
+            time = time[:, None].repeat(1, self.time_repeats)
         arguments = self.arguments(Rows(batch, first))
         arguments |= dict.fromkeys((self.time_argument, *self.more_times), time)
         return arguments if self.return_dict is None else arguments | {"return_dict": self.return_dict}

@@ -43,6 +43,19 @@ VIDEO = {
     "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
 }
 
+CASCADE_BLOCK = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
+CASCADE = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "conditioning_dim": 32,
+    "block_out_channels": (16, 32),
+    "num_attention_heads": (2, 2),
+    "down_num_layers_per_block": (1, 1),
+    "up_num_layers_per_block": (1, 1),
+    "block_types_per_layer": (CASCADE_BLOCK, CASCADE_BLOCK),
+    "clip_text_pooled_in_channels": 16,
+}
+
 UNETS = (
     Denoiser(
         "UNet2DModel",
@@ -134,13 +147,102 @@ UNETS = (
         "Kandinsky3UNet",
         {
             "time_embedding_dim": 32,
-            "groups": 8,
+            "groups": 4,
             "attention_head_dim": 8,
-            "layers_per_block": 1,
+            "layers_per_block": 2,
             "block_out_channels": (16, 16, 16, 32),  # four levels are wired in
             "cross_attention_dim": 24,
             "encoder_hid_dim": 24,
         },
         kandinsky3,
+    ),
+    Denoiser(
+        "UNetSpatioTemporalConditionModel",
+        {
+            "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            "block_out_channels": (
+                64,
+                64,
+            ),  # the norms have 32 groups, and one of a single channel would cancel the time
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 24,
+            "layers_per_block": 1,
+            "cross_attention_dim": 24,
+            "num_attention_heads": 2,
+            "num_frames": 3,
+        },
+        lambda rows: {
+            "sample": rows(3, 8, 8, 8),
+            "encoder_hidden_states": rows(1, 24),
+            "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]]).repeat(len(rows), 1),
+        },
+    ),
+    Denoiser(
+        "UNetMotionModel",
+        CHANNELS
+        | {
+            "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+            "cross_attention_dim": 24,
+            "num_attention_heads": 2,
+            "motion_num_attention_heads": 2,
+        },
+        lambda rows: (
+            video(rows) | {"encoder_hidden_states": rows(6, 24).repeat_interleave(3, 0), "added_cond_kwargs": None}
+        ),
+        return_dict=None,
+    ),
+    Denoiser(
+        "I2VGenXLUNet",
+        CHANNELS | VIDEO | {"cross_attention_dim": 32, "attention_head_dim": 8},
+        lambda rows: (
+            video(rows)
+            | {
+                "encoder_hidden_states": rows(6, 32),
+                "fps": torch.full((len(rows),), 16),
+                "image_latents": rows(4, 3, 8, 8),
+                "image_embeddings": rows(1, 32),
+            }
+        ),
+    ),
+    Denoiser(
+        "StableCascadeUNet (prior)",
+        CASCADE | {"clip_text_in_channels": 24, "clip_image_in_channels": 20, "switch_level": (False,)},
+        lambda rows: {
+            "sample": rows(4, 8, 8),
+            "clip_text_pooled": rows(1, 16),
+            "clip_text": rows(6, 24),
+            "clip_img": rows(1, 20),
+        },
+        time_argument="timestep_ratio",
+        time_scale=1e-3,
+    ),
+    Denoiser(
+        "StableCascadeUNet (decoder)",
+        CASCADE
+        | {"effnet_in_channels": 16, "patch_size": 2, "block_types_per_layer": (CASCADE_BLOCK[:2], CASCADE_BLOCK)},
+        lambda rows: {"sample": rows(4, 16, 16), "clip_text_pooled": rows(1, 16), "effnet": rows(16, 4, 4)},
+        time_argument="timestep_ratio",
+        time_scale=1e-3,
+    ),
+    Denoiser(
+        "DreamLiteUNetModel",
+        {
+            "block_out_channels": (16, 32, 32),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "cross_attention_dim": 24,
+            "attention_head_dim": 8,
+            "addition_embed_type": "time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 16,
+        },
+        lambda rows: {
+            "sample": rows(4, 8, 16),
+            "encoder_hidden_states": rows(6, 24),
+            "encoder_attention_mask": rows.mask(6).long(),
+            "added_cond_kwargs": {"time_ids": torch.full((len(rows), 2), 64.0)},
+        },
     ),
 )
