@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 Arguments = dict[str, Any]
 
+# Parameters that diffusers leaves to a checkpoint: their memory is not even initialised.
+UNSET = (".gate_up_proj", ".down_proj", "pad_token")
+
 
 class Rows:
     """Random arguments of the batch rows ``first``, ``first + 1``, ...: a row's values follow from its number alone."""
@@ -86,8 +89,10 @@ def prediction(output: Any) -> Tensor:
 
 def _disturb_constants(model: nn.Module) -> None:
     """Add noise to constant parameters: behind a gate or an output layer of zeros, no block would count."""
-    for parameter in model.parameters():
-        if bool((parameter == parameter.flatten()[0]).all()):
+    for name, parameter in model.named_parameters():
+        if name.endswith(UNSET):
+            nn.init.normal_(parameter, std=0.1)
+        elif bool((parameter == parameter.flatten()[0]).all()):
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
             nn.init.normal_(noise := torch.empty_like(parameter), std=0.5 / max(fan_in, 25) ** 0.5)
             parameter.data += noise
