@@ -28,6 +28,7 @@ from transformers import (
 
 CLIP_WIDTH = 16
 T5_WIDTH = 32
+PROMPT_LENGTH = 64
 TWO_STEPS = {"num_inference_steps": 2}
 IMAGE = TWO_STEPS | {"height": 16, "width": 16, "output_type": "latent"}
 
@@ -67,7 +68,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 def t5_tokenizer() -> T5Tokenizer:
     """Unigram model with one token per printable ASCII character."""
     tokens = ["<pad>", "</s>", "<unk>", "▁", *printable.split()[0]]
-    return T5Tokenizer([(token, -1.0) for token in tokens], extra_ids=0, model_max_length=32)
+    return T5Tokenizer([(token, -1.0) for token in tokens], extra_ids=0, model_max_length=PROMPT_LENGTH)
 
 
 def clip(kind: type[CLIPTextModel | CLIPTextModelWithProjection], tokenizer: CLIPTokenizer) -> Any:
@@ -360,7 +361,7 @@ def ddpm() -> dict[str, Any]:
 
 
 GUIDED = IMAGE | {"guidance_scale": 4.0}
-SHORT_PROMPT = {"max_sequence_length": 32}
+SHORT_PROMPT = {"max_sequence_length": PROMPT_LENGTH}
 PIXART = GUIDED | SHORT_PROMPT | {"use_resolution_binning": False, "clean_caption": False}
 VIDEO = GUIDED | SHORT_PROMPT | {"height": 64, "width": 64, "num_frames": 9}
 AUDIO = TWO_STEPS | {"audio_end_in_s": 2.0, "guidance_scale": 4.0, "output_type": "latent"}
