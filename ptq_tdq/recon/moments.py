@@ -12,9 +12,11 @@ from torch.nn import functional
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
+from ptq_tdq.timeaxis import at
 from ptq_tdq.wrap import switched
 
 ROWS = 32  # inputs that are looked at for each column of the weight, about
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PIECE = 1 << 23  # numbers that are picked at once
 
 
@@ -50,6 +52,10 @@ def moments(
         quantized = _input(unit, layer, mine, batch)
         with switched(unit.module, weights=False, activations=False):
             original = _input(unit, layer, full, batch)
+        if quantized is None:  # an expert that nothing was sent to
+            continue
+        if original is None or original.shape != quantized.shape:  # other rows were sent to it: nothing to compare with
+            original = quantized
         pick = _picker(layer.layer, quantized, each, generator)
         piece = max(1, PIECE // (each * columns))
         for values in zip(quantized.split(piece), original.split(piece), strict=True):
@@ -66,18 +72,21 @@ def moments(
 
 
 def _finished(sums: tuple[Tensor, ...], count: int, centred: bool) -> Moments:
-    hessian, cross, mean, lost = (value / count for value in sums)
+    hessian, cross, mean, lost = (value / max(1, count) for value in sums)
     if centred:
         hessian, cross = hessian - torch.outer(mean, mean), cross - torch.outer(lost, mean)
     return Moments(hessian, cross, mean, lost, centred)
 
 
 def _groups(layer: nn.Module) -> int:
-    return layer.groups if isinstance(layer, nn.Conv1d | nn.Conv2d) else 1
+    return layer.groups if isinstance(layer, _CONVOLUTIONS) else 1
 
 
-def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice) -> Tensor:
-    """What ``layer`` computes with when the unit runs on some samples: its input behind the quantizers that are on."""
+def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice | Tensor) -> Tensor | None:
+    """What ``layer`` computes with when the unit runs on some samples: its input behind the quantizers that are on.
+
+    None where the unit does not call it.
+    """
     found: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -92,7 +101,9 @@ def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice) -> Tenso
         pass
     finally:
         handle.remove()
-    with torch.no_grad():
+    if not found:
+        return None
+    with torch.no_grad(), at(unit.t[batch]):
         return layer.quantized_input(found[0])
 
 
@@ -102,7 +113,7 @@ def _picker(layer: nn.Module, x: Tensor, each: int, generator: torch.Generator) 
         tokens = x[0].numel() // x.shape[-1]
         index = torch.randperm(tokens, generator=generator)[:each]
         return lambda value: value.reshape(len(value), tokens, -1)[:, index].flatten(0, 1)[:, None].float()
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    assert isinstance(layer, _CONVOLUTIONS)
     sizes = _windows(layer, x[:1]).shape[2 : 2 + len(layer.kernel_size)]
     index = torch.randperm(sizes.numel(), generator=generator)[:each]
     where: tuple[slice | Tensor, ...] = (slice(None), slice(None), *torch.unravel_index(index, sizes))
@@ -115,7 +126,7 @@ def _picker(layer: nn.Module, x: Tensor, each: int, generator: torch.Generator) 
     return pick
 
 
-def _windows(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """The windows of a convolution as a view [B, C, *positions, *kernel]."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
