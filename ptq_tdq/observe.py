@@ -39,7 +39,7 @@ class Observer:
 
     def see(self, x: Tensor, t: Tensor) -> None:
         """Take in a batch ``x`` [B, ...] at ``t`` [B]; raises :class:`NonFiniteError` naming the layer and t."""
-        rows, index = x.detach().flatten(1), torch.searchsorted(self.steps, t.to(self.steps.dtype))
+        rows, index = x.detach().flatten(1).float(), torch.searchsorted(self.steps, t.to(self.steps.dtype))
         if self.counts is not None:
             lo, width = self._grid()
             # an odd stride walks through all channels and positions, whose numbers are mostly powers of two

@@ -25,8 +25,16 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return unet
 
 
-def test_the_rate_warms_up_and_falls_to_zero(stage: ModuleType) -> None:
-    rates = [stage.learning_rate(step, 1.0, 10, (50, 1.0), 100) for step in range(101)]
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from reference_model import loop
+
+    return loop
+
+
+def test_the_rate_warms_up_and_falls_to_zero(loop: ModuleType) -> None:
+    rates = [loop.learning_rate(step, 1.0, 10, (50, 1.0), 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:51] == [1.0] * 42
     assert rates[75] == pytest.approx(0.5)

@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from processors import needs_wide_sums
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
@@ -28,8 +29,11 @@ from ptq_tdq.timeaxis import lookup
 
 CASES = ("W4A6", "W8A8-affine", "W8A8-symmetric", "W3A4-dynamic", "W6A8-static")
 PAIRS = [  # the runtime that a file is made for, and the one that runs it
-    *(pytest.param(case, "onnxruntime", "onnxruntime", id=f"{case}-onnxruntime") for case in CASES),
-    *(pytest.param(case, "openvino", "openvino", id=f"{case}-openvino") for case in CASES),
+    *(
+        pytest.param(case, "onnxruntime", "onnxruntime", id=f"{case}-onnxruntime", marks=needs_wide_sums)
+        for case in CASES
+    ),
+    *(pytest.param(case, "openvino", "openvino", id=f"{case}-openvino", marks=needs_wide_sums) for case in CASES),
     *(pytest.param(case, "portable", "onnxruntime", id=f"{case}-portable-onnxruntime") for case in CASES),
     pytest.param("W4A6", "portable", "openvino", id="W4A6-portable-openvino"),
 ]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from processors import needs_wide_sums
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
@@ -32,6 +33,7 @@ def file_of(tmp_path: Path, encode: Callable[[str, str], bytes]) -> Callable[[st
     return write
 
 
+@needs_wide_sums
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(), EulerDiscreteScheduler()], ids=["integer-t", "fractional-t"])
 def test_it_samples_as_the_simulated_model_does(
@@ -55,6 +57,7 @@ def test_it_samples_as_the_simulated_model_does(
     assert min(ratios) > 25
 
 
+@needs_wide_sums
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_other_batches_and_sizes(
     runtime: str,
