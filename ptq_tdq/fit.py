@@ -6,13 +6,12 @@ about that: whoever writes a file writes its hashes too, and a kernel that trust
 
 from __future__ import annotations
 
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError
 from ptq_tdq.modules import layer_kind
-from ptq_tdq.modules.attention import OPERANDS
+from ptq_tdq.modules.products import OPERANDS, owner_of
 from ptq_tdq.records import LayerRecord
 
 _ADVICE = "; load the artifact with the model that it was made from, or make it again."
@@ -24,30 +23,34 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
     Raises :class:`ArtifactMismatchError` naming the first layer or tensor that does not fit.
     """
     seen: dict[nn.Module, str] = {}
+    products: dict[nn.Module, int] = {}
     for record in artifact.layers:
-        module = _module(model, record)
+        if record.kind == "product":
+            owner, number = owner_of(record.name)
+            module = _module(model, record, owner)
+            _check_product(record, number, products.get(module, 0))
+            products[module] = number + 1
+            continue
+        module = _module(model, record, record.name)
         if module in seen:
             raise ArtifactMismatchError(f"'{record.name}' and '{seen[module]}' are one layer of the model{_ADVICE}")
         seen[module] = record.name
-        if record.kind == "attention":
-            _check_attention(record)
-        else:
-            _check_layer(record, module, artifact.weight_codes.get(record.name))
+        kind = layer_kind(module)
+        _require(kind == record.kind, record, f"is a {type(module).__name__} in the model, not a {record.kind}")
+        _check_layer(record, module, artifact.weight_codes.get(record.name))
     _check_state(model, artifact)
 
 
-def _module(model: nn.Module, record: LayerRecord) -> nn.Module:
+def _module(model: nn.Module, record: LayerRecord, name: str) -> nn.Module:
     try:
-        module = model.get_submodule(record.name)
+        return model.get_submodule(name)
     except AttributeError:
         raise ArtifactMismatchError(f"The model has no layer '{record.name}'{_ADVICE}") from None
-    kind = "attention" if isinstance(module, Attention) else layer_kind(module)
-    _require(kind == record.kind, record, f"is a {type(module).__name__} in the model, not a {record.kind}")
-    return module
 
 
-def _check_attention(record: LayerRecord) -> None:
-    _require(record.weight_bits is None and not record.splits, record, "has weights, which an attention has not")
+def _check_product(record: LayerRecord, number: int, expected: int) -> None:
+    _require(number == expected, record, f"is not product {expected} of its module")
+    _require(record.weight_bits is None and not record.splits, record, "has weights, which a product has not")
     count = len(record.inputs)
     _require(count == len(OPERANDS), record, f"has {count} quantizers, not one for each of {', '.join(OPERANDS)}")
 

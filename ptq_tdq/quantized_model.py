@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, remove_weight_norm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ptq_tdq.artifacts import Artifact, IntervalTable, model_card, write_artifact
 from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError
@@ -19,9 +20,10 @@ from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
+from ptq_tdq.modules.products import ATTRIBUTE
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.search import QParams
-from ptq_tdq.timeaxis import Clock
+from ptq_tdq.timeaxis import TimeAxis
 from ptq_tdq.timed_model import TimedModel
 from ptq_tdq.wrap import insert, switch
 
@@ -29,28 +31,26 @@ from ptq_tdq.wrap import insert, switch
 class QuantizedModel(TimedModel):
     """A model with quantizers in it and the original's call signature (``pipe.unet = quantized``).
 
-    The activations' intervals follow each sample's time step, taken from the model's own ``timestep`` argument.
-    ``config``, ``dtype`` and ``device`` are those of the wrapped ``model``. ``provenance`` is the artifact's config
+    The activations' intervals follow each sample's time step, taken from the model's own time argument (``axis``).
+    Attributes that it has not are those of the wrapped ``model``. ``provenance`` is the artifact's config
     document (how the model was made), ``metrics`` what was measured on it.
     """
 
-    def __init__(self, model: nn.Module, plan: Iterable[LayerRecord]) -> None:
+    def __init__(self, model: nn.Module, axis: TimeAxis, plan: Iterable[LayerRecord]) -> None:
         """Put quantizers, switched off, into ``model`` itself; see :meth:`copy_of` to leave it as it is."""
-        super().__init__(model)
-        self.plan, self.clock = tuple(plan), Clock()
+        super().__init__(model, axis)
+        self.plan = tuple(plan)
         self.provenance: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
+        self.notices: tuple[str, ...] = ()  # what stays in floating point, known right after calibration
         self.static: dict[str, QParams] = {}  # static MSE intervals by quantizer, known right after calibration
         for record in self.plan:
-            insert(model, record, self.clock)
+            insert(model, record)
 
     @classmethod
-    def copy_of(cls, model: nn.Module, plan: Iterable[LayerRecord]) -> QuantizedModel:
+    def copy_of(cls, model: nn.Module, axis: TimeAxis, plan: Iterable[LayerRecord]) -> QuantizedModel:
         """A quantized model around a deep copy, in evaluation mode and without gradients."""
-        return cls(copy.deepcopy(model).eval().requires_grad_(False), plan)
-
-    def at(self, t: Tensor | float | int) -> None:
-        self.clock.set(t)
+        return cls(folded_copy(model), axis, plan)
 
     def layers(self) -> dict[str, QuantLayer]:
         """Quantized layers by name, in execution order."""
@@ -76,7 +76,7 @@ class QuantizedModel(TimedModel):
         """Run with other, static intervals (by quantizer name) inside a ``with`` block."""
         quantizers = self.quantizers()
         before = {name: quantizer.source for name, quantizer in quantizers.items()}
-        length = self.provenance["time_axis"]["num_train_timesteps"]
+        length = self.axis.length
         for name, found in replacement.items():
             quantizers[name].source = TableSource(found.scale.expand(length), found.zero_point.expand(length))
         try:
@@ -120,7 +120,7 @@ class QuantizedModel(TimedModel):
         """
         check_fit(model, artifact)
         model.load_state_dict(artifact.float_state, strict=False)  # the quantized weights follow
-        quantized = cls(model.eval().requires_grad_(False), artifact.layers)
+        quantized = cls(model.eval().requires_grad_(False), artifact.time_axis, artifact.layers)
         for name, layer in quantized.layers().items():
             for index, (lo, hi) in enumerate(layer.ranges):
                 scale, zero_point = artifact.weight_scale[name][:, index], artifact.weight_zero_point[name][:, index]
@@ -143,17 +143,24 @@ class QuantizedModel(TimedModel):
         """All tensors that stay in floating point, under the original model's names."""
         quantized, state = tuple(f"{name}." for name in self.layers()), {}
         for key, value in self.model.state_dict().items():
-            if not key.startswith(quantized) and ".processor." not in key:
+            if not key.startswith(quantized) and f".{ATTRIBUTE}." not in key:
                 state[key] = value
             elif key.endswith(".layer.bias"):
                 state[key.replace(".layer.bias", ".bias")] = value
         return state
 
 
-def base_config(model: Any) -> dict[str, Any]:
-    """A diffusers model's configuration as plain JSON data."""
-    config: dict[str, Any] = json.loads(model.to_json_string())
-    return {key: value for key, value in config.items() if key != "_name_or_path"}
+def folded_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in evaluation mode and without gradients, with reparametrized weights (weight norm) made plain."""
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+    return copied
 
 
 def _known(value: Tensor | None) -> Tensor:

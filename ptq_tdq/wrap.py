@@ -7,33 +7,35 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ptq_tdq.errors import ModelError, NonFiniteError
-from ptq_tdq.modules import ActivationQuantizer, QuantAttnProcessor, QuantLayer
+from ptq_tdq.modules import ActivationQuantizer, QuantLayer
+from ptq_tdq.modules.products import attach, owner_of
 from ptq_tdq.records import LayerRecord
-from ptq_tdq.timeaxis import Clock
 
 
-def insert(model: nn.Module, record: LayerRecord, clock: Clock) -> None:
+def insert(model: nn.Module, record: LayerRecord) -> None:
     """Put the quantizers of one record into ``model``, switched off.
 
     Raises :class:`ModelError` where the model has no such layer, :class:`NonFiniteError` for NaN or Inf in its weights.
     """
-    try:
-        module = model.get_submodule(record.name)
-    except AttributeError:
-        raise ModelError(f"The model has no layer named {record.name!r}; it is not the model of this plan.") from None
-    if isinstance(module, Attention):
-        processor: Any = QuantAttnProcessor(module.processor, record, clock)  # diffusers' annotation names one class
-        module.set_processor(processor)
+    if record.kind == "product":
+        attach(_find(model, owner_of(record.name)[0]), record)
         return
+    parent, _, own = record.name.rpartition(".")
+    module = _find(model, record.name)
     for key, value in module.named_parameters():
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(f"{record.name} has NaN or Inf in its {key}; repair the model before quantizing it.")
-    parent, _, own = record.name.rpartition(".")
-    setattr(model.get_submodule(parent), own, QuantLayer(module, record, clock))
+    setattr(model.get_submodule(parent), own, QuantLayer(module, record))
+
+
+def _find(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ModelError(f"The model has no layer named {name!r}; it is not the model of this plan.") from None
 
 
 def switch(module: nn.Module, *, weights: bool, activations: bool) -> None:

@@ -1,6 +1,6 @@
-"""Quantized Conv1d, Conv2d and Linear: one table from a torch layer class to its kind and operation.
+"""Quantized convolutions and linear layers: one table from a torch layer class to its kind and operation.
 
-Layouts: x [B, C, L], [B, C, H, W] or [B, ..., C]; weight [O, C, ...]. A split shortcut has two channel ranges
+Layouts: x [B, C, ...] or [B, ..., C] of a Linear; weight [O, C, ...]. A split shortcut has two channel ranges
 (``splits`` = (0, C_h, C)), each with quantizers of its own; an ordinary layer has one, (0, C).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +17,23 @@ from torch.nn import functional
 from ptq_tdq.modules.activation import ActivationQuantizer
 from ptq_tdq.modules.weight import WeightQuantizer
 from ptq_tdq.records import LayerRecord
-from ptq_tdq.timeaxis import Clock
 
-Operation = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+Operation = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _conv2d(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    assert isinstance(layer, nn.Conv2d)
+def _conv(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y: Tensor = layer._conv_forward(x, weight, bias)
     return y
 
 
-def _conv1d(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    assert isinstance(layer, nn.Conv1d)
-    y: Tensor = layer._conv_forward(x, weight, bias)
-    return y
-
-
-def _linear(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    assert isinstance(layer, nn.Linear)
+def _linear(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
 QUANTIZED_LAYERS: dict[type[nn.Module], tuple[str, int, Operation]] = {  # class -> kind, channel dim of x, operation
-    nn.Conv1d: ("conv1d", 1, _conv1d),
-    nn.Conv2d: ("conv2d", 1, _conv2d),
+    nn.Conv1d: ("conv1d", 1, _conv),
+    nn.Conv2d: ("conv2d", 1, _conv),
+    nn.Conv3d: ("conv3d", 1, _conv),
     nn.Linear: ("linear", -1, _linear),
 }
 
@@ -50,9 +43,24 @@ def _entry(layer: nn.Module) -> tuple[str, int, Operation] | None:
 
 
 def layer_kind(layer: nn.Module) -> str | None:
-    """The kind of a layer ("conv1d", "conv2d", "linear"), or None for a module that is not quantized as one."""
+    """The kind of a layer ("conv1d", "conv2d", "conv3d", "linear"), or None for a module that is not quantized as one."""
     entry = _entry(layer)
     return entry[0] if entry else None
+
+
+def layer_operation(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer of this kind computes from its weight and bias; a subclass may do something else in its forward."""
+    entry = _entry(layer)
+    assert entry is not None
+    result: Tensor = entry[2](layer, x, layer.weight, layer.bias)
+    return result
+
+
+def multiply_accumulates(layer: nn.Module, output: Tensor) -> int:
+    """Multiply-accumulates of one layer for the given output."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return output.numel() // weight.shape[0] * weight.numel()
 
 
 class QuantLayer(nn.Module):
@@ -62,7 +70,7 @@ class QuantLayer(nn.Module):
     are on, and :meth:`finalize` adds it to the bias.
     """
 
-    def __init__(self, layer: nn.Module, record: LayerRecord, clock: Clock) -> None:
+    def __init__(self, layer: nn.Module, record: LayerRecord) -> None:
         super().__init__()
         entry = _entry(layer)
         if entry is None:
@@ -72,7 +80,7 @@ class QuantLayer(nn.Module):
         self.layer, self.record = layer, record
         self.ranges = tuple(pairwise(record.splits))
         self.weights = nn.ModuleList(WeightQuantizer(record.weight_bits) for _ in self.ranges)
-        self.inputs = nn.ModuleList(ActivationQuantizer(q, clock) for q in record.inputs)
+        self.inputs = nn.ModuleList(ActivationQuantizer(q) for q in record.inputs)
         self.weights_enabled = False
         self.shift = None if self.bias is None else nn.Parameter(torch.zeros_like(self.bias), requires_grad=False)
         self._final: Tensor | None = None
@@ -90,6 +98,13 @@ class QuantLayer(nn.Module):
         bias = self.layer.bias
         assert bias is None or isinstance(bias, Tensor)
         return bias
+
+    def __getattr__(self, name: str) -> Any:
+        """What models ask of their layers beside calling them: sizes, strides and the like."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
 
     def weight_quantizers(self) -> list[WeightQuantizer]:
         return [w for w in self.weights if isinstance(w, WeightQuantizer)]
@@ -138,4 +153,4 @@ class QuantLayer(nn.Module):
         if not self.weights_enabled:
             return self.operation(self.layer, x, self.weight, self.bias)
         bias = None if self.bias is None or self.shift is None else self.bias + self.shift
-        return self.operation(self.layer, x, self.quantized_weight(), bias)
+        return self.operation(self.layer, x, self.quantized_weight().to(x.dtype), bias)

@@ -14,7 +14,7 @@ from ptq_tdq.intervals import IntervalSource, Observed, source_class
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.observe import Observer
-from ptq_tdq.recon.streams import UnitCall
+from ptq_tdq.recon.streams import Outputs, UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import round_again
 from ptq_tdq.search import QParams
@@ -66,7 +66,7 @@ def reconstruct_activations(
     unit: Unit,
     full: UnitCall,
     call: UnitCall,
-    target: Tensor,
+    target: Outputs,
     config: Config,
     generator: torch.Generator,
     num_train_timesteps: int,
@@ -120,7 +120,7 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
 def _learn(
     unit: Unit,
     call: UnitCall,
-    target: Tensor,
+    target: Outputs,
     sources: nn.ModuleList,
     config: Config,
     generator: torch.Generator,
@@ -142,7 +142,7 @@ def _learn(
     sources.train()
     chances = None if config.loss_weights == "uniform" else _chances(unit, target, config.loss_power)
     for _ in range(config.activation_iterations):
-        index = _draw(len(target), chances, config.batch_size, generator)
+        index = unit.draw(config.batch_size, generator, chances)
         loss = unit.learning_loss(call, target, config.loss_power, config, index)
         optimizer.zero_grad()
         loss.backward()
@@ -159,17 +159,16 @@ def _learn(
     return before
 
 
-def _draw(count: int, chances: Tensor | None, size: int, generator: torch.Generator) -> Tensor:
-    """Indices of the samples of one batch, all alike or with ``chances`` [N]."""
-    if chances is None:
-        return torch.randint(count, (size,), generator=generator)
-    return torch.multinomial(chances, size, replacement=True, generator=generator)
-
-
-def _chances(unit: Unit, target: Tensor, power: float) -> Tensor:
+def _chances(unit: Unit, target: Outputs, power: float) -> Tensor:
     """One over the mean size of the targets at each sample's time step [N], but for a common factor."""
-    largest = target.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # in its unit no power overflows
-    size = torch.cat([(target[batch] / largest).abs().pow(power).flatten(1).mean(1) for batch in unit.batches()])
+    tiny = torch.finfo(torch.float32).tiny
+    largest = max(float(x.abs().max()) for x in target.rows(slice(None))) or tiny  # in its unit no power overflows
+
+    def size_of(batch: slice | Tensor) -> Tensor:
+        sizes = [(x / largest).abs().pow(power).reshape(len(unit.t[batch]), -1).mean(1) for x in target.rows(batch)]
+        return torch.stack(sizes).mean(0)
+
+    size = torch.cat([size_of(batch) for batch in unit.batches()])
     _, step, count = unit.t.unique(return_inverse=True, return_counts=True)
     of_step = torch.zeros(len(count)).index_add(0, step, size.float()) / count
     relative = of_step / of_step.max().clamp(min=torch.finfo(torch.float32).tiny)

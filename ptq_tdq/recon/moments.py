@@ -12,9 +12,11 @@ from torch.nn import functional
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
+from ptq_tdq.timeaxis import at
 from ptq_tdq.wrap import switched
 
 ROWS = 32  # inputs that are looked at for each column of the weight, about
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PIECE = 1 << 23  # numbers that are picked at once
 
 
@@ -46,9 +48,13 @@ def moments(
     each = -(-ROWS * weights[0].shape[1] // len(unit.t))  # positions of each sample
     for batch in unit.batches():
         quantized = _input(unit, layer, mine, batch)
-        unit.check(quantized, unit.t[batch], f"{layer.record.name} gets")
         with switched(unit.module, weights=False, activations=False):
             original = _input(unit, layer, full, batch)
+        if quantized is None:  # an expert that nothing was sent to
+            continue
+        unit.check(quantized, unit.t[batch], f"{layer.record.name} gets")
+        if original is None or original.shape != quantized.shape:  # other rows were sent to it: nothing to compare with
+            original = quantized
         pick = _picker(layer.layer, quantized, each, generator)
         piece = max(1, PIECE // (each * weights[0].shape[1]))
         for values in zip(quantized.split(piece), original.split(piece), strict=True):
@@ -106,11 +112,14 @@ def _small(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _groups(layer: nn.Module) -> int:
-    return layer.groups if isinstance(layer, nn.Conv1d | nn.Conv2d) else 1
+    return layer.groups if isinstance(layer, _CONVOLUTIONS) else 1
 
 
-def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice) -> Tensor:
-    """What ``layer`` computes with when the unit runs on some samples: its input behind the quantizers that are on."""
+def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice | Tensor) -> Tensor | None:
+    """What ``layer`` computes with when the unit runs on some samples: its input behind the quantizers that are on.
+
+    None where the unit does not call it.
+    """
     found: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -125,7 +134,9 @@ def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice) -> Tenso
         pass
     finally:
         handle.remove()
-    with torch.no_grad():
+    if not found:
+        return None
+    with torch.no_grad(), at(unit.t[batch]):
         return layer.quantized_input(found[0])
 
 
@@ -135,7 +146,7 @@ def _picker(layer: nn.Module, x: Tensor, each: int, generator: torch.Generator) 
         tokens = x[0].numel() // x.shape[-1]
         index = torch.randperm(tokens, generator=generator)[:each]
         return lambda value: value.reshape(len(value), tokens, -1)[:, index].flatten(0, 1)[:, None].double()
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    assert isinstance(layer, _CONVOLUTIONS)
     sizes = _windows(layer, x[:1]).shape[2 : 2 + len(layer.kernel_size)]
     index = torch.randperm(sizes.numel(), generator=generator)[:each]
     where: tuple[slice | Tensor, ...] = (slice(None), slice(None), *torch.unravel_index(index, sizes))
@@ -148,7 +159,7 @@ def _picker(layer: nn.Module, x: Tensor, each: int, generator: torch.Generator) 
     return pick
 
 
-def _windows(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """The windows of a convolution as a view [B, C, *positions, *kernel]."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
