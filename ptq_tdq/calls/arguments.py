@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.timeaxis import time_argument
 
 Rows = slice | Tensor
 SAME = 0.05  # relative difference of one row computed alone and among others; precision allows it
@@ -103,6 +104,12 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
         if parameter.kind is parameter.VAR_KEYWORD:
             bound |= bound.pop(name, {})
     return bound
+
+
+def main_argument_name(model: nn.Module) -> str:
+    """The parameter of ``model.forward`` that takes what is denoised: the first one beside the time."""
+    time = time_argument(model)
+    return next(name for name in inspect.signature(model.forward).parameters if name != time)
 
 
 def main_argument(arguments: dict[str, Any], time: str) -> str:

@@ -50,6 +50,7 @@ class Recorder:
         self.seen: list[float] = []
         self.step = -1
         self._wanted: Wanted | None = None
+        self._on_step: Callable[[int], None] = lambda step: None
         self._samples: int | None = None  # of the trajectories that run now, where they are known
         self._first_trajectory, self._rows, self._began = 0, 0, 0
         self._parts: list[Calls] = []
@@ -68,14 +69,21 @@ class Recorder:
         finally:
             handle.remove()
 
-    def begin(self, first: int | None = None, samples: int | None = None, wanted: Wanted | None = None) -> None:
+    def begin(
+        self,
+        first: int | None = None,
+        samples: int | None = None,
+        wanted: Wanted | None = None,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> None:
         """What follows are new trajectories, numbered from ``first``.
 
         Where it is known how many ``samples`` run at once, row i of a call belongs to sample i modulo that number
-        (guidance repeats the samples); else each row is a sample. Only ``wanted`` calls are kept, by default all.
+        (guidance repeats the samples); else each row is a sample. Only ``wanted`` calls are kept, by default all;
+        ``on_step`` hears of each call's step.
         """
         self._first_trajectory = self._first_trajectory + self._rows if first is None else first
-        self._samples, self._wanted = samples, wanted
+        self._samples, self._wanted, self._on_step = samples, wanted, on_step
         self._rows, self._began, self.step = 0, len(self.seen), -1
 
     def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -90,6 +98,7 @@ class Recorder:
         if not before or value != before[-1]:
             self.step += 1
         self.seen.append(value)
+        self._on_step(self.step)
         rows = count_rows(arguments, name)
         self._rows = max(self._rows, self._samples or rows)
         sample = torch.arange(rows) % (self._samples or rows)
