@@ -10,10 +10,10 @@ import click
 
 from ptq_tdq.artifacts import check_output
 from ptq_tdq.calib_data import collect_cached, load_model, with_scheduler
-from ptq_tdq.calibrate import calibrate, check_choices
+from ptq_tdq.calibrate import calibrate
 from ptq_tdq.cli.options import (
     json_option,
-    model_option,
+    model_options,
     print_json,
     quiet_option,
     scheduler_option,
@@ -51,7 +51,7 @@ def _choice_flags(command: Any) -> Any:
 
 
 @click.command("calibrate")
-@model_option
+@model_options
 @click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="The artifact directory to write.")
 @click.option(
     "--preset",
@@ -99,16 +99,17 @@ def calibrate_command(
     as_json: bool,
     verbose: bool,
     quiet: bool,
-    **flags: str | None,
+    **given: Any,
 ) -> None:
-    """Quantize a diffusion model and write its interval tables.
+    """Quantize the denoiser of a diffusion model and write its interval tables.
 
-    Runs the model's own sampler for a calibration set, learns the rounding of the weights and the activation intervals
+    Samples with the model's own pipeline for a calibration set, learns the rounding of the weights and the activation intervals
     as a function of the time step, block by block, and writes an artifact directory. Flags go before the file of
     --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the first
     unfinished block.
     """
     began = time.perf_counter()
+    flags = {key: given.pop(key) for key in FLAGS}
     config = _resolve(preset_name, config_file, flags, skip, settings)
     if show_config:
         print_json(config.to_dict())
@@ -117,29 +118,31 @@ def calibrate_command(
     unfinished = unfinished_folder(output_dir)
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished block."
     say = Progress(quiet=quiet, verbose=verbose)
-    model = load_model(source)
+    model = load_model(source, **given)
     if scheduler is not None:
         model = with_scheduler(model, scheduler)
     model_id = _id(model.id)
     for notice in model.notices:
         say.notice(notice)
     say.config(config)
-    check_choices(model.unet, config)
-    calibration_set = collect_cached(
+    calls = collect_cached(
         model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_CHOICES}
     )
     if not resume:
         discard(unfinished)
     with say.units():
         quantized = calibrate(
-            model.unet,
+            model.denoiser,
             config,
-            calibration_set,
+            calls,
             model_id=model_id,
+            component=model.component,
             run_directory=unfinished,
             on_unit=say.unit,
             on_notice=say.notice,
         )
+    for notice in quantized.notices:
+        say.notice(notice)
     learned = static = None
     if evaluation_samples:
         say.line("Measuring against full precision, from noise that calibration has not seen")

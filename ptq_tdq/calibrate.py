@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from ptq_tdq.artifacts import check_draft
+from ptq_tdq.calib_data import LoadedModel, collect, from_pipeline
 from ptq_tdq.calls import Calls
-from ptq_tdq.config import ACTIVATION_CHOICES, Config
+from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, Config
+from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel, folded_copy
 from ptq_tdq.identity import base_config, model_sha256
@@ -26,36 +28,57 @@ _log = logging.getLogger(__name__)
 
 
 def calibrate(
-    model: nn.Module,
+    model: Any,
     config: Config,
-    calls: Calls,
+    calls: Calls | None = None,
     *,
+    component: str | None = None,
+    prompts: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+    call: Mapping[str, Any] | None = None,
     model_id: str | None = None,
     run_directory: Path | None = None,
     weights_directory: Path | None = None,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
     on_notice: Callable[[str], None] = _log.warning,
 ) -> QuantizedModel:
-    """Quantize a copy of ``model`` unit by unit; the model itself stays as it is.
+    """Quantize a copy of a denoiser unit by unit; the model itself stays as it is.
 
-    ``model`` is any denoiser of diffusers, or a module of one's own; ``calls`` are recorded calls of it
-    (:func:`ptq_tdq.record`); ``model_id`` is its name in the artifact. With a ``run_directory`` finished units are kept
-    there and an interrupted run goes on where it stopped. With a ``weights_directory`` as well, phase W is kept there:
-    runs that differ only in what phase A decides may share it, one after the other. ``on_unit`` gets a report of each
-    finished unit. ``on_notice`` gets a sentence for each damaged file of an unfinished run, whose unit is done again; by
-    default that is logged. The result's :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses
-    of each unit ("reconstruction"), its :attr:`notices` what stays in floating point and why.
+    ``model`` is a pipeline of diffusers, what :func:`~ptq_tdq.load_model` gives, or, with ``calls`` recorded of it
+    (:func:`ptq_tdq.record`), any denoiser or module of one's own::
+
+        pipe.transformer = calibrate(pipe, preset("default", scheme="W4A8"), prompts=["A red fox", ...])
+
+    ``component`` names the denoiser of a pipeline that has several; ``prompts``, ``classes`` and ``call`` (further
+    arguments such as guidance_scale) say what the pipeline samples for the calibration set. ``model_id`` is the model's
+    name in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
+    stopped. With a ``weights_directory`` as well, phase W is kept there: runs that differ only in what phase A decides
+    may share it, one after the other. ``on_unit`` gets a report of each finished unit. ``on_notice`` gets a sentence
+    for each damaged file of an unfinished run, whose unit is done again; by default that is logged. The result's
+    :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit ("reconstruction"), its
+    :attr:`notices` what stays in floating point and why.
 
     Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
     :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model, :class:`~ptq_tdq.errors.ConfigError`
     for what an artifact cannot say (a ``model_id`` that is no text) and :class:`~ptq_tdq.errors.ResumeError` (another
     run in the directory); at any time :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
     """
+    if not isinstance(model, nn.Module):
+        if not isinstance(model, LoadedModel):
+            model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
+        if calls is None:
+            calls = collect(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+        model, component, model_id = model.denoiser, model.component, model_id or model.id
+    elif calls is None:
+        raise CalibrationSetError(
+            f"A {type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
+            "pass them, or pass its pipeline."
+        )
     calls.check()
     calls = calls.to(next(model.parameters()).device)
     plan = make_plan(folded_copy(model), config, calls)
     quantized = QuantizedModel.copy_of(model, calls.axis, plan.layers)
-    quantized.provenance = provenance(model, config, calls, model_id)
+    quantized.provenance = provenance(model, config, calls, model_id, component)
     quantized.notices = plan.notices
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
     run = _open_run(run_directory, weights_directory, quantized.provenance, on_notice)
@@ -95,10 +118,16 @@ def losses(reports: Iterable[UnitReport]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def provenance(model: Any, config: Config, calls: Calls, model_id: str | None) -> dict[str, Any]:
+def provenance(
+    model: Any, config: Config, calls: Calls, model_id: str | None, component: str | None = None
+) -> dict[str, Any]:
     """The artifact's config document: what the quantized model was made from, and with which choices."""
     return {
-        "base_model": {"id": model_id or _name(model), "sha256": model_sha256(model)},
+        "base_model": {
+            "id": model_id or _name(model),
+            "sha256": model_sha256(model),
+            **({} if component is None else {"component": component}),
+        },
         "model_config": base_config(model),
         "scheme": config.scheme,
         "method": config.method,
