@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ptq_tdq.timeaxis import time_argument
 REFERENCE_ID, REFERENCE_DIT_ID = "ptq-tdq/reference-cifar10-ldm", "ptq-tdq/reference-cifar10-dit"
 EMBEDDED = {"reference": REFERENCE_ID, "reference-dit": REFERENCE_DIT_ID}
 """Short names of the models that come with the package."""
+_ACCELERATE = find_spec("accelerate") is not None  # loads in less memory; some models are loaded in no other way
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ def load_model(
     name = EMBEDDED.get(source or "reference", source or "")
     folder = _folder(name)
     parts = find_parts(folder, component)
-    with _quiet_diffusers():
+    with _quiet():
         denoiser = _load_weights(_class_of(parts.denoiser), parts.denoiser)
         check_denoiser(denoiser)
         sampler, notices = _make_sampler(parts, denoiser, prompts, classes, call)
@@ -81,7 +83,7 @@ def load_model(
         sampler.limited(NO_CLASS)
     sha256 = model_sha256(denoiser)
     try:
-        with _quiet_diffusers():
+        with _quiet():
             _move(denoiser, sampler, torch.device(device), dtype)
     except (RuntimeError, AssertionError) as error:  # torch reports a missing backend as either
         raise ConfigError(f"The device '{device}' cannot be used here ({error}); choose another.") from error
@@ -129,7 +131,7 @@ def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
             "try DDIMScheduler or EulerDiscreteScheduler."
         )
     try:
-        with _quiet_diffusers():
+        with _quiet():
             sampler = copy.copy(model.sampler)
             sampler.scheduler = cls.from_config(model.scheduler.config)
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
@@ -201,14 +203,15 @@ def _load_pipeline(folder: Path, component: str, denoiser: nn.Module) -> Any:
     # what a safety checker would do to the pictures of an untrained or quantized model is no loss of quantization
     given = {"safety_checker": None} if "safety_checker" in read_config(folder / "model_index.json") else {}
     try:
-        return DiffusionPipeline.from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-            local_files_only=True,
-            use_safetensors=True,
-            **{component: denoiser, **given},
-        )
+        with _quiet_transformers():
+            return DiffusionPipeline.from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=_ACCELERATE,
+                local_files_only=True,
+                use_safetensors=True,
+                **{component: denoiser, **given},
+            )
     except Exception as error:  # of any type, from diffusers, transformers or a tokenizer
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")[:200]
         raise ModelError(
@@ -229,7 +232,7 @@ def _load_weights(cls: Any, folder: Path) -> Any:
         model, info = cls.from_pretrained(
             folder,
             torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,  # True needs the accelerate package
+            low_cpu_mem_usage=_ACCELERATE,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -286,11 +289,26 @@ def _move(denoiser: nn.Module, sampler: Sampler, device: torch.device, dtype: to
 
 
 @contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """Silence log lines about things that :func:`load_model` reports itself, as errors with an advice."""
-    before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+def _quiet(library: Any = diffusers_logging) -> Iterator[None]:
+    """Silence log lines and bars about things that :func:`load_model` reports itself, as errors with an advice."""
+    verbosity, bar = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(before)
+        library.set_verbosity(verbosity)
+        if bar:
+            library.enable_progress_bar()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """The same of the library that text encoders come from; it is heavy, and not needed by every model."""
+    if find_spec("transformers") is None:
+        yield
+        return
+    from transformers.utils import logging as transformers_logging
+
+    with _quiet(transformers_logging):
+        yield
