@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,7 @@ def collect(
             schedule = new_schedule(model.sampler)
             choices = [sample_generator("steps", seed, i) for i in samples]
 
-            def wanted(
-                step: int, schedule: Any = schedule, choices: Any = choices, chosen: list[Tensor] = []
-            ) -> Tensor:
-                if not chosen:  # the sampler has set its schedule when it calls the denoiser for the first time
-                    chosen.append(_chosen(schedule, calibration_steps, step_distribution, choices))
-                return chosen[0][step] if step < len(chosen[0]) else torch.zeros(len(choices), dtype=torch.bool)
+            wanted = _Wanted(schedule, calibration_steps, step_distribution, choices)
 
             def count(step: int, done: int = number * num_inference_steps) -> None:
                 if on_progress is not None:
@@ -157,17 +152,38 @@ def collect_cached(
     return collected
 
 
-def _chosen(schedule: Any, count: int, distribution: StepDistribution, choices: list[torch.Generator]) -> Tensor:
-    """Mark the chosen (step, sample) pairs: bool [steps, B]; all steps where there are fewer than asked for."""
-    steps = torch.as_tensor([float(t) for t in schedule.timesteps]).unique_consecutive()
-    total = getattr(schedule.config, "num_train_timesteps", 1000)
-    chosen = torch.zeros(len(steps), len(choices), dtype=torch.bool)
-    for column, generator in enumerate(choices):
-        found = choose_steps(
-            steps, min(count, len(steps)), distribution, generator, num_train_timesteps=total
-        )
-        chosen[found, column] = True
-    return chosen
+class _Wanted:
+    """Chooses steps for every sample once the sampler has set its schedule: when it first calls the denoiser."""
+
+    def __init__(
+        self, schedule: Any, count: int, distribution: StepDistribution, generators: Sequence[torch.Generator]
+    ) -> None:
+        self.schedule, self.count, self.distribution, self.generators = schedule, count, distribution, generators
+        self.chosen = torch.empty(0)
+        self.place = torch.empty(0)
+
+    def __call__(self, step: int) -> Tensor:
+        """Step index of the denoiser's own calls -> bool [B]."""
+        if not len(self.chosen):
+            self._choose()
+        # a pipeline with two denoisers calls each at a part of its steps; most schedules know where they are
+        known = getattr(self.schedule, "step_index", None)
+        index = step if known is None else int(self.place[known])
+        if index < len(self.chosen):
+            return self.chosen[index]
+        return torch.zeros(len(self.generators), dtype=torch.bool)
+
+    def _choose(self) -> None:
+        """Mark (step, sample) pairs, bool [steps, B]; all steps where there are fewer than asked for."""
+        t = torch.as_tensor([float(t) for t in self.schedule.timesteps])
+        steps, self.place = t.unique_consecutive(return_inverse=True)
+        total = getattr(self.schedule.config, "num_train_timesteps", None) or max(1, int(t.max()))
+        self.chosen = torch.zeros(len(steps), len(self.generators), dtype=torch.bool)
+        for column, generator in enumerate(self.generators):
+            found = choose_steps(
+                steps, min(self.count, len(steps)), self.distribution, generator, num_train_timesteps=total
+            )
+            self.chosen[found, column] = True
 
 
 def _file(parts: Path, start: int) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,13 +69,10 @@ class LoopSampler(Sampler):
         start_schedule(schedule, num_inference_steps, device)
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
         labels = {} if conditions[0] is None else {LABELS: torch.tensor(conditions, device=device)}
-        options = {"generator": list(generators)} if "generator" in inspect.signature(schedule.step).parameters else {}
-        x = noise.to(device) * getattr(schedule, "init_noise_sigma", 1.0)  # float32: steps are small
-        for t in schedule.timesteps:
-            scaled = schedule.scale_model_input(x, t) if hasattr(schedule, "scale_model_input") else x
-            predicted = self._predict(denoiser, scaled.to(dtype), t, labels)
-            x = schedule.step(predicted, t, x, return_dict=False, **options)[0]
-        latents = x.float().cpu()
+        latents = step_through(
+            lambda x, t: self._predict(denoiser, x.to(dtype), t, labels), noise.to(device), schedule, generators
+        )
+        latents = latents.float().cpu()
         return Sampled(latents, self._decode(latents))
 
     def _predict(self, denoiser: nn.Module, x: Tensor, t: Tensor, labels: dict[str, Tensor]) -> Tensor:
@@ -102,6 +99,26 @@ class LoopSampler(Sampler):
         shift = getattr(self.vae.config, "shift_factor", None)
         decoded: Tensor = self.vae.decode(scaled + shift if shift else scaled).sample
         return decoded.float().clamp(-1, 1).cpu()
+
+
+def step_through(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    schedule: Any,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """From standard normal ``noise`` [B, ...] to the final x of the same shape, by the steps that ``schedule`` is set to.
+
+    ``predict(x, t)`` is the denoiser, x scaled as the schedule wants it, t a scalar. x itself stays float32: steps are
+    small. ``generators``, one per sample, feed schedules that add noise.
+    """
+    noisy = generators is not None and "generator" in inspect.signature(schedule.step).parameters
+    options = {"generator": list(generators)} if noisy and generators is not None else {}
+    x = noise * getattr(schedule, "init_noise_sigma", 1.0)
+    for t in schedule.timesteps:
+        scaled = schedule.scale_model_input(x, t) if hasattr(schedule, "scale_model_input") else x
+        x = schedule.step(predict(scaled, t), t, x, return_dict=False, **options)[0]
+    return x
 
 
 def start_schedule(schedule: Any, num_inference_steps: int, device: torch.device | str = "cpu") -> None:

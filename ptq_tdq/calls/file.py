@@ -34,7 +34,7 @@ def digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 def encode(header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     """The file's bytes; equal sets give equal bytes."""
-    metadata = json.dumps({**header, "sha256": digest(header, tensors)}, sort_keys=True)
+    metadata = json.dumps({**header, "sha256": digest(header, tensors)})  # in the order of the arguments
     data: bytes = save(tensors, metadata={_METADATA_KEY: metadata})
     return data
 
