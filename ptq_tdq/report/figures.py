@@ -1,6 +1,6 @@
 """The figures as files, for papers and slides: PNG and SVG of the first artifact, and of several where they compare.
 
-The TDQ supplement's figures: 1 (seeds), 2 and 3 (intervals), 4 (distribution over t), 5 (classes).
+The TDQ supplement's figures: 1 (seeds), 2 and 3 (intervals), 4 (distribution over t), 5 (classes, or prompts).
 """
 
 from __future__ import annotations
@@ -118,17 +118,17 @@ def _distribution(data: Json) -> Figure | None:
     return figure
 
 
-def _classes(data: Json) -> Figure | None:
-    """The middle 98% of values over t, for each class (supp Figure 5)."""
-    names = [name for name in _most_varying(data) if "by_class" in data["activations"].get(name, {})]
+def _groups(data: Json) -> Figure | None:
+    """The middle 98% of values over t, for each class or prompt (supp Figure 5)."""
+    names = [name for name in _most_varying(data) if "by_group" in data["activations"].get(name, {})]
     if not names:
         return None
     figure, axes = _grid(len(names), 4, 2.6, 1.8)
     for ax, name in zip(axes, names, strict=True):
-        seen = data["activations"][name]["by_class"]
-        for c, (low, high) in enumerate(zip(seen["low"], seen["high"], strict=True)):
-            for values, label in ((high, f"class {c}"), (low, None)):
-                ax.plot(data["steps"], np.array(values, float), color=f"C{c}", lw=0.9, label=label)
+        seen = data["activations"][name]["by_group"]
+        for g, (low, high) in enumerate(zip(seen["low"], seen["high"], strict=True)):
+            for values, label in ((high, data["groups"][g]), (low, None)):
+                ax.plot(data["steps"], np.array(values, float), color=f"C{g}", lw=0.9, label=label)
         ax.set_title(name)
     _legend(figure, axes[0])
     return figure
@@ -156,7 +156,7 @@ def _seeds(data: Json) -> Figure | None:
 
 
 def _steps(data: Json) -> Figure | None:
-    """SQNR of the predicted noise over t, every artifact."""
+    """SQNR of the prediction over t, every artifact."""
     figure, (ax,) = _grid(1, 1, 5.0, 2.8)
     for artifact in data["artifacts"]:
         if artifact["errors"]:
@@ -166,7 +166,7 @@ def _steps(data: Json) -> Figure | None:
             ax.plot(stored["t"], np.array(stored["v"], float), label=artifact["name"])
     if not ax.lines:
         return None
-    ax.set(xlabel="time step t", ylabel="SQNR of the predicted noise (dB)")
+    ax.set(xlabel="time step t", ylabel="SQNR of the prediction (dB)")
     ax.legend()
     return figure
 
@@ -218,7 +218,7 @@ def _losses(data: Json) -> Figure | None:
 _FIGURES: dict[str, Callable[[Json], Figure | None]] = {
     "intervals": _intervals,
     "distribution": _distribution,
-    "classes": _classes,
+    "groups": _groups,
     "seeds": _seeds,
     "steps": _steps,
     "error": _error,

@@ -14,7 +14,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from ptq_tdq.report.findings import average, checks, findings, lowest, seeds, spread, worst_layers
+from ptq_tdq.report.findings import average, checks, findings, lowest, plural, seeds, spread, worst_layers
 
 Json = dict[str, Any]
 UNKNOWN = "\N{EN DASH}"
@@ -50,6 +50,7 @@ def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
         json=_embedded({**data, "seed_groups": groups}),
         version=data["version"],
         model=data["model"],
+        model_line=" \N{MIDDLE DOT} ".join(filter(None, map(data["model"].get, ("id", "component", "class")))),
         notices=data["notices"],
         artifacts=shown,
         sections=[(key, text) for key, text in sections.items() if text],
@@ -58,7 +59,8 @@ def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
         steps_text=_steps_text(data),
         has_seeds=bool(groups),
         seeds=spread(data),
-        classes=data["classes"],
+        end=data["end"],
+        conditions=plural(data["condition"]) if data["condition"] else None,
         pictures=[_picture(data, i, name, image) for i, (name, image) in enumerate(pictures.items())],
     )
 
@@ -84,13 +86,15 @@ def _artifact(data: Json, artifact: Json) -> Json:
         "size": _bytes(artifact["bytes"]),
         "latent": _db(latent if latent is not None else stored and stored["learned"]["latent_sqnr_db"]),
         "psnr": _db(artifact["image_psnr_db"]),
-        "noise": _db(_prediction(artifact)),
+        "prediction": _db(_prediction(artifact)),
         "losses": [
             {"title": PHASES.get(phase, phase), "units": _losses(units)}
             for phase, units in sorted((artifact["reconstruction"] or {}).items(), reverse=True)
         ],
         "files": [(name, _bytes(size)) for name, size in artifact["file_bytes"].items()],
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(artifact["versions"].items())),
+        "axis": artifact["time_axis"]["text"],
+        "calibration": [(name, _text(value)) for name, value in artifact["calibration_set"].items()],
         "choices": [(name, _text(value)) for name, value in artifact["choices"].items()],
     }
 
@@ -108,8 +112,8 @@ def _tiles(data: Json, artifact: Json) -> list[dict[str, str]]:
     latent, where = artifact["latent_sqnr_db"], f"{data['samples']} samples, SQNR against full precision"
     if latent is None and stored:
         latent, where = stored["learned"]["latent_sqnr_db"], f"{stored['samples']} samples, measured at calibration"
-    tiles = [_tile("Final latents", _number(latent), "dB", where if latent is not None else "not measured")]
-    tiles.append(_tile("Predicted noise", _number(_prediction(artifact)), "dB", "SQNR, mean over the steps"))
+    tiles = [_tile(f"Final {data['end']}", _number(latent), "dB", where if latent is not None else "not measured")]
+    tiles.append(_tile("Prediction", _number(_prediction(artifact)), "dB", "SQNR, mean over the steps"))
     if errors:
         worst = worst_layers(artifact)
         if worst:
@@ -118,8 +122,9 @@ def _tiles(data: Json, artifact: Json) -> list[dict[str, str]]:
         if k is not None:
             tiles.append(_tile("Worst step", f"t = {data['steps'][k]:g}", "", f"{errors['prediction'][k]:.1f} dB"))
     ratio = artifact["fp32_bytes"] / artifact["bytes"]
+    compared = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"  # tables of a tiny model
     size, unit = _bytes(artifact["bytes"]).split(" ")
-    tiles.append(_tile("Size", size, unit, f"{ratio:.1f}x smaller than {_bytes(artifact['fp32_bytes'])} in float32"))
+    tiles.append(_tile("Size", size, unit, f"{compared} than {_bytes(artifact['fp32_bytes'])} in float32"))
     return tiles
 
 

@@ -61,7 +61,7 @@ function draw(parent, s, x, y) {
   else parent.append(node("path", { d: path(s.t, s.v, x, y), style: `fill:none;stroke:${color};stroke-width:${s.width || 1.8};opacity:${s.opacity || 1};stroke-linejoin:round${s.dash ? ";stroke-dasharray:4 3" : ""}` }));
 }
 
-// A chart in `parent`, as wide as it is. options: {series, last (T - 1), height, zero (y from 0), unit}
+// A chart in `parent`, as wide as it is. options: {series, last (T), height, zero (y from 0), unit}
 function chart(parent, options) {
   const width = Math.max(parent.clientWidth, 220), height = options.height || 170;
   const left = 42, right = 8, top = 8, bottom = 22;
