@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -147,18 +148,23 @@ def compare(reference: Reference, denoiser: nn.Module, sampled: Sampled | None =
     return Comparison(tuple(steps.flip(0).tolist()), tuple(ratios), sqnr_db(reference.latents, sampled.latents))
 
 
-@torch.no_grad()
 def replay(denoiser: nn.Module, calls: Calls, batch: int) -> list[Tensor]:
     """Predictions of ``denoiser`` for recorded calls, ``batch`` rows at once: float32 on the CPU, one per group."""
-    device = _device(denoiser)
-    found = []
-    for group, _ in calls.spans():
-        parts = []
-        for start in range(0, len(group), batch):
-            arguments = group.arguments(slice(start, start + batch))
-            parts.append(prediction(denoiser(**_moved(arguments, device))).float().cpu())
-        found.append(torch.cat(parts))
-    return found
+    found: list[list[Tensor]] = [[] for _ in calls.groups]
+    starts = [span.start for _, span in calls.spans()]
+    for rows, predicted in replayed(denoiser, calls, batch):
+        found[bisect_right(starts, rows.start) - 1].append(predicted)
+    return [torch.cat(parts) for parts in found]
+
+
+@torch.no_grad()
+def replayed(denoiser: nn.Module, calls: Calls, batch: int) -> Iterator[tuple[slice, Tensor]]:
+    """What :func:`replay` joins: some rows and their prediction after the other."""
+    # sessions of other runtimes have no device and take what is on the CPU
+    device = torch.device(getattr(denoiser, "device", "cpu"))
+    for rows in calls.chunks(batch):
+        arguments = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, calls.inputs(rows))
+        yield rows, prediction(denoiser(**arguments)).float().cpu()
 
 
 def finite(value: float) -> float | None:
@@ -191,13 +197,3 @@ def _run_batch(
 def _joined(parts: Sequence[Sampled]) -> Sampled:
     images = [part.images for part in parts if part.images is not None]
     return Sampled(torch.cat([part.latents for part in parts]), torch.cat(images) if images else None)
-
-
-def _device(denoiser: nn.Module) -> torch.device:
-    """Where a denoiser wants its arguments; those without a device (sessions of other runtimes) take the CPU's."""
-    return torch.device(getattr(denoiser, "device", "cpu"))
-
-
-def _moved(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    moved: dict[str, Any] = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, arguments)
-    return moved
