@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ptq_tdq.artifacts import Artifact, IntervalTable, summarize
 from ptq_tdq.config import Role
+from ptq_tdq.evaluate.images import captions_of
 from ptq_tdq.evaluate.trajectories import Reference
 from ptq_tdq.records import QuantizerRecord
 from ptq_tdq.report.curves import magnitude, quantiles, short, shorts, thin
@@ -26,7 +27,7 @@ from ptq_tdq.search import Histogram, activation_qparams
 from ptq_tdq.timeaxis import lookup
 
 LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99)  # quantiles of the distributions
-LABEL = 40  # letters of a prompt
+LETTERS = 40  # letters of a prompt
 TOLERANCE = 0.003  # of a quantizer's range: how far a thinned curve may be off
 
 Json = dict[str, Any]
@@ -52,7 +53,7 @@ def report_data(found: Survey) -> Json:
         "end": "latents" if reference is not None and _has_latents(reference) else "samples",
         "scheduler": None if reference is None else type(reference.model.scheduler).__name__,
         "seed": found.seed,
-        "groups": [] if reference is None else [_label(condition) for condition in groups_of(reference)],
+        "groups": [] if reference is None else [_shortened(text) for text in captions_of(groups_of(reference))],
         "condition": _kind(reference),
         "levels": list(LEVELS),
         "pictures": PICTURES,
@@ -73,12 +74,8 @@ def _kind(reference: Reference | None) -> str | None:
     return None if condition is None else "prompt" if isinstance(condition, str) else "class"
 
 
-def _label(condition: Any) -> str:
-    return (
-        shorten(condition, LABEL, placeholder="\N{HORIZONTAL ELLIPSIS}")
-        if isinstance(condition, str)
-        else f"class {condition}"
-    )
+def _shortened(text: str) -> str:
+    return shorten(text, LETTERS, placeholder="\N{HORIZONTAL ELLIPSIS}")
 
 
 def _activation(activation: Activation) -> Json:

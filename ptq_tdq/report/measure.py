@@ -22,6 +22,7 @@ from ptq_tdq.observe import Observer
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.search import Histogram
+from ptq_tdq.timed_model import in_float32
 from ptq_tdq.wrap import switched
 
 MAX_GROUPS = 10  # classes or prompts that are told apart; all count in the distribution over t
@@ -106,7 +107,7 @@ def measure_errors(quantized: QuantizedModel, reference: Reference) -> LayerErro
             outputs[i].append(output.to(torch.float32, copy=True))  # what follows may write into it
             with switched(layers[i], weights=False, activations=True):
                 inputs.add(i, k, output, layers[i].forward(*args, **kwargs))  # not __call__: hooks have heard of it
-            own.add(i, k, output, twins[i].forward(*args, **kwargs))
+            own.add(i, k, output, twins[i].forward(*in_float32(args), **in_float32(kwargs)))
 
         def in_quantized(i: int, args: Any, kwargs: Any, output: Tensor, k: int = k) -> None:
             if outputs[i]:

@@ -66,8 +66,9 @@ def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
 
 
 def _breakable(text: str) -> Markup:
-    """Text whose layer names may break after their dots."""
-    return Markup(re.sub(r"(?<=[a-z_]\.)|(?<=\d\.)(?=[a-z_])", "<wbr>", escape(text)))  # numbers stay whole
+    """Text whose layer names may break after their dots, and whose numbers stay with their unit."""
+    whole = re.sub(r"(?<=\d) (?=dB\b)", "\N{NO-BREAK SPACE}", text)
+    return Markup(re.sub(r"(?<=[a-z_]\.)|(?<=\d\.)(?=[a-z_])", "<wbr>", escape(whole)))
 
 
 def _embedded(data: Json) -> str:
@@ -101,10 +102,10 @@ def _artifact(data: Json, artifact: Json) -> Json:
 
 def _steps_text(data: Json) -> str:
     kept = sorted({a["stored"]["samples"] for a in data["artifacts"] if a["stored"] and a["stored"]["samples"]})
-    said = [f"Measured at calibration on {' or '.join(map(str, kept))} samples."] if kept else []
-    if any(a["errors"] and not a["stored"] for a in data["artifacts"]):
-        said.append(f"Without such a measurement: here, on {data['samples']} samples.")
-    return " ".join(said)
+    here = any(a["errors"] and not a["stored"] for a in data["artifacts"])
+    said = [f"at calibration on {' or '.join(map(str, kept))} samples"] if kept else []
+    said += [f"here on {data['samples']} samples"] if here else []
+    return f"Measured {', else '.join(said)}." if said else ""
 
 
 def _tiles(data: Json, artifact: Json) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -14,7 +15,7 @@ from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calib_data import LoadedModel
 from ptq_tdq.config import Role
 from ptq_tdq.errors import ArtifactMismatchError
-from ptq_tdq.evaluate.images import CAPTION_HEIGHT, columns_for, grid
+from ptq_tdq.evaluate.images import CAPTION_HEIGHT, captions_of, columns_for, count_classes, grid
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import Reference, make_reference, run
 from ptq_tdq.load import load_quantized
@@ -25,6 +26,7 @@ from ptq_tdq.trace import trace
 
 PICTURES = 20  # samples shown of each model
 LARGEST = 160  # pixels of the longer side of a picture
+CAPTIONED = 96  # pixels that a picture with words above it is wide, at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +96,7 @@ def survey(
 
 
 def _measure(subject: Subject, reference: Reference, activations: dict[str, Activation]) -> Subject:
-    quantized = load_quantized(subject.folder)
+    quantized = load_quantized(subject.folder, device=reference.model.denoiser.device)
     errors = measure_errors(quantized, reference)
     found = run(quantized, reference.model, reference.conditions, reference.num_inference_steps, reference.seed)
     pictured = reference.images is not None and found.images is not None
@@ -123,11 +125,6 @@ def check_same_model(subjects: Sequence[Subject]) -> None:
             )
 
 
-def count_classes(reference: Reference) -> int:
-    """Classes of the samples; 0 for samples of prompts, or of nothing."""
-    return len({condition for condition in reference.conditions if isinstance(condition, int)})
-
-
 def thumbnails(images: Tensor) -> Tensor:
     """The first :data:`PICTURES` images [N, C, H, W], large ones made smaller."""
     shown, longest = images[:PICTURES].float(), max(images.shape[2:])
@@ -137,7 +134,8 @@ def thumbnails(images: Tensor) -> Tensor:
     return functional.interpolate(shown, size, mode="bilinear", antialias=True)
 
 
-def sheet(images: Tensor, num_classes: int) -> Image.Image:
-    """Images [N, C, H, W] as one picture without margins."""
-    picture = grid({"": images}, columns_for(len(images), num_classes), scale=1)
+def sheet(images: Tensor, conditions: Sequence[Any]) -> Image.Image:
+    """Images [N, C, H, W] as one picture without margins; large ones have their class or prompt above them."""
+    captions = captions_of(conditions)[: len(images)] if images.shape[3] >= CAPTIONED else []
+    picture = grid({"": images}, columns_for(len(images), count_classes(conditions)), scale=1, captions=captions)
     return picture.crop((0, CAPTION_HEIGHT, picture.width, picture.height))

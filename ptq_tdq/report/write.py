@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ptq_tdq.artifacts import publish_directory
 from ptq_tdq.errors import OutputError
-from ptq_tdq.evaluate.images import grid_png
+from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.report.data import report_data
 from ptq_tdq.report.figures import draw_figures
 from ptq_tdq.report.page import render_page
-from ptq_tdq.report.survey import Survey, count_classes, sheet, thumbnails
+from ptq_tdq.report.survey import Survey, sheet, thumbnails
 
 PAGE, FIGURES = "report.html", "figures"
 
@@ -36,12 +36,12 @@ def write_report(found: Survey, folder: Path, *, overwrite: bool = False) -> lis
     check_output(folder, overwrite)
     data = report_data(found)
     samples = _samples(found)
-    classes = count_classes(found.reference) if found.reference else 0
-    pictures = {name: sheet(images, classes) for name, images in samples.items()}
+    conditions = found.reference.conditions if found.reference else []
+    pictures = {name: sheet(images, conditions) for name, images in samples.items()}
     files = {PAGE: render_page(data, pictures).encode("utf-8")}
     files |= {f"{FIGURES}/{name}": content for name, content in draw_figures(data)}
     if samples:
-        files[f"{FIGURES}/samples.png"] = grid_png(samples, classes)
+        files[f"{FIGURES}/samples.png"] = grid_png(samples, count_classes(conditions), captions=captions_of(conditions))
     with publish_directory(folder, overwrite) as target:
         (target / FIGURES).mkdir()
         for name, content in files.items():

@@ -76,7 +76,7 @@ function chart(parent, options) {
     svg.append(node("line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) }));
     svg.append(node("text", { x: left - 6, y: y(v) + 3.5, "text-anchor": "end" }, format(v)));
   }
-  for (const t of ticks(0, options.last, width > 500 ? 8 : 4)) svg.append(node("text", { x: x(t), y: height - 6, "text-anchor": t === 0 ? "start" : "middle" }, t === 0 ? "t = 0" : t));
+  for (const t of ticks(0, options.last, width > 500 ? 8 : 4)) svg.append(node("text", { x: x(t), y: height - 6, "text-anchor": t === 0 ? "start" : t === options.last ? "end" : "middle" }, t === 0 ? "t = 0" : t));
   options.series.forEach((s) => draw(svg, s, x, y));
   const cross = node("line", { class: "cross", y1: top, y2: height - bottom, visibility: "hidden" });
   svg.append(cross);
