@@ -80,7 +80,7 @@ def load_model(
         denoiser = _load_weights(_class_of(parts.denoiser), parts.denoiser)
         check_denoiser(denoiser)
         sampler, notices = _make_sampler(parts, denoiser, prompts, classes, call)
-    if isinstance(sampler, LoopSampler) and name == REFERENCE_ID and classes is None:
+    if isinstance(sampler, LoopSampler) and folder.resolve() == reference_path().resolve() and classes is None:
         sampler.limited(NO_CLASS)
     sha256 = model_sha256(denoiser)
     try:

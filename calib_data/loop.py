@@ -34,8 +34,8 @@ class LoopSampler(Sampler):
         self.scheduler, self.vae = scheduler, vae
         _check_interface(scheduler)
         self.names = main_argument_name(model), time_argument(model)
-        self.shape = _shape_of_x(model)
         self.num_classes = _count_classes(model)
+        self.shape = _shape_of_x(model)
         if classes is not None and not self.num_classes:
             raise ConfigError("The model has no classes; leave out --classes.")
         if classes is not None:

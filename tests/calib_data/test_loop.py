@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from denoisers import DENOISERS
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -17,7 +18,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
-    UNet1DModel,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -157,14 +157,10 @@ def test_the_scheduler_itself_stays_as_it_was(model: Any) -> None:
 
 
 def test_sounds_have_the_shape_of_a_one_dimensional_model() -> None:
-    torch.manual_seed(0)
-    unet = UNet1DModel(
-        sample_size=64, in_channels=2, out_channels=2, block_out_channels=(8, 16), extra_in_channels=16,
-        down_block_types=("DownBlock1DNoSkip", "AttnDownBlock1D"), up_block_types=("AttnUpBlock1D", "UpBlock1DNoSkip"),
-    )  # fmt: skip
+    unet = next(entry for entry in DENOISERS if entry.name == "UNet1DModel").build()
     sampler = LoopSampler(unet, DDPMScheduler())
     found = sampler.run(unet, [None, None], generators(2), 2, new_schedule(sampler))
-    assert found.latents.shape == (2, 2, 64)
+    assert found.latents.shape == (2, unet.config.in_channels, unet.config.sample_size)
     assert found.images is None
 
 
