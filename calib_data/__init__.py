@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ptq_tdq.calib_data.collect import collect, collect_cached, make_recipe
+from ptq_tdq.calib_data.collect import collect, collect_cached, first_call, make_recipe
 from ptq_tdq.calib_data.finite import finite_outputs
 from ptq_tdq.calib_data.load import (
     EMBEDDED,
@@ -36,6 +36,7 @@ __all__ = [
     "collect",
     "collect_cached",
     "finite_outputs",
+    "first_call",
     "from_pipeline",
     "is_embedded",
     "load_model",

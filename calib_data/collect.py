@@ -91,6 +91,38 @@ def collect(
     return Calls.join(collected, collected[0].axis, recipe)
 
 
+class _Enough(BaseException):
+    """Ends a run of the sampler whose first call is all that is wanted; no pipeline takes it for an error of its own."""
+
+
+def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> Calls:
+    """The first call that sampling makes of the denoiser, for one sample: what it is given, at the price of one call.
+
+    Raises what the sampler and the denoiser refuse.
+    """
+    recorder, schedule = Recorder(model.denoiser), new_schedule(model.sampler)
+
+    def stop(module: Any, args: Any, output: Any) -> None:
+        raise _Enough
+
+    recorder.begin(0, 1)
+    with recorder.listening():
+        handle = model.denoiser.register_forward_hook(stop)
+        try:
+            model.sampler.run(
+                model.denoiser,
+                model.sampler.conditions(1),
+                [sample_generator(PURPOSE, seed, 0)],
+                num_inference_steps,
+                schedule,
+            )
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+    return recorder.calls(axis_of(recorder, schedule))
+
+
 def axis_of(recorder: Recorder, schedule: Any) -> Any:
     """The time axis of a model, from what it was called with and the schedule of the same run."""
     total = getattr(schedule.config, "num_train_timesteps", None)

@@ -10,7 +10,7 @@ import click
 
 from ptq_tdq.artifacts import check_output
 from ptq_tdq.calib_data import collect_cached, load_model, with_scheduler
-from ptq_tdq.calibrate import calibrate
+from ptq_tdq.calibrate import calibrate, check_choices
 from ptq_tdq.cli.options import (
     json_option,
     model_options,
@@ -125,6 +125,7 @@ def calibrate_command(
     for notice in model.notices:
         say.notice(notice)
     say.config(config)
+    check_choices(model, config)
     calls = collect_cached(
         model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_CHOICES}
     )

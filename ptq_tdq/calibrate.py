@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ptq_tdq.artifacts import check_draft
-from ptq_tdq.calib_data import LoadedModel, collect, from_pipeline
+from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, Config
 from ptq_tdq.errors import CalibrationSetError
@@ -95,6 +95,12 @@ def calibrate(
         "notices": list(plan.notices),
     }
     return quantized.finalize()
+
+
+def check_choices(model: LoadedModel, config: Config) -> None:
+    """Raise what :func:`calibrate` would for choices that do not fit ``model``, before there is a calibration set."""
+    call = first_call(model, config.num_inference_steps, config.seed)
+    make_plan(folded_copy(model.denoiser), config, call)
 
 
 def _open_run(
