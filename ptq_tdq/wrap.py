@@ -11,7 +11,7 @@ from torch import nn
 
 from ptq_tdq.errors import ModelError, NonFiniteError
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
-from ptq_tdq.modules.products import attach, owner_of
+from ptq_tdq.modules.products import QuantProduct, attach, owner_of
 from ptq_tdq.records import LayerRecord
 
 
@@ -21,7 +21,7 @@ def insert(model: nn.Module, record: LayerRecord) -> None:
     Raises :class:`ModelError` where the model has no such layer, :class:`NonFiniteError` for NaN or Inf in its weights.
     """
     if record.kind == "product":
-        attach(_find(model, owner_of(record.name)[0]), record)
+        attach(_find(model, owner_of(record.name)[0]), QuantProduct(record))
         return
     parent, _, own = record.name.rpartition(".")
     module = _find(model, record.name)

@@ -7,6 +7,7 @@ rotary, masked or grouped attention and any processor of diffusers are alike her
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ class QuantProduct(nn.Module):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         on_query, on_key, on_value, on_softmax = quantizers
-        q, k, v = on_query(query), on_key(key), on_value(value)
+        # half precision overflows where torch's own function, which sums in float32, does not
+        q, k, v = on_query(query).float(), on_key(key).float(), on_value(value).float()
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
         scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -67,38 +69,43 @@ class QuantProduct(nn.Module):
             scores = scores.masked_fill(~attn_mask, -torch.inf) if blocked else scores + attn_mask
         # a row that may look at nothing gives zeros, as torch's own function does
         probabilities = scores.softmax(-1).nan_to_num(0.0) if attn_mask is not None else scores.softmax(-1)
-        out: Tensor = on_softmax(probabilities) @ v
-        return out
+        return (on_softmax(probabilities) @ v).to(query.dtype)
 
 
 class _Intercept(TorchFunctionMode):
-    """Hands the calls of scaled_dot_product_attention inside one module to its products, in order."""
+    """Hands the calls of scaled_dot_product_attention inside one module to its products, in order.
+
+    Calls beyond them begin with the first one again: a module may go through its samples one by one.
+    """
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self.owner = owner
-        self.left = iter(products_of(owner))
+        self.next = cycle(products_of(owner))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention and (product := next(self.left, None)) is not None:
-            return product(*args, **(kwargs or {}))
+        if func is functional.scaled_dot_product_attention:
+            return next(self.next)(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def products_of(owner: nn.Module) -> list[QuantProduct]:
-    """The quantized products of a module, in the order of its forward pass."""
-    return [p for p in owner._modules.get(ATTRIBUTE) or () if isinstance(p, QuantProduct)]
+def products_of(owner: nn.Module) -> list[Any]:
+    """What computes the products of a module, in the order of its forward pass."""
+    products = owner._modules.get(ATTRIBUTE)
+    return list(products) if isinstance(products, nn.ModuleList) else []
 
 
-def attach(owner: nn.Module, record: LayerRecord) -> None:
-    """Give ``owner`` one more product; the first one makes its forward pass listen."""
+def attach(owner: nn.Module, product: nn.Module) -> None:
+    """Give ``owner`` one more product, called as ``scaled_dot_product_attention`` is; the first one makes its forward
+    pass listen.
+    """
     if ATTRIBUTE not in owner._modules:
         owner.add_module(ATTRIBUTE, nn.ModuleList())
         owner.register_forward_pre_hook(_begin)
         owner.register_forward_hook(_end, always_call=True)
     products = owner._modules[ATTRIBUTE]
     assert isinstance(products, nn.ModuleList)
-    products.append(QuantProduct(record))
+    products.append(product)
 
 
 def _begin(owner: nn.Module, args: Any) -> None:
