@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError
 from ptq_tdq.modules import layer_kind
+from ptq_tdq.modules.layers import outputs_first, weight_groups
 from ptq_tdq.modules.products import OPERANDS, owner_of
 from ptq_tdq.records import LayerRecord
 
@@ -60,9 +61,10 @@ def _check_layer(record: LayerRecord, module: nn.Module, codes: Tensor | None) -
     if weight is None or codes is None:
         where = "the model" if weight is None else "the artifact"
         raise ArtifactMismatchError(f"'{record.name}' has no weight of its own in {where}{_ADVICE}")
+    weight = outputs_first(module, weight)
     shape, expected = list(codes.shape), list(weight.shape)
     _require(shape == expected, record, f"has codes of the shape {shape}, its weight in the model is {expected}")
-    groups = getattr(module, "groups", 1)
+    groups = weight_groups(module)
     channels, ranges = weight.shape[1] * groups, len(record.splits) - 1
     _require(
         ranges >= 1 and record.splits[-1] == channels,

@@ -38,4 +38,6 @@ def model_sha256(model: Any) -> str:
 
 
 def _same(value: Any, default: Any) -> bool:
-    return list(value) == list(default) if isinstance(default, tuple) and value is not None else bool(value == default)
+    # JSON makes lists of tuples
+    value, default = (list(x) if isinstance(x, tuple) else x for x in (value, default))
+    return bool(value == default)

@@ -35,10 +35,12 @@ class Observer:
                 f"{self.name} has activations from {lo:g} to {hi:g}, the largest at t = {t:g}: no interval in float32 "
                 "can hold them."
             )
-        self.counts = torch.zeros(len(self.steps) * BINS)
+        self.counts = torch.zeros(len(self.steps) * BINS, device=self.lo.device)
 
     def see(self, x: Tensor, t: Tensor) -> None:
         """Take in a batch ``x`` [B, ...] at ``t`` [B]; raises :class:`NonFiniteError` naming the layer and t."""
+        if self.steps.device != x.device:
+            self.steps, self.lo, self.hi = (v.to(x.device) for v in (self.steps, self.lo, self.hi))
         rows, index = x.detach().flatten(1).float(), torch.searchsorted(self.steps, t.to(self.steps.dtype))
         if self.counts is not None:
             lo, width = self._grid()
@@ -62,11 +64,11 @@ class Observer:
             self.lo, self.hi = torch.minimum(self.lo, batch_lo), torch.maximum(self.hi, batch_hi)
 
     def histogram(self) -> Histogram:
-        """The histogram of both passes."""
+        """The histogram of both passes, on the CPU, where intervals are searched."""
         assert self.counts is not None, "start_counting() comes first"
-        lo, width = self._grid()
+        lo, width = (v.cpu() for v in self._grid())
         centres = lo + width * (torch.arange(BINS) + 0.5)
-        return Histogram(self.counts.view(-1, BINS), centres, self.lo, self.hi)
+        return Histogram(self.counts.view(-1, BINS).cpu(), centres, self.lo.cpu(), self.hi.cpu())
 
     def _grid(self) -> tuple[Tensor, Tensor]:
         lo, hi = self.lo.min(), self.hi.max()

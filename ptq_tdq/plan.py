@@ -17,6 +17,7 @@ from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config, Role
 from ptq_tdq.errors import ModelError
 from ptq_tdq.modules import layer_kind
+from ptq_tdq.modules.layers import own_weight
 from ptq_tdq.modules.products import ATTRIBUTE, OPERANDS
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.trace import Trace, TracedLayer, require_rows, trace
@@ -30,7 +31,8 @@ class Plan:
     """The records in execution order, and sentences about what stays in floating point (``notices``).
 
     ``single`` names the units with quantizers whose rows cannot be told apart by sample (experts, sequences first):
-    they run with one time step at a time. ``coverage`` is the share of the multiply-accumulates of convolutions and linear layers whose layer is quantized.
+    they run with one time step at a time. ``coverage`` is the share of the multiply-accumulates of convolutions and
+    linear layers whose layer is quantized.
     """
 
     layers: tuple[LayerRecord, ...]
@@ -72,6 +74,7 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     quantized = sum(layer.macs for layer in kept)
     notices = tuple(_notices(seen, refused, owners, config))
     single = {units[layer.name] for layer in kept if layer.rows is None and records[layer.name].inputs}
+    single |= {units[owner] for owner in seen.mixed if owner in units}
     return Plan(_in_order(records.values(), units), notices, frozenset(single), quantized / total if total else 0.0)
 
 
@@ -80,7 +83,7 @@ def find_roles(seen: Trace) -> dict[str, set[Role]]:
     roles: dict[str, set[Role]] = {name: set() for name in seen.layers}
     on_x = [layer for layer in seen.layers.values() if "x" in layer.sources]
     for layer in seen.layers.values():
-        if layer.sources == {"t"}:
+        if layer.sources <= {"t"}:  # frame numbers are the same at each t
             roles[layer.name].add("time_embedding")
         elif layer.sources == {"t", "condition"}:
             roles[layer.name].add("modulation")
@@ -96,11 +99,7 @@ def find_roles(seen: Trace) -> dict[str, set[Role]]:
 
 def _refusal(layer: TracedLayer) -> str | None:
     """Why a layer cannot be quantized, or None."""
-    if not layer.faithful:
-        return "computes its weight in its own forward pass"
-    if not layer.sources:
-        return "has an input that never changes"
-    return None
+    return None if layer.faithful else "computes its weight in its own forward pass"
 
 
 def _skipped(config: Config, name: str, roles: set[Role]) -> bool:
@@ -128,7 +127,8 @@ def _layer_record(layer: TracedLayer, config: Config, roles: set[Role], unit: st
     splits = (0, *accumulate(layer.parts)) if split else (0, layer.width)
     kind = layer_kind(layer.module)
     assert kind is not None
-    return LayerRecord(layer.name, kind, unit, splits, 8 if eight else scheme.weight_bits, inputs)
+    dtype = str(own_weight(layer.module).dtype).removeprefix("torch.")
+    return LayerRecord(layer.name, kind, unit, splits, 8 if eight else scheme.weight_bits, inputs, dtype)
 
 
 def _product_record(name: str, config: Config, unit: str) -> LayerRecord:
@@ -155,6 +155,14 @@ def _notices(seen: Trace, refused: dict[str, str], owners: list[str], config: Co
     for reason in dict.fromkeys(refused.values()):
         names = [name for name, why in refused.items() if why == reason]
         yield f"In floating point: {_some(names)}, since each {reason}."
+    if seen.unused:
+        yield f"In floating point: {_some(seen.unused)}, since the recorded calls never reach them."
+    if seen.loose:
+        share = sum(seen.loose.values()) / (sum(seen.loose.values()) + sum(x.macs for x in seen.layers.values()))
+        yield (
+            f"Weights that no linear layer or convolution holds stay in floating point ({share:.1%} of the "
+            f"multiply-accumulates): those of {_some([name or 'the model itself' for name in seen.loose])}."
+        )
     if not config.attention:
         return
     lost = [name or "the model itself" for name in seen.products if name not in owners]

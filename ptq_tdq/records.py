@@ -29,10 +29,10 @@ class QuantizerRecord:
 class LayerRecord:
     """One quantized layer in execution order.
 
-    ``kind`` is "conv1d", "conv2d", "conv3d", "linear" or "product" (of attention: `<module>.products.<i>` is the i-th
-    in the forward pass of that module). ``splits`` are the channel boundaries of its input, (0, C) for an ordinary
-    layer, (0, C_h, C) for a split shortcut, () for a product. ``weight_bits`` is None for a product; ``inputs`` is ()
-    for a layer of which only the weight is quantized.
+    ``kind`` is "conv1d", "conv_transpose2d", "linear" and the like, or "product" (of attention: `<module>.products.<i>`
+    is the i-th in the forward pass of that module). ``splits`` are the channel boundaries of its input, (0, C) for an
+    ordinary layer, (0, C_h, C) for a split shortcut, () for a product. ``weight_bits`` is None for a product;
+    ``inputs`` is () for a layer of which only the weight is quantized. ``dtype`` is that of the original weight.
     """
 
     name: str
@@ -41,6 +41,7 @@ class LayerRecord:
     splits: tuple[int, ...]
     weight_bits: int | None
     inputs: tuple[QuantizerRecord, ...]
+    dtype: str = "float32"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError
 from ptq_tdq.fit import check_fit
-from ptq_tdq.timeaxis import USUAL_NAMES
+from ptq_tdq.timeaxis import usual_name
 
 LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small
 # A model makes each of its tensors and initializes it, in two to three calls; what it makes beside them (encodings of
@@ -82,7 +82,7 @@ def _denoiser(name: Any) -> Any:
         cls = None
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise ArtifactMismatchError(f"The artifact is of a {name!r}, which this version of diffusers does not have.")
-    if not any(name in inspect.signature(cls.forward).parameters for name in USUAL_NAMES):
+    if usual_name(inspect.signature(cls.forward).parameters) is None:
         raise ArtifactMismatchError(f"The artifact is of a {name!r}, which takes no time step and is no denoiser.")
     return cls
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -100,13 +100,20 @@ def time_argument(model: nn.Module, name: str | None = None) -> str:
         if name not in parameters:
             raise ModelError(f"{type(model).__name__}.forward has no argument named {name!r}; name its time argument.")
         return name
-    for usual in USUAL_NAMES:
-        if usual in parameters:
-            return usual
+    found = usual_name(parameters)
+    if found is not None:
+        return found
     raise ModelError(
         f"{type(model).__name__}.forward has no argument that is known to hold a time step "
         f"({', '.join(USUAL_NAMES[:3])}); intervals depend on it. Give a diffusion model, or name the argument."
     )
+
+
+def usual_name(parameters: Iterable[str]) -> str | None:
+    """The one of a forward's parameters that holds the time step, by its name."""
+    names = list(parameters)
+    usual = (name for name in USUAL_NAMES if name in names)
+    return next(usual, None) or next((name for name in names if "timestep" in name or "noise_time" in name), None)
 
 
 def find_axis(
@@ -176,14 +183,15 @@ def at(t: Tensor) -> Iterator[None]:
         _present.reset(token)
 
 
-def present(batch: int) -> Tensor:
-    """t of each of ``batch`` rows, [batch]; a batch that holds k rows of each sample gets each t k times.
+def present(batch: int, device: torch.device | None = None) -> Tensor:
+    """t of each of ``batch`` rows on ``device``, [batch]; a batch that holds k rows of each sample gets each t k times.
 
     Raises :class:`ModelError` outside a call, and for rows that belong to no sample while samples differ in t.
     """
     t = _present.get()
     if t is None:
         raise ModelError("A quantizer ran outside the quantized model's forward pass; call the model, not its parts.")
+    t = t.to(device)
     if len(t) == 1:
         return t.expand(batch)
     if batch % len(t):

@@ -18,15 +18,15 @@ DYNAMIC = "dynamic"  # such a method finds scales at run time; others whose name
 DERIVED_KEYS = frozenset(
     {"schema_version", "layers", "files", "config_sha256"}
 )  # of the config; made when it is written
-_WEIGHT_DIMS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}
+_WEIGHT_DIMS = {"linear": 2} | {f"conv{form}{n}d": 2 + n for form in ("", "_transpose") for n in (1, 2, 3)}
 
 
 @dataclass(frozen=True, eq=False)
 class IntervalTable:
     """Interval and zero point of one quantizer at every time step t.
 
-    ``scale`` float32 [T + 1], ``zero_point`` int32 [T + 1], for t = 0 to T. A dynamic quantizer finds its scale at run time: ``scale`` is None
-    and ``zero_point`` is [1]; ``generator`` holds the tensors of its network by name, if it has one.
+    ``scale`` float32 [T + 1], ``zero_point`` int32 [T + 1], for t = 0 to T. A dynamic quantizer finds its scale at run
+    time: ``scale`` is None and ``zero_point`` is [1]; ``generator`` holds the tensors of its network, if it has one.
     """
 
     scale: Tensor | None

@@ -21,7 +21,7 @@ from ptq_tdq.timeaxis import time_argument
 
 Rows = slice | Tensor
 SAME = 0.05  # relative difference of one row computed alone and among others; precision allows it
-MOST_SHARED = 3  # leaves that happen to be as long as there are samples
+MOST_ODD = 3  # leaves whose length does not tell what they are
 # What a denoiser raises when it is called with arguments that do not belong together.
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
 
@@ -43,9 +43,23 @@ class Each:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a leaf with rows stands in a tree."""
+    """Where a leaf with rows stands in a tree.
+
+    In a call its rows lie along ``dim``; with ``several`` of each sample, [n, k, ...] becomes [n * k, ...].
+    """
 
     index: int
+    dim: int = 0
+    several: bool = False
+
+    def leaf(self, rows: Tensor) -> Tensor:
+        """What a call gets, from some rows [n, ...]."""
+        return (rows.flatten(0, 1) if self.several else rows).movedim(0, self.dim)
+
+    def rows(self, leaf: Tensor, count: int) -> Tensor:
+        """Inverse of :meth:`leaf`."""
+        rows = leaf.detach().movedim(self.dim, 0)
+        return rows.unflatten(0, (count, -1)) if self.several else rows
 
 
 @dataclass
@@ -54,6 +68,7 @@ class Group:
 
     tree: Any  # arguments with a Place for each leaf that has rows; other leaves as they are
     rows: list[Tensor | Each]
+    device: torch.device | None = None  # of the arguments, where that is not the device of the rows
 
     def __len__(self) -> int:
         return len(self.rows[0])
@@ -63,16 +78,18 @@ class Group:
 
         def fill(leaf: Any) -> Any:
             if not isinstance(leaf, Place):
-                return leaf
+                return leaf.to(self.device) if isinstance(leaf, Tensor) else leaf
             part = self.rows[leaf.index][index]
-            return list(part.items) if isinstance(part, Each) else part
+            if isinstance(part, Each):
+                return [item.to(self.device) for item in part.items]
+            return leaf.leaf(part).to(self.device)
 
         filled: dict[str, Any] = pytree.tree_map(fill, self.tree)
         return filled
 
     def take(self, index: Rows) -> Group:
         """Some of the rows as a group of their own."""
-        return Group(self.tree, [leaf[index] for leaf in self.rows])
+        return Group(self.tree, [leaf[index] for leaf in self.rows], self.device)
 
     def leaf(self, name: str) -> Tensor:
         """The rows of an argument that is one tensor."""
@@ -93,7 +110,8 @@ class Group:
 
 def join(groups: Sequence[Group]) -> Group:
     """Joinable groups as one."""
-    return Group(groups[0].tree, [_cat(leaves) for leaves in zip(*(group.rows for group in groups), strict=True)])
+    rows = [_cat(leaves) for leaves in zip(*(group.rows for group in groups), strict=True)]
+    return Group(groups[0].tree, rows, groups[0].device)
 
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -125,18 +143,26 @@ def count_rows(arguments: dict[str, Any], time: str) -> int:
     return len(arguments[main_argument(arguments, time)])
 
 
-def split_rows(arguments: dict[str, Any], time: str, shared: frozenset[int] = frozenset()) -> Group:
-    """Tell the leaves that have one row per sample from those that all samples share.
+Odd = frozenset[tuple[int, int, bool]]
+"""Leaves, by number, that are not what their length says: with rows along a dimension, several of each sample or one;
+along dimension -1 with none at all."""
 
-    A leaf whose first dimension is the number of samples has rows, but for those numbered in ``shared``.
+
+def split_rows(arguments: dict[str, Any], time: str, odd: Odd = frozenset()) -> Group:
+    """Tell the leaves that have rows of samples from those that all samples share.
+
+    A leaf whose first dimension is the number of samples has one row of each, any other is shared, but for those in
+    ``odd``: position ids that happen to be as long, or one text for each frame of a video.
     """
-    count, number = count_rows(arguments, time), iter(range(1 << 30))
-    lists = isinstance(arguments[main_argument(arguments, time)], list)
+    count, main = count_rows(arguments, time), main_argument(arguments, time)
+    number, forms = iter(range(1 << 30)), {leaf: form for leaf, *form in odd}
+    lists = isinstance(arguments[main], list)
     rows: list[Tensor | Each] = []
 
-    def place(value: Tensor | Each) -> Place:
-        rows.append(value)
-        return Place(len(rows) - 1)
+    def place(value: Tensor | Each, dim: int = 0, several: bool = False) -> Place:
+        found = Place(len(rows), dim, several)
+        rows.append(value if isinstance(value, Each) else found.rows(value, count))
+        return found
 
     def walk(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
@@ -147,39 +173,72 @@ def split_rows(arguments: dict[str, Any], time: str, shared: frozenset[int] = fr
             return type(value)(walk(item) for item in value)
         if name == time:
             return place(_time_rows(value, count))
-        if isinstance(value, Tensor) and value.ndim and len(value) == count and next(number) not in shared:
-            return place(value.detach())
-        return value.detach() if isinstance(value, Tensor) else value
+        return leaf(value.detach(), name == main) if isinstance(value, Tensor) else value
+
+    def leaf(value: Tensor, is_main: bool) -> Any:
+        own = value.ndim > 0 and len(value) == count
+        dim, several = (0 if own else -1, False) if is_main else forms.get(next(number), (0 if own else -1, False))
+        return place(value, dim, several) if dim >= 0 else value
 
     return Group({name: walk(value, name) for name, value in arguments.items()}, rows)
 
 
-def find_shared(model: nn.Module, arguments: dict[str, Any], time: str) -> frozenset[int]:
-    """Which leaves only happen to be as long as there are samples, as position ids or layer scales may be.
+def _odd_forms(leaf: Tensor, count: int) -> Iterator[tuple[int, bool]]:
+    """What else a leaf may be; see :data:`Odd`."""
+    if leaf.ndim and len(leaf) == count:
+        yield (-1, False)
+        return
+    if leaf.ndim > 1 and leaf.shape[1] == count:
+        yield (1, False)
+    if leaf.ndim and len(leaf) and len(leaf) % count == 0:
+        yield (0, True)
+
+
+def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
+    """Which leaves are not what their length says.
 
     Found by calling the model with other rows: with the right split, row 0 comes out as it does in the whole call.
     """
-    candidates = len(split_rows(arguments, time).rows) - 2  # beside x, which is the first, and the time
-    index = torch.tensor([0] if count_rows(arguments, time) > 1 else [0, 0])
+    count, main = count_rows(arguments, time), main_argument(arguments, time)
+    lists = isinstance(arguments[main], list)
+    leaves = [x for name, value in arguments.items() if name not in (time, main) for x in _single(value, lists, count)]
+    candidates = [(i, *form) for i, leaf in enumerate(leaves) for form in _odd_forms(leaf, count)]
+    index = torch.tensor([0] if count > 1 else [0, 0])
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         expected = prediction(model(**arguments))[:1]
-        works: list[frozenset[int]] = []
-        for shared in _subsets(max(0, candidates)):
+        works: list[Odd] = []
+        for odd in _subsets(candidates):
             try:
-                found = prediction(model(**split_rows(arguments, time, shared).arguments(index)))[:1]
+                found = prediction(model(**split_rows(arguments, time, odd).arguments(index)))[:1]
             except REFUSALS:
                 continue
-            works.append(shared)
+            works.append(odd)
             error = (found - expected).float().norm() / expected.float().norm().clamp(min=1e-12)
             if found.shape == expected.shape and float(error) < SAME:
-                return shared
+                return odd
     return works[0] if works else frozenset()
 
 
-def _subsets(count: int) -> Iterator[frozenset[int]]:
-    """Subsets of 1..count, small ones first; leaf 0 is x."""
-    for size in range(min(count, MOST_SHARED) + 1):
-        yield from map(frozenset, combinations(range(1, count + 1), size))
+def _single(value: Any, lists: bool, count: int) -> Iterator[Tensor]:
+    """The tensors of one argument but for lists of one for each sample, in the order of :func:`split_rows`."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _single(item, lists, count)
+    elif isinstance(value, list | tuple):
+        of_samples = lists and isinstance(value, list) and len(value) == count
+        if not (of_samples and all(isinstance(x, Tensor) for x in value)):
+            for item in value:
+                yield from _single(item, lists, count)
+
+
+def _subsets(candidates: Sequence[tuple[int, int, bool]]) -> Iterator[Odd]:
+    """Subsets of few forms, small ones first, none with two forms of one leaf."""
+    for size in range(min(len(candidates), MOST_ODD) + 1):
+        for some in combinations(candidates, size):
+            if len({leaf for leaf, *_ in some}) == size:
+                yield frozenset(some)
 
 
 def _time_rows(value: Any, count: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_tdq.artifacts.atomic import write_atomic
 from ptq_tdq.calls import file
-from ptq_tdq.calls.arguments import Each, Group, Place, Rows, join
+from ptq_tdq.calls.arguments import Group, Place, Rows, join
 from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.timeaxis import TimeAxis
 
@@ -92,14 +92,8 @@ class Calls:
         return Calls(self.axis, groups, self.recipe, self.trajectory[index])
 
     def to(self, device: torch.device | str) -> Calls:
-        """The same calls on another device."""
-
-        def move(leaf: Any) -> Any:
-            if isinstance(leaf, Each):
-                return Each(tuple(x.to(device) for x in leaf.items))
-            return leaf.to(device) if isinstance(leaf, Tensor) else leaf
-
-        groups = [Group(pytree.tree_map(move, g.tree), [move(leaf) for leaf in g.rows]) for g in self.groups]
+        """The same calls, of a model on another device: rows stay where they are until a call takes them."""
+        groups = [replace(group, device=torch.device(device)) for group in self.groups]
         return Calls(self.axis, groups, self.recipe, self.trajectory)
 
     @property

@@ -1,6 +1,6 @@
 """The file of a calibration set: safetensors, with the trees of the arguments and a hash of everything in its header.
 
-A tree in JSON: ``{"dict": {...}}``, ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"rows": tensor}``,
+A tree in JSON: ``{"dict": {...}}``, ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"rows": tensor, "dim": where, "several": bool}``,
 ``{"each": [tensor, ...]}``, ``{"tensor": tensor}``, or ``{"value": plain}``; tensors are named.
 """
 
@@ -70,7 +70,7 @@ def pack(number: int, group: Group, tensors: dict[str, Tensor]) -> Any:
         if isinstance(value, list | tuple):
             return {"list" if isinstance(value, list) else "tuple": [walk(item) for item in value]}
         if isinstance(value, Place):
-            return _pack_rows(f"{number}.{value.index}", group.rows[value.index], tensors)
+            return _pack_rows(f"{number}.{value.index}", value, group.rows[value.index], tensors)
         if isinstance(value, Tensor):
             name = f"{number}.shared.{len(tensors)}"
             tensors[name] = value
@@ -85,10 +85,10 @@ def pack(number: int, group: Group, tensors: dict[str, Tensor]) -> Any:
     return walk(group.tree)
 
 
-def _pack_rows(name: str, rows: Tensor | Each, tensors: dict[str, Tensor]) -> Any:
+def _pack_rows(name: str, place: Place, rows: Tensor | Each, tensors: dict[str, Tensor]) -> Any:
     if isinstance(rows, Tensor):
         tensors[name] = rows
-        return {"rows": name}
+        return {"rows": name, "dim": place.dim, "several": place.several}
     names = [f"{name}.{i}" for i in range(len(rows))]
     tensors.update(zip(names, rows.items, strict=True))
     return {"each": names}
@@ -98,19 +98,22 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Group:
     """Inverse of :func:`pack`; raises KeyError, TypeError or ValueError for what it has not written."""
     rows: list[Tensor | Each] = []
 
-    def place(value: Tensor | Each) -> Place:
+    def place(value: Tensor | Each, dim: int = 0, several: bool = False) -> Place:
         rows.append(value)
-        return Place(len(rows) - 1)
+        return Place(len(rows) - 1, dim, several)
 
     def walk(value: dict[str, Any]) -> Any:
+        if "rows" in value:
+            name, dim, several = value["rows"], value["dim"], value["several"]
+            if len(value) != 3 or type(dim) is not int or type(several) is not bool or dim < 0:
+                raise ValueError
+            return place(tensors[name], dim, several)
         ((kind, content),) = value.items()
         if kind == "dict":
             return {key: walk(item) for key, item in content.items()}
         if kind in ("list", "tuple"):
             items = [walk(item) for item in content]
             return items if kind == "list" else tuple(items)
-        if kind == "rows":
-            return place(tensors[content])
         if kind == "each":
             return place(Each(tuple(tensors[name] for name in content)))
         return tensors[content] if kind == "tensor" else content

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.calls.arguments import bind, count_rows, find_shared, split_rows
+from ptq_tdq.calls.arguments import Each, Odd, bind, count_rows, find_odd, split_rows
 from ptq_tdq.calls.calls import Calls
 from ptq_tdq.timeaxis import TimeAxis, find_axis, time_argument, time_values
 
@@ -54,7 +54,7 @@ class Recorder:
         self._samples: int | None = None  # of the trajectories that run now, where they are known
         self._first_trajectory, self._rows, self._began = 0, 0, 0
         self._parts: list[Calls] = []
-        self._shared: dict[Any, frozenset[int]] = {}  # of each form of call
+        self._odd: dict[Any, Odd] = {}  # of each form of call
         self._looking = False
 
     def calls(self, axis: TimeAxis, recipe: dict[str, Any] | None = None) -> Calls:
@@ -104,22 +104,22 @@ class Recorder:
         sample = torch.arange(rows) % (self._samples or rows)
         index = self._wanted(self.step)[sample].nonzero().flatten() if self._wanted else torch.arange(rows)
         if len(index):
-            group = split_rows(arguments, name, self._find_shared(arguments))
+            group = split_rows(arguments, name, self._find_odd(arguments))
             kept = Calls(
                 TimeAxis(name), [group.take(index.to(_device(arguments)))], {}, sample[index] + self._first_trajectory
             )
             self._parts.append(_copied(kept))
 
-    def _find_shared(self, arguments: dict[str, Any]) -> frozenset[int]:
+    def _find_odd(self, arguments: dict[str, Any]) -> Odd:
         leaves, spec = pytree.tree_flatten(arguments)
         form = (str(spec), tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves))
-        if form not in self._shared:
+        if form not in self._odd:
             self._looking = True
             try:
-                self._shared[form] = find_shared(self.model, arguments, self.argument)
+                self._odd[form] = find_odd(self.model, arguments, self.argument)
             finally:
                 self._looking = False
-        return self._shared[form]
+        return self._odd[form]
 
 
 def _device(arguments: dict[str, Any]) -> torch.device:
@@ -128,8 +128,13 @@ def _device(arguments: dict[str, Any]) -> torch.device:
 
 def _copied(calls: Calls) -> Calls:
     """On the CPU, and in memory that the sampler cannot write to."""
+
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, Each):
+            return Each(tuple(map(copied, leaf.items)))
+        return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
+
     for group in calls.groups:
-        group.tree = pytree.tree_map(
-            lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, group.tree
-        )
-    return calls.to("cpu")
+        group.tree, group.rows = pytree.tree_map(copied, group.tree), [copied(leaf) for leaf in group.rows]
+    return calls

@@ -122,8 +122,9 @@ class IntervalSource(nn.Module, ABC):
         """Scale float32 [T + 1] and zero_point int32 [T + 1] at every time step 0..T."""
         self.eval()
         with torch.no_grad():
-            t = torch.arange(num_train_timesteps + 1)
-            scale, zero_point = self(t, torch.empty(len(t), 0))
+            own = next((x.device for x in (*self.parameters(), *self.buffers())), None)
+            t = torch.arange(num_train_timesteps + 1, device=own)
+            scale, zero_point = self(t, torch.empty(len(t), 0, device=own))
         return scale.float().contiguous(), zero_point.to(torch.int32).contiguous()
 
 

@@ -27,11 +27,11 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ...] -> the same shape, on the grid of the interval at each sample's t."""
         if self.observer is not None:
-            self.observer.see(x, present(len(x)))
+            self.observer.see(x, present(len(x), x.device))
             return x
         if not self.enabled or self.source is None:
             return x
         with torch.autocast(x.device.type, enabled=False):  # intervals are float32 whatever the products are
-            scale, zero_point = self.source(present(len(x)), x)
+            scale, zero_point = self.source(present(len(x), x.device), x)
         shape = (len(x),) + (1,) * (x.ndim - 1)
         return fake_quantize(x, scale.view(shape), zero_point.view(shape), self.qtype)

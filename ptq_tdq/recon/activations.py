@@ -14,7 +14,8 @@ from ptq_tdq.intervals import IntervalSource, Observed, source_class
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.observe import Observer
-from ptq_tdq.recon.streams import Outputs, UnitCall
+from ptq_tdq.recon.parts import Parts
+from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import round_again
 from ptq_tdq.search import QParams
@@ -66,7 +67,7 @@ def reconstruct_activations(
     unit: Unit,
     full: UnitCall,
     call: UnitCall,
-    target: Outputs,
+    target: Parts,
     config: Config,
     generator: torch.Generator,
     num_train_timesteps: int,
@@ -80,10 +81,10 @@ def reconstruct_activations(
     for quantizer in quantizers:
         record = quantizer.record
         try:
-            quantizer.source = source_class(record.method).build(record.method, observed[record.name])
+            source = source_class(record.method).build(record.method, observed[record.name])
         except NonFiniteError as error:
             raise NonFiniteError(f"{record.name}: {error}") from error
-        quantizer.enabled = True
+        quantizer.source, quantizer.enabled = source.to(unit.device), True
     sources = nn.ModuleList(q.source for q in quantizers if q.source)
     sources.eval()
     before = after = unit.loss(call, target, config.loss_power)
@@ -107,7 +108,7 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
     if not quantizer.source.timed:
         return
     scale, zero_point = quantizer.source.table(num_train_timesteps)
-    finite = torch.isfinite(scale * quantizer.qtype.qmax)
+    finite = torch.isfinite(scale * quantizer.qtype.qmax).cpu()
     if not bool(finite.all()):
         t = int((~finite).nonzero()[0])
         raise NonFiniteError(
@@ -120,7 +121,7 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
 def _learn(
     unit: Unit,
     call: UnitCall,
-    target: Outputs,
+    target: Parts,
     sources: nn.ModuleList,
     config: Config,
     generator: torch.Generator,
@@ -159,19 +160,20 @@ def _learn(
     return before
 
 
-def _chances(unit: Unit, target: Outputs, power: float) -> Tensor:
+def _chances(unit: Unit, target: Parts, power: float) -> Tensor:
     """One over the mean size of the targets at each sample's time step [N], but for a common factor."""
     tiny = torch.finfo(torch.float32).tiny
-    largest = max(float(x.abs().max()) for x in target.rows(slice(None))) or tiny  # in its unit no power overflows
-
-    def size_of(batch: slice | Tensor) -> Tensor:
-        sizes = [(x / largest).abs().pow(power).reshape(len(unit.t[batch]), -1).mean(1) for x in target.rows(batch)]
-        return torch.stack(sizes).mean(0)
-
-    size = torch.cat([size_of(batch) for batch in unit.batches()])
+    batches = list(unit.batches())
+    # in the unit of the largest value no power overflows
+    largest = max((float(x.abs().max()) for batch in batches for x in target.real(batch)), default=0.0) or tiny
+    size = torch.zeros(len(unit.t))
+    for batch in batches:
+        count = len(unit.t[batch])
+        sizes = [(x.float() / largest).abs().pow(power).reshape(count, -1).mean(1) for x in target.real(batch)]
+        size[batch] = torch.stack(sizes).mean(0).cpu()
     _, step, count = unit.t.unique(return_inverse=True, return_counts=True)
-    of_step = torch.zeros(len(count)).index_add(0, step, size.float()) / count
-    relative = of_step / of_step.max().clamp(min=torch.finfo(torch.float32).tiny)
+    of_step = torch.zeros(len(count)).index_add(0, step, size) / count
+    relative = of_step / of_step.max().clamp(min=tiny)
     chances: Tensor = 1 / relative.clamp(min=1e-6)[step]
     return chances
 

@@ -203,6 +203,6 @@ def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams]) ->
     for quantizer in unit.quantizers():
         name = quantizer.record.name
         static[name] = QParams(tensors[f"{name}.static_scale"], tensors[f"{name}.static_zero_point"])
-        quantizer.source = source_of(quantizer, IntervalTable.take(name, tensors))
+        quantizer.source = source_of(quantizer, IntervalTable.take(name, tensors)).to(unit.device)
         quantizer.enabled = True
     return losses

@@ -15,7 +15,8 @@ from ptq_tdq.config import Config
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
-from ptq_tdq.recon.streams import Outputs, Store, UnitCall, layouts, sweep
+from ptq_tdq.recon.parts import Parts, Store
+from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, sweep
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
 from ptq_tdq.search import QParams
@@ -51,7 +52,8 @@ def reconstruct(
 ) -> dict[str, QParams]:
     """Quantize all units of the model; leaves its quantizers on, with final codes and interval tables.
 
-    Units in ``single`` run with one time step at a time. Finished units are kept in ``run`` and read from it. Returns the static interval of each activation quantizer.
+    Units in ``single`` run with one time step at a time. Finished units are kept in ``run`` and read from it. Returns
+    the static interval of each activation quantizer.
     Raises :class:`~ptq_tdq.errors.NonFiniteError` naming the layer and t.
     """
     engine = _Engine(quantized, calls, config, single, run, on_unit)
@@ -74,30 +76,28 @@ class _Engine:
         on_unit: Callable[[UnitReport], None],
     ) -> None:
         self.quantized, self.calls, self.config, self.run, self.on_unit = quantized, calls, config, run, on_unit
-        self.t, self.single = calls.t, single
-        self.layouts = layouts(quantized.model, quantized.units(), calls)
-        self.store = Store(_stream_bytes(quantized, calls) > CACHE_BYTES)
+        self.t, self.single, self.units = calls.t.cpu(), single, quantized.units()
+        self.device = quantized.device
+        self.store = Store(_stream_bytes(quantized, calls) > CACHE_BYTES, self.device)
         self.static: dict[str, QParams] = {}
 
-    def unit(self, name: str) -> Unit:
-        return Unit(name, self.quantized.model.get_submodule(name), self.t, self.layouts[name][1], name in self.single)
+    def unit(self, name: str, spans: tuple[slice, ...] = ()) -> Unit:
+        module = self.quantized.model.get_submodule(name)
+        return Unit(name, module, self.t, spans, name in self.single, self.device)
 
     def pass_over(self, phase: Phase) -> None:
         """Both streams through all units, each of which is learned or restored when its turn comes."""
         # all are read before any is put in place: a unit that has to be done again must find the state it began with
-        kept = [self.read(phase, index, name) for index, name in enumerate(self.layouts)]
+        kept = [self.read(phase, index, name) for index, name in enumerate(self.units)]
         if all(kept):  # nothing is left to learn, so no stream has to flow
-            for index, (name, saved) in enumerate(zip(self.layouts, kept, strict=True)):
+            for index, (name, saved) in enumerate(zip(self.units, kept, strict=True)):
                 assert saved is not None
                 self.restore(phase, index, self.unit(name), saved)
             return
-        chunks = self.calls.chunks(CHUNK)
-        model = self.quantized.model
-        forwards = [partial(lambda chunk: model(**self.calls.inputs(chunk)), chunk) for chunk in chunks]
         done: list[str] = []
 
-        def process(full: UnitCall, mine: UnitCall) -> tuple[Outputs, Outputs]:
-            unit = self.unit(full.unit)
+        def process(full: UnitCall, mine: UnitCall) -> tuple[Parts, Parts]:
+            unit = self.unit(full.unit, mine.spans)
             with switched(unit.module, weights=False, activations=False):
                 target = unit.outputs(full, self.store)
             if unit.name not in done:  # a unit that the model calls again has learned on its first call
@@ -110,7 +110,21 @@ class _Engine:
                 done.append(unit.name)
             return target, unit.outputs(mine, self.store)
 
-        sweep(model, self.layouts, forwards, [c.stop - c.start for c in chunks], self.store, process)
+        sweep(self.quantized.model, self.units, self.chunks(), self.store, process)
+
+    def chunks(self) -> list[Chunk]:
+        """The calibration set in pieces that the model runs at once."""
+        model, calls = self.quantized.model, self.calls
+        of_groups = layouts(model, self.units, calls)
+        groups = [(span.stop, found) for (_, span), found in zip(calls.spans(), of_groups, strict=True)]
+        return [
+            (
+                partial(lambda chunk: model(**calls.inputs(chunk)), chunk),
+                chunk,
+                next(found for stop, found in groups if chunk.stop <= stop),
+            )
+            for chunk in calls.chunks(CHUNK)
+        ]
 
     def read(self, phase: Phase, index: int, name: str) -> Saved | None:
         """The unit's checkpoint, if there is one."""
@@ -121,16 +135,16 @@ class _Engine:
     def restore(self, phase: Phase, index: int, unit: Unit, saved: Saved) -> None:
         """Take the unit from its checkpoint."""
         losses = restore(unit, phase, saved, self.static)
-        self.on_unit(UnitReport(phase, index, len(self.layouts), unit.name, *losses, 0.0))
+        self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, 0.0))
 
     def learn(
-        self, phase: Phase, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Outputs
+        self, phase: Phase, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Parts
     ) -> None:
         """One phase of one unit, with generators of its own, so that a resumed run equals an uninterrupted one."""
         began = time.perf_counter()
         seed = self.config.seed * 1_000_003 + index
         generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             if phase == "weights":
                 losses = reconstruct_weights(unit, full, mine, target, self.config, generator)
@@ -142,7 +156,7 @@ class _Engine:
                 self.static.update(result.static)
         if self.run:
             self.run.write(phase, index, snapshot(unit, phase, self.static), losses)
-        self.on_unit(UnitReport(phase, index, len(self.layouts), unit.name, *losses, time.perf_counter() - began))
+        self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, time.perf_counter() - began))
 
 
 def _stream_bytes(quantized: QuantizedModel, calls: Calls) -> int:

@@ -8,13 +8,11 @@ forward pass is ordinary Python can be swept, and what is alive is only what the
 
 from __future__ import annotations
 
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,125 +24,100 @@ from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError
+from ptq_tdq.recon.parts import ABSENT, Layout, Part, Parts, Place, Store
+
+Layouts = dict[str, list[tuple[Layout, Layout]]]
+"""By unit: how its arguments and its outputs hold rows, for each time that one forward pass calls it."""
 
 
-Layout = tuple[int | None, ...]
-"""For each leaf of a tree: how many rows it has for one sample, or None for what all samples share."""
+def layouts(model: nn.Module, units: Sequence[str], calls: Calls) -> list[Layouts]:
+    """The layouts of each group of calls, from a call with one sample and one with that sample twice."""
+    found = []
+    for _, span in calls.spans():
+        one, two = (_shapes(model, units, calls.inputs(torch.tensor([span.start] * n))) for n in (1, 2))
+        found.append({unit: list(map(_layout_pair, one[unit], two.get(unit, ()))) for unit in one})
+    return found
 
 
-@dataclass(frozen=True)
+Shapes = list[torch.Size | None]
+
+
+def _shapes(
+    model: nn.Module, units: Sequence[str], arguments: dict[str, Any]
+) -> dict[str, list[tuple[Shapes, Shapes]]]:
+    """Shapes of the leaves of each unit's (arguments, outputs), one entry per call of the unit."""
+    found: dict[str, list[tuple[Shapes, Shapes]]] = {}
+
+    def of(tree: Any) -> Shapes:
+        return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(tree)]
+
+    def hear(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
+        found.setdefault(name, []).append((of((args, kwargs)), of(output)))
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(partial(hear, name=name), with_kwargs=True) for name in units
+    ]
+    try:
+        with torch.no_grad():
+            model(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _layout_pair(one: tuple[Shapes, Shapes], two: tuple[Shapes, Shapes]) -> tuple[Layout, Layout]:
+    inputs, outputs = (tuple(map(_place, *pair)) for pair in zip(one, two, strict=True))
+    return inputs, outputs
+
+
+def _place(one: torch.Size | None, two: torch.Size | None) -> Place | None:
+    """The first dimension that is twice as long for two samples."""
+    if one is None or two is None:
+        return ABSENT
+    for dim, (a, b) in enumerate(zip(one, two, strict=False)):
+        if a and b == 2 * a:
+            return Place(dim, a)
+    return None
+
+
+@dataclass(frozen=True, eq=False)
 class UnitCall:
-    """A call of a unit: its arguments (args, kwargs) as a flat tree; by one lane, or merged over all samples."""
+    """One call of a unit, by one lane or merged over all: arguments (args, kwargs), and how outputs will hold rows."""
 
     unit: str
-    leaves: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    layout: Layout
+    arguments: Parts
+    outputs: tuple[Layout, ...]  # of each part
 
-    def take(self, index: Tensor | slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """args and kwargs for some samples."""
-        found = [leaf if k is None else leaf[rows_of(index, k)] for leaf, k in zip(self.leaves, self.layout, strict=True)]
-        arguments: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(found, self.spec)
-        return arguments
+    @property
+    def spans(self) -> tuple[slice, ...]:
+        """The samples of each part."""
+        return tuple(part.samples for part in self.arguments.parts)
 
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a unit gives for all samples, as a flat tree."""
-
-    leaves: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    layout: Layout
-
-    def split(self, samples: Sequence[int]) -> list[Any]:
-        """The outputs of consecutive chunks of so many samples."""
-        stops = list(accumulate(samples))
-        return [self[slice(stop - n, stop)] for stop, n in zip(stops, samples, strict=True)]
-
-    def __getitem__(self, index: Tensor | slice) -> Any:
-        found = [leaf if k is None else leaf[rows_of(index, k)] for leaf, k in zip(self.leaves, self.layout, strict=True)]
-        return pytree.tree_unflatten(found, self.spec)
-
-    def rows(self, index: Tensor | slice) -> list[Tensor]:
-        """The real-valued tensors with rows, for some samples."""
-        return [
-            leaf[rows_of(index, k)]
-            for leaf, k in zip(self.leaves, self.layout, strict=True)
-            if k is not None and leaf.is_floating_point()
-        ]
-
-
-def rows_of(index: Tensor | slice, k: int) -> Tensor | slice:
-    """The rows of some samples in a tensor that has ``k`` for each, one sample after the other."""
-    if k == 1:
-        return index
-    if isinstance(index, slice):
-        return slice(index.start * k, index.stop * k)
-    return (index[:, None] * k + torch.arange(k, device=index.device)).flatten()
-
-
-def layouts(model: nn.Module, units: Sequence[str], calls: Calls) -> dict[str, tuple[Layout, Layout]]:
-    """For each unit the layouts of its arguments and of its outputs, from a call with one sample and one with two."""
-    seen: list[dict[str, tuple[list[Any], list[Any]]]] = []
-    for index in (torch.tensor([0]), torch.tensor([0, 0])):
-        found: dict[str, tuple[list[Any], list[Any]]] = {}
-
-        def hear(
-            module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = "", found: Any = found
-        ) -> None:
-            sizes = (_sizes((args, kwargs)), _sizes(output))
-            found.setdefault(name, sizes)
-
-        handles = [
-            model.get_submodule(name).register_forward_hook(partial(hear, name=name), with_kwargs=True)
-            for name in units
-        ]
-        try:
-            with torch.no_grad():
-                model(**calls.inputs(index))
-        finally:
-            for handle in handles:
-                handle.remove()
-        seen.append(found)
-    one, two = seen
-    return {name: (_layout(one[name][0], two[name][0]), _layout(one[name][1], two[name][1])) for name in units}
-
-
-def _sizes(tree: Any) -> list[Any]:
-    return [len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in pytree.tree_leaves(tree)]
-
-
-def _layout(one: list[Any], two: list[Any]) -> Layout:
-    return tuple(a if a and b == 2 * a else None for a, b in zip(one, two, strict=True))
-
-
-def merge(calls: Sequence[UnitCall], store: Callable[[Sequence[Tensor]], Tensor]) -> UnitCall:
-    """The calls of all chunks as one: what has rows is joined, what all share is taken from the first."""
-    first = calls[0]
-    leaves = list(first.leaves)
-    for i, k in enumerate(first.layout):
-        if k is not None:
-            parts = [call.leaves[i] for call in calls]
-            if len({part.shape[1:] for part in parts}) > 1:
-                raise ModelError(
-                    f"{first.unit} gets tensors of different sizes from different calls; record calls of one size "
-                    "(one height and width, prompts padded to one length)."
-                )
-            leaves[i] = store(parts)
-    return UnitCall(first.unit, tuple(leaves), first.spec, first.layout)
+    def output(self, tree: Any, index: slice | Tensor) -> Part:
+        """What the unit gave for some samples; the part counts them from 0."""
+        part = self.arguments.of(index)
+        layout = self.outputs[self.arguments.parts.index(part)]
+        count = index.stop - index.start if isinstance(index, slice) else len(index)
+        return Part.of(tree, slice(0, count), layout)
 
 
 class Lane(greenlet):  # type: ignore[misc]
-    """One forward pass, paused at each unit: ``resume()`` gives the next :class:`UnitCall`, None at the end."""
+    """One forward pass over ``samples``, paused at each unit: ``resume()`` gives the next call, None at the end."""
 
-    def __init__(self, forward: Callable[[], Any]) -> None:
+    def __init__(self, forward: Callable[[], Any], samples: slice, layouts: Layouts) -> None:
         super().__init__()
-        self._forward = forward
+        self._forward, self.samples, self.layouts = forward, samples, layouts
+        self.seen: Counter[str] = Counter()
 
     def run(self, _: None = None) -> None:
         self._forward()
 
-    def pause(self, call: UnitCall) -> Any:
+    def pause(self, unit: str, args: Any, kwargs: Any) -> Any:
+        known = self.layouts.get(unit, [])
+        inputs, outputs = known[min(self.seen[unit], len(known) - 1)] if known else ((), ())
+        self.seen[unit] += 1
+        call = UnitCall(unit, Parts((Part.of((args, kwargs), self.samples, inputs),)), (outputs,))
         # torch's function modes (attention products listen by one) are a stack of the thread, not of this coroutine
         modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
         try:
@@ -159,7 +132,7 @@ class Lane(greenlet):  # type: ignore[misc]
 
 
 @contextmanager
-def intercepted(model: nn.Module, units: Mapping[str, tuple[Layout, Layout]]) -> Iterator[None]:
+def intercepted(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
     """While open, calls of ``units`` that come from a lane pause it; all other calls run as always."""
 
     def intercept(name: str, module: nn.Module) -> None:
@@ -167,10 +140,7 @@ def intercepted(model: nn.Module, units: Mapping[str, tuple[Layout, Layout]]) ->
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             lane = getcurrent()
-            if not isinstance(lane, Lane):
-                return original(*args, **kwargs)
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            return lane.pause(UnitCall(name, tuple(leaves), spec, units[name][0]))
+            return lane.pause(name, args, kwargs) if isinstance(lane, Lane) else original(*args, **kwargs)
 
         module.forward = forward
 
@@ -184,54 +154,39 @@ def intercepted(model: nn.Module, units: Mapping[str, tuple[Layout, Layout]]) ->
             del module.forward
 
 
-class Store:
-    """Concatenates chunks in memory or, with ``on_disk``, in unlinked memory-mapped files that the system pages out."""
-
-    def __init__(self, on_disk: bool) -> None:
-        self.on_disk = on_disk
-
-    def __call__(self, chunks: Sequence[Tensor]) -> Tensor:
-        if not self.on_disk:
-            return torch.cat(list(chunks))
-        whole = self.empty((sum(len(c) for c in chunks), *chunks[0].shape[1:]), chunks[0].dtype)
-        start = 0
-        for chunk in chunks:
-            whole[start : start + len(chunk)] = chunk
-            start += len(chunk)
-        return whole
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor where this store keeps them."""
-        if not self.on_disk:
-            return torch.empty(shape, dtype=dtype)
-        with tempfile.NamedTemporaryFile(prefix="ptq-tdq-", delete=False) as file:
-            path = Path(file.name)
-        try:
-            size = torch.Size(shape).numel()
-            return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
-        finally:
-            path.unlink()
+def merge(calls: Sequence[UnitCall], store: Store) -> UnitCall:
+    """The calls of all chunks as one."""
+    parts, layouts = [], []
+    for run in _alike(calls):
+        parts.append(Part.join([call.arguments.parts[0] for call in run], store))
+        layouts.append(run[0].outputs[0])
+    return UnitCall(calls[0].unit, Parts(tuple(parts)), tuple(layouts))
 
 
-Process = Callable[[UnitCall, UnitCall], tuple[Outputs, Outputs]]
+def _alike(calls: Sequence[UnitCall]) -> Iterator[list[UnitCall]]:
+    """Consecutive calls whose samples may run together."""
+    run: list[UnitCall] = []
+    for call in calls:
+        if run and not run[-1].arguments.parts[0].joinable(call.arguments.parts[0]):
+            yield run
+            run = []
+        run.append(call)
+    yield run
 
 
-def sweep(
-    model: nn.Module,
-    units: Mapping[str, tuple[Layout, Layout]],
-    forwards: Sequence[Callable[[], Any]],
-    sizes: Sequence[int],
-    store: Store,
-    process: Process,
-) -> None:
+Process = Callable[[UnitCall, UnitCall], tuple[Parts, Parts]]
+Chunk = tuple[Callable[[], Any], slice, Layouts]
+"""What runs the model over some samples, which samples, and the layouts of their group."""
+
+
+def sweep(model: nn.Module, units: Sequence[str], chunks: Sequence[Chunk], store: Store, process: Process) -> None:
     """Run both streams through the model.
 
-    ``units`` are the units' names with their layouts, ``forwards`` run the model over one chunk each, ``sizes`` are the
-    chunks' numbers of samples. For each call of a unit, ``process(full_precision_call, quantized_call)`` gets the
-    merged calls and returns both outputs.
+    For each call of a unit, ``process(full_precision_call, quantized_call)`` gets the merged calls and returns both
+    outputs.
     """
     with intercepted(model, units), torch.no_grad():
-        lanes = [Lane(forward) for forward in (*forwards, *forwards)]
+        lanes = [Lane(*chunk) for chunk in (*chunks, *chunks)]
         calls = [lane.resume() for lane in lanes]
         while present := [c for c in calls if c is not None]:
             names = {c.unit for c in present}
@@ -239,14 +194,14 @@ def sweep(
                 raise ModelError(
                     f"The model's forward pass takes different ways for different samples (at {sorted(names)})."
                 )
-            count = len(present) // 2
+            count = len(chunks)
             full, quantized = (merge(half, store) for half in (present[:count], present[count:]))
             calls = [None] * len(lanes)
             present.clear()
             outputs = process(full, quantized)
             del full, quantized
-            chunks = [chunk for output in outputs for chunk in output.split(sizes)]
+            pieces = [output[samples] for output in outputs for _, samples, _ in chunks]
             del outputs
             for i, lane in enumerate(lanes):
-                calls[i] = lane.resume(chunks[i])
-                chunks[i] = None
+                calls[i] = lane.resume(pieces[i])
+                pieces[i] = None
