@@ -150,9 +150,9 @@ def calibrate_command(
         reference = make_reference(
             model, samples=evaluation_samples, num_inference_steps=config.num_inference_steps, seed=config.seed
         )
-        learned = compare(reference, quantized, config.seed)
+        learned = compare(reference, quantized)
         with quantized.intervals(quantized.static):
-            static = compare(reference, quantized, config.seed)
+            static = compare(reference, quantized)
         quantized.metrics |= {
             "samples": evaluation_samples,
             "num_inference_steps": config.num_inference_steps,
