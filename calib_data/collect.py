@@ -19,7 +19,7 @@ from ptq_tdq.calib_data.sampler import new_schedule, sample_generator
 from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 from ptq_tdq.calls import Calls, Recorder
 from ptq_tdq.errors import CalibrationSetError, ConfigError
-from ptq_tdq.timeaxis import find_axis
+from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
 Progress = Callable[[int, int], None]
@@ -103,7 +103,8 @@ def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> C
     recorder, schedule = Recorder(model.denoiser), new_schedule(model.sampler)
 
     def stop(module: Any, args: Any, output: Any) -> None:
-        raise _Enough
+        if len(recorder.calls(TimeAxis(recorder.argument))):  # the recorder calls the denoiser, too, to look at it
+            raise _Enough
 
     recorder.begin(0, 1)
     with recorder.listening():
@@ -123,7 +124,7 @@ def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> C
     return recorder.calls(axis_of(recorder, schedule))
 
 
-def axis_of(recorder: Recorder, schedule: Any) -> Any:
+def axis_of(recorder: Recorder, schedule: Any) -> TimeAxis:
     """The time axis of a model, from what it was called with and the schedule of the same run."""
     total = getattr(schedule.config, "num_train_timesteps", None)
     return find_axis(recorder.argument, recorder.seen, [float(t) for t in schedule.timesteps], total)
