@@ -35,7 +35,7 @@ def write_report(found: Survey, folder: Path, *, overwrite: bool = False) -> lis
     """
     check_output(folder, overwrite)
     data = report_data(found)
-    samples = _samples(found)
+    samples = samples_of(found)
     conditions = found.reference.conditions if found.reference else []
     pictures = {name: sheet(images, conditions) for name, images in samples.items()}
     files = {PAGE: render_page(data, pictures).encode("utf-8")}
@@ -49,7 +49,7 @@ def write_report(found: Survey, folder: Path, *, overwrite: bool = False) -> lis
     return list(files)
 
 
-def _samples(found: Survey) -> dict[str, Tensor]:
+def samples_of(found: Survey) -> dict[str, Tensor]:
     """Small pictures by the name of the model that made them, full precision first."""
     if found.reference is None or found.reference.images is None:
         return {}
