@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,14 @@ from ptq_tdq.errors import ModelError
 
 
 class Place(NamedTuple):
-    """Where a leaf has the rows of samples: along ``dim``, ``count`` rows for each, one sample after the other."""
+    """Where a leaf has the rows of samples: along ``dim``, ``count`` rows for each, one sample after the other.
+
+    ``more`` rows behind those belong to no sample.
+    """
 
     dim: int
     count: int
+    more: int = 0
 
 
 ABSENT = Place(-1, 0)  # a leaf that is no tensor where all samples are alike; rows are then told by their number
@@ -64,10 +68,14 @@ class Store:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The trees of consecutive ``samples`` as one: a leaf with rows is [n, count, ...], others are as they came."""
+    """The trees of consecutive ``samples`` as one: a leaf with rows is [n, count, ...], others are as they came.
+
+    ``rest`` are the rows of leaves that belong to no sample, by the number of the leaf.
+    """
 
     samples: slice
     leaves: tuple[Any, ...]
+    rest: dict[int, Tensor]
     spec: pytree.TreeSpec
     layout: Layout
     device: torch.device  # where the rows are computed with, wherever they are kept
@@ -79,18 +87,22 @@ class Part:
         count = samples.stop - samples.start
         known = (*layout, *(ABSENT,) * (len(leaves) - len(layout)))
         own = tuple(_own(leaf, place, count) for leaf, place in zip(leaves, known, strict=False))
-        rows = [
-            leaf.movedim(place.dim, 0).unflatten(0, (count, place.count)) if place else leaf
-            for leaf, place in zip(leaves, own, strict=True)
-        ]
-        device = next((x.device for x, place in zip(rows, own, strict=True) if place), torch.device("cpu"))
-        return cls(samples, tuple(rows), spec, own, device)
+        rest: dict[int, Tensor] = {}
+        for i, place in enumerate(own):
+            if place:
+                rows = leaves[i].movedim(place.dim, 0)
+                if place.more:
+                    rows, rest[i] = rows.split([count * place.count, place.more])
+                leaves[i] = rows.unflatten(0, (count, place.count))
+        device = next((x.device for x, place in zip(leaves, own, strict=True) if place), torch.device("cpu"))
+        return cls(samples, tuple(leaves), rest, spec, own, device)
 
     def joinable(self, other: Part) -> bool:
         """Whether samples of both could be in one call."""
         return (
             self.spec == other.spec
             and self.layout == other.layout
+            and all(_same(rows, other.rest[i]) for i, rows in self.rest.items())
             and all(
                 (a.shape[1:], a.dtype) == (b.shape[1:], b.dtype) if place else _same(a, b)
                 for a, b, place in zip(self.leaves, other.leaves, self.layout, strict=True)
@@ -103,14 +115,11 @@ class Part:
         first, samples = parts[0], slice(parts[0].samples.start, parts[-1].samples.stop)
         columns = zip(*(part.leaves for part in parts), strict=True)
         leaves = [store.join(of) if place else of[0] for of, place in zip(columns, first.layout, strict=True)]
-        return Part(samples, tuple(leaves), first.spec, first.layout, first.device)
+        return replace(first, samples=samples, leaves=tuple(leaves))
 
     def __getitem__(self, index: slice | Tensor) -> Any:
         """The tree for some samples, by their numbers in the whole set."""
-        found = [
-            self._back(leaf, place, index) if place else leaf
-            for leaf, place in zip(self.leaves, self.layout, strict=True)
-        ]
+        found = [self._back(i, place, index) if place else self.leaves[i] for i, place in enumerate(self.layout)]
         return pytree.tree_unflatten(found, self.spec)
 
     def real(self, index: slice | Tensor) -> list[Tensor]:
@@ -129,7 +138,7 @@ class Part:
             store.empty((count, *leaf.shape[1:]), leaf.dtype) if place else leaf
             for leaf, place in zip(self.leaves, self.layout, strict=True)
         ]
-        return Part(samples, tuple(leaves), self.spec, self.layout, self.device)
+        return replace(self, samples=samples, leaves=tuple(leaves))
 
     def put(self, index: slice | Tensor, other: Part) -> None:
         """Write the rows of other samples' outputs."""
@@ -142,8 +151,11 @@ class Part:
         start = self.samples.start
         return slice(index.start - start, index.stop - start) if isinstance(index, slice) else index - start
 
-    def _back(self, leaf: Tensor, place: Place, index: slice | Tensor) -> Tensor:
-        return leaf[self._own_index(index)].to(self.device).flatten(0, 1).movedim(0, place.dim)
+    def _back(self, number: int, place: Place, index: slice | Tensor) -> Tensor:
+        rows = self.leaves[number][self._own_index(index)].to(self.device).flatten(0, 1)
+        if place.more:
+            rows = torch.cat([rows, self.rest[number]])
+        return rows.movedim(0, place.dim)
 
 
 def _own(leaf: Any, place: Place | None, samples: int) -> Place | None:
@@ -152,7 +164,7 @@ def _own(leaf: Any, place: Place | None, samples: int) -> Place | None:
         return None
     if place == ABSENT:
         return Place(0, len(leaf) // samples) if leaf.ndim and len(leaf) and len(leaf) % samples == 0 else None
-    if leaf.shape[place.dim] != samples * place.count:
+    if leaf.shape[place.dim] != samples * place.count + place.more:
         raise ModelError(
             f"A block of the model gets a tensor of the shape {list(leaf.shape)} for {samples} samples, in which their "
             "rows cannot be told apart; record calls of one size (prompts padded to one length)."

@@ -72,13 +72,13 @@ def _layout_pair(one: tuple[Shapes, Shapes], two: tuple[Shapes, Shapes]) -> tupl
 
 
 def _place(one: torch.Size | None, two: torch.Size | None) -> Place | None:
-    """The first dimension that is twice as long for two samples."""
+    """The first dimension that is twice as long for two samples, or longer at all."""
     if one is None or two is None:
         return ABSENT
-    for dim, (a, b) in enumerate(zip(one, two, strict=False)):
-        if a and b == 2 * a:
-            return Place(dim, a)
-    return None
+    sizes = list(enumerate(zip(one, two, strict=False)))
+    places = [Place(dim, a) for dim, (a, b) in sizes if a and b == 2 * a]
+    places += [Place(dim, b - a, 2 * a - b) for dim, (a, b) in sizes if a < b < 2 * a]
+    return next(iter(places), None)
 
 
 @dataclass(frozen=True, eq=False)
