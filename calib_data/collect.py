@@ -37,7 +37,7 @@ def collect(
     parts: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Calls:
-    """Sample ``samples_per_step`` trajectories once each and keep the calls at ``calibration_steps`` steps of every one.
+    """Sample ``samples_per_step`` trajectories once each and keep the calls at ``calibration_steps`` steps of each.
 
     The set holds samples_per_step x calibration_steps rows (Q-Diffusion: 256 x 20 = 5120), or twice as many where
     guidance calls the denoiser with and without the condition. Trajectory i has the noise of (seed, i) alone, so
@@ -92,7 +92,7 @@ def collect(
 
 
 class _Enough(BaseException):
-    """Ends a run of the sampler whose first call is all that is wanted; no pipeline takes it for an error of its own."""
+    """Ends a run whose first call is all that is wanted; no pipeline takes it for an error of its own."""
 
 
 def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> Calls:

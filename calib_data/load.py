@@ -135,6 +135,8 @@ def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
         with _quiet():
             sampler = copy.copy(model.sampler)
             sampler.scheduler = cls.from_config(model.scheduler.config)
+            if hasattr(sampler.scheduler, "alphas_cumprod") != hasattr(model.scheduler, "alphas_cumprod"):
+                raise ValueError("one is for diffusion, the other for flow matching")
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise ConfigError(f"{name} cannot be made from the model's own schedule ({error}); try another.") from error
     return replace(model, sampler=sampler)

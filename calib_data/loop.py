@@ -107,7 +107,7 @@ def step_through(
     schedule: Any,
     generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """From standard normal ``noise`` [B, ...] to the final x of the same shape, by the steps that ``schedule`` is set to.
+    """From standard normal ``noise`` [B, ...] to the final x of the same shape, by the steps of ``schedule``.
 
     ``predict(x, t)`` is the denoiser, x scaled as the schedule wants it, t a scalar. x itself stays float32: steps are
     small. ``generators``, one per sample, feed schedules that add noise.

@@ -78,9 +78,10 @@ def find_parts(folder: Path, component: str | None = None) -> Parts:
     if (folder / PIPELINE_FILE).is_file():
         return _of_pipeline(folder, component)
     known = [name for name in _PARTS if (folder / name / "config.json").is_file()]
-    if component is not None and component not in known:
+    bare = (folder / "config.json").is_file()  # it is the denoiser, whatever its name is in a pipeline
+    if component is not None and component not in known and not bare:
         raise ModelError(_no_component(folder, component, known))
-    name = component or next(iter(known), None)
+    name = component if component in known else next(iter(known), None)
     place = folder / name if name else folder
     if not (place / "config.json").is_file():
         raise ModelError(

@@ -103,9 +103,9 @@ def calibrate_command(
 ) -> None:
     """Quantize the denoiser of a diffusion model and write its interval tables.
 
-    Samples with the model's own pipeline for a calibration set, learns the rounding of the weights and the activation intervals
-    as a function of the time step, block by block, and writes an artifact directory. Flags go before the file of
-    --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the first
+    Samples with the model's own pipeline for a calibration set, learns the rounding of the weights and the activation
+    intervals as a function of the time step, block by block, and writes an artifact directory. Flags go before the file
+    of --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the first
     unfinished block.
     """
     began = time.perf_counter()
@@ -126,9 +126,7 @@ def calibrate_command(
         say.notice(notice)
     say.config(config)
     check_choices(model, config)
-    calls = collect_cached(
-        model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_CHOICES}
-    )
+    calls = collect_cached(model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_CHOICES})
     if not resume:
         discard(unfinished)
     with say.units():

@@ -31,7 +31,6 @@ def _set_verbose(context: click.Context, parameter: click.Parameter, value: bool
     return value
 
 
-
 def _read_prompts(context: click.Context, parameter: click.Parameter, value: Path | None) -> list[str] | None:
     return None if value is None else read_prompts(value)
 
@@ -119,8 +118,8 @@ model_options: Decorator = _model_options(
         "--model",
         "source",
         metavar="FOLDER|HUB_ID",
-        help="A diffusers pipeline or denoiser: a local folder or a hub id; or one of the embedded models, reference and "
-        "reference-dit.  [default: reference]",
+        help="A diffusers pipeline or denoiser: a local folder or a hub id; or one of the embedded models, reference "
+        "and reference-dit.  [default: reference]",
     )
 )
 original_options: Decorator = _model_options(

@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def reference_dit_path() -> Path:
-    """Return the folder with ``transformer/`` and ``scheduler/`` as diffusers writes them; ``README.md`` is the card."""
+    """Return the folder with ``transformer/`` and ``scheduler/``, as diffusers writes them, and their card."""
     return Path(__file__).parent

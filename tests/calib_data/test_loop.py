@@ -126,8 +126,12 @@ def test_flow_matching_ends_at_the_data_of_an_ideal_model() -> None:
     assert torch.allclose(step_through(lambda x, t: noise - data, noise, scheduler), data, atol=1e-5)
 
 
-@pytest.mark.parametrize(("pipeline_class", "scheduler"), [(DDPMPipeline, DDPMScheduler()), (DDIMPipeline, DDIMScheduler())])
-def test_the_sampler_agrees_with_diffusers_own_pipelines(unet: UNet2DModel, pipeline_class: Any, scheduler: Any) -> None:
+@pytest.mark.parametrize(
+    ("pipeline_class", "scheduler"), [(DDPMPipeline, DDPMScheduler()), (DDIMPipeline, DDIMScheduler())]
+)
+def test_the_sampler_agrees_with_diffusers_own_pipelines(
+    unet: UNet2DModel, pipeline_class: Any, scheduler: Any
+) -> None:
     pipeline = pipeline_class(unet=unet, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=4, generator=generators(2), output_type="np").images
@@ -186,7 +190,7 @@ def test_a_denoiser_that_needs_more_says_so() -> None:
         down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=4,
     )  # fmt: skip
     sampler = LoopSampler(unet, DDIMScheduler())
-    with pytest.raises(ModelError, match="encoder_hidden_states.*pass the folder of its pipeline"):
+    with pytest.raises(ModelError, match=r"encoder_hidden_states.*pass the folder of its pipeline"):
         sampler.run(unet, [None], generators(1), 2, new_schedule(sampler))
 
 
