@@ -105,8 +105,8 @@ def _summary(facts: dict[str, Any]) -> str:
     latents = f"latents {_decibels(facts['latent_sqnr_db'])} SQNR"
     if facts["output"] is None:
         return (
-            f"No picture: the samples are no images (sounds, or latents without a VAE; --model with the pipeline's "
-            f"folder may have one). {how}; {latents}"
+            "No picture: the samples are sounds, or latents that the model has no VAE to turn into images. "
+            f"{how}; {latents}"
         )
     return f"Wrote {facts['output']}: {how}; {latents}, images {_decibels(facts['image_psnr_db'])} PSNR"
 
