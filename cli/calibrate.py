@@ -105,8 +105,8 @@ def calibrate_command(
 
     Samples with the model's own pipeline for a calibration set, learns the rounding of the weights and the activation
     intervals as a function of the time step, block by block, and writes an artifact directory. Flags go before the file
-    of --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the first
-    unfinished block.
+    of --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the
+    first unfinished block.
     """
     began = time.perf_counter()
     flags = {key: given.pop(key) for key in FLAGS}
