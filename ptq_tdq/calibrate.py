@@ -79,6 +79,7 @@ def calibrate(
     plan = make_plan(folded_copy(model), config, calls)
     quantized = QuantizedModel.copy_of(model, calls.axis, plan.layers)
     quantized.provenance = provenance(model, config, calls, model_id, component)
+    quantized.provenance |= {"one_step": bool(plan.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = plan.notices
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
     run = _open_run(run_directory, weights_directory, quantized.provenance, on_notice)
@@ -144,6 +145,16 @@ def provenance(
         "seed": config.seed,
         "versions": {name: version(name) for name in ("ptq-tdq", "torch", "diffusers", "numpy", "safetensors")}
         | {"python": platform.python_version()},
+    }
+
+
+def buffer_dtypes(model: nn.Module) -> dict[str, str]:
+    """The dtypes of buffers that no file holds, where they are not those in which a model builds them."""
+    saved = model.state_dict().keys()
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.dtype in (torch.float16, torch.bfloat16)
     }
 
 

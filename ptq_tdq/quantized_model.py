@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, remove_weight_norm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from ptq_tdq.artifacts import Artifact, IntervalTable, model_card, write_artifact
 from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError
@@ -20,12 +17,13 @@ from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
+from ptq_tdq.modules.layers import own_weight
 from ptq_tdq.modules.products import ATTRIBUTE
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.search import QParams
 from ptq_tdq.timeaxis import TimeAxis
 from ptq_tdq.timed_model import TimedModel
-from ptq_tdq.wrap import insert, switch
+from ptq_tdq.wrap import folded_copy, insert, set_tensors, switch, untie
 
 
 class QuantizedModel(TimedModel):
@@ -44,6 +42,7 @@ class QuantizedModel(TimedModel):
         self.metrics: dict[str, Any] = {}
         self.notices: tuple[str, ...] = ()  # what stays in floating point, known right after calibration
         self.static: dict[str, QParams] = {}  # static MSE intervals by quantizer, known right after calibration
+        untie(model, [record.name for record in self.plan if record.kind != "product"])
         for record in self.plan:
             insert(model, record)
 
@@ -51,6 +50,10 @@ class QuantizedModel(TimedModel):
     def copy_of(cls, model: nn.Module, axis: TimeAxis, plan: Iterable[LayerRecord]) -> QuantizedModel:
         """A quantized model around a deep copy, in evaluation mode and without gradients."""
         return cls(folded_copy(model), axis, plan)
+
+    @property
+    def one_step(self) -> bool:
+        return bool(self.provenance.get("one_step"))
 
     def layers(self) -> dict[str, QuantLayer]:
         """Quantized layers by name, in execution order."""
@@ -114,13 +117,23 @@ class QuantizedModel(TimedModel):
 
     @classmethod
     def from_artifact(cls, model: nn.Module, artifact: Artifact) -> QuantizedModel:
-        """Fill ``model``, a freshly built one of the artifact's configuration, and switch its quantizers on.
+        """Fill ``model``, whose structure is the artifact's, and switch its quantizers on.
 
-        Raises :class:`~ptq_tdq.errors.ArtifactMismatchError` where they do not fit.
+        All its parameters become those of the artifact, in the dtype that the calibrated model had. Raises
+        :class:`~ptq_tdq.errors.ArtifactMismatchError` where they do not fit.
         """
         check_fit(model, artifact)
-        model.load_state_dict(artifact.float_state, strict=False)  # the quantized weights follow
-        quantized = cls(model.eval().requires_grad_(False), artifact.time_axis, artifact.layers)
+        set_tensors(model.eval().requires_grad_(False), artifact.float_state)
+        for record in artifact.layers:
+            if record.kind != "product":
+                layer, dtype = model.get_submodule(record.name), getattr(torch, record.dtype)
+                room = torch.zeros(own_weight(layer).shape, dtype=dtype)  # for what the codes stand for
+                layer.weight = nn.Parameter(room, requires_grad=False)
+        for name, dtype in artifact.config.get("buffer_dtypes", {}).items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            setattr(module, key, getattr(module, key).to(getattr(torch, dtype)))
+        quantized = cls(model, artifact.time_axis, artifact.layers)
         for name, layer in quantized.layers().items():
             for index, (lo, hi) in enumerate(layer.ranges):
                 scale, zero_point = artifact.weight_scale[name][:, index], artifact.weight_zero_point[name][:, index]
@@ -148,19 +161,6 @@ class QuantizedModel(TimedModel):
             elif key.endswith(".layer.bias"):
                 state[key.replace(".layer.bias", ".bias")] = value
         return state
-
-
-def folded_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in evaluation mode and without gradients, with reparametrized weights (weight norm) made plain."""
-    copied = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in copied.modules():
-        if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, name)
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, WeightNorm):
-                remove_weight_norm(module, hook.name)
-    return copied
 
 
 def _known(value: Tensor | None) -> Tensor:

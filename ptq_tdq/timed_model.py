@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import bind
 from ptq_tdq.timeaxis import TimeAxis, at
@@ -18,6 +20,26 @@ def in_float32(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(in_float32, value))
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
+    """One output of [B] samples, from several of which each is right for the samples ``chosen`` (bool [B])."""
+    count = len(chosen[0])
+
+    def of_samples(tree: Any) -> bool:
+        return isinstance(tree, list) and len(tree) == count
+
+    def pick(*leaves: Any) -> Any:
+        if of_samples(leaves[0]):
+            return [next(x[i] for x, own in zip(leaves, chosen, strict=True) if own[i]) for i in range(count)]
+        if not isinstance(leaves[0], Tensor) or len(leaves[0]) != count:
+            return leaves[0]
+        whole = leaves[0].clone()
+        for leaf, own in zip(leaves, chosen, strict=True):
+            whole[own] = leaf[own]
+        return whole
+
+    return pytree.tree_map(pick, outputs[0], *outputs[1:], is_leaf=of_samples)
 
 
 class TimedModel(nn.Module):
@@ -36,11 +58,27 @@ class TimedModel(nn.Module):
 
         A float32 model takes inputs of any floating dtype, as they come where torch's default dtype is another.
         """
-        t = self.axis.t(bind(self.model, args, kwargs).get(self.axis.argument))
+        name = self.axis.argument
+        arguments = bind(self.model, args, kwargs)
+        t = self.axis.t(arguments.get(name)).to(self.device)
         if self.dtype == torch.float32:
-            args, kwargs = in_float32(args), in_float32(kwargs)
+            args, kwargs, arguments = in_float32(args), in_float32(kwargs), in_float32(arguments)
+        if self.one_step and len(steps := t.unique()) > 1:
+            return merged([self._all_at(step, arguments) for step in steps], [t == step for step in steps])
         with at(t):
             return self.model(*args, **kwargs)
+
+    @property
+    def one_step(self) -> bool:
+        """Whether rows inside the model cannot be told apart by sample, so that all must have one time step."""
+        return False
+
+    def _all_at(self, step: Tensor, arguments: dict[str, Any]) -> Any:
+        """The call with every sample at one time step."""
+        name = self.axis.argument
+        value = torch.full_like(arguments[name], self.axis.value(step).item())
+        with at(step[None]):
+            return self.model(**{**arguments, name: value})
 
     def __getattr__(self, name: str) -> Any:
         try:

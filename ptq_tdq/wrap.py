@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, remove_weight_norm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ptq_tdq.errors import ModelError, NonFiniteError
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
@@ -29,6 +33,39 @@ def insert(model: nn.Module, record: LayerRecord) -> None:
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(f"{record.name} has NaN or Inf in its {key}; repair the model before quantizing it.")
     setattr(model.get_submodule(parent), own, QuantLayer(module, record))
+
+
+def folded_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in evaluation mode and without gradients, with reparametrized weights made plain."""
+    return fold(copy.deepcopy(model).eval().requires_grad_(False))
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Make reparametrized weights (weight norm, :mod:`torch.nn.utils.parametrize`) plain; returns the model itself."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+    return model.requires_grad_(False)
+
+
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Give each named layer a weight and a bias of its own, where the model holds one of them in several places."""
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for name in names:
+        layer = _find(model, name)
+        for key, value in layer._parameters.items():
+            if value is not None and holders[id(value)] > 1:
+                holders[id(value)] -= 1
+                layer._parameters[key] = nn.Parameter(value.detach().clone(), requires_grad=False)
+
+
+def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors of a state dict into ``model``, with the dtype and the device that they have."""
+    model.load_state_dict({name: value.clone() for name, value in tensors.items()}, strict=False, assign=True)
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:

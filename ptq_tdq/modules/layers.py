@@ -137,9 +137,11 @@ class QuantLayer(nn.Module):
         self.weights = nn.ModuleList(WeightQuantizer(record.weight_bits) for _ in self.ranges)
         self.inputs = nn.ModuleList(ActivationQuantizer(q) for q in record.inputs)
         self.weights_enabled = False
-        self.shift: nn.Parameter | None = None
-        if self.bias is not None:  # float32, since what it learns is less than half precision can hold
-            self.shift = nn.Parameter(torch.zeros_like(self.bias, dtype=torch.float32), requires_grad=False)
+        # float32, since what it learns is less than half precision can hold; a buffer, since a model's dtype is that
+        # of its parameters
+        shift = None if self.bias is None else torch.zeros_like(self.bias, dtype=torch.float32)
+        self.register_buffer("shift", shift, persistent=False)
+        self.shift: Tensor | None
         self._final: Tensor | None = None
 
     @property

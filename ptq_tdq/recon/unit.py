@@ -49,7 +49,7 @@ class Unit:
     def quantizers(self) -> list[ActivationQuantizer]:
         return [m for m in self.module.modules() if isinstance(m, ActivationQuantizer)]
 
-    def shifts(self) -> list[nn.Parameter]:
+    def shifts(self) -> list[Tensor]:
         """The learned corrections of the layers' biases."""
         return [layer.shift for layer in self.layers() if layer.shift is not None]
 
