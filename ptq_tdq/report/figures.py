@@ -189,7 +189,7 @@ def _error(data: Json) -> Figure | None:
         ax.set_title(f"{title} (dB)")
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [], fontsize=5)
         every = max(1, len(data["steps"]) // 5)
-        ax.set_xticks(range(0, len(data["steps"]), every), [f"{t:g}" for t in data["steps"][::every]])
+        ax.set_xticks(range(0, len(data["steps"]), every), [f"{t:.4g}" for t in data["steps"][::every]])
         ax.set_xlabel("time step t")
         figure.colorbar(image, ax=ax, location="bottom", extend="max", shrink=0.8)
     return figure

@@ -99,8 +99,8 @@ def _where(data: Json, artifact: Json) -> Iterator[str]:
     low, high = lowest(prediction), lowest([None if v is None else -v for v in prediction])
     if low is not None and high is not None:
         yield (
-            f"Over t the prediction is worst at t = {data['steps'][low]:g} ({prediction[low]:.1f} dB) and best at "
-            f"t = {data['steps'][high]:g} ({prediction[high]:.1f} dB)."
+            f"Over t the prediction is worst at t = {data['steps'][low]:.4g} ({prediction[low]:.1f} dB) and best at "
+            f"t = {data['steps'][high]:.4g} ({prediction[high]:.1f} dB)."
         )
 
 

@@ -121,7 +121,7 @@ def _tiles(data: Json, artifact: Json) -> list[dict[str, str]]:
             tiles.append(_tile("Layer that loses most", _number(worst[0][1]), "dB", worst[0][0]))
         k = lowest(errors["prediction"])
         if k is not None:
-            tiles.append(_tile("Worst step", f"t = {data['steps'][k]:g}", "", f"{errors['prediction'][k]:.1f} dB"))
+            tiles.append(_tile("Worst step", f"t = {data['steps'][k]:.4g}", "", f"{errors['prediction'][k]:.1f} dB"))
     ratio = artifact["fp32_bytes"] / artifact["bytes"]
     compared = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"  # tables of a tiny model
     size, unit = _bytes(artifact["bytes"]).split(" ")

@@ -156,7 +156,7 @@ function fill(r) {
   const cell = document.querySelector(`tr[data-detail="${CSS.escape(r.layer.name)}"] > td`), jobs = [];
   const panel = (title, series, options) => {
     const place = element("div", { className: "chart" }), key = element("div", { className: "legend" });
-    jobs.push(() => { legend(key, series.length > 14 ? [] : series); chart(place, { series, last, label: `${title} of ${r.layer.name}`, ...options }); });
+    jobs.push(() => { legend(key, series); chart(place, { series, last, label: `${title} of ${r.layer.name}`, ...options }); });
     return element("div", { className: "panel" }, element("p", { className: "title", textContent: title }), key, place);
   };
   const errors = current().errors;
