@@ -23,7 +23,7 @@ from ptq_tdq.runtime.layer import IntegerLayer, IntegerLinear, WeightOnlyLayer, 
 from ptq_tdq.runtime.step import kept
 
 
-def norm_of(module: nn.Module, *, silu: bool) -> Norm | None:
+def norm_of(module: nn.Module | None, *, silu: bool) -> Norm | None:
     """The group norm as data, or None for another kind of norm."""
     if not isinstance(module, nn.GroupNorm) or module.weight is None:
         return None
@@ -136,7 +136,7 @@ class FusedAttention(Fused):
 
     def __init__(self, block: Any, product: IntegerProduct) -> None:
         super().__init__(block)
-        self.product, self.norm = product, norm_of(block.group_norm, silu=False) if block.group_norm else None
+        self.product, self.norm = product, norm_of(block.group_norm, silu=False)
 
     @staticmethod
     def of(block: Any) -> FusedAttention | None:
@@ -146,7 +146,7 @@ class FusedAttention(Fused):
             len(products) == 1
             and type(block.processor) is AttnProcessor2_0
             and all(_takes_norm(layer, IntegerLinear) for layer in projections)
-            and (block.group_norm is None or norm_of(block.group_norm, silu=False) is not None)
+            and norm_of(block.group_norm, silu=False) is not None  # tokens have another norm, outside
             and (block.spatial_norm is None and block.norm_q is None and block.norm_k is None)
             and not block.is_cross_attention
         )

@@ -120,8 +120,6 @@ def weight_only_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | N
 class IntegerLayer(CodedLayer):
     """A drop-in for a quantized Conv2d; ``norm`` (with SiLU or not) may be fused into its quantizer."""
 
-    spatial = 2
-
     def __init__(
         self,
         layer: nn.Module,
@@ -143,9 +141,7 @@ class IntegerLayer(CodedLayer):
         return sum(products.nbytes for part in self.parts for products in part.products)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer that it stands for, in float32: x [B, C, ...], or [C, ...] of one sample."""
-        if x.ndim == self.spatial + 1:
-            return self.convolve(self.bordered(x[None]))[0]
+        """As the layer that it stands for, in float32: x [B, C, ...]."""
         return self.convolve(self.bordered(x))
 
     def convolve(self, x: Tensor) -> Tensor:
@@ -199,8 +195,6 @@ class IntegerLayer(CodedLayer):
 class IntegerLinear(IntegerLayer):
     """A Linear: x [..., C], of which the first dimension holds the samples."""
 
-    spatial = 0
-
     def forward(self, x: Tensor) -> Tensor:
         if not x.numel():
             return torch.zeros(*x.shape[:-1], self.layer.out_features)
@@ -215,16 +209,12 @@ class IntegerLinear(IntegerLayer):
 class IntegerConv1d(IntegerLayer):
     """A Conv1d: x [B, C, L]."""
 
-    spatial = 1
-
     def convolve(self, x: Tensor) -> Tensor:
         return self.run(x.unsqueeze(2)).squeeze(2)
 
 
 class IntegerConv3d(IntegerLayer):
     """A Conv3d: x [B, C, D, H, W]. The input is quantized once; its frames meet the weights of each depth in turn."""
-
-    spatial = 3
 
     def convolve(self, x: Tensor) -> Tensor:
         self.check(x, 5)
@@ -245,6 +235,7 @@ class IntegerConv3d(IntegerLayer):
             for place, products in enumerate(part.products):
                 first = place * dilation
                 chosen = codes[:, first : first + (out - 1) * stride + 1 : stride].flatten(0, 1).permute(0, 3, 1, 2)
+                chosen = chosen.contiguous(memory_format=torch.channels_last)
                 sums = products(chosen, interval.repeated(out), sums)
         assert sums is not None
         return sums.reshape(batch, out, *sums.shape[1:]).transpose(1, 2)
@@ -267,7 +258,7 @@ class TransposedLayer(CodedLayer):
     ) -> None:
         super().__init__(layer, scales[0], bias)
         self.record, self.codes, self.scales, self.step = record, tuple(codes), tuple(scales), step
-        largest = LARGEST_CODE * max(int(part.abs().int().flatten(1).sum(1).max()) for part in codes)
+        largest = LARGEST_CODE * max(int(part.int().abs().flatten(1).sum(1).max()) for part in codes)
         self.exact = torch.float32 if largest <= LARGEST_FLOAT32_INTEGER else torch.float64
 
     @property

@@ -57,6 +57,8 @@ class IntegerModel(TimedModel):
                 _replace(model, record.name, layer)
         _load_rest(model, artifact)
         _know_dtype(model)
+        model.register_forward_pre_hook(self.step.begin)
+        model.register_forward_hook(self.step.end, always_call=True)
         self.facts = _facts(model, artifact, engine, fused_blocks=len(fuse(model)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,8 +70,12 @@ class IntegerModel(TimedModel):
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 _check_input(leaf)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), self.step.call():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return super().forward(*args, **kwargs)
+
+    @property
+    def one_step(self) -> bool:
+        return bool(self.provenance.get("one_step"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``to("cpu")`` and the like change nothing; another dtype or device would be another model."""
@@ -195,7 +201,7 @@ def _facts(model: nn.Module, artifact: Artifact, engine: _Engine, *, fused_block
         "integer_products": sum(record.kind == "product" for record in artifact.layers),
         "weight_only_layers": [record.name for record in layers if not record.inputs],
         "float_layers": sorted(name for name, module in model.named_modules() if layer_kind(module)),
-        "float_products": list(artifact.metrics.get("float_products", [])),
+        "notices": list(artifact.metrics.get("notices", [])),  # what else is in floating point, products among it
         "fused_blocks": fused_blocks,
         "weight_bytes": rest
         + sum(m.nbytes for m in coded if isinstance(m, IntegerLayer | WeightOnlyLayer | TransposedLayer)),

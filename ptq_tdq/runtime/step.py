@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ class _Call:
     """What belongs to one call of the model: intervals by number of rows, and results that its parts share."""
 
     def __init__(self) -> None:
+        self.token: Token[_Call | None] | None = None
         self.intervals: dict[int, list[Interval]] = {}
         self.row: _Row | None = None
         self.kept: dict[Any, Any] = {}
@@ -100,17 +101,27 @@ class Step:
         """A copy has rows of its own."""
         return {**vars(self), "_free": []}
 
+    def begin(self, *_: Any) -> None:
+        """A call of the model begins: the intervals are looked up once in it, at the t that it has."""
+        call = _Call()
+        call.token = _present.set(call)
+
+    def end(self, *_: Any) -> None:
+        """The call that began last ends, by its result or an error."""
+        call = _call()
+        assert call.token is not None
+        _present.reset(call.token)
+        if call.row is not None:
+            self._free.append(call.row)
+
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Around one call of the model: the intervals are looked up once, at the t that it has."""
-        call = _Call()
-        token = _present.set(call)
+        """A ``with`` block as one call."""
+        self.begin()
         try:
             yield
         finally:
-            _present.reset(token)
-            if call.row is not None:
-                self._free.append(call.row)
+            self.end()
 
     def interval(self, quantizer: str, x: Tensor) -> Interval:
         """The quantizer's interval for its tensor x [B, ...], whose values only a dynamic one looks at.
