@@ -52,11 +52,13 @@ def _runtime(facts: dict[str, Any]) -> list[str]:
 
 def _facts(summary: dict[str, Any]) -> list[str]:
     base, sizes = summary["base_model"], summary["file_bytes"]
+    layers = len(summary["weights"])
+    products = summary["num_layers"] - layers
     component = f", {base['component']}" if base.get("component") else ""
     lines = [
         f"{base['id']}{component} (SHA-256 {base['sha256'][:12]})",
-        f"{summary['scheme']}, method {summary['method']}, preset {summary['preset']}; {summary['num_layers']} layers, "
-        f"{len(summary['quantizers'])} activation quantizers",
+        f"{summary['scheme']}, method {summary['method']}, preset {summary['preset']}; {layers} layers, "
+        f"{products} attention products, {len(summary['quantizers'])} activation quantizers",
         f"Time axis: {summary['time_axis']['text']}",
         f"{summary['bytes'] / 1e6:.2f} MB: weights {sizes['weights.safetensors'] / 1e6:.2f} MB "
         f"({summary['fp32_bytes'] / 1e6:.2f} MB in float32), "

@@ -132,12 +132,13 @@ def _model(
     try:
         model = load_original(source, subject.artifact, **given)
         check_base_model(subject.artifact, model.sha256)
-    except (ModelError, ArtifactMismatchError):
+    except (ModelError, ArtifactMismatchError) as error:
         if source:
             raise
         name = Path(base).name if Path(base).is_absolute() else base
+        reason = "cannot be loaded from here" if isinstance(error, ModelError) else "is not the one that was quantized"
         return None, (
-            f"The full-precision model '{name}' cannot be loaded from here, so errors, distributions and samples are "
-            "missing from the page; pass --model with its folder or hub id to have them.",
+            f"The full-precision model '{name}' {reason}, so errors, distributions and samples are missing from the "
+            "page; pass --model with its folder or hub id to have them.",
         )
     return (with_scheduler(model, scheduler) if scheduler else model), model.notices

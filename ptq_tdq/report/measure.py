@@ -97,6 +97,7 @@ def measure_errors(quantized: QuantizedModel, reference: Reference) -> LayerErro
     layers, twins = (
         [model.model.get_submodule(record.name) for record in quantized.plan] for model in (full, quantized)
     )
+    as_taken: Callable[[Any], Any] = in_float32 if quantized.dtype == torch.float32 else lambda values: values
     steps = len(calls.t.unique())
     inputs, own, accumulated = (_Ratios(len(layers), steps) for _ in range(3))
     last = _Ratios(1, steps)
@@ -107,7 +108,7 @@ def measure_errors(quantized: QuantizedModel, reference: Reference) -> LayerErro
             outputs[i].append(output.to(torch.float32, copy=True))  # what follows may write into it
             with switched(layers[i], weights=False, activations=True):
                 inputs.add(i, k, output, layers[i].forward(*args, **kwargs))  # not __call__: hooks have heard of it
-            own.add(i, k, output, twins[i].forward(*in_float32(args), **in_float32(kwargs)))
+            own.add(i, k, output, twins[i].forward(*as_taken(args), **as_taken(kwargs)))
 
         def in_quantized(i: int, args: Any, kwargs: Any, output: Tensor, k: int = k) -> None:
             if outputs[i]:

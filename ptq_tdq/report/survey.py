@@ -20,9 +20,9 @@ from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import Reference, make_reference, run
 from ptq_tdq.load import load_quantized
 from ptq_tdq.plan import find_roles
-from ptq_tdq.quantized_model import folded_copy
 from ptq_tdq.report.measure import Activation, LayerErrors, measure_errors, observe_activations
 from ptq_tdq.trace import trace
+from ptq_tdq.wrap import folded_copy
 
 PICTURES = 20  # samples shown of each model
 LARGEST = 160  # pixels of the longer side of a picture
