@@ -166,8 +166,9 @@ def _shape_of_x(model: nn.Module) -> tuple[int, ...]:
     channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
     dims = len(first.kernel_size) if first is not None else 2
-    sizes = list(size) if isinstance(size, list | tuple) else [size] * dims
-    if channels is None or len(sizes) != dims or not all(isinstance(n, int) and n > 0 for n in sizes):
+    given = list(size) if isinstance(size, list | tuple) else [size] * dims
+    sizes = [n for n in given if isinstance(n, int) and n > 0]
+    if channels is None or not len(sizes) == len(given) == dims:
         raise ModelError(
             f"The configuration of {type(model).__name__} does not say the shape of its samples "
             "(in_channels, sample_size); pass the folder of its pipeline, or record calls of it."

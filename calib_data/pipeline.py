@@ -93,7 +93,7 @@ class PipelineSampler(Sampler):
         setattr(pipe, self.component, denoiser)
         pipe.scheduler = schedule
         pipe.set_progress_bar_config(disable=True)
-        call = {**self.call, "generator": list(generators), "return_dict": False}
+        call: dict[str, Any] = {**self.call, "generator": list(generators), "return_dict": False}
         call |= {self.condition: list(conditions)} if self.condition else {}
         for key, value in (("num_inference_steps", num_inference_steps), ("output_type", "np")):
             call |= {key: value} if takes(pipe.__call__, key) else {}

@@ -92,9 +92,10 @@ def _model_options(source: Decorator) -> Decorator:
             flags = {key: value for key in _CALL if (value := values.pop(key)) is not None}
             return command(*args, call={**flags, **_read_call(call)}, **values)
 
+        decorated: Callable[..., Any] = wrapped
         for option in reversed((source, *_MODEL_OPTIONS)):
-            wrapped = option(wrapped)
-        return wrapped
+            decorated = option(decorated)
+        return decorated
 
     return decorate
 
