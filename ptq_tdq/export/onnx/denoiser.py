@@ -55,7 +55,7 @@ class OnnxDenoiser(nn.Module):
     It is called as the model that the file was made from, and returns what that returns. ``runtime`` is "onnxruntime"
     or "openvino"; by default the one that the file was made for (onnxruntime for portable files). ``threads`` 0 leaves
     their number to the runtime. Any scheduler, step count and batch size will do, and the time steps of a batch may
-    differ; ``facts["free_sizes"]`` says which other sizes may. OpenVINO compiles the graph once for each shape of input.
+    differ; ``facts["free_sizes"]`` says which other sizes may. OpenVINO compiles the graph once for each shape.
 
     Raises :class:`ModelError` for a file that is none of ours or is for another runtime, :class:`UsageError` for a
     runtime that is unknown or not installed, and :class:`RuntimeUnsupportedError` for a file that this processor does
@@ -138,7 +138,9 @@ class OnnxDenoiser(nn.Module):
             for i, inner in enumerate(tree):
                 self._fill(inner, value[i], f"{name}.{i}", feed)
         elif not _same(value, tree):
-            raise ModelError(f"The graph was exported with {name} = {tree!r}. Got {value!r}; export it with such calls.")
+            raise ModelError(
+                f"The graph was exported with {name} = {tree!r}. Got {value!r}; export it with such calls."
+            )
 
     def _array(self, leaf: Leaf, value: Any) -> Any:
         """The tensor of one input in its dtype; of a list with one for each sample, a list."""
@@ -158,7 +160,8 @@ class OnnxDenoiser(nn.Module):
         if array.ndim != len(sizes) or any(size and size != n for size, n in zip(sizes, array.shape, strict=True)):
             wanted = ", ".join(str(size or "any") for size in sizes)
             raise ModelError(
-                f"The graph takes {leaf.name} in the shape [{wanted}]. Got {list(array.shape)}; export it with such calls."
+                f"The graph takes {leaf.name} in the shape [{wanted}]. Got {list(array.shape)}; export it with "
+                "such calls."
             )
         return array
 

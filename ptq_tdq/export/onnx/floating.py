@@ -1,8 +1,8 @@
 """The form for hardware teams: the graph in floating point, with the names of the interval table.
 
 No quantizer is in it; the table (CSV) beside it says where one belongs. Each name in its column ``layer`` is the name
-of a node: a Conv, ConvTranspose or MatMul whose first input is to be quantized, or an Identity that stands for one operand of an
-attention product. Both ranges of a split shortcut have a node of their own.
+of a node: a Conv, ConvTranspose or MatMul whose first input is to be quantized, or an Identity that stands for one
+operand of an attention product. Both ranges of a split shortcut have a node of their own.
 
 Weights are what the codes stand for, ``(q - z_o) s_o``, and biases the corrected ones, so nothing is to be learned or
 searched again. The standard ``quantization_annotation`` names each weight's scale and zero point [O]; with them, q is

@@ -146,7 +146,7 @@ class OnnxRuntime(Portable):
     def _each_row(
         self, x: ir.Value, scale: ir.Value, zero: np.generic | None, column: int | None, offset: int, name: str | None
     ) -> ir.Value:
-        """QuantizeLinear with one scale and zero point for each row of x, or for all that do not depend on the batch."""
+        """QuantizeLinear with a scale and zero point for each row of x, or one where x depends on no sample."""
         b, moving = self.b, None if zero is not None or column is None else self.zeros[offset].of(column, x, 2)
         if column is not None and self.lookup.lead(x) is None:
             one = [v if isinstance(v, np.generic) else b("Reshape", v, axes()) for v in (scale, moving or zero)]

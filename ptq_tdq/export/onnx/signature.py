@@ -55,9 +55,9 @@ class Signature:
     """How the model is called, and what it returns.
 
     ``arguments`` is the tree of its arguments by name, ``parameters`` are those of its ``forward`` (name, kind and, if
-    there is one, the default), ``main`` and ``time`` the arguments that are denoised and hold the time step. ``outputs``
-    is the tree of what it returns (a tuple, if it takes ``return_dict``), ``fields`` are the names of the tuple's items
-    in the object that it returns otherwise.
+    there is one, the default), ``main`` is the argument that is denoised, ``time`` the one that holds the time step.
+    ``outputs`` is the tree of what it returns (a tuple, if it takes ``return_dict``), ``fields`` are the names of the
+    tuple's items in the object that it returns otherwise.
     """
 
     arguments: dict[str, Any]

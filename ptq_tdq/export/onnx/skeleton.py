@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from ptq_tdq.export.onnx.signature import Signature, describe
 from ptq_tdq.load import build_quantized
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.timeaxis import at
 
 DOMAIN = "ptq_tdq"
 OPSET, IR_VERSION = 21, 10
@@ -62,7 +63,7 @@ class _Layer(nn.Module):
         self.layer, self.name = layer, name
         self.plain, self.pad = unpadded(layer)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's layers are called by this name too)
+    def forward(self, input: Tensor) -> Tensor:  # torch's layers are called by this name too
         x = self.pad(input)
         shape = output_shape(self.plain, x)
         return torch.onnx.ops.symbolic(
@@ -106,27 +107,37 @@ def make_skeleton(artifact: Artifact, calls: Calls) -> Skeleton:
     quantized = build_quantized(artifact).float()
     signature, rows = describe(quantized, calls)
     layers = {name: unpadded(layer.layer)[0] for name, layer in quantized.layers().items()}
-    _mark(quantized)
     call = _Call(quantized.model, signature).eval()
-    lists = any(leaf.kind == "each" for leaf in signature.leaves())
-    sizes: dict[str, str | int] = {}
-    if not lists:
+    free: set[str] = set()
+    if all(leaf.kind != "each" for leaf in signature.leaves()):
         inputs = rows(2)
-        exported = _export(call, inputs, _axes(signature, inputs))
-        free = {name for name in (BATCH, *_spatial(signature, inputs)) if _is_free(exported, signature, rows, name)}
-        lists = BATCH not in free
-    if lists:
-        inputs = rows(1)
-        exported, free = _export(call, inputs, {}), set()
+        with at(torch.zeros(1)):
+            takes = [name for name in _spatial(signature, inputs) if _accepts(call, signature, rows, name)]
+        _mark(quantized)
+        exported = _export(call, inputs, _axes(signature, inputs, takes))
+        free = {name for name in (BATCH, *takes) if _accepts(exported.module(), signature, rows, name)}
+    else:
+        _mark(quantized)
+    if BATCH not in free:
+        inputs, free = rows(1), set()
+        exported = _export(call, inputs, {})
     program = _convert(exported)
-    for leaf, value in zip(signature.leaves(), program.model.graph.inputs, strict=True):
-        names = _axes(signature, inputs).get(leaf.name, {})
+    return _named(program.model, signature, layers, inputs, free)
+
+
+def _named(
+    model: ir.Model, signature: Signature, layers: dict[str, nn.Module], inputs: dict[str, Tensor], free: set[str]
+) -> Skeleton:
+    """The skeleton with names for the inputs, the outputs and the symbols in the shapes."""
+    sizes: dict[str, str | int] = {}
+    for leaf, value in zip(signature.leaves(), model.graph.inputs, strict=True):
+        names = _axes(signature, inputs, free).get(leaf.name, {})
         for axis, size in enumerate(inputs[leaf.name].shape):
             named = names.get(axis, "")
             free_size = named in free or (BATCH in free and named.startswith("rows of "))
             sizes.setdefault(str(value.shape[axis]), named if free_size else size)
-    _tidy(program.model, signature)
-    return Skeleton(program.model, layers, signature, sizes)
+    _tidy(model, signature)
+    return Skeleton(model, layers, signature, sizes)
 
 
 def _spatial(signature: Signature, inputs: dict[str, Tensor]) -> dict[str, int]:
@@ -136,15 +147,15 @@ def _spatial(signature: Signature, inputs: dict[str, Tensor]) -> dict[str, int]:
     return {name: axis for axis, name in enumerate(names, 2)}
 
 
-def _axes(signature: Signature, inputs: dict[str, Tensor]) -> dict[str, dict[int, str]]:
-    """By input: the axes that may come out free, and their names."""
+def _axes(signature: Signature, inputs: dict[str, Tensor], sizes: Collection[str]) -> dict[str, dict[int, str]]:
+    """By input: the axes that may come out free, and their names; beside those of rows, the ``sizes`` of an image."""
     found = {
         leaf.name: {leaf.dim: f"rows of {leaf.name}" if leaf.several else BATCH}
         for leaf in signature.leaves()
         if leaf.kind == "rows"
     }
     if signature.main in found:
-        found[signature.main] |= {axis: name for name, axis in _spatial(signature, inputs).items()}
+        found[signature.main] |= {a: name for name, a in _spatial(signature, inputs).items() if name in sizes}
     return found
 
 
@@ -155,12 +166,10 @@ def _export(call: _Call, inputs: dict[str, Tensor], free: dict[str, dict[int, st
         return torch.export.export(call, (inputs,), dynamic_shapes=shapes, strict=False)
 
 
-def _is_free(
-    exported: torch.export.ExportedProgram, signature: Signature, rows: Callable[[int], dict[str, Tensor]], name: str
-) -> bool:
-    """Whether the traced model takes another size: three rows, or twice the length along a spatial axis.
+def _accepts(module: nn.Module, signature: Signature, rows: Callable[[int], dict[str, Tensor]], name: str) -> bool:
+    """Whether a model takes another size: three rows, or twice the length along an axis of the image.
 
-    A program checks what tracing has assumed; the assumptions are lost in the graph.
+    A traced one checks what tracing has assumed; the assumptions are lost in the graph.
     """
     inputs = rows(3 if name == BATCH else 2)
     if name != BATCH:
@@ -168,7 +177,7 @@ def _is_free(
         inputs[signature.main] = torch.cat([x, x], axis)
     try:
         with _quiet(), torch.no_grad():
-            exported.module()(inputs)
+            module(inputs)
     except Exception:  # of many unrelated types, and any of them means no
         return False
     return True

@@ -1,0 +1,48 @@
+"""Denoisers of several families of diffusers as one graph each, called as their own pipelines call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from denoisers import DENOISERS
+
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.calls import Calls, prediction
+from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.export.onnx import FORMS, OnnxDenoiser
+from ptq_tdq.export.onnx.file import encode_onnx
+from ptq_tdq.export.onnx.skeleton import make_skeleton
+from ptq_tdq.load import build_quantized
+from ptq_tdq.processor import sums_eight_bits
+
+# Cross attention, classes, joint attention, position ids and t / 1000, video, lists of samples and 1 - t / 1000.
+FAMILIES = (
+    "UNet2DConditionModel (SD 1.5)",
+    "DiTTransformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "WanTransformer3DModel",
+    "ZImageTransformer2DModel",
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_graph_computes_what_the_simulated_model_does(
+    name: str, tmp_path: Path, quantize_denoiser: Callable[[str], tuple[Artifact, Calls]]
+) -> None:
+    denoiser = next(d for d in DENOISERS if d.name == name)
+    artifact, calls = quantize_denoiser(name)
+    simulated, skeleton = build_quantized(artifact), make_skeleton(artifact, calls)
+    for form in FORMS if sums_eight_bits() else ("portable",):
+        file = tmp_path / f"{form}.onnx"
+        file.write_bytes(encode_onnx(artifact, FORMS[form], skeleton, form))
+        graph = OnnxDenoiser(file, threads=1)
+        for t in ([601.0], [1000.0, 2.5, 333.0]):  # other numbers of samples than in the recorded call
+            arguments = denoiser.inputs(len(t), torch.tensor(t))
+            with torch.no_grad():
+                expected, got = simulated(**arguments), graph(**arguments)
+            assert type(got) is type(expected)
+            assert sqnr_db(prediction(expected), prediction(got)) > 25
