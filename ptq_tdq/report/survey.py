@@ -99,8 +99,8 @@ def _measure(subject: Subject, reference: Reference, activations: dict[str, Acti
     quantized = load_quantized(subject.folder, device=reference.model.denoiser.device)
     errors = measure_errors(quantized, reference)
     found = run(quantized, reference.model, reference.conditions, reference.num_inference_steps, reference.seed)
-    pictured = reference.images is not None and found.images is not None
-    psnr = psnr_db(reference.images, found.images, peak=2.0) if pictured else None
+    full, mine = reference.images, found.images
+    psnr = None if full is None or mine is None else psnr_db(full, mine, peak=2.0)
     latent_sqnr_db = sqnr_db(reference.latents, found.latents)
     return replace(subject, measured=Measured(errors, activations, latent_sqnr_db, psnr, found.images))
 
