@@ -18,11 +18,12 @@ from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, Config
 from ptq_tdq.errors import CalibrationSetError
-from ptq_tdq.plan import make_plan
-from ptq_tdq.quantized_model import QuantizedModel, folded_copy
 from ptq_tdq.identity import base_config, model_sha256
+from ptq_tdq.plan import make_plan
+from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import CHECKPOINT_FORM, RunDirectory, UnitReport, reconstruct
 from ptq_tdq.scheme import Scheme
+from ptq_tdq.wrap import folded_copy
 
 _log = logging.getLogger(__name__)
 

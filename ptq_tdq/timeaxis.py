@@ -130,7 +130,7 @@ def find_axis(
     forms = [TimeAxis(argument, length, *form) for form in ((1.0, 0.0), (length, 0.0), (-length, length))]
     if schedule and min(schedule) >= 0 and max(schedule) <= length:
         for axis in forms:
-            if all(_on(schedule, axis.scale * value + axis.offset, length) for value in seen):
+            if all(_on(schedule, axis, value) for value in seen):
                 return axis
     if low >= 0 and high <= length:
         # a model whose values never exceed 1 counts in parts of T
@@ -139,8 +139,10 @@ def find_axis(
     return TimeAxis(argument, length, stretch, -low * stretch)
 
 
-def _on(schedule: Sequence[float], t: float, length: int) -> bool:
-    return any(abs(t - step) <= max(LOOSE * abs(step), LOOSE * length / 8, NEAR) for step in schedule)
+def _on(schedule: Sequence[float], axis: TimeAxis, value: float) -> bool:
+    """Whether a time value is one of a scheduler's steps, as exactly as bfloat16 holds the value."""
+    t, error = axis.scale * value + axis.offset, LOOSE * max(abs(axis.scale * value), axis.num_train_timesteps / 8)
+    return any(abs(t - step) <= error for step in schedule)
 
 
 def _whole(values: Sequence[float]) -> bool:

@@ -205,7 +205,7 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
     leaves = [x for name, value in arguments.items() if name not in (time, main) for x in _single(value, lists, count)]
     candidates = [(i, *form) for i, leaf in enumerate(leaves) for form in _odd_forms(leaf, count)]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        expected = prediction(model(**arguments))[-1:]
+        expected = _last_row(model(**arguments))
         works: list[Odd] = []
         for odd in _subsets(candidates):
             group = split_rows(arguments, time, odd)
@@ -223,7 +223,7 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
 def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:
     """Relative error of the last row; infinite where the model refuses the arguments."""
     try:
-        found = prediction(model(**arguments))[-1:]
+        found = _last_row(model(**arguments))
         size = expected.float().norm().clamp(min=1e-12)
         return float((found - expected).float().norm() / size) if found.shape == expected.shape else math.inf
     except REFUSALS:
@@ -283,10 +283,18 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 def prediction(output: Any) -> Tensor:
     """What a denoiser predicts: the first tensor of its output, or its list with one tensor per row, stacked."""
-    first = output
-    while not isinstance(first, Tensor):
-        if isinstance(first, list) and all(isinstance(x, Tensor) for x in first):
-            return torch.stack(first)
-        values: Sequence[Any] = list(first.values()) if isinstance(first, dict) else first
-        first = values[0]
-    return first
+    found = _first(output)
+    return found if isinstance(found, Tensor) else torch.stack(found)
+
+
+def _last_row(output: Any) -> Tensor:
+    return _first(output)[-1]
+
+
+def _first(output: Any) -> Tensor | list[Tensor]:
+    """The first tensor of a denoiser's output, or its first list with one tensor per row, whose sizes may differ."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, list) and all(isinstance(x, Tensor) for x in output):
+            return output
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output

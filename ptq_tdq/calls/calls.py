@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ptq_tdq.artifacts.atomic import write_atomic
 from ptq_tdq.calls import file
 from ptq_tdq.calls.arguments import Group, Place, Rows, join
-from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.errors import CalibrationSetError, TimestepError
 from ptq_tdq.timeaxis import TimeAxis
 
 
@@ -120,9 +120,9 @@ class Calls:
             groups = [file.unpack(packed, tensors) for packed in header["groups"]]
             loaded = cls(TimeAxis.from_dict(header["axis"]), groups, dict(header["recipe"]), tensors["trajectory"])
             lengths = {len(leaf) for group in groups for leaf in group.rows if len(leaf) != len(group)}
-            if lengths or loaded.trajectory.shape != (len(loaded),):
+            if lengths or loaded.trajectory.shape != loaded.t.shape:
                 raise ValueError
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, TimestepError) as error:
             raise CalibrationSetError(file.FOREIGN.format(path)) from error
         return loaded
 

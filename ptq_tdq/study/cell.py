@@ -24,9 +24,10 @@ from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.evaluate.ptqd import corrected
 from ptq_tdq.load import load_quantized
 from ptq_tdq.plan import make_plan
-from ptq_tdq.quantized_model import QuantizedModel, folded_copy
+from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import UnitReport
 from ptq_tdq.study.matrix import FULL_PRECISION, Cell
+from ptq_tdq.wrap import folded_copy
 
 Say = Callable[[str], None]
 SHOWN = 30  # samples of a picture
