@@ -141,7 +141,12 @@ class FusedAttention(Fused):
     @staticmethod
     def of(block: Any) -> FusedAttention | None:
         products = products_of(block)
-        projections = block.to_q, block.to_k, block.to_v, block.to_out[0] if block.to_out else None
+        projections = (
+            block.to_q,
+            block.to_k,
+            block.to_v,
+            block.to_out[0] if isinstance(block.to_out, nn.ModuleList) else None,
+        )
         covered = (
             len(products) == 1
             and type(block.processor) is AttnProcessor2_0

@@ -102,10 +102,11 @@ class WeightOnlyLayer(CodedLayer):
         """Bytes of its weights in memory."""
         return self.codes.nbytes + self.scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.float()
         if self.codes.ndim == 2:
-            return weight_only_linear(x.float(), self.codes, self.scale, self.bias)
-        x = x.float().contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.float()
+            return weight_only_linear(x, self.codes, self.scale, self.bias)
+        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         weight = self.codes * self.scale.view(-1, *(1,) * (self.codes.ndim - 1))
         return self.operation(x, weight, self.bias)
 
@@ -140,9 +141,9 @@ class IntegerLayer(CodedLayer):
         """Bytes of its weights in memory."""
         return sum(products.nbytes for part in self.parts for products in part.products)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the layer that it stands for, in float32: x [B, C, ...]."""
-        return self.convolve(self.bordered(x))
+    def forward(self, input: Tensor) -> Tensor:
+        """As the layer that it stands for, in float32: input [B, C, ...]."""
+        return self.convolve(self.bordered(input))
 
     def convolve(self, x: Tensor) -> Tensor:
         """x [B, C, ...] with its border, but for zeros."""
@@ -195,7 +196,8 @@ class IntegerLayer(CodedLayer):
 class IntegerLinear(IntegerLayer):
     """A Linear: x [..., C], of which the first dimension holds the samples."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if not x.numel():
             return torch.zeros(*x.shape[:-1], self.layer.out_features)
         timed = all(part.quantizer.name in self.step for part in self.parts)
@@ -266,7 +268,8 @@ class TransposedLayer(CodedLayer):
         """Bytes of its weights in memory."""
         return sum(part.nbytes for part in (*self.codes, *self.scales))
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         channel = (1, -1, *(1,) * (x.ndim - 2))
         ranges = zip(self.record.inputs, self.codes, self.scales, pairwise(self.record.splits), strict=True)
         y: Tensor | float = 0.0 if self.bias is None else self.bias.view(channel)

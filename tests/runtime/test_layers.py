@@ -80,6 +80,15 @@ class Frames(Alone):
         return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
+class Chosen(Alone):
+    """The layer sees some rows of all samples together, as experts do."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        chosen = rows[:, 0] > 0
+        return rows.index_put((chosen,), self.layer(rows[chosen])).unflatten(0, x.shape[:2])
+
+
 class Meanwhile(Alone):
     """Computes with the weight itself."""
 
@@ -122,8 +131,13 @@ def test_it_computes_what_the_simulated_one_does(name: str, choices: dict[str, A
 
 @pytest.mark.parametrize(
     ("model", "layer", "shape"),
-    [(Twice, nn.Linear(4, 4), (5, 4)), (Questions, nn.Linear(4, 6), (4,)), (Frames, nn.Conv2d(4, 4, 3), (2, 4, 5, 5))],
-    ids=["twice", "questions", "frames"],
+    [
+        (Twice, nn.Linear(4, 4), (5, 4)),
+        (Questions, nn.Linear(4, 6), (4,)),
+        (Frames, nn.Conv2d(4, 4, 3), (2, 4, 5, 5)),
+        (Chosen, nn.Linear(4, 4), (7, 4)),
+    ],
+    ids=["twice", "questions", "frames", "chosen"],
 )
 def test_a_model_uses_its_layers_in_its_own_way(
     model: type[Alone], layer: nn.Module, shape: tuple[int, ...], both: Any
