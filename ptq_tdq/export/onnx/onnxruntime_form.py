@@ -25,7 +25,7 @@ from ptq_tdq.export.onnx.lookup import Columns, Lookup
 from ptq_tdq.export.onnx.nodes import Builder, axes
 from ptq_tdq.export.onnx.patches import Patches, Size
 from ptq_tdq.export.onnx.portable import Portable, swapped
-from ptq_tdq.export.onnx.weights import RangeWeight, along_channels, range_weights, store_signed
+from ptq_tdq.export.onnx.weights import RangeWeight, along_channels, along_rows, range_weights, store_signed
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 
 Factor = ir.Value | np.float32
@@ -74,14 +74,22 @@ class OnnxRuntime(Portable):
             codes, sums = self.sums(q, module, part, weight, rank, size)
             terms.append(self.real(sums, codes.scale, along_channels(weight.scale, rank, linear), linear))
             if codes.column is not None:
-                total = weight.centred.reshape(len(weight.scale), -1).sum(1).astype(np.float32) * weight.scale
                 scaled = self.scaled[codes.offset].of(codes.column, x, rank)
-                shifts.append(b("Mul", scaled, along_channels(total, rank, linear)))
+                shifts.append(b("Mul", scaled, self.weight_sums(module, weight, part, rank)))
         y, wide = b.total(terms), None if bias is None else along_channels(bias, rank, linear)
         if not shifts:
             return y if wide is None else b("Add", y, wide)
         shift = b.total(shifts)
         return b("Sub", y, shift if wide is None else b("Sub", shift, wide))
+
+    def weight_sums(self, module: nn.Module, weight: RangeWeight, x: ir.Value, rank: int) -> ir.Value:
+        """What a zero point of 1 adds to each output channel: a border of patches has its code, one of ConvInteger 0."""
+        scale = along_rows(weight.scale, weight.codes.ndim)
+        kernel = weight.centred.sum(1, keepdims=True).astype(np.float32) * scale
+        if is_linear(module) or is_dense(module):
+            total = kernel.reshape(len(kernel), -1).sum(1)
+            return self.b.constant(along_channels(total, rank, is_linear(module)))
+        return self.sums_inside(module, kernel, x, rank)
 
     def sums(
         self, q: QuantizerRecord, module: nn.Module, x: ir.Value, weight: RangeWeight, rank: int, size: Size

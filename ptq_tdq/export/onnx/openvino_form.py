@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from ptq_tdq.export.onnx.geometry import conv_attributes, is_grouped, is_linear, is_transposed, padding
+from ptq_tdq.export.onnx.geometry import is_grouped, is_linear, is_transposed
 from ptq_tdq.export.onnx.nodes import axes
 from ptq_tdq.export.onnx.portable import Portable
 from ptq_tdq.export.onnx.weights import RangeWeight, along_channels, along_rows, store_signed
@@ -46,12 +46,6 @@ class OpenVINO(Portable):
         return b("DequantizeLinear", store_signed(b, weight, 0, linear), scale, axis=1 if linear else 0)
 
     def weight_sums(self, module: nn.Module, weight: RangeWeight, x: ir.Value, rank: int) -> ir.Value:
-        """E: the sum of each output channel's weights, [O] or [1, O, ...] where padding leaves some of them out."""
-        b, linear = self.b, is_linear(module)
+        """E: the sum of each output channel's signed weights."""
         kernel = weight.signed.sum(1, keepdims=True) * along_rows(weight.signed_scale, weight.signed.ndim)
-        if linear or not any(padding(module)):
-            sums = kernel.reshape(len(kernel), -1).sum(1)
-            return b.constant(along_channels(sums.astype(np.float32), rank, linear))
-        # A convolution of a single channel of ones: C times less work than the layer's, and once for the whole batch.
-        ones = b("Expand", np.ones((1,) * rank, np.float32), b("Concat", axes(1, 1), b("Shape", x, start=2), axis=0))
-        return b("Conv", ones, kernel.astype(np.float32), **{**conv_attributes(module), "group": 1})
+        return self.sums_inside(module, kernel.astype(np.float32), x, rank)

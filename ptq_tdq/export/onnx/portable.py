@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.export.onnx.geometry import TRANSPOSED, conv_attributes, is_linear, is_transposed
+from ptq_tdq.export.onnx.geometry import TRANSPOSED, conv_attributes, is_linear, is_transposed, padding
 from ptq_tdq.export.onnx.lookup import Interval, Lookup
 from ptq_tdq.export.onnx.nodes import Builder, axes
 from ptq_tdq.export.onnx.weights import RangeWeight, along_channels, along_rows, range_weights, store_codes
@@ -180,6 +180,17 @@ class Portable:
         order = [0, 2, 1, *range(3, 3 + len(sizes))]
         grouped = b("Transpose", b("Reshape", weight, axes(groups, outputs, channels, *sizes)), perm=order)
         return b("Reshape", grouped, axes(module.in_channels, outputs, *sizes))
+
+    def sums_inside(self, module: nn.Module, kernel: NDArray[np.float32], x: ir.Value, rank: int) -> ir.Value:
+        """``kernel`` [O, 1, ...], sums over channels, summed over its places: [O], or [1, O, ...] where padding leaves
+        some of them outside of the image.
+        """
+        b, linear = self.b, is_linear(module)
+        if linear or not any(padding(module)):
+            return b.constant(along_channels(kernel.reshape(len(kernel), -1).sum(1), rank, linear))
+        # A convolution of a single channel of ones: C times less work than the layer's, and once for the whole batch.
+        ones = b("Expand", np.ones((1,) * rank, np.float32), b("Concat", axes(1, 1), b("Shape", x, start=2), axis=0))
+        return b("Conv", ones, kernel, **{**conv_attributes(module), "group": 1})
 
     def bias(self, record: LayerRecord) -> NDArray[np.float32] | None:
         """The layer's bias [O], if it has one."""
