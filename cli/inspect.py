@@ -40,13 +40,16 @@ def inspect_command(artifact: Path, runtime: bool, as_json: bool, verbose: bool)
 
 
 def _runtime(facts: dict[str, Any]) -> list[str]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in facts["integer_kinds"].items())
     return [
         f"{facts['integer_layers']} layers in integers (u8 x s8, int32 sums), by {facts['products']}; "
-        f"this processor has {facts['instructions']}",
-        f"quantization, norms and attention around them: {facts['passes']}; {facts['fused_blocks']} blocks fused",
+        f"this processor has {facts['instructions']}" + (f"; {kinds}" if kinds else ""),
+        f"quantization, norms and attention around them: {facts['passes']}; {facts['fused_blocks']} blocks fused, "
+        f"{facts['integer_products']} products of attention on codes",
         f"{facts['weight_bytes'] / 1e6:.2f} MB of weights in memory",
-        f"weights in 8 bits, computed in floating point: {', '.join(facts['weight_only_layers']) or 'no layer'}",
+        f"integer weights, inputs in floating point: {', '.join(facts['weight_only_layers']) or 'no layer'}",
         f"in floating point: {', '.join(facts['float_layers']) or 'no layer'}",
+        *facts["notices"],
     ]
 
 
