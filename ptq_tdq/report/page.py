@@ -95,9 +95,18 @@ def _artifact(data: Json, artifact: Json) -> Json:
         "files": [(name, _bytes(size)) for name, size in artifact["file_bytes"].items()],
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(artifact["versions"].items())),
         "axis": artifact["time_axis"]["text"],
-        "calibration": [(name, _text(value)) for name, value in artifact["calibration_set"].items()],
+        "calibration": _calibration(artifact["calibration_set"]),
         "choices": [(name, _text(value)) for name, value in artifact["choices"].items()],
     }
+
+
+def _calibration(stored: Json) -> list[tuple[str, str]]:
+    """What the calibration set was made with: the pipeline's arguments one by one, prompts as their number."""
+    flat = {**stored, **(stored["call"] if isinstance(stored.get("call"), dict) else {})}
+    if isinstance(flat.get("prompts"), list):
+        flat["prompts"] = len(flat["prompts"])
+    left_out = ("call", "model_sha256", "scheduler_sha256")
+    return [(name, _text(value)) for name, value in flat.items() if name not in left_out and value is not None]
 
 
 def _steps_text(data: Json) -> str:
@@ -114,7 +123,9 @@ def _tiles(data: Json, artifact: Json) -> list[dict[str, str]]:
     if latent is None and stored:
         latent, where = stored["learned"]["latent_sqnr_db"], f"{stored['samples']} samples, measured at calibration"
     tiles = [_tile(f"Final {data['end']}", _number(latent), "dB", where if latent is not None else "not measured")]
-    tiles.append(_tile("Prediction", _number(_prediction(artifact)), "dB", "SQNR, mean over the steps"))
+    prediction = _prediction(artifact)
+    how = "not measured" if prediction is None else "SQNR, mean over the steps"
+    tiles.append(_tile("Prediction", _number(prediction), "dB", how))
     if errors:
         worst = worst_layers(artifact)
         if worst:

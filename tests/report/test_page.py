@@ -160,6 +160,15 @@ def test_the_time_axis_is_shown_as_an_equation(quantized: QuantizedModel) -> Non
         assert f"{expected}, from 0 to 1000" in reader.text
 
 
+def test_the_calibration_set_is_described_without_its_prompts(quantized: QuantizedModel) -> None:
+    artifact = quantized.to_artifact()
+    said = {"prompts": [LONG] * 48, "call": {"guidance_scale": 6.5}, "classes": None, "rows": 9}
+    made = {"calibration_set": artifact.config["calibration_set"] | said}
+    reader, _ = read(render_page(alone(replace(artifact, config=artifact.config | made), "a"), {}))
+    assert "prompts48" in reader.text and "guidance_scale6.5" in reader.text and "rows9" in reader.text
+    assert LONG not in reader.text and "classes" not in reader.text
+
+
 def test_checks_say_what_is_wrong(data: Json) -> None:
     artifact = copy.deepcopy(data["artifacts"][0])
     (layer,) = (layer for layer in artifact["layers"] if "first" in layer["roles"])
