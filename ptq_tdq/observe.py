@@ -41,7 +41,7 @@ class Observer:
         """Take in a batch ``x`` [B, ...] at ``t`` [B]; raises :class:`NonFiniteError` naming the layer and t."""
         if self.steps.device != x.device:
             self.steps, self.lo, self.hi = (v.to(x.device) for v in (self.steps, self.lo, self.hi))
-        rows, index = x.detach().flatten(1).float(), torch.searchsorted(self.steps, t.to(self.steps.dtype))
+        rows, index = x.detach().flatten(1).float(), torch.searchsorted(self.steps, t.to(self.steps.dtype).contiguous())
         if self.counts is not None:
             lo, width = self._grid()
             # an odd stride walks through all channels and positions, whose numbers are mostly powers of two

@@ -145,6 +145,8 @@ def _learn(
     for _ in range(config.activation_iterations):
         index = unit.draw(config.batch_size, generator, chances)
         loss = unit.learning_loss(call, target, config.loss_power, config, index)
+        if not loss.requires_grad:  # no output of any sample depends on what is learned
+            break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -170,7 +172,7 @@ def _chances(unit: Unit, target: Parts, power: float) -> Tensor:
     for batch in batches:
         count = len(unit.t[batch])
         sizes = [(x.float() / largest).abs().pow(power).reshape(count, -1).mean(1) for x in target.real(batch)]
-        size[batch] = torch.stack(sizes).mean(0).cpu()
+        size[batch] = torch.stack(sizes).mean(0).cpu() if sizes else 1.0
     _, step, count = unit.t.unique(return_inverse=True, return_counts=True)
     of_step = torch.zeros(len(count)).index_add(0, step, size) / count
     relative = of_step / of_step.max().clamp(min=tiny)

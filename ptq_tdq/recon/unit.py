@@ -143,7 +143,12 @@ def check_finite(values: Tensor, t: Tensor, what: str) -> None:
 
 
 def reconstruction_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], power: float) -> Tensor:
-    """``|output - target|^power`` summed over dim 1, averaged over the rest (BRECQ); the sum over all outputs."""
+    """``|output - target|^power`` summed over dim 1, averaged over the rest (BRECQ); the sum over all outputs.
+
+    0 for a unit that gives nothing of any sample, such as the embedding of a time step that is always the same.
+    """
+    if not outputs:
+        return torch.zeros(())
     parts = [
         power_sum(output.float() - target.float(), power)
         / max(1, output.numel() // (output.shape[1] if output.ndim > 1 else 1))

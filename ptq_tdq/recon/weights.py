@@ -137,6 +137,8 @@ def _learn(
     for iteration in range(config.weight_iterations):
         index = unit.draw(config.batch_size, generator)
         loss = unit.learning_loss(call, target, LOSS_POWER, config, index)
+        if not loss.requires_grad:  # no output of any sample depends on what is learned
+            break
         b = annealed_b(
             iteration / config.weight_iterations,
             warmup=config.rounding_warmup,
