@@ -1,7 +1,7 @@
 """The README's table of denoiser classes, from a run of the conformance test.
 
-    PTQ_TDQ_FAMILIES=families.json pytest tests/conformance/test_denoisers.py
-    python benchmarks/families.py families.json
+PTQ_TDQ_FAMILIES=families.json pytest tests/conformance/test_denoisers.py
+python benchmarks/families.py families.json
 """
 
 from __future__ import annotations
