@@ -16,6 +16,7 @@ import torch
 from denoisers import DENOISERS, Denoiser, prediction
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ptq_tdq import calibrate, load_quantized, preset, record
 from ptq_tdq.affine import quantize
@@ -103,7 +104,10 @@ def watched(model: Any) -> Iterator[tuple[dict[str, list[Tensor]], list[tuple[st
 
     def of_layer(module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
         rows = len((*args, *kwargs.values())[0])
-        calls.append((module.record.name, present(rows), (args, kwargs), output))
+        # copies, since models write into what they have
+        calls.append(
+            (module.record.name, *tree_map_only(Tensor, Tensor.clone, (present(rows), (args, kwargs), output)))
+        )
 
     handles = [quantizer.register_forward_hook(of_quantizer) for quantizer in model.quantizers().values()]
     for module in model.modules():

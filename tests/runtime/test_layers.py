@@ -80,13 +80,26 @@ class Frames(Alone):
         return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-class Chosen(Alone):
-    """The layer sees some rows of all samples together, as experts do."""
+class Experts(nn.Module):
+    """Its layers see some rows of all samples together."""
 
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.up, self.down = layer, nn.Linear(layer.out_features, layer.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
         chosen = rows[:, 0] > 0
-        return rows.index_put((chosen,), self.layer(rows[chosen])).unflatten(0, x.shape[:2])
+        return rows.index_put((chosen,), self.down(self.up(rows[chosen]))).unflatten(0, x.shape[:2])
+
+
+class Chosen(Alone):
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(nn.Linear(4, 4))
+        self.blocks = nn.ModuleList([Experts(layer)])
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.layer(self.blocks[0](x))
 
 
 class Meanwhile(Alone):
