@@ -56,8 +56,9 @@ def test_a_pipeline_samples_with_the_exported_file(
 def test_a_prompt_and_guidance_reach_the_file(cli: Callable[..., Any], tmp_path: Path) -> None:
     entry = next(entry for entry in PIPELINES if entry.name == "StableDiffusion3Pipeline")
     entry.save(tmp_path / "model")
-    size = ("--height", entry.call["height"], "--width", entry.call["width"])
-    result = cli("calibrate", "--model", tmp_path / "model", "--output-dir", tmp_path / "out", *size, *QUICK)
+    given = {key: value for key, value in entry.call.items() if key not in ("num_inference_steps", "output_type")}
+    flags = [word for key, value in given.items() for word in ("--call", f"{key}={value}")]
+    result = cli("calibrate", "--model", tmp_path / "model", "--output-dir", tmp_path / "out", *flags, *QUICK)
     assert result.code == 0, result.err
     file = tmp_path / "transformer.onnx"
     result = cli("export", tmp_path / "out", "--format", "onnx", "--output", file)

@@ -27,7 +27,7 @@ class Floating(Portable):
 
     def layer(self, record: LayerRecord, module: nn.Module, x: ir.Value, rank: int) -> ir.Value:
         b, linear, bias = self.b, is_linear(module), self.bias(record)
-        terms = []
+        terms: list[ir.Value] = []
         inputs, weights = self.split(record, x, rank), range_weights(self.artifact, record)
         names = [q.name for q in record.inputs] or [record.name]
         for name, part, weight in zip(names, inputs, weights, strict=True):

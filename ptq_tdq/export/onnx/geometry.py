@@ -48,7 +48,7 @@ def unpadded(module: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     amounts: list[int] = module._reversed_padding_repeated_twice
     plain = copy.copy(module)
-    plain.padding_mode, plain.padding = "zeros", (0,) * len(module.kernel_size)  # type: ignore[assignment]
+    plain.padding_mode, plain.padding = "zeros", (0,) * len(module.kernel_size)
     return plain, lambda x: functional.pad(x, amounts, mode=mode)
 
 

@@ -49,7 +49,8 @@ class Lookup:
         b.prefix = "lookup"
         self.b, self.symbol = b, batch
         self.batch = b("Shape", time, start=0, end=1)
-        timed = {name: table for name, table in artifact.tables.items() if table.scale is not None}
+        tables = {q.name: artifact.tables[q.name] for q in artifact.quantizers}  # in execution order
+        timed = {name: table for name, table in tables.items() if table.scale is not None}
         self.columns = [n for n, t in timed.items() if not (_constant(t.scale) and _constant(t.zero_point))]
         self.intervals = {q.name: self._interval(artifact, q.name, q.bits) for q in artifact.quantizers}
         self.scales = self.zero_points = None

@@ -83,7 +83,7 @@ class OnnxRuntime(Portable):
         return b("Sub", y, shift if wide is None else b("Sub", shift, wide))
 
     def weight_sums(self, module: nn.Module, weight: RangeWeight, x: ir.Value, rank: int) -> ir.Value:
-        """What a zero point of 1 adds to each output channel: a border of patches has its code, one of ConvInteger 0."""
+        """What a zero point of 1 adds to each output channel: of patches at a border too, of ConvInteger not."""
         scale = along_rows(weight.scale, weight.codes.ndim)
         kernel = weight.centred.sum(1, keepdims=True).astype(np.float32) * scale
         if is_linear(module) or is_dense(module):
@@ -140,12 +140,13 @@ class OnnxRuntime(Portable):
         b, interval, dtype = self.b, self.lookup.intervals[record.name], np.int8 if offset else np.uint8
         z, column, wide = interval.zero_point, interval.column, interval.qtype.bits == 8
         zero, name = None if z is None else dtype(z - offset), f"{record.name}.codes"
-        scale: Factor | None = self.scale_of(interval, x, rank)
-        if scale is None:
-            scale = interval.scale
+        scale: Factor | None = interval.scale
+        if scale is not None:
             values = b("QuantizeLinear", x, scale, zero, name=name if wide else None)
         else:
-            values = self._each_row(x, scale, zero, column, offset, name if wide else None)
+            scale = moving = self.scale_of(interval, x, rank)
+            assert moving is not None
+            values = self._each_row(x, moving, zero, column, offset, name if wide else None)
         if not wide:
             values = b("Clip", values, dtype(-offset), dtype(interval.qtype.qmax - offset), name=name)
         assert scale is not None
