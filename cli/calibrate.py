@@ -131,11 +131,10 @@ def calibrate_command(
         discard(unfinished)
     with say.units():
         quantized = calibrate(
-            model.denoiser,
+            model,
             config,
             calls,
             model_id=model_id,
-            component=model.component,
             run_directory=unfinished,
             on_unit=say.unit,
             on_notice=say.notice,

@@ -60,26 +60,27 @@ def calibrate(
     :attr:`notices` what stays in floating point and why.
 
     Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
-    :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model, :class:`~ptq_tdq.errors.ConfigError`
-    for what an artifact cannot say (a ``model_id`` that is no text) and :class:`~ptq_tdq.errors.ResumeError` (another
-    run in the directory); at any time :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
+    :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model,
+    :class:`~ptq_tdq.errors.ConfigError` for what an artifact cannot say (a ``model_id`` that is no text) and
+    :class:`~ptq_tdq.errors.ResumeError` (another run in the directory); at any time
+    :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
     """
     if not isinstance(model, nn.Module):
         if not isinstance(model, LoadedModel):
             model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
         if calls is None:
             calls = collect(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
-        model, component, model_id = model.denoiser, model.component, model_id or model.id
     elif calls is None:
         raise CalibrationSetError(
             f"A {type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
             "pass them, or pass its pipeline."
         )
     calls.check()
-    calls = calls.to(next(model.parameters()).device)
-    plan = make_plan(folded_copy(model), config, calls)
-    quantized = QuantizedModel.copy_of(model, calls.axis, plan.layers)
-    quantized.provenance = provenance(model, config, calls, model_id, component)
+    denoiser: nn.Module = model.denoiser if isinstance(model, LoadedModel) else model
+    calls = calls.to(next(denoiser.parameters()).device)
+    plan = make_plan(folded_copy(denoiser), config, calls)
+    quantized = QuantizedModel.copy_of(denoiser, calls.axis, plan.layers)
+    quantized.provenance = provenance(model, config, calls, model_id)
     quantized.provenance |= {"one_step": bool(plan.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = plan.notices
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
@@ -127,16 +128,17 @@ def losses(reports: Iterable[UnitReport]) -> dict[str, list[dict[str, Any]]]:
 
 
 def provenance(
-    model: Any, config: Config, calls: Calls, model_id: str | None, component: str | None = None
+    model: LoadedModel | nn.Module, config: Config, calls: Calls, model_id: str | None = None
 ) -> dict[str, Any]:
     """The artifact's config document: what the quantized model was made from, and with which choices."""
+    if isinstance(model, LoadedModel):  # whose hash is that of the weights as they were loaded, in any dtype
+        base = {"id": model_id or model.id, "sha256": model.sha256}
+        base |= {} if model.component is None else {"component": model.component}
+    else:
+        base = {"id": model_id or _name(model), "sha256": model_sha256(model)}
     return {
-        "base_model": {
-            "id": model_id or _name(model),
-            "sha256": model_sha256(model),
-            **({} if component is None else {"component": component}),
-        },
-        "model_config": base_config(model),
+        "base_model": base,
+        "model_config": base_config(model.denoiser if isinstance(model, LoadedModel) else model),
         "scheme": config.scheme,
         "method": config.method,
         "preset": config.preset,

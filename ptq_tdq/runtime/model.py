@@ -26,15 +26,15 @@ from ptq_tdq.runtime.layer import FORMS, CodedLayer, IntegerLayer, Part, Transpo
 from ptq_tdq.runtime.native import native_quantize, open_library
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights
 from ptq_tdq.runtime.step import Step
-from ptq_tdq.timed_model import TimedModel
+from ptq_tdq.timed_model import TimedModel, in_float32
 
 
 class IntegerModel(TimedModel):
     """Quantized convolutions and linears run as u8 x s8 products with int32 sums, and attention on codes.
 
     Scale and zero point come from the artifact's tables at the model's own time step. All else is float32, also where
-    the model was of half precision: floating inputs are cast, and outputs are float32. Calls of several threads do not
-    disturb each other. ``facts`` says what runs. CPU only, inference only.
+    the model was of half precision: floating inputs are cast, and outputs are cast back to the model's ``dtype``. Calls
+    of several threads do not disturb each other. ``facts`` says what runs. CPU only, inference only.
     """
 
     def __init__(self, model: nn.Module, artifact: Artifact) -> None:
@@ -46,6 +46,7 @@ class IntegerModel(TimedModel):
         check_fit(model, artifact)
         super().__init__(model.eval().requires_grad_(False), artifact.time_axis)
         self.provenance, self.metrics = artifact.config, artifact.metrics
+        self._dtype = _dtype_of(artifact)
         self.step = Step(artifact)
         engine = _Engine()
         for record in artifact.layers:
@@ -70,8 +71,13 @@ class IntegerModel(TimedModel):
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 _check_input(leaf)
+        args, kwargs = in_float32(args), in_float32(kwargs)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
+        return output if self.dtype == torch.float32 else pytree.tree_map(self._as_outside, output)
+
+    def _as_outside(self, leaf: Any) -> Any:
+        return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     @property
     def one_step(self) -> bool:
@@ -89,11 +95,19 @@ class IntegerModel(TimedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32
+        """That of the model it was made from: what a pipeline around it works in."""
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
+
+
+def _dtype_of(artifact: Artifact) -> torch.dtype:
+    counted = Counter(record.dtype for record in artifact.layers if record.kind != "product")
+    dtype = getattr(torch, counted.most_common(1)[0][0]) if counted else torch.float32
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 class _Engine:

@@ -105,7 +105,7 @@ def _measure(
         loss[report.phase] += report.after
         say(f"{report.phase} {report.index + 1}/{report.total}")
 
-    document = provenance(model.denoiser, cell.config, calls, model.id, model.component)
+    document = provenance(model, cell.config, calls)
     own = work / f"cell-{_name(identity(document))}"
     quantized = calibrate(
         model,

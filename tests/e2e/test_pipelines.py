@@ -120,3 +120,19 @@ def test_prompts_classes_and_guidance_follow_the_calibration(made: Calibrated, c
     wrong: Callable[..., Any] = cli
     result = wrong("sample", made.artifact, "--call", "no_such=1", "--output", tmp_path / "x.png", *FEW)
     assert result.code == 2 and "takes no argument 'no_such'" in result.err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_from_calibration_to_samples(dtype: str, cli: Any, tmp_path: Path) -> None:
+    entry = next(entry for entry in PIPELINES if entry.name == "StableDiffusion3Pipeline")
+    entry.save(tmp_path / "model")
+    size = ("--height", 16, "--width", 16, "--call", "max_sequence_length=64")
+    flags = ("--model", tmp_path / "model", "--output-dir", tmp_path / "out", "--dtype", dtype, *size)
+    result = cli("calibrate", *flags, *QUICK)
+    assert result.code == 0, result.err
+    assert load_quantized(tmp_path / "out").dtype == getattr(torch, dtype)
+    for backend in ("simulated", "integer"):
+        flags = ("--backend", backend, "--num-images", 2, "--json", "--output", tmp_path / "x.png", *FEW)
+        result = cli("sample", tmp_path / "out", *flags)
+        assert result.code == 0, result.err
+        assert json.loads(result.out)["latent_sqnr_db"] > 10

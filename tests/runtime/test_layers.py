@@ -193,6 +193,6 @@ def test_a_model_of_half_precision_runs_in_float32(dtype: torch.dtype, both: Any
     x = given[1]["x"]
     with torch.no_grad():
         expected, found = model(x, 600).float(), integer(x, 600)
-    assert found.dtype == torch.float32
+    assert found.dtype == dtype, "what a pipeline of that dtype goes on with"
     assert all(p.dtype == torch.float32 for p in integer.parameters())
     assert (found - expected).pow(2).mean() < 1e-3 * expected.pow(2).mean()
