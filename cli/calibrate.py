@@ -72,9 +72,8 @@ def _choice_flags(command: Any) -> Any:
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
 @click.option(
     "--evaluation-samples",
-    type=click.IntRange(min=0),
-    default=64,
-    show_default=True,
+    type=click.IntRange(min=0, max=1 << 20),
+    show_default="64; 4 with a pipeline",
     help="Samples on which the result is measured; 0 measures nothing.",
 )
 @threads_option
@@ -95,7 +94,7 @@ def calibrate_command(
     show_config: bool,
     resume: bool,
     overwrite: bool,
-    evaluation_samples: int,
+    evaluation_samples: int | None,
     as_json: bool,
     verbose: bool,
     quiet: bool,
@@ -142,6 +141,8 @@ def calibrate_command(
     for notice in quantized.notices:
         say.notice(notice)
     learned = static = None
+    if evaluation_samples is None:
+        evaluation_samples = min(64, model.sampler.batch)
     if evaluation_samples:
         say.line("Measuring against full precision, from noise that calibration has not seen")
         reference = make_reference(

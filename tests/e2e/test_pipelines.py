@@ -1,4 +1,4 @@
-"""Pipelines with prompts, classes, guidance, video and sound: every command, as a user runs them one after the other."""
+"""Pipelines with prompts, classes, guidance, video and sound: each command after the other, as a user runs them."""
 
 from __future__ import annotations
 
