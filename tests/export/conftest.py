@@ -96,6 +96,7 @@ def make_artifact(case: Case) -> Artifact:
         method="dynamic" if case.tables == "dynamic" else "tdq-thin",
         weight_symmetric=case.symmetric,
         fixed_layers=(),
+        float_input_layers=(),
         weight_only_layers=("time_embedding", "first") if case.weight_only else (),  # inputs of two axes and of four
     )
     return quantize(unet, config, make_calls(unet, **inputs()), case.tables)

@@ -73,7 +73,11 @@ def encode_onnx(artifact: Artifact, form: type[Portable], skeleton: Skeleton, ru
         data: bytes = proto.SerializeToString(deterministic=True)
     except ValueError as error:
         raise ModelError(f"The model does not fit into the 2 GB of an ONNX file ({error}).") from error
-    onnx.checker.check_model(data, full_check=True)
+    try:
+        onnx.checker.check_model(data, full_check=True)
+    except Exception as error:  # of several unrelated types, from C++
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ModelError(f"torch has exported the model to a graph that is not valid ONNX ({reason}).") from error
     return data
 
 

@@ -137,6 +137,7 @@ def _named(
             free_size = named in free or (BATCH in free and named.startswith("rows of "))
             sizes.setdefault(str(value.shape[axis]), named if free_size else size)
     _tidy(model, signature)
+    _keep_wide_axes(model.graph)
     return Skeleton(model, layers, signature, sizes)
 
 
@@ -231,6 +232,18 @@ def _tidy(model: ir.Model, signature: Signature) -> None:
         value.name = leaf.name
     for value, name in zip(graph.outputs, signature.output_names(), strict=True):
         value.name = name
+
+
+def _keep_wide_axes(graph: ir.Graph) -> None:
+    """Drop each Squeeze of an axis that is longer than 1: torch leaves such an axis, and its exporter does not."""
+    for node in [n for n in graph if n.op_type == "Squeeze"]:
+        x, chosen = node.inputs[0], ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) > 1 else None
+        if x is None or x.shape is None or chosen is None:
+            continue
+        # a symbol is never 1: tracing takes such a length for a constant
+        if any(str(x.shape[int(axis)]) not in ("1", "None") for axis in chosen.numpy().reshape(-1)):
+            ir.convenience.replace_all_uses_with(node.outputs[0], x)
+            graph.remove(node, safe=True)
 
 
 @contextmanager
