@@ -78,7 +78,7 @@ for sample in (x[:0], x[:, :2], x[:, :, :0], x[0], x[:, :, :1, :1], x.to("meta")
     for t in (2.5, torch.tensor([1, 2]), torch.tensor([]), torch.zeros(2, 2)):
         try:
             predict(model, sample, t)
-        except (PtqTdqError, RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (PtqTdqError, RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             pass  # torch's own words are as good as the original model's
 assert torch.equal(predict(model), expected)
 if backend == "integer":
