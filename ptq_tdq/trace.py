@@ -217,7 +217,7 @@ class _Watcher:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.storages = {_memory(p) for p in model.parameters()}
         self.layers: dict[str, TracedLayer] = {}
         self.product_macs: dict[str, int] = {}
         self.matmuls: dict[str, int] = {}
@@ -307,7 +307,7 @@ class _Functions(TorchFunctionMode):
     def _product(self, func: Any, operands: list[Tensor], result: Tensor) -> None:
         """Any other product: of activations, or with a parameter that is held by no layer."""
         watcher, owner = self.watcher, self.watcher.stack[-1]
-        held = [x for x in operands if x.untyped_storage().data_ptr() in watcher.storages]
+        held = [x for x in operands if _memory(x) in watcher.storages]
         if len(operands) < 2 or len(held) == len(operands):
             return
         if not held:
@@ -320,9 +320,13 @@ class _Functions(TorchFunctionMode):
 
     def parts(self, x: Tensor) -> tuple[int, ...]:
         """The widths that were joined into ``x``."""
-        return next(
-            (widths for made, widths in self.made if made.data_ptr() == x.data_ptr() and made.shape == x.shape), ()
-        )
+        return next((widths for made, widths in self.made if _memory(made) == _memory(x) and made.shape == x.shape), ())
+
+
+def _memory(x: Tensor) -> int:
+    """Equal for tensors that share memory."""
+    place: int = x.untyped_storage()._cdata
+    return place
 
 
 def require_rows(model: nn.Module, calls: Calls) -> None:

@@ -142,7 +142,8 @@ class QuantLayer(nn.Module):
         shift = None if self.bias is None else torch.zeros_like(self.bias, dtype=torch.float32)
         self.register_buffer("shift", shift, persistent=False)
         self.shift: Tensor | None
-        self._final: Tensor | None = None
+        self._known: Tensor | None = None  # what the codes stand for, once it was asked for
+        self.finished = False
 
     @property
     def weight(self) -> Tensor:
@@ -173,18 +174,21 @@ class QuantLayer(nn.Module):
         """Final codes of one channel range."""
         device = own_weight(self.layer).device
         self.weight_quantizers()[index].assign(codes.to(device), scale.to(device), zero_point.to(device))
-        self._final = None
+        self._known, self.finished = None, False
 
     def quantized_weight(self) -> Tensor:
         """The weight of all ranges in the layer's own form: soft while rounding is learned, else that of the codes."""
+        if self.finished:
+            return own_weight(self.layer)
         quantizers = self.weight_quantizers()
-        if self._final is None or any(w.rounding is not None for w in quantizers):
+        learned = any(w.rounding is not None for w in quantizers)
+        if self._known is None or learned:
             parts = [w.rounding.soft_weight() if w.rounding else w.dequantized() for w in quantizers]
             weight = outputs_first(self.layer, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
-            if any(w.rounding is not None for w in quantizers):
+            if learned:
                 return weight
-            self._final = weight
-        return self._final
+            self._known = weight
+        return self._known
 
     def finalize(self) -> None:
         """Replace the original weight by the quantized one, and the bias by the corrected one."""
@@ -193,7 +197,7 @@ class QuantLayer(nn.Module):
             if self.bias is not None and self.shift is not None:
                 self.bias.copy_(self.bias + self.shift)
                 self.shift.zero_()
-        self._final = own_weight(self.layer)
+        self._known, self.finished = None, True
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input behind its quantizers: one for each channel range, none where only the weight is quantized."""

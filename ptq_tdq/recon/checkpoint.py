@@ -99,7 +99,7 @@ class RunDirectory:
 
     def write(self, phase: str, index: int, tensors: Tensors, losses: tuple[float, float]) -> None:
         """Keep a finished unit; raises :class:`OutputError` where that is impossible."""
-        tensors, text = {k: v.contiguous() for k, v in tensors.items()}, json.dumps(losses)
+        tensors, text = {k: v.cpu().contiguous() for k, v in tensors.items()}, json.dumps(losses)
         data = save(tensors, metadata={"losses": text, "sha256": self._hash(phase, index, tensors, text)})
         write_atomic(self._file(phase, index), data)
 

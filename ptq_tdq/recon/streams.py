@@ -118,8 +118,9 @@ class Lane(greenlet):  # type: ignore[misc]
         inputs, outputs = known[min(self.seen[unit], len(known) - 1)] if known else ((), ())
         self.seen[unit] += 1
         call = UnitCall(unit, Parts((Part.of((args, kwargs), self.samples, inputs),)), (outputs,))
-        # torch's function modes (attention products listen by one) are a stack of the thread, not of this coroutine
-        modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+        # torch's function modes (attention products listen by one) are a stack of the thread, not of this coroutine:
+        # what lies on it since this one went on comes off
+        modes = [_pop_mode() for _ in range(_len_torch_function_stack() - self.depth)]
         try:
             return self.parent.switch(call)
         finally:
@@ -127,6 +128,7 @@ class Lane(greenlet):  # type: ignore[misc]
                 _push_mode(mode)
 
     def resume(self, output: Any = None) -> UnitCall | None:
+        self.depth = _len_torch_function_stack()
         call: UnitCall | None = self.switch(output)
         return call
 
