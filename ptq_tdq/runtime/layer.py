@@ -103,6 +103,8 @@ class WeightOnlyLayer(CodedLayer):
         return self.codes.nbytes + self.scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_complex():
+            raise ModelError("A layer was given complex numbers; pass real ones.")
         x = input.float()
         if self.codes.ndim == 2:
             return weight_only_linear(x, self.codes, self.scale, self.bias)
