@@ -17,7 +17,11 @@ from ptq_tdq.export import export_tables
 
 TABLES, GRAPHS = ("csv", "json", "npz"), ("onnx", "onnx-float")
 RUNTIMES = ("portable", "onnxruntime", "openvino")
-ONE_CALL = {"samples_per_step": 1, "calibration_steps": 1, "num_inference_steps": 2}  # what a graph needs to see
+ONE_CALL: dict[str, Any] = {
+    "samples_per_step": 1,
+    "calibration_steps": 1,
+    "num_inference_steps": 2,
+}  # what a graph needs to see
 
 
 @click.command("export")

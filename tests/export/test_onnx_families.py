@@ -18,12 +18,13 @@ from ptq_tdq.export.onnx.skeleton import make_skeleton
 from ptq_tdq.load import build_quantized
 from ptq_tdq.processor import sums_eight_bits
 
-# Cross attention, classes, joint attention, position ids and t / 1000, videos, sequences.
+# Cross attention, classes, joint attention, position ids and t / 1000, a batch that cannot vary, videos, sequences.
 FAMILIES = (
     "UNet2DConditionModel (SD 1.5)",
     "DiTTransformer2DModel",
     "SD3Transformer2DModel",
     "FluxTransformer2DModel",
+    "ChromaTransformer2DModel",
     "WanTransformer3DModel",
     "UNet1DModel",
 )

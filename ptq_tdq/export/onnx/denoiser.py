@@ -201,7 +201,7 @@ def _same(given: Any, recorded: Any) -> bool:
     """Whether a plain value is the one that was recorded; an empty dictionary is none."""
     if isinstance(given, Tensor):
         return False
-    empty = (None, {})
+    empty: tuple[Any, ...] = (None, {})
     return bool(given == recorded or (given in empty and recorded in empty))
 
 

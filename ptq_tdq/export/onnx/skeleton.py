@@ -132,6 +132,7 @@ def _named(
     sizes: dict[str, str | int] = {}
     for leaf, value in zip(signature.leaves(), model.graph.inputs, strict=True):
         names = _axes(signature, inputs, free).get(leaf.name, {})
+        assert value.shape is not None
         for axis, size in enumerate(inputs[leaf.name].shape):
             named = names.get(axis, "")
             free_size = named in free or (BATCH in free and named.startswith("rows of "))
@@ -237,7 +238,8 @@ def _tidy(model: ir.Model, signature: Signature) -> None:
 def _keep_wide_axes(graph: ir.Graph) -> None:
     """Drop each Squeeze of an axis that is longer than 1: torch leaves such an axis, and its exporter does not."""
     for node in [n for n in graph if n.op_type == "Squeeze"]:
-        x, chosen = node.inputs[0], ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) > 1 else None
+        x, axes = (*node.inputs, None)[:2]
+        chosen = None if axes is None else ir.convenience.get_const_tensor(axes)
         if x is None or x.shape is None or chosen is None:
             continue
         # a symbol is never 1: tracing takes such a length for a constant
