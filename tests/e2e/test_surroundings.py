@@ -86,7 +86,6 @@ if backend == "integer":
         "empty": (x[:0], 1),
         "complex": (x.to(torch.complex64), 1),
         "on the CPU": (x.to("meta"), 1),
-        "time step": (x, torch.ones(2, 2)),
     }
     for said, (sample, t) in refused.items():
         try:
