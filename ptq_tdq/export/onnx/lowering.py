@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.export.onnx.floating import ANNOTATION
 from ptq_tdq.export.onnx.lookup import Lookup
 from ptq_tdq.export.onnx.nodes import Builder
-from ptq_tdq.export.onnx.portable import Portable
+from ptq_tdq.export.onnx.portable import Portable, swapped
 from ptq_tdq.export.onnx.skeleton import BATCH, DOMAIN, Skeleton
 
 
@@ -20,8 +23,7 @@ def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable]) -> ir.Mo
     time = next(value for value in graph.inputs if value.name == skeleton.signature.time)
     lowering = form(b, Lookup(b, artifact, time, skeleton.symbol(BATCH)), artifact)
     b.flush(first)
-    _lower_products(graph, b, lowering, artifact)
-    _lower_layers(graph, b, lowering, artifact, skeleton)
+    _lower_nodes(graph, b, lowering, artifact, skeleton)
     for node in [n for n in graph if n.op_type == "GroupNormalization"]:
         b.prefix = str(node.name)
         if (value := lowering.group_norm(node)) is not None:
@@ -33,36 +35,29 @@ def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable]) -> ir.Mo
     return model
 
 
-def _lower_products(graph: ir.Graph, b: Builder, lowering: Portable, artifact: Artifact) -> None:
-    """Products of two quantized operands, taken together with their quantizers."""
-    quantizers = {quantizer.name: quantizer for quantizer in artifact.quantizers}
-    for node in [n for n in graph if n.op_type == "MatMul"]:
-        operands = [_operand(value) for value in node.inputs]
-        if None in operands:
-            continue
-        (left, x, turned, rank), (right, y, transposed, _) = (o for o in operands if o is not None)
-        if turned:
-            continue
-        b.prefix = left.rpartition(".")[0]
-        product = lowering.product(quantizers[left], x, quantizers[right], y, transposed, rank)
-        b.replace(node, product, f"{left}*{right.rpartition('.')[2]}")
+def _lower_nodes(graph: ir.Graph, b: Builder, lowering: Portable, artifact: Artifact, skeleton: Skeleton) -> None:
+    """Layers with their quantizers, products of two quantized operands, and the quantizers that are in none.
 
-
-def _lower_layers(graph: ir.Graph, b: Builder, lowering: Portable, artifact: Artifact, skeleton: Skeleton) -> None:
-    """Layers with their quantizers, and the quantizers that went into no product."""
+    In the order of the graph, since what several of them share is made from the first one's input.
+    """
     records = {record.name: record for record in artifact.layers}
     quantizers = {quantizer.name: quantizer for quantizer in artifact.quantizers}
-    for node in [n for n in graph if n.domain == DOMAIN]:
-        if _unused(node):  # a quantizer that went into a product
-            continue
-        name, source = node.attributes["name"].as_string(), node.inputs[0]
-        rank = _rank(node.outputs[0])
-        assert source is not None
-        b.prefix = name
-        if node.op_type == "Layer":
-            b.replace(node, lowering.layer(records[name], skeleton.layers[name], source, rank), name)
-        else:
-            b.replace(node, lowering.quantizer(quantizers[name], source, rank), name)
+    products = {node: found for node in graph if (found := _operands(node)) is not None}
+    for node in list(graph):
+        if node in products:
+            left, right = products[node]
+            b.prefix = left.name.rpartition(".")[0]
+            pair = (quantizers[left.name], left.x, quantizers[right.name], right.x)
+            product = lowering.product(*pair, right.transposed, _rank(left.x))
+            b.replace(node, product, f"{left.name}*{right.name.rpartition('.')[2]}")
+        elif node.domain == DOMAIN:
+            b.prefix = name = node.attributes["name"].as_string()
+            source, rank = node.inputs[0], _rank(node.outputs[0])
+            assert source is not None
+            if node.op_type == "Layer":
+                b.replace(node, lowering.layer(records[name], skeleton.layers[name], source, rank), name)
+            elif not all(_only_in(products, user) for user, _ in node.outputs[0].uses()):
+                b.replace(node, lowering.quantizer(quantizers[name], source, rank), name)
 
 
 def _name_sizes(graph: ir.Graph, skeleton: Skeleton) -> None:
@@ -81,20 +76,43 @@ def _size(dim: int | ir.SymbolicDim, sizes: dict[str, str | int]) -> int | str |
     return int(text) if text.isdecimal() else sizes.get(text)
 
 
-def _operand(value: ir.Value | None) -> tuple[str, ir.Value, bool, int] | None:
-    """``(quantizer, its input, transposed, rank)`` where ``value`` is a quantizer's output or the transpose of one."""
+@dataclass(frozen=True)
+class _Operand:
+    """One side of a product: a quantizer, its input, and whether its output's last two axes are swapped."""
+
+    name: str
+    x: ir.Value
+    transposed: bool
+
+
+def _operands(node: ir.Node) -> tuple[_Operand, _Operand] | None:
+    """Both sides of a MatMul of two quantizers' outputs, of which the right one may be transposed."""
+    if node.op_type != "MatMul":
+        return None
+    left, right = map(_operand, node.inputs)
+    return None if left is None or right is None or left.transposed else (left, right)
+
+
+def _operand(value: ir.Value | None) -> _Operand | None:
     node = None if value is None else value.producer()
     transposed = node is not None and node.op_type == "Transpose"
     if node is not None and transposed:
         source, order = node.inputs[0], list(node.attributes["perm"].as_ints())
-        if source is None or order != [*range(len(order) - 2), len(order) - 1, len(order) - 2]:
+        if source is None or order != swapped(len(order)):
             return None
         node = source.producer()
     if node is None or node.domain != DOMAIN or node.op_type != "Quantizer":
         return None
     x = node.inputs[0]
     assert x is not None
-    return node.attributes["name"].as_string(), x, transposed, _rank(node.outputs[0])
+    return _Operand(node.attributes["name"].as_string(), x, transposed)
+
+
+def _only_in(products: Container[ir.Node], node: ir.Node) -> bool:
+    """Whether ``node`` is one of the products, or a Transpose that only they read."""
+    if node.op_type == "Transpose":
+        return all(user in products for user, _ in node.outputs[0].uses())
+    return node in products
 
 
 def _rank(value: ir.Value) -> int:

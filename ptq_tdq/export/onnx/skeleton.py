@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,8 +114,9 @@ def make_skeleton(artifact: Artifact, calls: Calls) -> Skeleton:
         with at(torch.zeros(1)):
             takes = [name for name in _spatial(signature, inputs) if _accepts(call, signature, rows, name)]
         _mark(quantized)
-        exported = _export(call, inputs, _axes(signature, inputs, takes))
-        free = {name for name in (BATCH, *takes) if _accepts(exported.module(), signature, rows, name)}
+        with suppress(ModelError):  # code that looks up sizes may take a fixed one
+            exported = _export(call, inputs, _axes(signature, inputs, takes))
+            free = {name for name in (BATCH, *takes) if _accepts(exported.module(), signature, rows, name)}
     else:
         _mark(quantized)
     if BATCH not in free:
@@ -139,6 +140,7 @@ def _named(
             sizes.setdefault(str(value.shape[axis]), named if free_size else size)
     _tidy(model, signature)
     _keep_wide_axes(model.graph)
+    _choose_by_logic(model.graph)
     return Skeleton(model, layers, signature, sizes)
 
 
@@ -246,6 +248,22 @@ def _keep_wide_axes(graph: ir.Graph) -> None:
         if any(str(x.shape[int(axis)]) not in ("1", "None") for axis in chosen.numpy().reshape(-1)):
             ir.convenience.replace_all_uses_with(node.outputs[0], x)
             graph.remove(node, safe=True)
+
+
+def _choose_by_logic(graph: ir.Graph) -> None:
+    """Spell out each Where of truth values, which onnxruntime does not have: (c and a) or (not c and b)."""
+    for node in [n for n in graph if n.op_type == "Where" and n.outputs[0].dtype == ir.DataType.BOOL]:
+        condition, yes, no = node.inputs
+        terms = [ir.node("And", [condition, yes]), ir.node("Not", [condition])]
+        terms.append(ir.node("And", [terms[1].outputs[0], no]))
+        chosen = ir.node("Or", [terms[0].outputs[0], terms[2].outputs[0]])
+        for number, new in enumerate((*terms, chosen)):
+            new.name = new.outputs[0].name = f"{node.name}/{new.op_type}_{number}"
+            new.outputs[0].type = node.outputs[0].type
+        chosen.outputs[0].shape = node.outputs[0].shape
+        graph.insert_before(node, (*terms, chosen))
+        ir.convenience.replace_all_uses_with(node.outputs[0], chosen.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
 
 @contextmanager
