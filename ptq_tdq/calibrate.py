@@ -17,7 +17,7 @@ from ptq_tdq.artifacts import check_draft
 from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, Config
-from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.errors import CalibrationSetError, NonFiniteError
 from ptq_tdq.identity import base_config, model_sha256
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel
@@ -80,6 +80,7 @@ def calibrate(
     calls = calls.to(next(denoiser.parameters()).device)
     plan = make_plan(folded_copy(denoiser), config, calls)
     quantized = QuantizedModel.copy_of(denoiser, calls.axis, plan.layers)
+    _check_finite(model)
     quantized.provenance = provenance(model, config, calls, model_id)
     quantized.provenance |= {"one_step": bool(plan.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = plan.notices
@@ -104,6 +105,13 @@ def check_choices(model: LoadedModel, config: Config) -> None:
     """Raise what :func:`calibrate` would for choices that do not fit ``model``, before there is a calibration set."""
     call = first_call(model, config.num_inference_steps, config.seed)
     make_plan(folded_copy(model.denoiser), config, call)
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raise :class:`NonFiniteError` naming a tensor with NaN or Inf, also one that no call of the set reaches."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(f"'{name}' has NaN or Inf; repair the model before quantizing it.")
 
 
 def _open_run(

@@ -166,7 +166,7 @@ def lookup(table: Tensor, t: Tensor) -> Tensor:
     Integer tables (zero points) are interpolated and rounded. t was checked when the axis read it.
     """
     below = t.floor().long()
-    low, high = table[below], table[(below + 1).clamp(max=len(table) - 1)]
+    low, high = table[below], table[t.ceil().long()]
     fraction = (t - below).to(torch.float32).view(-1, *[1] * (table.ndim - 1))
     value = low + (high - low) * fraction
     return value if table.is_floating_point() else value.round().to(table.dtype)

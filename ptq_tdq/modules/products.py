@@ -7,6 +7,8 @@ rotary, masked or grouped attention and any processor of diffusers are alike her
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
+from functools import cache
 from itertools import cycle
 from typing import Any
 
@@ -84,9 +86,17 @@ class _Intercept(TorchFunctionMode):
         self.next = cycle(products_of(owner))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention:
+        if func is not functional.scaled_dot_product_attention or _computing.get():
+            return func(*args, **(kwargs or {}))
+        token = _computing.set(True)
+        try:
             return next(self.next)(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        finally:
+            _computing.reset(token)
+
+
+# torch's own function, where a product calls it, is not one of the products of a module around
+_computing: ContextVar[bool] = ContextVar("whether a product is being computed", default=False)
 
 
 def products_of(owner: nn.Module) -> list[Any]:
@@ -96,24 +106,24 @@ def products_of(owner: nn.Module) -> list[Any]:
 
 
 def attach(owner: nn.Module, product: nn.Module) -> None:
-    """Give ``owner`` one more product, called as ``scaled_dot_product_attention`` is; the first one makes its forward
-    pass listen.
-    """
+    """Give ``owner`` one more product, called as ``scaled_dot_product_attention`` is; the first one makes it listen."""
     if ATTRIBUTE not in owner._modules:
         owner.add_module(ATTRIBUTE, nn.ModuleList())
-        owner.register_forward_pre_hook(_begin)
-        owner.register_forward_hook(_end, always_call=True)
+        owner.__class__ = _listening(type(owner))
     products = owner._modules[ATTRIBUTE]
     assert isinstance(products, nn.ModuleList)
     products.append(product)
 
 
-def _begin(owner: nn.Module, args: Any) -> None:
-    _Intercept(owner).__enter__()
+@cache
+def _listening(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class ``cls`` under its own name, whose calls are listened to.
 
+    Hooks would not do: torch does not run them when Ctrl-C ends a call, and the next call would find the mode in force.
+    """
 
-def _end(owner: nn.Module, args: Any, output: Any) -> None:
-    # modes are a stack of the thread, and calls of modules nest: the innermost mode is that of this call
-    modes = torch.overrides._get_current_function_mode_stack()
-    if modes and isinstance(modes[-1], _Intercept) and modes[-1].owner is owner:
-        modes[-1].__exit__(None, None, None)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Intercept(self):
+            return cls.__call__(self, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
