@@ -80,7 +80,7 @@ def calibrate(
     calls = calls.to(next(denoiser.parameters()).device)
     plan = make_plan(folded_copy(denoiser), config, calls)
     quantized = QuantizedModel.copy_of(denoiser, calls.axis, plan.layers)
-    _check_finite(model)
+    _check_finite(denoiser)
     quantized.provenance = provenance(model, config, calls, model_id)
     quantized.provenance |= {"one_step": bool(plan.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = plan.notices
