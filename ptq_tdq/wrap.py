@@ -44,12 +44,23 @@ def fold(model: nn.Module) -> nn.Module:
     """Make reparametrized weights (weight norm, :mod:`torch.nn.utils.parametrize`) plain; returns the model itself."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
+            _own_class(module)
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name)
+                plain = getattr(module, name).detach()
+                delattr(module, name)  # torch leaves a buffer where nothing is learned
+                module.register_parameter(name, nn.Parameter(plain, requires_grad=False))
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(module, hook.name)
     return model.requires_grad_(False)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module its class alone: a copy shares it, and undoing one would undo the other."""
+    cls = type(module)
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, body)
 
 
 def untie(model: nn.Module, names: Iterable[str]) -> None:
