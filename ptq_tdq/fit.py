@@ -61,11 +61,11 @@ def _check_layer(record: LayerRecord, module: nn.Module, codes: Tensor | None) -
     if weight is None or codes is None:
         where = "the model" if weight is None else "the artifact"
         raise ArtifactMismatchError(f"'{record.name}' has no weight of its own in {where}{_ADVICE}")
-    weight = outputs_first(module, weight)
-    shape, expected = list(codes.shape), list(weight.shape)
+    own = outputs_first(module, weight)
+    shape, expected = list(codes.shape), list(own.shape)
     _require(shape == expected, record, f"has codes of the shape {shape}, its weight in the model is {expected}")
     groups = weight_groups(module)
-    channels, ranges = weight.shape[1] * groups, len(record.splits) - 1
+    channels, ranges = own.shape[1] * groups, len(record.splits) - 1
     _require(
         ranges >= 1 and record.splits[-1] == channels,
         record,

@@ -103,7 +103,7 @@ def _hollow_parameters() -> Iterator[None]:
         if parameter is not None and get_ident() == thread:
             module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

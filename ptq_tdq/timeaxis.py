@@ -90,7 +90,8 @@ def time_values(value: Any, name: str) -> Tensor:
         raise TimestepError(f"The model was called with {name} = {value!r}, which is no time step.") from None
     if t.is_complex() or t.dtype == torch.bool or not t.numel():
         raise TimestepError(f"The time step {name} must be real numbers, one or one per sample. Got {t.dtype}.")
-    return t.flatten(1).amax(1) if t.ndim > 1 else t
+    rows: Tensor = t.flatten(1).amax(1) if t.ndim > 1 else t
+    return rows
 
 
 def time_argument(model: nn.Module, name: str | None = None) -> str:
@@ -177,7 +178,7 @@ _present: ContextVar[Tensor | None] = ContextVar("t of the call that runs now", 
 
 @contextmanager
 def at(t: Tensor) -> Iterator[None]:
-    """Run with ``t`` ([1] or one per sample [B]) as the time step of this call; calls in other threads have their own."""
+    """Run with ``t`` ([1], or [B] for each sample) as the time step of this call; other threads have their own."""
     token = _present.set(t)
     try:
         yield

@@ -84,9 +84,7 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
     together = watcher.look(two, again=True)
     for name, layer in watcher.layers.items():
         layer.rows = _rows(alone.inputs[name], together.inputs.get(name, []))
-    mixed = {
-        name for name, of in alone.products.items() if _rows(of, together.products.get(name, [])) is None
-    }
+    mixed = {name for name, of in alone.products.items() if _rows(of, together.products.get(name, [])) is None}
     moving: set[str] = set()
     for source, changed in _variations(calls, group, one).items():
         try:
@@ -235,7 +233,9 @@ class _Watcher:
         with ExitStack() as hooks:
             for name, module in self.modules.items():
                 hooks.callback(module.register_forward_pre_hook(self._enter(name), with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(self._leave(name), with_kwargs=True, always_call=True).remove)
+                hooks.callback(
+                    module.register_forward_hook(self._leave(name), with_kwargs=True, always_call=True).remove
+                )
             self.mode = hooks.enter_context(_Functions(self))
             yield
 

@@ -302,7 +302,8 @@ class Folded(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("way", "single"), [("tokens first", True), ("tokens outside", True), ("one by one", True), ("samples outside", False)]
+    ("way", "single"),
+    [("tokens first", True), ("tokens outside", True), ("one by one", True), ("samples outside", False)],
 )
 def test_units_whose_rows_are_of_no_one_sample_run_at_one_t(way: str, single: bool) -> None:
     model = Folded(way).requires_grad_(False)

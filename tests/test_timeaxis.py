@@ -73,7 +73,18 @@ def test_outside_the_axis_is_an_error_that_names_t(t: float) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [None, "999", True, torch.tensor([True]), torch.empty(0), torch.tensor([1j]), [], object(), ["a"], torch.empty(2, 0)],
+    [
+        None,
+        "999",
+        True,
+        torch.tensor([True]),
+        torch.empty(0),
+        torch.tensor([1j]),
+        [],
+        object(),
+        ["a"],
+        torch.empty(2, 0),
+    ],
     ids=str,
 )
 def test_what_is_no_time_step_is_one_clear_error(value: Any) -> None:
@@ -137,7 +148,7 @@ def model_with(*names: str) -> nn.Module:
         pass
 
     body: dict[str, Any] = {}
-    exec(f"def forward(self, {', '.join(names)}): ...", body)  # noqa: S102 (names of parameters, as a test case)
+    exec(f"def forward(self, {', '.join(names)}): ...", body)
     Net.forward = body["forward"]  # type: ignore[method-assign]
     return Net()
 

@@ -156,7 +156,7 @@ def split_rows(arguments: dict[str, Any], time: str, odd: Odd = frozenset()) -> 
     ``odd``: position ids that happen to be as long, or one text for each frame of a video.
     """
     count, main = count_rows(arguments, time), main_argument(arguments, time)
-    number, forms = iter(range(1 << 30)), {leaf: form for leaf, *form in odd}
+    number, forms = iter(range(1 << 30)), {leaf: (dim, several) for leaf, dim, several in odd}
     lists = isinstance(arguments[main], list)
     rows: list[Tensor | Each] = []
 

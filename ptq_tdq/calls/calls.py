@@ -127,7 +127,7 @@ class Calls:
         return loaded
 
     def check(self) -> None:
-        """Raise :class:`CalibrationSetError` for an empty set, and for NaN or Inf in a row, naming its argument and t."""
+        """Raise :class:`CalibrationSetError` for an empty set and for NaN or Inf, naming the argument and t."""
         if not len(self):
             raise CalibrationSetError("The calibration set is empty: no call of the denoiser was recorded.")
         t = self.t

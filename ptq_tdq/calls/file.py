@@ -1,7 +1,7 @@
 """The file of a calibration set: safetensors, with the trees of the arguments and a hash of everything in its header.
 
-A tree in JSON: ``{"dict": {...}}``, ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"rows": tensor, "dim": where, "several": bool}``,
-``{"each": [tensor, ...]}``, ``{"tensor": tensor}``, or ``{"value": plain}``; tensors are named.
+A tree in JSON: ``{"dict": {...}}``, ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"each": [tensor, ...]}``,
+``{"rows": tensor, "dim": where, "several": bool}``, ``{"tensor": tensor}``, or ``{"value": plain}``; tensors are named.
 """
 
 from __future__ import annotations

@@ -129,7 +129,6 @@ def _device(arguments: dict[str, Any]) -> torch.device:
 def _copied(calls: Calls) -> Calls:
     """On the CPU, and in memory that the sampler cannot write to."""
 
-
     def copied(leaf: Any) -> Any:
         if isinstance(leaf, Each):
             return Each(tuple(map(copied, leaf.items)))

@@ -86,12 +86,14 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def own_weight(layer: nn.Module) -> Tensor:
+    """The weight in the layer's own form."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight
 
 
 def own_bias(layer: nn.Module) -> Tensor | None:
+    """The bias [O], or None."""
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)
     return bias
@@ -108,7 +110,8 @@ def outputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
     kind = find_kind(layer)
     if kind is None or not kind.transposed:
         return weight
-    return weight.unflatten(0, (weight_groups(layer), -1)).transpose(1, 2).flatten(0, 1)
+    rows: Tensor = weight.unflatten(0, (weight_groups(layer), -1)).transpose(1, 2).flatten(0, 1)
+    return rows
 
 
 def multiply_accumulates(layer: nn.Module, x: Tensor, output: Tensor) -> int:
@@ -210,7 +213,7 @@ class QuantLayer(nn.Module):
         parts = x.split(sizes, self.kind.channel_dim)
         return torch.cat([q(p) for q, p in zip(self.inputs, parts, strict=True)], self.kind.channel_dim)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's layers are called by this name too)
+    def forward(self, input: Tensor) -> Tensor:
         x = self.quantized_input(input)
         if not self.weights_enabled:
             return self.kind.operation(self.layer, x, own_weight(self.layer), self.bias)

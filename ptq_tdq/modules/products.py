@@ -71,7 +71,8 @@ class QuantProduct(nn.Module):
             scores = scores.masked_fill(~attn_mask, -torch.inf) if blocked else scores + attn_mask
         # a row that may look at nothing gives zeros, as torch's own function does
         probabilities = scores.softmax(-1).nan_to_num(0.0) if attn_mask is not None else scores.softmax(-1)
-        return (on_softmax(probabilities) @ v).to(query.dtype)
+        out: Tensor = on_softmax(probabilities) @ v
+        return out.to(query.dtype)
 
 
 class _Intercept(TorchFunctionMode):
@@ -109,7 +110,7 @@ def attach(owner: nn.Module, product: nn.Module) -> None:
     """Give ``owner`` one more product, called as ``scaled_dot_product_attention`` is; the first one makes it listen."""
     if ATTRIBUTE not in owner._modules:
         owner.add_module(ATTRIBUTE, nn.ModuleList())
-        owner.__class__ = _listening(type(owner))
+        owner.__class__ = _listening(type(owner))  # type: ignore[arg-type]
     products = owner._modules[ATTRIBUTE]
     assert isinstance(products, nn.ModuleList)
     products.append(product)

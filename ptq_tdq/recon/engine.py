@@ -137,9 +137,7 @@ class _Engine:
         losses = restore(unit, phase, saved, self.static)
         self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, 0.0))
 
-    def learn(
-        self, phase: Phase, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Parts
-    ) -> None:
+    def learn(self, phase: Phase, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Parts) -> None:
         """One phase of one unit, with generators of its own, so that a resumed run equals an uninterrupted one."""
         began = time.perf_counter()
         seed = self.config.seed * 1_000_003 + index

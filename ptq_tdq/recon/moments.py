@@ -45,13 +45,13 @@ def moments(
 ) -> list[Moments]:
     """Moments of a layer's inputs, one for each of its groups, from all samples at random positions."""
     weights = layer.weight.flatten(1).float().chunk(weight_groups(layer.layer))
-    sums = [_Sums(*weight.shape, weight.device) for weight in weights]
+    sums = [_Sums(len(weight), weight.shape[1], weight.device) for weight in weights]
     each = -(-ROWS * weights[0].shape[1] // len(unit.t))  # positions of each sample
     for batch in unit.batches():
         quantized = _input(unit, layer, mine, batch)
         with switched(unit.module, weights=False, activations=False):
             original = _input(unit, layer, full, batch)
-        if quantized is None:  # an expert that nothing was sent to
+        if quantized is None or not len(quantized):  # an expert that nothing was sent to
             continue
         check_finite(quantized, unit.t[batch], f"{layer.record.name} gets")
         if original is None or original.shape != quantized.shape:  # other rows were sent to it: nothing to compare with
@@ -94,7 +94,8 @@ class _Sums:
         self.count = count
 
     def finished(self, centred: bool) -> Moments:
-        hessian, cross = self.hessian / self.count, self.cross / self.count
+        count = self.count or 1  # an expert that no sample reached has no moments
+        hessian, cross = self.hessian / count, self.cross / count
         if not centred:
             hessian += torch.outer(self.mean, self.mean)
             cross += torch.outer(self.lost, self.mean)
@@ -178,7 +179,8 @@ def _stuffed(layer: Any, x: Tensor) -> Tensor:
     """The input of which a transposed convolution is an ordinary one, with its kernel mirrored: zeros in between."""
     sizes = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], layer.stride, strict=True)]
     wide = x.new_zeros(*x.shape[:2], *sizes)
-    wide[(..., *(slice(None, None, step) for step in layer.stride))] = x
+    every: Any = (..., *(slice(None, None, step) for step in layer.stride))
+    wide[every] = x
     pads: list[int] = []
     for size, gap, padding, more in zip(
         layer.kernel_size, layer.dilation, layer.padding, layer.output_padding, strict=True

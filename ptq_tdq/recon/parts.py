@@ -21,13 +21,13 @@ from ptq_tdq.errors import ModelError
 
 
 class Place(NamedTuple):
-    """Where a leaf has the rows of samples: along ``dim``, ``count`` rows for each, one sample after the other.
+    """Where a leaf has the rows of samples: along ``dim``, ``each`` rows for one, one sample after the other.
 
     ``more`` rows behind those belong to no sample.
     """
 
     dim: int
-    count: int
+    each: int
     more: int = 0
 
 
@@ -92,8 +92,8 @@ class Part:
             if place:
                 rows = leaves[i].movedim(place.dim, 0)
                 if place.more:
-                    rows, rest[i] = rows.split([count * place.count, place.more])
-                leaves[i] = rows.unflatten(0, (count, place.count))
+                    rows, rest[i] = rows.split([count * place.each, place.more])
+                leaves[i] = rows.unflatten(0, (count, place.each))
         device = next((x.device for x, place in zip(leaves, own, strict=True) if place), torch.device("cpu"))
         return cls(samples, tuple(leaves), rest, spec, own, device)
 
@@ -155,7 +155,8 @@ class Part:
         rows = self.leaves[number][self._own_index(index)].to(self.device).flatten(0, 1)
         if place.more:
             rows = torch.cat([rows, self.rest[number]])
-        return rows.movedim(0, place.dim)
+        back: Tensor = rows.movedim(0, place.dim)
+        return back
 
 
 def _own(leaf: Any, place: Place | None, samples: int) -> Place | None:
@@ -164,7 +165,7 @@ def _own(leaf: Any, place: Place | None, samples: int) -> Place | None:
         return None
     if place == ABSENT:
         return Place(0, len(leaf) // samples) if leaf.ndim and len(leaf) and len(leaf) % samples == 0 else None
-    if leaf.shape[place.dim] != samples * place.count + place.more:
+    if leaf.shape[place.dim] != samples * place.each + place.more:
         raise ModelError(
             f"A block of the model gets a tensor of the shape {list(leaf.shape)} for {samples} samples, in which their "
             "rows cannot be told apart; record calls of one size (prompts padded to one length)."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,7 +35,7 @@ class Unit:
     t: Tensor
     spans: tuple[slice, ...] = ()
     single: bool = False
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @cached_property
     def cells(self) -> list[Tensor]:
@@ -128,15 +128,13 @@ class Unit:
                 total += found.item() * len(self.t[batch])
         return total / len(self.t)
 
-    def _loss(
-        self, call: UnitCall, output: Any, target: Parts, power: float, index: slice | Tensor
-    ) -> Tensor:
+    def _loss(self, call: UnitCall, output: Any, target: Parts, power: float, index: slice | Tensor) -> Tensor:
         part = call.output(output, index)
         return reconstruction_loss(part.real(slice(0, len(self.t[index]))), target.real(index), power)
 
 
 def check_finite(values: Tensor, t: Tensor, what: str) -> None:
-    """Raise :class:`NonFiniteError`, "<what> NaN or Inf at t = ...", unless all ``values`` [n, ...] at ``t`` are finite."""
+    """Raise :class:`NonFiniteError`, "<what> NaN or Inf at t = ...", unless all ``values`` [n, ...] are finite."""
     if not bool(torch.isfinite(values).all()):
         wrong = ~torch.isfinite(values).reshape(len(t), -1).all(1).cpu()
         raise NonFiniteError(f"{what} NaN or Inf at t = {t[wrong][0].item():g}; the run stops there.")

@@ -55,7 +55,9 @@ def test_a_set_is_saved_and_loaded_whole(path: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("change", [{"size": (64, 2)}, {"on": False}, {"half": torch.zeros(2, 2).half()}, {"new": None}])
+@pytest.mark.parametrize(
+    "change", [{"size": (64, 2)}, {"on": False}, {"half": torch.zeros(2, 2).half()}, {"new": None}]
+)
 def test_each_argument_counts_in_the_hash(change: dict[str, Any]) -> None:
     assert made(**change).sha256 != made().sha256
 

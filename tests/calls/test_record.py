@@ -47,7 +47,9 @@ class Conditioned(nn.Module):
         return (y,)
 
 
-def loop(model: nn.Module, steps: tuple[float, ...] = (999.0, 500.0, 1.0), count: int = B, **options: Any) -> list[Tensor]:
+def loop(
+    model: nn.Module, steps: tuple[float, ...] = (999.0, 500.0, 1.0), count: int = B, **options: Any
+) -> list[Tensor]:
     torch.manual_seed(1)
     found = []
     for t in steps:
@@ -70,7 +72,9 @@ def options(count: int) -> dict[str, dict[str, Any]]:
     torch.manual_seed(2)
     return {
         "plain": {},
-        "nested": {"extra": {"scale": torch.rand(count, 1), "list": [torch.rand(count, 4, 2)], "name": "x", "none": None}},
+        "nested": {
+            "extra": {"scale": torch.rand(count, 1), "list": [torch.rand(count, 4, 2)], "name": "x", "none": None}
+        },
         "as long as the batch": {"positions": torch.rand(4)},
         "shared": {"flags": torch.rand(())},
         "several": {"frames": torch.rand(3 * count, 4)},

@@ -148,7 +148,7 @@ def test_tables_are_positive_finite_and_cover_the_schedule(case: Case) -> None:
         scale, zero_point = quantizer.source.scale, quantizer.source.zero_point
         assert scale.shape == zero_point.shape == (T + 1,) and scale.dtype == torch.float32
         assert bool((scale > 0).all() and scale.isfinite().all())
-        assert 0 <= int(zero_point.min()) and int(zero_point.max()) <= quantizer.qtype.qmax
+        assert int(zero_point.min()) >= 0 and int(zero_point.max()) <= quantizer.qtype.qmax
 
 
 @torch.no_grad()

@@ -134,7 +134,9 @@ def test_every_argument_means_what_it_means_to_torch(case: str, dtype: torch.dty
     with at(torch.tensor([0.0])):
         found = product(q, k, v, **arguments)
     assert found.dtype == dtype
-    torch.testing.assert_close(found, expected, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=2e-2 if dtype != torch.float32 else 1e-5)
+    torch.testing.assert_close(
+        found, expected, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=2e-2 if dtype != torch.float32 else 1e-5
+    )
 
 
 def test_scores_beyond_half_precision_are_no_infinities() -> None:

@@ -35,9 +35,7 @@ class Case:
 
     def run(self, folder: Path) -> tuple[dict[str, bytes], list[str]]:
         notices: list[str] = []
-        quantized = calibrate(
-            self.unet, self.config, self.calls, run_directory=folder, on_notice=notices.append
-        )
+        quantized = calibrate(self.unet, self.config, self.calls, run_directory=folder, on_notice=notices.append)
         quantized.save_pretrained(folder / "out")
         found = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
         shutil.rmtree(folder / "out")

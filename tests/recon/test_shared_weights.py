@@ -19,9 +19,7 @@ FEW = {"weight_iterations": 3, "activation_iterations": 3, "batch_size": 6, "wei
 def make(unet: Any, calls: Any, run: Path | None, weights: Path | None, **choices: Any) -> tuple[Any, list[Any]]:
     reports: list[UnitReport] = []
     config = preset("default", **{"scheme": "W4A8", "method": "static", **FEW, **choices})
-    found = calibrate(
-        unet, config, calls, run_directory=run, weights_directory=weights, on_unit=reports.append
-    )
+    found = calibrate(unet, config, calls, run_directory=run, weights_directory=weights, on_unit=reports.append)
     return found, reports
 
 
