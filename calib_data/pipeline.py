@@ -76,7 +76,7 @@ class PipelineSampler(Sampler):
         return list(spread_classes(count, self.num_classes))
 
     def recipe(self) -> dict[str, Any]:
-        of_condition = {PROMPT: {"prompts": self.prompts}, LABELS: {"classes": self.classes}}
+        of_condition: dict[str, dict[str, Any]] = {PROMPT: {"prompts": self.prompts}, LABELS: {"classes": self.classes}}
         return {"sampler": type(self.pipe).__name__, "call": self.call, **of_condition.get(self.condition or "", {})}
 
     @torch.no_grad()
