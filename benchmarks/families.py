@@ -1,7 +1,7 @@
-"""The README's table of denoiser classes, from a run of the conformance test.
+"""The README's table of denoiser classes, from a run of the tests.
 
-PTQ_TDQ_FAMILIES=families.json pytest tests/conformance/test_denoisers.py
-python benchmarks/families.py families.json
+PTQ_TDQ_FAMILIES=benchmarks/results/families.json pytest tests/conformance/test_denoisers.py tests/export
+python benchmarks/families.py benchmarks/results/families.json
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+COLUMNS = {"simulated_db": "quantized (W8A8)", "integer_db": "integer", "portable_db": "ONNX portable"}
+
 
 def table(families: dict[str, dict[str, Any]]) -> str:
-    """A markdown table with one row per class; an empty cell is what did not work in that run."""
-
-    def cell(found: dict[str, Any], key: str) -> str:
-        return f"{found[key]:.0f} dB" if key in found else ""
-
-    rows = ["| denoiser | simulated | integer | coverage |", "|---|---|---|---|"]
+    """A markdown table with one row per class; an empty cell is what was not run, or did not work, in that run."""
+    rows = [f"| denoiser | {' | '.join(COLUMNS.values())} | quantized share |", "|---|---|---|---|---|"]
     for name, found in families.items():
-        numbers = cell(found, "simulated_db"), cell(found, "integer_db"), f"{found['coverage']:.1%}"
-        rows.append(f"| {name} | {' | '.join(numbers)} |")
+        ratios = [f"{found[key]:.0f} dB" if key in found else "" for key in COLUMNS]
+        rows.append(f"| {name} | {' | '.join(ratios)} | {found['coverage']:.1%} |")
     return "\n".join(rows)
 
 

@@ -5,8 +5,6 @@ With ``PTQ_TDQ_FAMILIES=path`` a summary is written there; ``benchmarks/families
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from denoisers import DENOISERS, Denoiser, prediction
+from families import keep
 from torch import Tensor, nn
 
 from ptq_tdq import Calls, QuantizedModel, calibrate, load_quantized, preset, record
@@ -62,18 +61,8 @@ class Case:
         return self.calls.inputs(slice(0, 2))
 
 
-@pytest.fixture(scope="module")
-def families() -> Iterator[dict[str, dict[str, Any]]]:
-    found: dict[str, dict[str, Any]] = {}
-    yield found
-    if path := os.environ.get("PTQ_TDQ_FAMILIES"):
-        Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
 @pytest.fixture(scope="module", params=DENOISERS, ids=lambda denoiser: denoiser.name)
-def case(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, families: dict[str, dict[str, Any]]
-) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     denoiser: Denoiser = request.param
     model, predictions = denoiser.build(), []
     with torch.no_grad():
@@ -86,8 +75,8 @@ def case(
         quantized.save_pretrained(folder)
         made = Case(denoiser, model, calls, predictions, plan, folder, quantized)
         made.summary["coverage"] = plan.coverage
-        families[denoiser.name] = made.summary
         yield made
+    keep(denoiser.name, made.summary)
 
 
 @torch.no_grad()

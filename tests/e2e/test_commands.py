@@ -76,7 +76,7 @@ def test_sample_draws_both_models_side_by_side(
         image.load()
         rows = -(-images // columns)
         assert image.format == "PNG"
-        assert image.size == (2 * columns * 8 * 3 + 4 * 3, rows * 8 * 3 + 14)
+        assert image.size == (2 * columns * 8 * 3 + 4 * 3, rows * (8 * 3 + 14) + 14)  # a caption per picture and title
         assert len(image.getcolors(1 << 20)) > 10
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from denoisers import DENOISERS
+from families import keep
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls, prediction
@@ -47,4 +48,6 @@ def test_a_graph_computes_what_the_simulated_model_does(
                 expected, got = simulated(**arguments), graph(**arguments)
             assert isinstance(got, tuple) == isinstance(expected, tuple)
             assert isinstance(got, tuple) or list(got) == list(expected)  # names of what it returns
-            assert sqnr_db(prediction(expected), prediction(got)) > 25
+            ratio = sqnr_db(prediction(expected), prediction(got))
+            assert ratio > 25
+            keep(name, {f"{form}_db": ratio})
