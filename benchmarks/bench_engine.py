@@ -23,20 +23,18 @@ import click
 import torch
 from facts import facts
 from published_loop import cache_pass, learn_activations, learn_weights, published_copy, replace_quantizers
-from torch import Tensor
 
 from ptq_tdq import load_model, preset
 from ptq_tdq.calib_data import collect_cached
-from ptq_tdq.config import Config
+from ptq_tdq.config import COLLECT_CHOICES, Config
 from ptq_tdq.plan import make_plan
-from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon import RunDirectory, Samples, activations, engine, reconstruct, weights
+from ptq_tdq.quantized_model import QuantizedModel, folded_copy
+from ptq_tdq.recon import RunDirectory, activations, engine, reconstruct, weights
+from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 
 RESULTS = Path(__file__).parent / "results" / "engine.jsonl"
-COLLECT = ("samples_per_step", "calibration_steps", "num_inference_steps", "step_distribution", "seed")
-STEPS = 1000
 Line = dict[str, Any]
 
 
@@ -54,7 +52,7 @@ class Bench:
 
     def weights(self, original: Any) -> Any:
         def reconstruct_weights(
-            unit: Unit, full: UnitCall, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator
+            unit: Unit, full: UnitCall, call: UnitCall, target: Parts, config: Config, generator: torch.Generator
         ) -> tuple[float, float]:
             self.stop_in_time()
             other = published_copy(unit)
@@ -77,7 +75,7 @@ class Bench:
 
     def activations(self, original: Any) -> Any:
         def reconstruct_activations(
-            unit: Unit, full: UnitCall, call: UnitCall, target: Tensor, config: Config, *rest: Any
+            unit: Unit, full: UnitCall, call: UnitCall, target: Parts, config: Config, *rest: Any
         ) -> activations.ActivationResult:
             self.stop_in_time()
             other = published_copy(unit)
@@ -163,17 +161,16 @@ def main(
 def run(config: Config, bench: Bench, work: Path) -> None:
     """Both phases over all units; the engine's two learning functions are wrapped by the bench."""
     model = load_model()
-    found = collect_cached(model, **{key: getattr(config, key) for key in COLLECT})
-    samples = Samples(found.x, found.t, found.class_labels)
-    plan = make_plan(model.unet, config, lambda: model.unet(**samples.inputs(slice(0, 2))))
-    quantized = QuantizedModel.copy_of(model.unet, plan)
+    calls = collect_cached(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+    plan = make_plan(folded_copy(model.denoiser), config, calls)
+    quantized = QuantizedModel.copy_of(model.denoiser, calls.axis, plan.layers)
     engine.reconstruct_weights = bench.weights(engine.reconstruct_weights)
     engine.reconstruct_activations = bench.activations(engine.reconstruct_activations)
     Unit.loss = bench.evaluated(Unit.loss)  # type: ignore[method-assign]
     weights._learn, activations._learn = bench.timed(weights._learn), bench.timed(activations._learn)
     directory = RunDirectory(work, {key: str(value) for key, value in config.to_dict().items()})
     try:
-        reconstruct(quantized, samples, config, STEPS, run=directory)
+        reconstruct(quantized, calls, config, single=plan.single, run=directory)
     except OutOfTime:
         print("Stopped in time; start the same command again.")
         return
@@ -184,10 +181,8 @@ def run(config: Config, bench: Bench, work: Path) -> None:
             for on in (False, True):
                 quantized.quantize(weights=on, activations=on and phase == "activations")
                 began = time.process_time()
-                chunks = [slice(i, i + 32) for i in range(0, len(samples.x), 32)]
-                cache_pass(
-                    quantized.model.get_submodule(name), [lambda c=c: quantized(**samples.inputs(c)) for c in chunks]
-                )
+                forwards = [lambda c=c: quantized(**calls.inputs(c)) for c in calls.chunks(32)]
+                cache_pass(quantized.model.get_submodule(name), forwards)
                 seconds += time.process_time() - began
         caching[phase] = seconds
     with bench.results.open("a") as file:

@@ -24,8 +24,7 @@ import torch
 from diffusers import UNet2DModel
 from facts import facts
 
-from ptq_tdq import calibrate, preset
-from ptq_tdq.calib_data import CalibrationSet
+from ptq_tdq import calibrate, preset, record
 
 RESULTS = Path(__file__).parent / "results" / "growth.jsonl"
 STEPS, SEED = 8, 0  # distinct time steps in a set
@@ -66,16 +65,16 @@ def measure(point: Point) -> dict[str, Any]:
     model.eval().requires_grad_(False)
     x = torch.randn(point.pairs, 4, point.size, point.size)
     t = torch.linspace(0, 999, STEPS).round().repeat(-(-point.pairs // STEPS))[: point.pairs]
-    pairs = CalibrationSet(x, t, None, {"num_train_timesteps": 1000})
-    with torch.no_grad():
-        model(x[:2], t[:2])
+    with torch.no_grad(), record(model, num_train_timesteps=1000) as calls:
+        for rows in torch.arange(point.pairs).split(64):
+            model(x[rows], t[rows])
     memory = OwnMemory()
     before = memory.now()
     memory.start()
     began_cpu, began = time.process_time(), time.perf_counter()
     units = []
     calibrate(
-        model, preset("default", scheme="W4A6", activation_iterations=4, batch_size=16), pairs, on_unit=units.append
+        model, preset("default", scheme="W4A6", activation_iterations=4, batch_size=16), calls, on_unit=units.append
     )
     return {
         **asdict(point),

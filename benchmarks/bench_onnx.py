@@ -1,8 +1,8 @@
 """Exported ONNX files on the runtimes that they are for, beside the same model in float32, interleaved in one process.
 
-One JSON line per (model, scheme, batch), one thread: milliseconds of one U-Net call (process CPU time, the least of the
-rounds), each file's speed over its own runtime's float32, how many products the runtime executes as integers, the
-file's size over that of the float32 weights, and the SQNR of its output against the simulated model's.
+One JSON line per (model, scheme, batch), one thread: milliseconds of one call of the denoiser (process CPU time, the
+least of the rounds), each file's speed over its own runtime's float32, how many products the runtime executes as
+integers, the file's size over that of the float32 weights, and the SQNR of its output against the simulated model's.
 
 "float32" is the graph of ``--format onnx-float``; for onnxruntime with the same normalization nodes as in the integer
 file, so that only integers make the difference.
@@ -23,13 +23,13 @@ import onnxruntime
 import openvino
 import torch
 from facts import facts
-from subjects import make_model
-from torch import Tensor
+from subjects import call_of, make_model
 
 from ptq_tdq import calibrate, collect, preset
 from ptq_tdq.artifacts import Artifact
+from ptq_tdq.calls import Calls, prediction
 from ptq_tdq.evaluate.metrics import sqnr_db
-from ptq_tdq.export.onnx import FORMS, OnnxUNet
+from ptq_tdq.export.onnx import FORMS, OnnxDenoiser
 from ptq_tdq.export.onnx.file import encode_onnx
 from ptq_tdq.export.onnx.floating import Floating
 from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
@@ -79,19 +79,21 @@ def main(models: str, schemes: str, batches: str, rounds: int, results: Path, re
             model = make_model(name, Path(folder))
             for scheme in schemes.split(","):
                 config = preset("default", scheme=scheme, **QUICK, **SAMPLES)
-                artifact = calibrate(model.unet, config, collect(model, **SAMPLES)).to_artifact()
-                paths = export(artifact, Path(folder) / scheme)
+                calls = collect(model, **SAMPLES)
+                artifact = calibrate(model, config, calls).to_artifact()
+                paths = export(artifact, calls, Path(folder) / scheme)
                 for batch in map(int, batches.split(",")):
-                    line = {"model": name, "scheme": scheme, "batch": batch} | measure(artifact, paths, batch, rounds)
+                    line = {"model": name, "scheme": scheme, "batch": batch}
+                    line |= measure(artifact, calls, paths, batch, rounds)
                     results.parent.mkdir(exist_ok=True)
                     with results.open("a") as file:
                         file.write(json.dumps(line | {"facts": facts()}) + "\n")
     print(table([json.loads(line) for line in results.read_text().splitlines()]))
 
 
-def export(artifact: Artifact, folder: Path) -> dict[str, Path]:
+def export(artifact: Artifact, calls: Calls, folder: Path) -> dict[str, Path]:
     folder.mkdir()
-    skeleton, paths = make_skeleton(artifact), {}
+    skeleton, paths = make_skeleton(artifact, calls), {}
     for name, form in FILES.items():
         paths[name] = folder / f"{name}.onnx"
         runtime = name if name in FORMS else "float"
@@ -99,38 +101,32 @@ def export(artifact: Artifact, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def measure(artifact: Artifact, paths: dict[str, Path], batch: int, rounds: int) -> dict[str, Any]:
-    inputs = inputs_of(artifact, batch)
+def measure(artifact: Artifact, calls: Calls, paths: dict[str, Path], batch: int, rounds: int) -> dict[str, Any]:
+    inputs = call_of(calls, batch, T)
     with torch.no_grad():
-        simulated = build_quantized(artifact)(**inputs).sample
-    unets = {name: OnnxUNet(paths[file], runtime=runtime, threads=1) for name, (file, runtime, _) in CALLS.items()}
-    outputs = {name: unet(**inputs).sample for name, unet in unets.items()}
+        simulated = prediction(build_quantized(artifact)(**inputs))
+    denoisers = {
+        name: OnnxDenoiser(paths[file], runtime=runtime, threads=1) for name, (file, runtime, _) in CALLS.items()
+    }
+    outputs = {name: prediction(denoiser(**inputs)) for name, denoiser in denoisers.items()}
     best = dict.fromkeys(CALLS, float("inf"))
     for _ in range(rounds):
-        for name, unet in unets.items():
+        for name, denoiser in denoisers.items():
             began = time.process_time()
-            unet(**inputs)
+            denoiser(**inputs)
             best[name] = min(best[name], time.process_time() - began)
     full = 4 * sum(v.numel() for part in (artifact.weight_codes, artifact.float_state) for v in part.values())
     return {
         "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
         "over_float32": {name: best[CALLS[name][2]] / seconds for name, seconds in best.items()},
         "products": {
-            "quantized": sum(2 if r.kind == "attention" else len(r.inputs) for r in artifact.layers),
+            "quantized": sum(2 if r.kind == "product" else len(r.inputs) for r in artifact.layers),
             "onnxruntime": onnxruntime_products(paths["onnxruntime"]),
             "openvino": openvino_products(paths["openvino"], inputs),
         },
         "file_over_float32": {name: paths[name].stat().st_size / full for name in FORMS},
         "sqnr_db_to_simulated": {name: sqnr_db(simulated, output) for name, output in outputs.items()},
     }
-
-
-def inputs_of(artifact: Artifact, batch: int) -> dict[str, Tensor]:
-    config, generator = artifact.config["model_config"], torch.Generator().manual_seed(batch)
-    size = config["sample_size"]
-    x = torch.randn(batch, config["in_channels"], size, size, generator=generator)
-    labels = {"class_labels": torch.arange(batch) % 10} if config["num_class_embeds"] else {}
-    return {"sample": x, "timestep": torch.full((batch,), T), **labels}
 
 
 def onnxruntime_products(path: Path) -> dict[str, int]:
@@ -144,11 +140,12 @@ def onnxruntime_products(path: Path) -> dict[str, int]:
     return {kind: count for kind, count in sorted(kinds.items()) if "Conv" in kind or "MatMul" in kind}
 
 
-def openvino_products(path: Path, inputs: dict[str, Tensor]) -> dict[str, int]:
+def openvino_products(path: Path, inputs: dict[str, Any]) -> dict[str, int]:
     """Products that OpenVINO executes, by its own name of the kernel."""
     core = openvino.Core()
     model = core.read_model(str(path))
-    model.reshape({name: list(value.shape) for name, value in inputs.items()})
+    names = {value.any_name for value in model.inputs}
+    model.reshape({name: list(value.shape) for name, value in inputs.items() if name in names})
     nodes = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model().get_ops()
     info = [{key: getattr(value, "value", value) for key, value in node.get_rt_info().items()} for node in nodes]
     products = (i for i in info if i.get("layerType") in ("Convolution", "FullyConnected", "MatMul"))

@@ -1,7 +1,7 @@
 """Speed and size of the integer backend beside other runtimes, interleaved in one process.
 
-One JSON line per (model, batch, threads): milliseconds of one U-Net call (the least of the rounds), each runtime's
-speed over torch fp32 eager, and the sizes of the weights. ``--pipeline`` adds images per second of DDIM with 50 steps.
+One JSON line per (model, batch, threads): milliseconds of one call of the denoiser (the least of the rounds), each
+runtime's speed over torch fp32 eager, and the sizes of the weights. ``--pipeline`` adds images per second of 50 steps.
 Needs ``pip install -e '.[bench]'``.
 """
 
@@ -19,11 +19,14 @@ import click
 import numpy as np
 import torch
 from facts import facts
-from subjects import make_model
+from subjects import at, call_of, make_model
 from torch import Tensor, nn
 
 from ptq_tdq import calibrate, collect, load_quantized, preset
-from ptq_tdq.evaluate.trajectories import make_noise, run
+from ptq_tdq.artifacts import read_artifact
+from ptq_tdq.calls import prediction
+from ptq_tdq.evaluate.trajectories import run
+from ptq_tdq.timeaxis import at as present_at
 
 RESULTS = Path(__file__).parent / "results" / "runtime.jsonl"
 NEAREST = {"rounding": "nearest", "activation_iterations": 0, "samples_per_step": 4, "calibration_steps": 25}
@@ -66,22 +69,15 @@ class Subject:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.model = make_model(name, folder)
-        self.unet = self.model.unet.eval()
+        self.denoiser = self.model.denoiser
+        self.calls = collect(self.model, samples_per_step=4, calibration_steps=25, num_inference_steps=25)
         for scheme in ("W8A8", "W4A8"):
             config = preset("default", scheme=scheme, **NEAREST)
-            samples = collect(self.model, samples_per_step=4, calibration_steps=25, num_inference_steps=25)
-            calibrate(self.unet, config, samples).save_pretrained(folder / scheme)
-
-    def inputs(self, batch: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(batch)
-        config = self.unet.config
-        x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, generator=generator)
-        labels = {"class_labels": torch.arange(batch) % 10} if config.num_class_embeds else {}
-        return {"sample": x, "timestep": torch.full((batch,), 500), **labels}
+            calibrate(self.model, config, self.calls).save_pretrained(folder / scheme)
 
     def sizes(self) -> dict[str, float]:
         """Weights as multiples of the float32 bytes: the file, and what the integer backend keeps in memory."""
-        full = sum(4 * p.numel() for p in self.unet.parameters())
+        full = sum(4 * p.numel() for p in self.denoiser.parameters())
         found = {}
         for scheme in ("W8A8", "W4A8"):
             folder = self.folder / scheme
@@ -91,41 +87,41 @@ class Subject:
 
 
 class _Plain(nn.Module):
-    """Positional inputs and a tensor as output, which exporters like best."""
+    """Positional tensors and a tensor as output, which exporters like best; other arguments are as recorded."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, inputs: dict[str, Any]) -> None:
         super().__init__()
-        self.unet = unet
+        self.denoiser = denoiser
+        self.names = list(tensors_of(inputs))
+        self.rest = {name: value for name, value in inputs.items() if name not in self.names}
 
     def forward(self, *args: Tensor) -> Tensor:
-        result: Tensor = self.unet(*args, return_dict=False)[0] if len(args) < 3 else self.unet(*args).sample
-        return result
+        return prediction(self.denoiser(**dict(zip(self.names, args, strict=True)), **self.rest))
+
+
+def tensors_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The arguments that are tensors."""
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
 def measure(subject: Subject, batch: int, threads: int, rounds: int) -> dict[str, Any]:
-    inputs = subject.inputs(batch)
-    unet = subject.unet
+    inputs = call_of(subject.calls, batch, 500)
+    denoiser, time_argument = subject.denoiser, subject.calls.axis.argument
 
     def with_bf16() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            unet(**inputs)
+            denoiser(**inputs)
 
-    calls: dict[str, Call] = {"torch fp32": lambda: unet(**inputs), "torch bf16": with_bf16}
+    calls: dict[str, Call] = {"torch fp32": lambda: denoiser(**inputs), "torch bf16": with_bf16}
     ours = load_quantized(subject.folder / "W8A8", backend="integer")
     w4 = load_quantized(subject.folder / "W4A8", backend="integer")
-    steps = cycle(torch.full((batch,), 20 * i) for i in range(50))  # another t at each call, as a sampler of 50 steps
-
-    def without_lookup() -> None:  # the same model, since another copy's place in memory makes 2% of difference
-        ours.at = lambda t: None
-        ours(**inputs)
-        del ours.at
-
+    # another t at each call, as a sampler of 50 steps
+    steps = cycle(at(subject.calls, batch, 20 * i) for i in range(50))
     calls |= {
-        "ptq-tdq W8A8": lambda: ours(**inputs | {"timestep": next(steps)}),
-        "ptq-tdq W4A8": lambda: w4(**inputs | {"timestep": next(steps)}),
-        "ptq-tdq W8A8 without lookup": without_lookup,
+        "ptq-tdq W8A8": lambda: ours(**inputs | {time_argument: next(steps)}),
+        "ptq-tdq W4A8": lambda: w4(**inputs | {time_argument: next(steps)}),
     }
-    calls |= openvino_calls(unet, inputs, threads) | onnxruntime_calls(unet, inputs, threads, subject.folder)
+    calls |= openvino_calls(denoiser, inputs, threads) | onnxruntime_calls(denoiser, inputs, threads, subject.folder)
     best = dict.fromkeys(calls, float("inf"))
     with torch.no_grad():
         for call in calls.values():
@@ -137,7 +133,7 @@ def measure(subject: Subject, batch: int, threads: int, rounds: int) -> dict[str
                 best[name] = min(best[name], time.perf_counter() - began)
     return {
         "model": subject.name,
-        "parameters": sum(p.numel() for p in unet.parameters()),
+        "parameters": sum(p.numel() for p in denoiser.parameters()),
         "batch": batch,
         "threads": threads,
         "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
@@ -148,13 +144,13 @@ def measure(subject: Subject, batch: int, threads: int, rounds: int) -> dict[str
     }
 
 
-def openvino_calls(unet: nn.Module, inputs: dict[str, Tensor], threads: int) -> dict[str, Call]:
+def openvino_calls(denoiser: nn.Module, inputs: dict[str, Any], threads: int) -> dict[str, Call]:
     import nncf
     import openvino
 
-    values = tuple(inputs.values())
+    values = tuple(tensors_of(inputs).values())
     arrays = [value.numpy() for value in values]
-    plain = openvino.convert_model(_Plain(unet).eval(), example_input=values)
+    plain = openvino.convert_model(_Plain(denoiser, inputs).eval(), example_input=values)
     integer = nncf.quantize(plain, nncf.Dataset([arrays] * 4), fast_bias_correction=True)
     core = openvino.Core()
 
@@ -166,7 +162,7 @@ def openvino_calls(unet: nn.Module, inputs: dict[str, Tensor], threads: int) -> 
     return {"OpenVINO bf16": call(plain, "bf16"), "OpenVINO + NNCF int8": call(integer, "bf16")}
 
 
-def onnxruntime_calls(unet: nn.Module, inputs: dict[str, Tensor], threads: int, folder: Path) -> dict[str, Call]:
+def onnxruntime_calls(denoiser: nn.Module, inputs: dict[str, Any], threads: int, folder: Path) -> dict[str, Call]:
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -178,12 +174,12 @@ def onnxruntime_calls(unet: nn.Module, inputs: dict[str, Tensor], threads: int, 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return self.left.pop() if self.left else None
 
-    batch = len(inputs["sample"])
-    feed = {f"input{index}": value.numpy() for index, value in enumerate(inputs.values())}
+    tensors = tuple(tensors_of(inputs).values())
+    batch, feed = len(tensors[0]), {f"input{index}": value.numpy() for index, value in enumerate(tensors)}
     paths = [folder / f"batch{batch}-{kind}.onnx" for kind in ("float", "prepared", "int8")]
     if not paths[2].exists():
         torch.onnx.export(
-            _Plain(unet).eval(), tuple(inputs.values()), paths[0], input_names=list(feed), dynamo=True, verbose=False
+            _Plain(denoiser, inputs).eval(), tensors, paths[0], input_names=list(feed), dynamo=True, verbose=False
         )
         quant_pre_process(paths[0], paths[1])
         quantize_static(
@@ -203,23 +199,23 @@ def onnxruntime_calls(unet: nn.Module, inputs: dict[str, Tensor], threads: int, 
 
 
 def end_to_end(subject: Subject) -> dict[str, Any]:
-    """Sampling alone, without decoding: batch 64, DDIM with 50 steps, best of 2 rounds."""
-    noise, labels = make_noise(subject.model, 64, 0)
+    """Sampling and decoding: batch 64, the model's own scheduler with 50 steps, best of 2 rounds."""
+    conditions = subject.model.sampler.conditions(64)
     subjects = {
-        "torch fp32": subject.unet,
+        "torch fp32": subject.denoiser,
         "ptq-tdq W8A8": load_quantized(subject.folder / "W8A8", backend="integer"),
         "ptq-tdq W4A8": load_quantized(subject.folder / "W4A8", backend="integer"),
     }
     rates = dict.fromkeys(subjects, 0.0)
     for _ in range(2):
-        for name, unet in subjects.items():
+        for name, denoiser in subjects.items():
             began = time.perf_counter()
-            run(unet, subject.model, noise, labels, 50, 0)
-            rates[name] = max(rates[name], len(noise) / (time.perf_counter() - began))
+            run(denoiser, subject.model, conditions, 50, 0)
+            rates[name] = max(rates[name], len(conditions) / (time.perf_counter() - began))
     return {
         "model": subject.name,
         "lookup_microseconds": lookup_microseconds(subject),
-        "batch": len(noise),
+        "batch": len(conditions),
         "threads": torch.get_num_threads(),
         "images_per_second": rates,
         "facts": facts(),
@@ -229,10 +225,12 @@ def end_to_end(subject: Subject) -> dict[str, Any]:
 def lookup_microseconds(subject: Subject) -> float:
     """What the tables cost over a static scale, at each forward pass: mean over 1000 time steps."""
     model = load_quantized(subject.folder / "W8A8", backend="integer")
-    model.at(0)
+    quantizers = read_artifact(subject.folder / "W8A8").quantizers
+    x, name = torch.empty(1), next(q.name for q in quantizers if q.name in model.step)
     began = time.perf_counter()
     for index in range(1000):
-        model.at(torch.tensor([index]))
+        with present_at(torch.tensor([float(index)])), model.step.call():
+            model.step.interval(name, x)
     return 1e6 * (time.perf_counter() - began) / 1000
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.search import QParams
@@ -62,18 +64,20 @@ class PublishedQuantizer(nn.Module):
 
 def published_copy(unit: Unit) -> Unit:
     """A copy of the unit that shares nothing which learning changes."""
-    clock = unit.clock
-    module = copy.deepcopy(unit.module, {id(clock): clock})
+    module = copy.deepcopy(unit.module)
     module.__dict__.pop("forward", None)  # the sweep's interception, which would call the original
-    return Unit(unit.name, module, clock, unit.t)
+    return replace(unit, module=module)
 
 
-def loss_of(output: Tensor, target: Tensor, power: float) -> Tensor:
-    return (output - target).abs().pow(power).sum(1).mean()
+def loss_of(unit: Unit, call: UnitCall, target: Parts, power: float, index: Tensor) -> Tensor:
+    """``|output - target|^power`` for some samples: summed over dim 1, the mean over the rest."""
+    found = call.output(unit.run(call, index), index).real(slice(0, len(index)))
+    parts = [(a - b).abs().pow(power).sum(1).mean() for a, b in zip(found, target.real(index), strict=True)]
+    return torch.stack(parts).sum()
 
 
 def learn_weights(
-    unit: Unit, call: UnitCall, target: Tensor, iterations: int, batch: int, generator: torch.Generator
+    unit: Unit, call: UnitCall, target: Parts, iterations: int, batch: int, generator: torch.Generator
 ) -> None:
     """Phase W of one unit, whose layers have their first intervals already."""
     roundings = []
@@ -93,9 +97,9 @@ def learn_weights(
     optimizer = torch.optim.Adam([r.alpha for r in roundings], lr=WEIGHT_LR)
     with torch.enable_grad():
         for iteration in range(iterations):
-            index = torch.randperm(len(target), generator=generator)[:batch]
+            index = torch.randperm(len(unit.t), generator=generator)[:batch]
             optimizer.zero_grad()
-            loss = loss_of(unit.run(call, index), target[index], 2.0)
+            loss = loss_of(unit, call, target, 2.0, index)
             if iteration >= WARMUP * iterations:
                 b = B_END + (B_START - B_END) * max(0.0, 1 - (iteration / iterations - WARMUP) / (1 - WARMUP))
                 for rounding in roundings:
@@ -118,7 +122,7 @@ def replace_quantizers(unit: Unit, static: dict[str, QParams]) -> list[nn.Parame
 
 
 def learn_activations(
-    unit: Unit, call: UnitCall, target: Tensor, scales: list[nn.Parameter], iterations: int, batch: int,
+    unit: Unit, call: UnitCall, target: Parts, scales: list[nn.Parameter], iterations: int, batch: int,
     generator: torch.Generator, power: float,
 ) -> None:  # fmt: skip
     """Phase A of one unit: Adam with cosine decay on the intervals; nothing to do where only weights are quantized."""
@@ -128,9 +132,9 @@ def learn_activations(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(iterations, 1))
     with torch.enable_grad():
         for _ in range(iterations):
-            index = torch.randperm(len(target), generator=generator)[:batch]
+            index = torch.randperm(len(unit.t), generator=generator)[:batch]
             optimizer.zero_grad()
-            loss = loss_of(unit.run(call, index), target[index], power)
+            loss = loss_of(unit, call, target, power, index)
             loss.backward()
             optimizer.step()
             schedule.step()

@@ -1,4 +1,4 @@
-"""The models that the runtime benchmarks run."""
+"""The models that the runtime benchmarks run, and how they are called."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from torch import Tensor
 
 from ptq_tdq import load_model
+from ptq_tdq.calls import Calls
 
 
 def make_model(name: str, folder: Path) -> Any:
-    """The embedded model, or a U-Net 64-128-128 at 32x32 with heads of 64 channels and random weights."""
-    if name == "embedded":
-        return load_model()
+    """What :func:`load_model` finds, the embedded U-Net for "embedded".
+
+    "random" is a U-Net 64-128-128 at 32x32 with heads of 64 channels and random weights.
+    """
+    if name != "random":
+        return load_model("reference" if name == "embedded" else name)
     torch.manual_seed(0)
     UNet2DModel(
         sample_size=32,
@@ -26,3 +31,16 @@ def make_model(name: str, folder: Path) -> Any:
     ).save_pretrained(folder / name)
     DDIMScheduler().save_pretrained(folder / name)
     return load_model(str(folder / name))
+
+
+def call_of(calls: Calls, batch: int, t: float) -> dict[str, Any]:
+    """A call like the recorded ones, with ``batch`` rows, all at time step ``t``."""
+    rows = torch.arange(batch) % len(calls.groups[0])
+    arguments = calls.inputs(rows)
+    return {**arguments, calls.axis.argument: at(calls, batch, t)}
+
+
+def at(calls: Calls, batch: int, t: float) -> Tensor:
+    """The model's own time argument for ``batch`` rows at ``t``, of the dtype that was recorded."""
+    value = calls.axis.value(torch.full((batch,), float(t)))
+    return value.to(calls.groups[0].leaf(calls.axis.argument).dtype)

@@ -1,28 +1,48 @@
-"""Calibration sets: load a diffusion model, run its full-precision sampler, keep what the quantizers must see."""
+"""Full-precision models as they are used: loading, sampling, and the calls that calibration must see."""
 
 from __future__ import annotations
 
-from ptq_tdq.calib_data.calibration_set import CalibrationSet
-from ptq_tdq.calib_data.collect import collect, collect_cached, make_recipe
-from ptq_tdq.calib_data.load import REFERENCE_ID, LoadedModel, check_unet, load_model, unet_sha256, with_scheduler
-from ptq_tdq.calib_data.sampling import Record, Recorder, sample_latents, start_schedule
+from ptq_tdq.calib_data.collect import collect, collect_cached, first_call, make_recipe
+from ptq_tdq.calib_data.finite import finite_outputs
+from ptq_tdq.calib_data.load import (
+    EMBEDDED,
+    REFERENCE_DIT_ID,
+    REFERENCE_ID,
+    LoadedModel,
+    check_denoiser,
+    from_pipeline,
+    is_embedded,
+    load_model,
+    with_scheduler,
+)
+from ptq_tdq.calib_data.loop import LoopSampler
+from ptq_tdq.calib_data.pipeline import PipelineSampler
+from ptq_tdq.calib_data.prompts import read_prompts
+from ptq_tdq.calib_data.sampler import Sampled, Sampler, new_schedule, sample_generator
 from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 
 __all__ = [
+    "EMBEDDED",
+    "REFERENCE_DIT_ID",
     "REFERENCE_ID",
-    "CalibrationSet",
     "LoadedModel",
-    "Record",
-    "Recorder",
+    "LoopSampler",
+    "PipelineSampler",
+    "Sampled",
+    "Sampler",
     "StepDistribution",
-    "check_unet",
+    "check_denoiser",
     "choose_steps",
     "collect",
     "collect_cached",
+    "finite_outputs",
+    "first_call",
+    "from_pipeline",
+    "is_embedded",
     "load_model",
     "make_recipe",
-    "sample_latents",
-    "start_schedule",
-    "unet_sha256",
+    "new_schedule",
+    "read_prompts",
+    "sample_generator",
     "with_scheduler",
 ]

@@ -1,10 +1,11 @@
-"""Collect a calibration set: run the full-precision sampler and keep what its U-Net receives at chosen steps."""
+"""Collect a calibration set: sample in full precision and keep the denoiser's calls at chosen steps."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.cache import cache_folder
-from ptq_tdq.calib_data.calibration_set import CalibrationSet
+from ptq_tdq.calib_data.finite import finite_outputs
 from ptq_tdq.calib_data.load import LoadedModel
-from ptq_tdq.calib_data.sampling import Recorder, sample_latents, start_schedule
+from ptq_tdq.calib_data.sampler import new_schedule, sample_generator
 from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
+from ptq_tdq.calls import Calls, Recorder
 from ptq_tdq.errors import CalibrationSetError, ConfigError
+from ptq_tdq.timeaxis import TimeAxis, find_axis
+
+PURPOSE = "calibration"  # of the noise
+Progress = Callable[[int, int], None]
 
 
 def collect(
@@ -27,60 +33,53 @@ def collect(
     num_inference_steps: int,
     step_distribution: StepDistribution = "uniform",
     seed: int = 0,
-    batch_size: int = 64,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> CalibrationSet:
-    """Run ``samples_per_step`` trajectories once each and keep ``calibration_steps`` steps of every one.
+    batch_size: int | None = None,
+    parts: Path | None = None,
+    on_progress: Progress | None = None,
+) -> Calls:
+    """Sample ``samples_per_step`` trajectories once each and keep the calls at ``calibration_steps`` steps of each.
 
-    The set holds N = samples_per_step x calibration_steps samples (Q-Diffusion: 256 x 20 = 5120), ordered by step, then
-    by trajectory: sample j * samples_per_step + i is the j-th chosen step of trajectory i. Trajectory i of a
-    class-conditional model has the class i mod num_classes. Its noise depends on (seed, i) alone, so ``batch_size``
-    changes speed and memory but not the result, apart from rounding in the last digits.
+    The set holds samples_per_step x calibration_steps rows (Q-Diffusion: 256 x 20 = 5120), or twice as many where
+    guidance calls the denoiser with and without the condition. Trajectory i has the noise of (seed, i) alone, so
+    ``batch_size`` (by default the sampler's own) changes speed and memory but not the result, apart from rounding in
+    the last digits. Finished batches are kept in the folder ``parts``, if there is one, and read from it.
 
-    ``on_progress(done, total)`` counts calls of the U-Net.
+    ``on_progress(done, total)`` counts steps of the sampler.
 
     Raises :class:`ConfigError` for an impossible request, and :class:`~ptq_tdq.errors.NonFiniteError` naming t when
-    the model returns NaN or Inf.
+    the denoiser gives NaN or Inf.
     """
-    _check_request(samples_per_step, calibration_steps, num_inference_steps, batch_size)
-    timesteps = start_schedule(model.scheduler, num_inference_steps).timesteps
-    last_t = int(model.scheduler.config.num_train_timesteps)
-    generators = [_generator("noise", seed, i) for i in range(samples_per_step)]
-    choices = (_generator("steps", seed, i) for i in range(samples_per_step))
-    chosen = [
-        choose_steps(timesteps, calibration_steps, step_distribution, g, num_train_timesteps=last_t) for g in choices
-    ]
-    config = model.unet.config
-    size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else [config.sample_size] * 2
-    x = torch.empty(calibration_steps, samples_per_step, config.in_channels, *size)
-    t = torch.empty(calibration_steps, samples_per_step)
-    labels = torch.arange(samples_per_step) % model.num_classes if model.num_classes else None
-    done, total = 0, len(timesteps) * -(-samples_per_step // batch_size)
+    size = model.sampler.batch if batch_size is None else batch_size
+    _check_request(samples_per_step, calibration_steps, num_inference_steps, size)
+    conditions = model.sampler.conditions(samples_per_step)
+    collected, total = [], num_inference_steps * -(-samples_per_step // size)
+    for number, start in enumerate(range(0, samples_per_step, size)):
+        samples = range(start, min(start + size, samples_per_step))
+        part = _read(parts, start)
+        if part is None:
+            recorder = Recorder(model.denoiser)
+            schedule = new_schedule(model.sampler)
+            choices = [sample_generator("steps", seed, i) for i in samples]
 
-    def advance(index: int, t: float, latents: Tensor) -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, total)
+            wanted = _Wanted(schedule, calibration_steps, step_distribution, choices)
 
-    for start in range(0, samples_per_step, batch_size):
-        batch = range(start, min(start + batch_size, samples_per_step))
-        recorder = Recorder(model.unet, _wanted([chosen[i] for i in batch], len(timesteps)))
-        noise = torch.stack([torch.randn(x.shape[2:], generator=generators[i]) for i in batch])
-        sample_latents(
-            recorder,
-            model.scheduler,
-            noise=noise.to(model.unet.device, model.unet.dtype),
-            num_inference_steps=num_inference_steps,
-            class_labels=None if labels is None else labels[batch.start : batch.stop].to(model.unet.device),
-            generator=generators[batch.start : batch.stop],
-            on_step=advance,
-        )
-        for record in recorder.records:
-            columns = record.rows + start
-            rows = torch.tensor([chosen[i].index(record.step_index) for i in columns.tolist()])
-            x[rows, columns], t[rows, columns] = record.x, record.t
-    repeated = None if labels is None else labels.repeat(calibration_steps)
+            def count(step: int, done: int = number * num_inference_steps) -> None:
+                if on_progress is not None:
+                    on_progress(done + min(step + 1, num_inference_steps), total)
+
+            recorder.begin(samples.start, len(samples), wanted, count)
+            with recorder.listening(), finite_outputs(model.denoiser):
+                model.sampler.run(
+                    model.denoiser,
+                    conditions[start : samples.stop],
+                    [sample_generator(PURPOSE, seed, i) for i in samples],
+                    num_inference_steps,
+                    schedule,
+                )
+            part = recorder.calls(axis_of(recorder, schedule))
+            if parts is not None:
+                part.save(_file(parts, start))
+        collected.append(part)
     recipe = make_recipe(
         model,
         samples_per_step=samples_per_step,
@@ -89,7 +88,46 @@ def collect(
         step_distribution=step_distribution,
         seed=seed,
     )
-    return CalibrationSet(x.flatten(0, 1), t.flatten(), repeated, recipe)
+    return Calls.join(collected, collected[0].axis, recipe)
+
+
+class _Enough(BaseException):
+    """Ends a run whose first call is all that is wanted; no pipeline takes it for an error of its own."""
+
+
+def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> Calls:
+    """The first call that sampling makes of the denoiser, for one sample: what it is given, at the price of one call.
+
+    Raises what the sampler and the denoiser refuse.
+    """
+    recorder, schedule = Recorder(model.denoiser), new_schedule(model.sampler)
+
+    def stop(module: Any, args: Any, output: Any) -> None:
+        if len(recorder.calls(TimeAxis(recorder.argument))):  # the recorder calls the denoiser, too, to look at it
+            raise _Enough
+
+    recorder.begin(0, 1)
+    with recorder.listening():
+        handle = model.denoiser.register_forward_hook(stop)
+        try:
+            model.sampler.run(
+                model.denoiser,
+                model.sampler.conditions(1),
+                [sample_generator(PURPOSE, seed, 0)],
+                num_inference_steps,
+                schedule,
+            )
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+    return recorder.calls(axis_of(recorder, schedule))
+
+
+def axis_of(recorder: Recorder, schedule: Any) -> TimeAxis:
+    """The time axis of a model, from what it was called with and the schedule of the same run."""
+    total = getattr(schedule.config, "num_train_timesteps", None)
+    return find_axis(recorder.argument, recorder.seen, [float(t) for t in schedule.timesteps], total)
 
 
 def make_recipe(
@@ -105,17 +143,15 @@ def make_recipe(
     scheduler = json.dumps(dict(model.scheduler.config), sort_keys=True, default=str)
     return {
         "model_sha256": model.sha256,
-        "dtype": str(model.unet.dtype).removeprefix("torch."),
+        "dtype": str(model.denoiser.dtype).removeprefix("torch."),
         "scheduler": type(model.scheduler).__name__,
         "scheduler_sha256": hashlib.sha256(scheduler.encode()).hexdigest(),
-        "num_train_timesteps": int(model.scheduler.config.num_train_timesteps),
-        "num_classes": model.num_classes,
         "samples_per_step": samples_per_step,
         "calibration_steps": calibration_steps,
-        "samples": samples_per_step * calibration_steps,
         "num_inference_steps": num_inference_steps,
         "step_distribution": step_distribution,
         "seed": seed,
+        **model.sampler.recipe(),
     }
 
 
@@ -123,27 +159,77 @@ def collect_cached(
     model: LoadedModel,
     cache_dir: str | Path | None = None,
     *,
-    batch_size: int = 64,
-    on_progress: Callable[[int, int], None] | None = None,
+    batch_size: int | None = None,
+    on_progress: Progress | None = None,
     **recipe: Any,
-) -> CalibrationSet:
+) -> Calls:
     """Do what :func:`collect` does, or read its result from ``cache_dir`` when model and recipe are unchanged.
 
-    ``recipe`` are the other arguments of :func:`collect`. A damaged file in the cache is collected again and replaced.
+    ``recipe`` are the other arguments of :func:`collect`. A damaged file in the cache is collected again and replaced;
+    a collection that was interrupted goes on after its last batch.
     Raises what :func:`collect` raises, and :class:`~ptq_tdq.errors.OutputError` for a cache that cannot be written.
     """
     wanted = make_recipe(model, **recipe)
     name = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
-    path = (cache_folder() if cache_dir is None else Path(cache_dir)) / f"calibration-{name}.safetensors"
+    path = (cache_folder() if cache_dir is None else Path(cache_dir)) / f"calls-{name}.safetensors"
     try:
-        cached = CalibrationSet.load(path)
+        cached = Calls.load(path)
         if cached.recipe == wanted:
             return cached
     except CalibrationSetError:
         pass  # absent or damaged: a cache mends itself
-    collected = collect(model, batch_size=batch_size, on_progress=on_progress, **recipe)
+    parts = path.with_suffix(".parts")
+    collected = collect(model, batch_size=batch_size, parts=parts, on_progress=on_progress, **recipe)
     collected.save(path)
+    shutil.rmtree(parts, ignore_errors=True)
     return collected
+
+
+class _Wanted:
+    """Chooses steps for every sample once the sampler has set its schedule: when it first calls the denoiser."""
+
+    def __init__(
+        self, schedule: Any, count: int, distribution: StepDistribution, generators: Sequence[torch.Generator]
+    ) -> None:
+        self.schedule, self.count, self.distribution, self.generators = schedule, count, distribution, generators
+        self.chosen = torch.empty(0)
+        self.place = torch.empty(0)
+
+    def __call__(self, step: int) -> Tensor:
+        """Step index of the denoiser's own calls -> bool [B]."""
+        if not len(self.chosen):
+            self._choose()
+        # a pipeline with two denoisers calls each at a part of its steps; most schedules know where they are
+        known = getattr(self.schedule, "step_index", None)
+        index = step if known is None else int(self.place[known])
+        if index < len(self.chosen):
+            return self.chosen[index]
+        return torch.zeros(len(self.generators), dtype=torch.bool)
+
+    def _choose(self) -> None:
+        """Mark (step, sample) pairs, bool [steps, B]; all steps where there are fewer than asked for."""
+        t = torch.as_tensor([float(t) for t in self.schedule.timesteps])
+        steps, self.place = t.unique_consecutive(return_inverse=True)
+        total = getattr(self.schedule.config, "num_train_timesteps", None) or max(1, int(t.max()))
+        self.chosen = torch.zeros(len(steps), len(self.generators), dtype=torch.bool)
+        for column, generator in enumerate(self.generators):
+            found = choose_steps(
+                steps, min(self.count, len(steps)), self.distribution, generator, num_train_timesteps=total
+            )
+            self.chosen[found, column] = True
+
+
+def _file(parts: Path, start: int) -> Path:
+    return parts / f"{start:06d}.safetensors"
+
+
+def _read(parts: Path | None, start: int) -> Calls | None:
+    if parts is None:
+        return None
+    try:
+        return Calls.load(_file(parts, start))
+    except CalibrationSetError:
+        return None
 
 
 def _check_request(samples_per_step: int, calibration_steps: int, num_inference_steps: int, batch_size: int) -> None:
@@ -161,17 +247,3 @@ def _check_request(samples_per_step: int, calibration_steps: int, num_inference_
             f"The {calibration_steps} calibration steps must be among the {num_inference_steps} inference steps; "
             "ask for fewer calibration steps or more inference steps."
         )
-
-
-def _generator(purpose: str, seed: int, trajectory: int) -> torch.Generator:
-    """Make a generator of its own; neighbouring seeds and trajectories share nothing."""
-    digest = hashlib.sha256(f"{purpose} {seed} {trajectory}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _wanted(chosen: list[list[int]], steps: int) -> Tensor:
-    """Mark the chosen (step index, trajectory) pairs: bool [steps, batch]."""
-    wanted = torch.zeros(steps, len(chosen), dtype=torch.bool)
-    for column, indices in enumerate(chosen):
-        wanted[indices, column] = True
-    return wanted

@@ -1,77 +1,123 @@
-"""Load a diffusion model with all that sampling needs: U-Net, scheduler and, for latent models, VAE."""
+"""Load a full-precision model with all that sampling needs: its denoiser and the pipeline, or scheduler, around it."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-from collections.abc import Iterator
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
+from ptq_tdq.calib_data.loop import LoopSampler
+from ptq_tdq.calib_data.pipeline import PipelineSampler
 from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
-from ptq_tdq.calib_data.source import Components, find_components, find_folder, read_config
+from ptq_tdq.calib_data.reference_dit import reference_dit_path
+from ptq_tdq.calib_data.sampler import Sampler
+from ptq_tdq.calib_data.source import Parts, diffusers_class, find_folder, find_parts, read_config
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
-from ptq_tdq.timed_model import require_timestep
+from ptq_tdq.identity import model_sha256
+from ptq_tdq.timeaxis import time_argument
 
-REFERENCE_ID = "ptq-tdq/reference-cifar10-ldm"
+REFERENCE_ID, REFERENCE_DIT_ID = "ptq-tdq/reference-cifar10-ldm", "ptq-tdq/reference-cifar10-dit"
+EMBEDDED = {"reference": REFERENCE_ID, "reference-dit": REFERENCE_DIT_ID}
+"""Short names of the models that come with the package."""
+_ACCELERATE = find_spec("accelerate") is not None  # loads in less memory; some models are loaded in no other way
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """A full-precision model, ready to sample.
 
-    ``unet`` is in evaluation mode and without gradients; ``vae`` is None for models in pixel space. ``sha256`` covers
-    the U-Net's float32 weights and its configuration. ``num_classes`` counts the real classes, 0 for an unconditional
-    model; a label for "no class" is not one of them. ``notices`` are sentences that the user should see.
+    ``denoiser`` is in evaluation mode and without gradients, ``component`` its name in the pipeline (None for a bare
+    one). ``sha256`` covers its weights (as float32) and its configuration. ``notices`` are sentences that the user
+    should see.
     """
 
-    unet: Any  # diffusers.UNet2DModel, or any module with its call signature, `config`, `device` and `dtype`
-    scheduler: Any  # any diffusers scheduler
-    vae: Any | None
+    denoiser: Any  # a module of diffusers, or any with its call signature, `config`, `device` and `dtype`
+    sampler: Sampler
     id: str
     sha256: str
-    num_classes: int = 0
+    component: str | None = None
     notices: tuple[str, ...] = ()
+
+    @property
+    def scheduler(self) -> Any:
+        return self.sampler.scheduler
 
 
 def load_model(
-    source: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    source: str | None = None,
+    *,
+    component: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prompts: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """Load the embedded reference model (``source`` None), a local diffusers folder or a hub id.
+    """Load an embedded model ("reference", the default, or "reference-dit"), a local diffusers folder or a hub id.
 
-    A local folder is a pipeline (U-Net and scheduler in sub-folders, or at its top level as in google/ddpm-cifar10-32)
-    or a bare UNet2DModel folder, whose scheduler may be in it or beside it.
+    A folder holds a pipeline, or a bare denoiser whose scheduler may be in it or beside it. ``component`` names the
+    denoiser of a pipeline that has several. What is sampled, for calibration and evaluation, are ``prompts`` or
+    ``classes``; ``call`` are further arguments of the pipeline (guidance_scale, height, width, ...).
 
-    Raises :class:`ModelError` for a source that does not exist, cannot be reached, is damaged or is no UNet2DModel,
-    :class:`NonFiniteError` naming the layer for NaN or Inf in a weight, and :class:`ConfigError` for an unknown device.
+    Raises :class:`ModelError` for a source that does not exist, cannot be reached, is damaged or has no denoiser,
+    :class:`NonFiniteError` naming the layer for NaN or Inf in a weight, and :class:`ConfigError` for an unknown device
+    and for prompts, classes or arguments that the model does not take.
     """
-    folder = reference_path() if source is None else find_folder(source)
-    parts = find_components(folder)
-    with _quiet_diffusers():
-        unet = _load_weights(diffusers.UNet2DModel, parts.unet)
-        vae = None if parts.vae is None else _load_weights(_vae_class(parts.vae), parts.vae)
-        scheduler, notices = _load_scheduler(parts)
-    check_unet(unet)
-    sha256 = unet_sha256(unet)
-    classes = int(unet.config.num_class_embeds or 0)
-    if classes and folder.resolve() == reference_path().resolve():
-        classes = NO_CLASS
+    name = EMBEDDED.get(source or "reference", source or "")
+    folder = _folder(name)
+    parts = find_parts(folder, component)
+    with _quiet():
+        denoiser = _load_weights(_class_of(parts.denoiser), parts.denoiser)
+        check_denoiser(denoiser)
+        sampler, notices = _make_sampler(parts, denoiser, prompts, classes, call)
+    if isinstance(sampler, LoopSampler) and folder.resolve() == reference_path().resolve() and classes is None:
+        sampler.limited(NO_CLASS)
+    sha256 = model_sha256(denoiser)
     try:
-        with _quiet_diffusers():
-            unet.to(device, dtype)
-            vae = None if vae is None else vae.to(device, dtype)
+        with _quiet():
+            _move(denoiser, sampler, torch.device(device), dtype)
     except (RuntimeError, AssertionError) as error:  # torch reports a missing backend as either
         raise ConfigError(f"The device '{device}' cannot be used here ({error}); choose another.") from error
-    return LoadedModel(unet, scheduler, vae, source or REFERENCE_ID, sha256, classes, notices)
+    return LoadedModel(denoiser, sampler, name, sha256, parts.component, notices)
+
+
+def from_pipeline(
+    pipe: Any,
+    *,
+    component: str | None = None,
+    prompts: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+    call: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """A pipeline of diffusers that is already in memory; the arguments are those of :func:`load_model`."""
+    known = [
+        name
+        for name, value in pipe.components.items()
+        if isinstance(value, nn.Module) and diffusers_class(type(value).__name__) and _takes_time(value)
+    ]
+    if component is None and len(known) != 1:
+        raise ModelError(
+            f"{type(pipe).__name__} has {'several denoisers' if known else 'no denoiser'} ({', '.join(known)}); "
+            "name one as component=..."
+        )
+    name = component or known[0]
+    denoiser = getattr(pipe, name, None)
+    if not isinstance(denoiser, nn.Module):
+        raise ModelError(f"{type(pipe).__name__} has no denoiser named {name!r}; it has {', '.join(known)}.")
+    check_denoiser(denoiser)
+    sampler = PipelineSampler(pipe, name, prompts, classes, call)
+    own = str(getattr(denoiser.config, "_name_or_path", "") or type(denoiser).__name__)
+    return LoadedModel(denoiser, sampler, Path(own).name, model_sha256(denoiser), name)
 
 
 def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
@@ -79,74 +125,122 @@ def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
 
     Raises :class:`ConfigError` for a class that diffusers does not have or that cannot be made from this schedule.
     """
-    cls = getattr(diffusers, name, None) if name.isidentifier() else None
-    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+    cls = diffusers_class(name, SchedulerMixin)
+    if cls is None:
         raise ConfigError(
             f"diffusers has no scheduler named {name!r}, or lacks a package for it; "
             "try DDIMScheduler or EulerDiscreteScheduler."
         )
     try:
-        with _quiet_diffusers():
-            return replace(model, scheduler=cls.from_config(model.scheduler.config))
+        with _quiet():
+            sampler = copy.copy(model.sampler)
+            sampler.scheduler = cls.from_config(model.scheduler.config)
+            if hasattr(sampler.scheduler, "alphas_cumprod") != hasattr(model.scheduler, "alphas_cumprod"):
+                raise ValueError("one is for diffusion, the other for flow matching")
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise ConfigError(f"{name} cannot be made from the model's own schedule ({error}); try another.") from error
+    return replace(model, sampler=sampler)
 
 
-def check_unet(unet: nn.Module) -> None:
-    """Check that a U-Net can be quantized over time.
+def check_denoiser(model: nn.Module) -> None:
+    """Check that a model can be quantized over time.
 
-    Raises :class:`ModelError` when its ``forward`` has no ``timestep`` argument or its classes are not integer labels,
-    and :class:`NonFiniteError` naming the layer for NaN or Inf in a weight.
+    Raises :class:`ModelError` when its ``forward`` has no time argument, :class:`NonFiniteError` naming the layer for
+    NaN or Inf in a weight.
     """
-    require_timestep(unet)
-    class_embedding = getattr(getattr(unet, "config", None), "class_embed_type", None)
-    if class_embedding is not None:
-        raise ModelError(
-            f"Class embeddings of type '{class_embedding}' are not supported; pass a model with integer class labels "
-            "(num_class_embeds) or without classes."
-        )
-    for name, tensor in unet.state_dict().items():
+    time_argument(model)
+    for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(
                 f"The weight '{name}' has NaN or Inf; the model cannot be quantized, load another copy."
             )
 
 
-def unet_sha256(unet: Any) -> str:
-    """Hash the weights (as float32) and the configuration of a U-Net.
-
-    Configuration entries at their default are left out, so a newer diffusers with more entries gives the same hash.
-    """
-    defaults = inspect.signature(type(unet).__init__).parameters
-    config = {
-        name: value
-        for name, value in dict(unet.config).items()
-        if not name.startswith("_") and not (name in defaults and _same(value, defaults[name].default))
-    }
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(unet.state_dict().items()):
-        values = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+def is_embedded(model: LoadedModel) -> bool:
+    """Whether the model samples latents of the embedded VAE, and so images for the embedded classifier."""
+    return model.id in EMBEDDED.values() or Path(model.id).resolve() in (
+        reference_path().resolve(),
+        reference_dit_path().resolve(),
+    )
 
 
-def _same(value: Any, default: Any) -> bool:
-    return list(value) == list(default) if isinstance(default, tuple) and value is not None else bool(value == default)
+def _folder(name: str) -> Path:
+    if name == REFERENCE_ID:
+        return reference_path()
+    return reference_dit_path() if name == REFERENCE_DIT_ID else find_folder(name)
+
+
+def _takes_time(model: nn.Module) -> bool:
+    try:
+        time_argument(model)
+    except ModelError:
+        return False
+    return True
+
+
+def _make_sampler(
+    parts: Parts,
+    denoiser: nn.Module,
+    prompts: Sequence[str] | None,
+    classes: Sequence[int] | None,
+    call: Mapping[str, Any] | None,
+) -> tuple[Sampler, tuple[str, ...]]:
+    """The pipeline where it does more than the plain loop: where there is something to tell it."""
+    if parts.pipeline is not None and parts.component is not None:
+        pipe = _load_pipeline(parts.pipeline, parts.component, denoiser)
+        sampler = PipelineSampler(pipe, parts.component, prompts, classes, call)
+        if sampler.condition is not None or set(pipe.components) - {parts.component, "scheduler", "vae", "vqvae"}:
+            return sampler, ()
+    if prompts is not None or call:
+        raise ConfigError(
+            f"'{parts.denoiser}' is no pipeline with a condition: it takes no prompts and no arguments such as "
+            "guidance_scale, height or width."
+        )
+    vae = parts.vae or (reference_path() / "vae" if parts.denoiser.parent == reference_dit_path() else None)
+    loaded = None if vae is None else _load_weights(_class_of(vae), vae)
+    scheduler, notices = _load_scheduler(parts)
+    return LoopSampler(denoiser, scheduler, loaded, classes), notices
+
+
+def _load_pipeline(folder: Path, component: str, denoiser: nn.Module) -> Any:
+    # what a safety checker would do to the pictures of an untrained or quantized model is no loss of quantization
+    given = {"safety_checker": None} if "safety_checker" in read_config(folder / "model_index.json") else {}
+    try:
+        with _quiet_transformers():
+            return DiffusionPipeline.from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=_ACCELERATE,
+                local_files_only=True,
+                use_safetensors=True,
+                **{component: denoiser, **given},
+            )
+    except Exception as error:  # of any type, from diffusers, transformers or a tokenizer
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")[:200]
+        raise ModelError(
+            f"The pipeline in '{folder}' cannot be loaded ({reason}); its files are missing or damaged, or a package "
+            "that they need is not installed (pip install 'ptq-tdq[pipelines]')."
+        ) from error
 
 
 def _load_weights(cls: Any, folder: Path) -> Any:
-    has_safetensors = any(folder.glob("*.safetensors"))
+    if not any(folder.glob("*.safetensors")):
+        pickled = next((f.name for kind in ("*.bin", "*.ckpt", "*.pt") for f in folder.glob(kind)), None)
+        if pickled:
+            raise ModelError(
+                f"The weights in '{folder}' are pickled ({pickled}), which can run code and is never read; "
+                "save the model with safetensors."
+            )
     try:
         model, info = cls.from_pretrained(
             folder,
             torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,  # True needs the accelerate package
+            low_cpu_mem_usage=_ACCELERATE,
             local_files_only=True,
-            use_safetensors=has_safetensors,
+            use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ModelError(
             f"The {cls.__name__} in '{folder}' cannot be loaded ({reason}); "
@@ -162,37 +256,64 @@ def _load_weights(cls: Any, folder: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _vae_class(folder: Path) -> Any:
-    return _diffusers_class(read_config(folder / "config.json").get("_class_name"), ModelMixin, folder)
-
-
-def _load_scheduler(parts: Components) -> tuple[Any, tuple[str, ...]]:
-    if parts.scheduler is None:
-        notice = f"'{parts.unet}' has no scheduler_config.json; using DDPMScheduler with its defaults."
-        return DDPMScheduler(), (notice,)
-    config = read_config(parts.scheduler / "scheduler_config.json")
-    cls = _diffusers_class(config.get("_class_name"), SchedulerMixin, parts.scheduler)
-    try:
-        return cls.from_config(config), ()
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ModelError(f"The scheduler in '{parts.scheduler}' cannot be made ({error}); correct its file.") from error
-
-
-def _diffusers_class(name: Any, base: type, folder: Path) -> Any:
-    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(cls, type) and issubclass(cls, base)):
+def _class_of(folder: Path) -> Any:
+    name = read_config(folder / "config.json").get("_class_name")
+    cls = diffusers_class(name)
+    if cls is None:
         raise ModelError(
             f"The configuration in '{folder}' names the class {name!r}, which this diffusers does not have."
         )
     return cls
 
 
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """Silence log lines about things that :func:`load_model` reports itself, as errors with an advice."""
-    before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+def _load_scheduler(parts: Parts) -> tuple[Any, tuple[str, ...]]:
+    if parts.scheduler is None:
+        notice = f"'{parts.denoiser}' has no scheduler_config.json; using DDPMScheduler with its defaults."
+        return DDPMScheduler(), (notice,)
+    config = read_config(parts.scheduler / "scheduler_config.json")
+    cls = diffusers_class(config.get("_class_name"), SchedulerMixin)
+    if cls is None:
+        raise ModelError(
+            f"The configuration in '{parts.scheduler}' names the class {config.get('_class_name')!r}, which this "
+            "diffusers does not have."
+        )
     try:
-        yield
+        return cls.from_config(config), ()
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"The scheduler in '{parts.scheduler}' cannot be made ({error}); correct its file.") from error
+
+
+def _move(denoiser: nn.Module, sampler: Sampler, device: torch.device, dtype: torch.dtype) -> None:
+    denoiser.to(device, dtype)
+    if isinstance(sampler, PipelineSampler):
+        sampler.pipe.to(device, dtype)
+    elif isinstance(sampler, LoopSampler) and sampler.vae is not None:
+        sampler.vae.to(device, dtype)
+
+
+@contextmanager
+def _quiet(library: Any = diffusers_logging) -> Iterator[None]:
+    """Silence log lines and bars about things that :func:`load_model` reports itself, as errors with an advice."""
+    verbosity, bar = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names that change between the versions that we support
+            yield
     finally:
-        diffusers_logging.set_verbosity(before)
+        library.set_verbosity(verbosity)
+        if bar:
+            library.enable_progress_bar()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """The same of the library that text encoders come from; it is heavy, and not needed by every model."""
+    if find_spec("transformers") is None:
+        yield
+        return
+    from transformers.utils import logging as transformers_logging
+
+    with _quiet(transformers_logging):
+        yield

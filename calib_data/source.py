@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ptq_tdq.errors import ModelError
+from ptq_tdq.timeaxis import USUAL_NAMES
 
+PIPELINE_FILE = "model_index.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CONFIGS_AND_WEIGHTS = ["*.json", "*.safetensors"]
-_UNET_CLASS = "UNet2DModel"
+_PARTS = ("unet", "transformer")  # where a folder without a pipeline file keeps its denoiser
 
 
 @dataclass(frozen=True)
-class Components:
-    """The folders of a model's parts; ``scheduler`` and ``vae`` are None where the model has none."""
+class Parts:
+    """The folders of a model's parts; None for what the model has not.
 
-    unet: Path
+    ``pipeline`` is the folder with the pipeline file, ``component`` the name of the denoiser in it.
+    """
+
+    denoiser: Path
+    component: str | None
     scheduler: Path | None
     vae: Path | None
+    pipeline: Path | None
 
 
 def find_folder(source: str) -> Path:
@@ -42,9 +52,10 @@ def find_folder(source: str) -> Path:
             f"There is no folder '{source}'; pass a local diffusers folder or a hub id such as owner/name."
         )
     try:
-        snapshot = Path(snapshot_download(source, allow_patterns=_CONFIGS_AND_WEIGHTS))
-        if not any(snapshot.rglob("*.safetensors")):  # older repositories hold PyTorch files only
-            snapshot = Path(snapshot_download(source, allow_patterns=["*.json", "*.bin"]))
+        found = Path(snapshot_download(source, allow_patterns=["*.json"]))
+        if (found / PIPELINE_FILE).is_file():  # the files of its components, each in one form
+            return Path(DiffusionPipeline.download(source, use_safetensors=True))
+        return Path(snapshot_download(source, allow_patterns=_CONFIGS_AND_WEIGHTS))
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"There is neither a local folder nor a public hub repository '{source}'; check the name or pass a folder."
@@ -53,40 +64,94 @@ def find_folder(source: str) -> Path:
         raise ModelError(
             f"'{source}' is no local folder and the hub could not be reached; pass the path of a diffusers folder."
         ) from error
-    return snapshot
 
 
-def find_components(folder: Path) -> Components:
-    """Find the U-Net, the scheduler and the VAE of a pipeline folder or of a bare U-Net folder.
+def find_parts(folder: Path, component: str | None = None) -> Parts:
+    """Find the denoiser, and what stands around it, in the folder of a pipeline or of a bare denoiser.
 
-    Parts are in sub-folders named after them or, as in google/ddpm-cifar10-32, at the top level. The scheduler of a
-    bare U-Net folder may also be beside it. Raises :class:`ModelError` where there is no UNet2DModel.
+    In a pipeline the denoiser is the component whose forward pass takes a time step; ``component`` names one of
+    several. Without a pipeline file, parts are in sub-folders named after them or at the top level, and the scheduler
+    of a bare denoiser may be beside it.
+
+    Raises :class:`ModelError` where there is no denoiser, none of that name, or no name to choose among several.
     """
-    unet = next((place for place in (folder / "unet", folder) if (place / "config.json").is_file()), None)
-    if unet is None:
+    if (folder / PIPELINE_FILE).is_file():
+        return _of_pipeline(folder, component)
+    known = [name for name in _PARTS if (folder / name / "config.json").is_file()]
+    bare = (folder / "config.json").is_file()  # it is the denoiser, whatever its name is in a pipeline
+    if component is not None and component not in known and not bare:
+        raise ModelError(_no_component(folder, component, known))
+    name = component if component in known else next(iter(known), None)
+    place = folder / name if name else folder
+    if not (place / "config.json").is_file():
         raise ModelError(
-            f"There is no {_UNET_CLASS} in '{folder}': neither config.json nor unet/config.json exists; "
-            "pass a folder that diffusers saved."
+            f"There is no denoiser in '{folder}': neither {PIPELINE_FILE} nor config.json nor one in "
+            f"{' or '.join(_PARTS)} exists; pass a folder that diffusers saved."
         )
-    found = read_config(unet / "config.json").get("_class_name")
-    if found != _UNET_CLASS:
+    found = read_config(place / "config.json").get("_class_name")
+    if not takes_time(found):
         raise ModelError(
-            f"The model in '{unet}' is a {found}, not a {_UNET_CLASS}; pass a folder with a {_UNET_CLASS}."
+            f"The model in '{place}' is a {found}, which takes no time step; pass a folder with a denoiser, "
+            "such as a UNet2DConditionModel or a transformer."
         )
     places = [folder / "scheduler", folder]
-    if unet == folder:
+    if place == folder:
         beside = folder.resolve().parent
         places += [beside / "scheduler", beside]
-    scheduler = next((place for place in places if (place / "scheduler_config.json").is_file()), None)
-    vae = next((place for place in (folder / "vae", folder / "vqvae") if (place / "config.json").is_file()), None)
-    return Components(unet, scheduler, vae)
+    scheduler = next((p for p in places if (p / "scheduler_config.json").is_file()), None)
+    return Parts(place, name, scheduler, _vae(folder), None)
+
+
+def _of_pipeline(folder: Path, component: str | None) -> Parts:
+    index = read_config(folder / PIPELINE_FILE)
+    entries = {name: e for name, e in index.items() if isinstance(e, list) and len(e) == 2 and e[1] is not None}
+    denoisers = [name for name, (_, cls) in entries.items() if takes_time(cls)]
+    if not denoisers:
+        raise ModelError(
+            f"The pipeline in '{folder}' has no component that takes a time step, so there is no denoiser to quantize."
+        )
+    if component is not None and component not in denoisers:
+        raise ModelError(_no_component(folder, component, denoisers))
+    if component is None and len(denoisers) > 1:
+        raise ModelError(
+            f"The pipeline in '{folder}' has several denoisers ({', '.join(denoisers)}); "
+            "name one with --component and quantize them one at a time."
+        )
+    name = component or denoisers[0]
+    place = folder / name if (folder / name).is_dir() else folder  # older ones keep it at the top level
+    scheduler = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
+    return Parts(place, name, scheduler, _vae(folder), folder)
+
+
+def _no_component(folder: Path, component: str, known: list[str]) -> str:
+    there = f"it has {', '.join(known)}" if known else "it has none"
+    return f"'{folder}' has no denoiser named {component!r}; {there}."
+
+
+def _vae(folder: Path) -> Path | None:
+    return next((p for p in (folder / "vae", folder / "vqvae") if (p / "config.json").is_file()), None)
+
+
+def diffusers_class(name: Any, base: type = ModelMixin) -> Any:
+    """The class of diffusers that is called ``name``, or None; nothing else of the package counts."""
+    try:
+        cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    except Exception:  # diffusers imports it now, and an optional package may be missing or broken
+        return None
+    return cls if isinstance(cls, type) and issubclass(cls, base) else None
+
+
+def takes_time(name: Any) -> bool:
+    """Whether the class of diffusers that is called ``name`` is a model of x and a time step."""
+    cls = diffusers_class(name)
+    return cls is not None and any(usual in inspect.signature(cls.forward).parameters for usual in USUAL_NAMES)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises :class:`ModelError` for anything else."""
     try:
         config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"The file '{path}' cannot be read as JSON ({error}); copy or download it again.") from error
     if not isinstance(config, dict):
         raise ModelError(f"The file '{path}' is no JSON object; copy or download it again.")

@@ -15,12 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ptq_tdq.artifacts import check_folder, write_atomic
 from ptq_tdq.calib_data import load_model
-from ptq_tdq.calibrate import check_choices
-from ptq_tdq.cli.options import backend_option, model_option, quiet_option, threads_option, verbose_option
+from ptq_tdq.cli.options import backend_option, model_options, quiet_option, threads_option, verbose_option
 from ptq_tdq.config import PRESETS
 from ptq_tdq.errors import ConfigError, UsageError
 from ptq_tdq.evaluate.names import METRICS, Metric
 from ptq_tdq.load import Backend
+from ptq_tdq.study.cell import check_plans, sampling_sha256
 from ptq_tdq.study.matrix import METHODS, Cell, make_cells
 from ptq_tdq.study.render import Table, find_metric, listing, make_table, markdown, require_comparable, title, to_csv
 from ptq_tdq.study.results import Line, read_lines, unfinished
@@ -34,7 +34,7 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 
 
 @click.command("benchmark")
-@model_option
+@model_options
 @click.option("--presets", metavar="NAMES", default="default", show_default=True, help=f"Of {', '.join(PRESETS)}.")
 @click.option("--schemes", metavar="NAMES", default="W4A8,W4A6", show_default=True, help="Bit widths.")
 @click.option(
@@ -122,6 +122,7 @@ def benchmark_command(
     against: str | None,
     verbose: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Calibrate and measure every method x scheme x preset x seed, and draw a table.
 
@@ -144,19 +145,20 @@ def benchmark_command(
         return
     cells = make_cells(_names(presets), _names(schemes), _names(methods), _numbers(seeds), settings, samples, backend)
     lines = read_lines(results)
-    model = load_model(source)
-    left = unfinished(cells, lines, model.sha256)
+    model = load_model(source, **given)
+    left = unfinished(cells, lines, model.sha256, sampling_sha256(model))
     planned = [{"preset": c.preset, "method": c.method, "evaluation": c.evaluation} for c in cells]
     require_comparable([*lines, *planned], against)
-    for config in {(c.config.skip, c.config.float_layers, c.config.attention): c.config for c in left}.values():
-        check_choices(model.unet, config)  # all that the plan of a model depends on
     if grids:
         check_folder(grids)
+    # all that can make a plan impossible
+    plans = {(c.config.skip, c.config.float_layers, c.config.attention): c.config for c in left}
+    check_plans(model, list(plans.values()))
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished cell."
     with _Bars(left, lines, workers, quiet=quiet, verbose=verbose, total=len(cells)) as bars:
         command = shlex.join(["ptq-tdq", *sys.argv[1:]])
         run_study(
-            left, results, source=source, command=command, count=workers, grids=grids,
+            left, results, source=source, given=given, command=command, count=workers, grids=grids,
             on_line=bars.finished, on_say=bars.now,
         )  # fmt: skip
     if not quiet or output:

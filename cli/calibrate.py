@@ -13,7 +13,7 @@ from ptq_tdq.calib_data import collect_cached, load_model, with_scheduler
 from ptq_tdq.calibrate import calibrate, check_choices
 from ptq_tdq.cli.options import (
     json_option,
-    model_option,
+    model_options,
     print_json,
     quiet_option,
     scheduler_option,
@@ -51,7 +51,7 @@ def _choice_flags(command: Any) -> Any:
 
 
 @click.command("calibrate")
-@model_option
+@model_options
 @click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="The artifact directory to write.")
 @click.option(
     "--preset",
@@ -72,9 +72,8 @@ def _choice_flags(command: Any) -> Any:
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
 @click.option(
     "--evaluation-samples",
-    type=click.IntRange(min=0),
-    default=64,
-    show_default=True,
+    type=click.IntRange(min=0, max=1 << 20),
+    show_default="64; 4 with a pipeline",
     help="Samples on which the result is measured; 0 measures nothing.",
 )
 @threads_option
@@ -95,20 +94,21 @@ def calibrate_command(
     show_config: bool,
     resume: bool,
     overwrite: bool,
-    evaluation_samples: int,
+    evaluation_samples: int | None,
     as_json: bool,
     verbose: bool,
     quiet: bool,
-    **flags: str | None,
+    **given: Any,
 ) -> None:
-    """Quantize a diffusion model and write its interval tables.
+    """Quantize the denoiser of a diffusion model and write its interval tables.
 
-    Runs the model's own sampler for a calibration set, learns the rounding of the weights and the activation intervals
-    as a function of the time step, block by block, and writes an artifact directory. Flags go before the file of
-    --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the first
-    unfinished block.
+    Samples with the model's own pipeline for a calibration set, learns the rounding of the weights and the activation
+    intervals as a function of the time step, block by block, and writes an artifact directory. Flags go before the file
+    of --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the
+    first unfinished block.
     """
     began = time.perf_counter()
+    flags = {key: given.pop(key) for key in FLAGS}
     config = _resolve(preset_name, config_file, flags, skip, settings)
     if show_config:
         print_json(config.to_dict())
@@ -117,38 +117,40 @@ def calibrate_command(
     unfinished = unfinished_folder(output_dir)
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished block."
     say = Progress(quiet=quiet, verbose=verbose)
-    model = load_model(source)
+    model = load_model(source, **given)
     if scheduler is not None:
         model = with_scheduler(model, scheduler)
     model_id = _id(model.id)
     for notice in model.notices:
         say.notice(notice)
     say.config(config)
-    check_choices(model.unet, config)
-    calibration_set = collect_cached(
-        model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_CHOICES}
-    )
+    check_choices(model, config)
+    calls = collect_cached(model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_CHOICES})
     if not resume:
         discard(unfinished)
     with say.units():
         quantized = calibrate(
-            model.unet,
+            model,
             config,
-            calibration_set,
+            calls,
             model_id=model_id,
             run_directory=unfinished,
             on_unit=say.unit,
             on_notice=say.notice,
         )
+    for notice in quantized.notices:
+        say.notice(notice)
     learned = static = None
+    if evaluation_samples is None:
+        evaluation_samples = min(64, model.sampler.batch)
     if evaluation_samples:
         say.line("Measuring against full precision, from noise that calibration has not seen")
         reference = make_reference(
             model, samples=evaluation_samples, num_inference_steps=config.num_inference_steps, seed=config.seed
         )
-        learned = compare(reference, quantized, config.seed)
+        learned = compare(reference, quantized)
         with quantized.intervals(quantized.static):
-            static = compare(reference, quantized, config.seed)
+            static = compare(reference, quantized)
         quantized.metrics |= {
             "samples": evaluation_samples,
             "num_inference_steps": config.num_inference_steps,

@@ -17,7 +17,7 @@ from ptq_tdq.calib_data import LoadedModel, collect_cached, with_scheduler
 from ptq_tdq.cli.options import (
     backend_option,
     json_option,
-    original_option,
+    original_options,
     print_json,
     quiet_option,
     result_console,
@@ -32,12 +32,13 @@ from ptq_tdq.config import COLLECT_CHOICES
 from ptq_tdq.errors import UsageError
 from ptq_tdq.evaluate import inception
 from ptq_tdq.evaluate.baseline import Baseline, Measured, make_baseline
-from ptq_tdq.evaluate.images import grid_png
+from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.evaluate.names import METRICS, Metric
 from ptq_tdq.evaluate.ptqd import CorrectionName, corrected
 from ptq_tdq.load import Backend, load_quantized
 
 GRID_IMAGES = 40
+SAMPLES, PIPELINE_SAMPLES = 1000, 32  # of a plain loop over a small denoiser, and of a pipeline
 FIXED = "First part: the quantized model compared with full precision from the same noise"
 DATA = (
     "Below the line: compared with CIFAR-10 training images in the features of the embedded classifier "
@@ -45,20 +46,22 @@ DATA = (
 )
 INCEPTION = "Inception metrics compare with the images of --data"
 NO_CLASSIFIER = (
-    "This is not the embedded model, so there is no classifier to compare its samples with data: only the distances to "
-    "full precision are given; --data adds Inception metrics."
+    "This is no embedded model, so there is no classifier to compare its samples with data: only the distances to full "
+    "precision are given; --data adds Inception metrics."
+)
+NO_IMAGES = (
+    "The samples are no images (sounds, or latents without a VAE), so only predictions and final latents are compared."
 )
 
 
 @click.command("evaluate")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@original_option
+@original_options
 @click.option(
     "--samples",
     type=click.IntRange(min=8),
-    default=1000,
-    show_default=True,
-    help="Samples of each model; distances to data depend on it, compare them at one number only.",
+    help="Samples of each model; distances to data depend on it, compare them at one number only.  "
+    f"[default: {SAMPLES}; {PIPELINE_SAMPLES} with a pipeline]",
 )
 @steps_option
 @scheduler_option
@@ -87,7 +90,7 @@ NO_CLASSIFIER = (
 def evaluate_command(
     artifact: Path,
     source: str | None,
-    samples: int,
+    samples: int | None,
     num_inference_steps: int,
     scheduler: str | None,
     backend: Backend,
@@ -99,21 +102,25 @@ def evaluate_command(
     as_json: bool,
     verbose: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Measure what ARTIFACT loses against its full-precision model.
 
-    Both sample from the same noise. Distances between the two are given for every model; for the embedded model also
-    the distances of each to its training images, in the features of the embedded classifier (-C10, no FID).
+    Both sample from the same noise what calibration sampled (prompts or classes, the pipeline's arguments), or what is
+    named here. Distances between the two are given for every model; for an embedded model also the distances of each
+    to its training images, in the features of the embedded classifier (-C10, no FID).
     """
     diffusers_logging.set_verbosity_error()
     if output_dir:
         check_target(output_dir, overwrite)
     stored = read_artifact(artifact)
-    model = load_original(source, stored.config["base_model"]["id"])
+    model = load_original(source, stored, **given)
     check_base_model(stored, model.sha256)
-    unet = _corrected(correction, model, load_quantized(artifact, backend=backend), stored.config["choices"])
+    quantized = load_quantized(artifact, backend=backend, device=given["device"])
+    denoiser = _corrected(correction, model, quantized, stored.config["choices"])
     if scheduler:
         model = with_scheduler(model, scheduler)
+    samples = samples or (PIPELINE_SAMPLES if model.sampler.batch < PIPELINE_SAMPLES else SAMPLES)
     say = Progress(quiet=quiet, verbose=verbose)
     network = inception.load_inception() if data else None
     baseline = make_baseline(
@@ -125,7 +132,7 @@ def evaluate_command(
     )
     real = _real(network, data, baseline)
     measured = baseline.measure(
-        unet,
+        denoiser,
         lambda done, total: say.counting("Sampling with the quantized model", done, total),
     )
     full = baseline.quality() | _inception(network, baseline.images, real)
@@ -139,7 +146,8 @@ def evaluate_command(
         "backend": backend,
         "correction": correction,
         "samples": samples,
-        "steps_compared_on": len(baseline.reference.x[0]),
+        "steps_compared_on": baseline.reference.recorded,
+        "sampling": model.sampler.recipe(),
         "num_inference_steps": num_inference_steps,
         "scheduler": type(model.scheduler).__name__,
         "seed": seed,
@@ -157,12 +165,12 @@ def evaluate_command(
             click.echo(f"Wrote {output_dir}")
 
 
-def _corrected(name: CorrectionName, model: LoadedModel, unet: nn.Module, choices: dict[str, Any]) -> nn.Module:
+def _corrected(name: CorrectionName, model: LoadedModel, quantized: nn.Module, choices: dict[str, Any]) -> nn.Module:
     """The model with its correction, estimated on the calibration set that its choices name."""
     if name == "none":
-        return unet
+        return quantized
     recipe = {key: choices[key] for key in COLLECT_CHOICES}
-    return corrected(name, model.unet, unet, collect_cached(model, **recipe))
+    return corrected(name, model, quantized, collect_cached(model, **recipe))
 
 
 def _real(network: Any, data: Path | None, baseline: Baseline) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -170,7 +178,7 @@ def _real(network: Any, data: Path | None, baseline: Baseline) -> tuple[Tensor, 
     if network is None or data is None:
         return None
     if baseline.images is None:
-        raise UsageError("The samples are latents and the model has no VAE to turn them into images; leave out --data.")
+        raise UsageError("The samples are sounds, or latents without a VAE, and no images; leave out --data.")
     height, width = baseline.images.shape[2:]
     return inception.describe(network, inception.load_folder(data, (height, width)))
 
@@ -180,7 +188,7 @@ def _inception(network: Any, images: Tensor | None, real: tuple[Tensor, Tensor, 
 
 
 def _notes(baseline: Baseline, network: Any) -> list[str]:
-    notes = [FIXED, DATA if baseline.described else NO_CLASSIFIER]
+    notes = [FIXED, DATA if baseline.described else NO_IMAGES if baseline.images is None else NO_CLASSIFIER]
     return [*notes, INCEPTION] if network is not None else notes
 
 
@@ -233,5 +241,6 @@ def _write(output_dir: Path, document: dict[str, Any], baseline: Baseline, measu
         write_file(folder / "evaluation.md", "\n".join(lines).encode())
         if baseline.images is not None and measured.images is not None:
             panels = {"full precision": baseline.images, document["scheme"]: measured.images}
-            classes = baseline.reference.model.num_classes
-            write_file(folder / "samples.png", grid_png(panels, classes, GRID_IMAGES))
+            conditions = baseline.reference.conditions
+            picture = grid_png(panels, count_classes(conditions), GRID_IMAGES, captions_of(conditions))
+            write_file(folder / "samples.png", picture)

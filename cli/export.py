@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ptq_tdq.artifacts import read_artifact
-from ptq_tdq.cli.options import quiet_option, verbose_option
+from ptq_tdq.artifacts import Artifact, check_base_model, read_artifact
+from ptq_tdq.calib_data import collect
+from ptq_tdq.calls import Calls
+from ptq_tdq.cli.options import original_options, quiet_option, verbose_option
+from ptq_tdq.cli.original import load_original
 from ptq_tdq.errors import UsageError
 from ptq_tdq.export import export_tables
 
 TABLES, GRAPHS = ("csv", "json", "npz"), ("onnx", "onnx-float")
 RUNTIMES = ("portable", "onnxruntime", "openvino")
+ONE_CALL: dict[str, Any] = {
+    "samples_per_step": 1,
+    "calibration_steps": 1,
+    "num_inference_steps": 2,
+}  # what a graph needs to see
 
 
 @click.command("export")
@@ -32,14 +41,36 @@ RUNTIMES = ("portable", "onnxruntime", "openvino")
     "theirs; portable runs everywhere.  [default: portable]",
 )
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The file to write.")
+@click.option(
+    "--calls",
+    "calls_file",
+    type=click.Path(path_type=Path),
+    help="For a graph: recorded calls of the model (Calls.save), of which one is enough.  [default: one is recorded "
+    "while the full-precision model samples]",
+)
+@original_options
 @verbose_option
 @quiet_option
-def export_command(artifact: Path, kind: str, runtime: str | None, output: Path, verbose: bool, quiet: bool) -> None:
+def export_command(
+    artifact: Path,
+    kind: str,
+    runtime: str | None,
+    output: Path,
+    calls_file: Path | None,
+    source: str | None,
+    verbose: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
     """Write ARTIFACT for other programs.
 
     csv, json and npz hold the interval tables: layer, t, scale, zero_point, qmin, qmax, lo, hi. onnx is the whole
-    quantized model as one graph, with the tables inside and the time step as an input. onnx-float is for hardware
-    teams: the graph in floating point whose nodes have the names of the table, and the table as CSV beside it.
+    quantized model as one graph, with the tables inside and the arguments of the model's calls, the time step among
+    them, as inputs. onnx-float is for hardware teams: the graph in floating point whose nodes have the names of the
+    table, and the table as CSV beside it.
+
+    Sizes that a graph fixes (of a latent, of a prompt) are those of the recorded call, so of --height, --width and the
+    like.
     """
     if runtime is not None and kind != "onnx":
         raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
@@ -50,10 +81,18 @@ def export_command(artifact: Path, kind: str, runtime: str | None, output: Path,
         from ptq_tdq.export import onnx  # an extra
 
         if not quiet:
-            click.echo("Exporting the graph; this takes up to a minute.", err=True)
+            click.echo("Exporting the graph; this takes from seconds to minutes.", err=True)
+        calls = Calls.load(calls_file) if calls_file is not None else _record(stored, source, given)
         if kind == "onnx":
-            onnx.export_onnx(stored, output, runtime or "portable")
+            onnx.export_onnx(stored, output, runtime or "portable", calls)
         else:
-            written.append(onnx.export_onnx_float(stored, output))
+            written.append(onnx.export_onnx_float(stored, output, calls))
     if not quiet:
         click.echo(f"Wrote {' and '.join(map(str, written))}", err=True)
+
+
+def _record(stored: Artifact, source: str | None, given: dict[str, Any]) -> Calls:
+    """One call of the full-precision model, as its own sampling makes it."""
+    model = load_original(source, stored, **given)
+    check_base_model(stored, model.sha256)
+    return collect(model, **ONE_CALL)

@@ -40,26 +40,39 @@ def inspect_command(artifact: Path, runtime: bool, as_json: bool, verbose: bool)
 
 
 def _runtime(facts: dict[str, Any]) -> list[str]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in facts["integer_kinds"].items())
     return [
         f"{facts['integer_layers']} layers in integers (u8 x s8, int32 sums), by {facts['products']}; "
-        f"this processor has {facts['instructions']}",
-        f"quantization, norms and attention around them: {facts['passes']}; {facts['fused_blocks']} blocks fused",
+        f"this processor has {facts['instructions']}" + (f"; {kinds}" if kinds else ""),
+        f"quantization, norms and attention around them: {facts['passes']}; {facts['fused_blocks']} blocks fused, "
+        f"{facts['integer_products']} products of attention on codes",
         f"{facts['weight_bytes'] / 1e6:.2f} MB of weights in memory",
-        f"weights in 8 bits, computed in floating point: {', '.join(facts['weight_only_layers']) or 'no layer'}",
+        f"integer weights, inputs in floating point: {', '.join(facts['weight_only_layers']) or 'no layer'}",
         f"in floating point: {', '.join(facts['float_layers']) or 'no layer'}",
+        *facts["notices"],
     ]
 
 
 def _facts(summary: dict[str, Any]) -> list[str]:
     base, sizes = summary["base_model"], summary["file_bytes"]
+    layers = len(summary["weights"])
+    products = summary["num_layers"] - layers
+    component = f", {base['component']}" if base.get("component") else ""
     lines = [
-        f"{base['id']} (SHA-256 {base['sha256'][:12]})",
-        f"{summary['scheme']}, method {summary['method']}, preset {summary['preset']}; {summary['num_layers']} layers, "
-        f"{len(summary['quantizers'])} activation quantizers, t = 0 to {summary['num_train_timesteps'] - 1}",
+        f"{base['id']}{component} (SHA-256 {base['sha256'][:12]})",
+        f"{summary['scheme']}, method {summary['method']}, preset {summary['preset']}; {layers} layers, "
+        f"{products} attention products, {len(summary['quantizers'])} activation quantizers",
+        f"Time axis: {summary['time_axis']['text']}",
         f"{summary['bytes'] / 1e6:.2f} MB: weights {sizes['weights.safetensors'] / 1e6:.2f} MB "
         f"({summary['fp32_bytes'] / 1e6:.2f} MB in float32), "
         f"interval tables {sizes['interval_tables.safetensors'] / 1e6:.2f} MB",
     ]
+    if summary["coverage"] is not None:
+        lines.append(
+            f"{100 * summary['coverage']:.4g}% of the multiply-accumulates of convolutions and linear layers are in "
+            "quantized ones"
+        )
+    lines += summary["notices"]
     metrics = summary["metrics"]
     parts = [f"{metrics[k]['latent_sqnr_db']:.2f} dB {k}" for k in ("learned", "static") if _measured(metrics, k)]
     if parts:
@@ -85,7 +98,7 @@ def _weights(rows: list[dict[str, Any]]) -> Table:
 def _quantizers(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="Activations")
     table.add_column("activation", overflow="fold")
-    for column in ("method", "bits", "zero point", "scale t=0", "T/2", "T-1", "max/min"):
+    for column in ("method", "bits", "zero point", "scale t=0", "T/2", "T", "max/min"):
         table.add_column(column)
     for r in rows:
         low, high = r["zero_point_min"], r["zero_point_max"]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from rich.console import Console
+
+from ptq_tdq.calib_data import read_prompts
+from ptq_tdq.errors import ConfigError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -26,17 +31,105 @@ def _set_verbose(context: click.Context, parameter: click.Parameter, value: bool
     return value
 
 
-model_option: Decorator = click.option(
-    "--model",
-    "source",
-    metavar="FOLDER|HUB_ID",
-    help="A local diffusers folder that holds a UNet2DModel, or a hub id.  [default: the embedded CIFAR-10 model]",
+def _read_prompts(context: click.Context, parameter: click.Parameter, value: Path | None) -> list[str] | None:
+    return None if value is None else read_prompts(value)
+
+
+def _read_classes(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    try:
+        return [int(text) for text in value.split(",")]
+    except ValueError:
+        raise ConfigError(f"--classes takes numbers with commas between them, such as 1,5,7. Got {value!r}.") from None
+
+
+def _read_dtype(context: click.Context, parameter: click.Parameter, value: str) -> torch.dtype:
+    dtype = getattr(torch, value)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+_CALL = ("guidance_scale", "height", "width")  # arguments of a pipeline with a flag of their own
+
+_MODEL_OPTIONS = (
+    click.option("--component", metavar="NAME", help="The denoiser, where the pipeline has several."),
+    click.option("--device", default="cpu", show_default=True, help="Where it runs: cpu, cuda, cuda:1, mps, ..."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        default="float32",
+        show_default=True,
+        callback=_read_dtype,
+        help="Of the full-precision model.",
+    ),
+    click.option(
+        "--prompts",
+        type=click.Path(path_type=Path),
+        callback=_read_prompts,
+        help="A text file, one prompt per line, for text-conditional pipelines.  [default: a short list of our own]",
+    ),
+    click.option("--classes", metavar="N,N,...", callback=_read_classes, help="Classes to sample.  [default: all]"),
+    click.option("--guidance-scale", type=float, help="Of the pipeline.  [default: its own]"),
+    click.option("--height", type=click.IntRange(min=1), help="Of the samples, in pixels.  [default: the pipeline's]"),
+    click.option("--width", type=click.IntRange(min=1), help="Of the samples, in pixels.  [default: the pipeline's]"),
+    click.option(
+        "--call",
+        "call",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any other argument of the pipeline (num_frames=16, max_sequence_length=128).",
+    ),
 )
-original_option: Decorator = click.option(
-    "--model",
-    "source",
-    metavar="FOLDER|HUB_ID",
-    help="The full-precision model.  [default: the one that the artifact was made from]",
+
+
+def _model_options(source: Decorator) -> Decorator:
+    """``--model`` and what says how it samples: a command gets ``source`` and the arguments of ``load_model``."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def wrapped(*args: Any, call: tuple[str, ...], **values: Any) -> Any:
+            flags = {key: value for key in _CALL if (value := values.pop(key)) is not None}
+            return command(*args, call={**flags, **_read_call(call)}, **values)
+
+        decorated: Callable[..., Any] = wrapped
+        for option in reversed((source, *_MODEL_OPTIONS)):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+def _read_call(texts: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value is a number, true, false or null where it reads as one, else text."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--call takes KEY=VALUE. Got {text!r} instead.")
+        try:
+            found[key.strip().replace("-", "_")] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[key.strip().replace("-", "_")] = value
+    return found
+
+
+model_options: Decorator = _model_options(
+    click.option(
+        "--model",
+        "source",
+        metavar="FOLDER|HUB_ID",
+        help="A diffusers pipeline or denoiser: a local folder or a hub id; or one of the embedded models, reference "
+        "and reference-dit.  [default: reference]",
+    )
+)
+original_options: Decorator = _model_options(
+    click.option(
+        "--model",
+        "source",
+        metavar="FOLDER|HUB_ID",
+        help="The full-precision model.  [default: the one that the artifact was made from]",
+    )
 )
 steps_option: Decorator = click.option(
     "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from ptq_tdq.calib_data import REFERENCE_ID, LoadedModel, load_model
+from typing import Any
+
+import click
+import torch
+from click.core import ParameterSource
+
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.calib_data import EMBEDDED, LoadedModel, load_model
 from ptq_tdq.errors import ModelError
 
+_NAMES = {model_id: name for name, model_id in EMBEDDED.items()}
 
-def load_original(source: str | None, base: str) -> LoadedModel:
-    """The model ``source`` named by the user, else ``base``, the one that the artifact names."""
+
+def load_original(source: str | None, stored: Artifact, **given: Any) -> LoadedModel:
+    """The model ``source`` named by the user, else the one that the artifact names.
+
+    ``given`` are the arguments of :func:`~ptq_tdq.load_model`. What the user has not named is as it was in calibration:
+    component, dtype, prompts or classes, and the pipeline's arguments. Raises what ``load_model`` raises.
+    """
+    base = stored.config["base_model"]
+    given = {**given, **_as_in_calibration(stored, given)}
     try:
-        return load_model(source or (None if base == REFERENCE_ID else base))
+        return load_model(source or _NAMES.get(base["id"], base["id"]), **given)
     except ModelError as error:
         if source:
             raise
         raise ModelError(
-            f"The model '{base}' that the artifact was made from cannot be loaded from here; pass --model with its "
-            f"folder or hub id ({error})."
+            f"The model '{base['id']}' that the artifact was made from cannot be loaded from here; pass --model with "
+            f"its folder or hub id ({error})."
         ) from error
+
+
+def _as_in_calibration(stored: Artifact, given: dict[str, Any]) -> dict[str, Any]:
+    recipe = stored.config["calibration_set"]  # without these keys where a user recorded the calls
+    found = {key: recipe.get(key) for key in ("prompts", "classes") if given.get(key) is None}
+    found["call"] = {**(recipe.get("call") or {}), **(given.get("call") or {})}
+    if given.get("component") is None:
+        found["component"] = stored.config["base_model"].get("component")
+    if isinstance(recipe.get("dtype"), str) and not _named("dtype"):
+        found["dtype"] = getattr(torch, recipe["dtype"], torch.float32)
+    return found
+
+
+def _named(option: str) -> bool:
+    """Whether the user gave an option of the running command, which has a default."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.get_parameter_source(option) is ParameterSource.COMMANDLINE

@@ -52,7 +52,7 @@ class Progress:
         self.line(f"Preset {config.preset}: " + ", ".join(f"{key} {_text(value)}" for key, value in choices.items()))
 
     def collecting(self, done: int, total: int) -> None:
-        """Calls of the U-Net so far, of how many."""
+        """Steps of the sampler so far, of how many."""
         self._advance("Running the full-precision sampler", done, total, "")
         if done == total:
             self._bars.stop()
@@ -96,10 +96,10 @@ def show_gain(method: str, learned: Comparison, static: Comparison) -> None:
     for column in ("", "static (MSE)", f"{method} (learned)", "gain"):
         table.add_column(column, justify="right" if column else "left")
     for t, before, after in zip(learned.t, static.noise_sqnr_db, learned.noise_sqnr_db, strict=True):
-        table.add_row(f"predicted noise, t = {t:g}", *_row(before, after))
+        table.add_row(f"prediction, t = {t:g}", *_row(before, after))
     table.add_section()
     mean = static.mean_noise_sqnr_db, learned.mean_noise_sqnr_db
-    table.add_row("predicted noise, mean over t", *_row(*mean), style="bold")
+    table.add_row("prediction, mean over t", *_row(*mean), style="bold")
     table.add_row("final latents", *_row(static.latent_sqnr_db, learned.latent_sqnr_db), style="bold")
     result_console().print(table)
 

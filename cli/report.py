@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import click
 from diffusers.utils import logging as diffusers_logging
@@ -13,7 +14,7 @@ from ptq_tdq.artifacts import check_base_model, check_target, read_artifact
 from ptq_tdq.calib_data import LoadedModel, with_scheduler
 from ptq_tdq.cli.options import (
     json_option,
-    original_option,
+    original_options,
     print_json,
     quiet_option,
     scheduler_option,
@@ -28,7 +29,7 @@ from ptq_tdq.report.survey import Subject, check_same_model, survey
 
 @click.command("report")
 @click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ARTIFACT...")
-@original_option
+@original_options
 @click.option(
     "--output-dir",
     type=click.Path(path_type=Path),
@@ -63,6 +64,7 @@ def report_command(
     as_json: bool,
     verbose: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Draw each ARTIFACT: intervals, distributions, errors, samples.
 
@@ -81,7 +83,7 @@ def report_command(
     check_same_model(subjects)
     check_output(output_dir, overwrite)
     check_target(output_dir, overwrite)
-    model, notices = _model(source, subjects[0], scheduler) if samples else (None, _NOT_ASKED)
+    model, notices = _model(source, subjects[0], scheduler, given) if samples else (None, _NOT_ASKED)
     for notice in notices if samples else ():
         console.print(notice, markup=False, soft_wrap=True)
 
@@ -122,18 +124,21 @@ def _names(paths: tuple[Path, ...]) -> list[str]:
     return [name if bare.count(name) == 1 else f"{name} ({bare[: i + 1].count(name)})" for i, name in enumerate(bare)]
 
 
-def _model(source: str | None, subject: Subject, scheduler: str | None) -> tuple[LoadedModel | None, tuple[str, ...]]:
+def _model(
+    source: str | None, subject: Subject, scheduler: str | None, given: dict[str, Any]
+) -> tuple[LoadedModel | None, tuple[str, ...]]:
     """The model named by the user, else the artifact's own; None and a notice where that cannot be used from here."""
     base = subject.artifact.config["base_model"]["id"]
     try:
-        model = load_original(source, base)
+        model = load_original(source, subject.artifact, **given)
         check_base_model(subject.artifact, model.sha256)
-    except (ModelError, ArtifactMismatchError):
+    except (ModelError, ArtifactMismatchError) as error:
         if source:
             raise
         name = Path(base).name if Path(base).is_absolute() else base
+        reason = "cannot be loaded from here" if isinstance(error, ModelError) else "is not the one that was quantized"
         return None, (
-            f"The full-precision model '{name}' cannot be loaded from here, so errors, distributions and samples are "
-            "missing from the page; pass --model with its folder or hub id to have them.",
+            f"The full-precision model '{name}' {reason}, so errors, distributions and samples are missing from the "
+            "page; pass --model with its folder or hub id to have them.",
         )
     return (with_scheduler(model, scheduler) if scheduler else model), model.notices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 from diffusers.utils import logging as diffusers_logging
@@ -12,7 +13,7 @@ from ptq_tdq.calib_data import with_scheduler
 from ptq_tdq.cli.options import (
     backend_option,
     json_option,
-    original_option,
+    original_options,
     print_json,
     quiet_option,
     scheduler_option,
@@ -21,16 +22,17 @@ from ptq_tdq.cli.options import (
     verbose_option,
 )
 from ptq_tdq.cli.original import load_original
-from ptq_tdq.errors import ModelError
-from ptq_tdq.evaluate.images import decode, grid_png
+from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
-from ptq_tdq.evaluate.trajectories import make_noise, run
+from ptq_tdq.evaluate.trajectories import finite, run
 from ptq_tdq.load import Backend, load_quantized
+
+IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of a pipeline
 
 
 @click.command("sample")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@original_option
+@original_options
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -38,7 +40,11 @@ from ptq_tdq.load import Backend, load_quantized
     show_default=True,
     help="The PNG to write.",
 )
-@click.option("--num-images", type=click.IntRange(min=1), default=40, show_default=True, help="Images of each model.")
+@click.option(
+    "--num-images",
+    type=click.IntRange(min=1),
+    help=f"Samples of each model.  [default: {IMAGES}; {PIPELINE_IMAGES} with a pipeline]",
+)
 @steps_option
 @scheduler_option
 @backend_option
@@ -51,7 +57,7 @@ def sample_command(
     artifact: Path,
     source: str | None,
     output: Path,
-    num_images: int,
+    num_images: int | None,
     num_inference_steps: int,
     scheduler: str | None,
     backend: Backend,
@@ -59,37 +65,51 @@ def sample_command(
     as_json: bool,
     verbose: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
-    """Sample with ARTIFACT and with its full-precision model, from the same noise, into a PNG."""
+    """Sample with ARTIFACT and with its full-precision model, from the same noise, into a PNG.
+
+    Prompts, classes and the pipeline's arguments are those of calibration unless they are named here. Sounds, and
+    latents that no VAE turns into images, are compared without a picture.
+    """
     diffusers_logging.set_verbosity_error()  # schedulers report what they adjust; the user asked for a picture
     stored = read_artifact(artifact)
-    model = load_original(source, stored.config["base_model"]["id"])
+    model = load_original(source, stored, **given)
     check_base_model(stored, model.sha256)
     if scheduler:
         model = with_scheduler(model, scheduler)
-    if model.vae is None and model.unet.config.out_channels not in (1, 3):
-        raise ModelError(
-            f"The samples have {model.unet.config.out_channels} channels and the model has no VAE to turn them into "
-            "images; pass --model with the pipeline folder that has one."
-        )
-    noise, labels = make_noise(model, num_images, seed)
-    quantized = load_quantized(artifact, backend=backend)
-    latents = [run(unet, model, noise, labels, num_inference_steps, seed) for unet in (model.unet, quantized)]
-    full, mine = (decode(model, x) for x in latents)
-    panels = {"full precision": full, f"{stored.config['scheme']} {stored.config['method']}": mine}
-    write_atomic(output, grid_png(panels, model.num_classes))
-    facts = {
-        "output": str(output),
-        "num_images": num_images,
+    count = num_images or (PIPELINE_IMAGES if model.sampler.batch < IMAGES else IMAGES)
+    conditions = model.sampler.conditions(count)
+    quantized = load_quantized(artifact, backend=backend, device=given["device"])
+    full, mine = (run(each, model, conditions, num_inference_steps, seed) for each in (model.denoiser, quantized))
+    facts: dict[str, Any] = {
+        "output": None,
+        "num_images": count,
         "num_inference_steps": num_inference_steps,
         "scheduler": type(model.scheduler).__name__,
-        "latent_sqnr_db": sqnr_db(*latents),
-        "image_psnr_db": psnr_db(full, mine, peak=2.0),
+        "latent_sqnr_db": finite(sqnr_db(full.latents, mine.latents)),
     }
+    if full.images is not None and mine.images is not None:
+        panels = {"full precision": full.images, f"{stored.config['scheme']} {stored.config['method']}": mine.images}
+        write_atomic(output, grid_png(panels, count_classes(conditions), captions=captions_of(conditions)))
+        facts |= {"output": str(output), "image_psnr_db": finite(psnr_db(full.images, mine.images, peak=2.0))}
     if as_json:
         print_json(facts)
     elif not quiet:
-        click.echo(
-            f"Wrote {output}: {num_images} images, {num_inference_steps} steps of {facts['scheduler']}; "
-            f"latents {facts['latent_sqnr_db']:.1f} dB SQNR, images {facts['image_psnr_db']:.1f} dB PSNR"
+        click.echo(_summary(facts))
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    """One sentence for the user."""
+    how = f"{facts['num_images']} samples, {facts['num_inference_steps']} steps of {facts['scheduler']}"
+    latents = f"latents {_decibels(facts['latent_sqnr_db'])} SQNR"
+    if facts["output"] is None:
+        return (
+            "No picture: the samples are sounds, or latents that the model has no VAE to turn into images. "
+            f"{how}; {latents}"
         )
+    return f"Wrote {facts['output']}: {how}; {latents}, images {_decibels(facts['image_psnr_db'])} PSNR"
+
+
+def _decibels(value: float | None) -> str:
+    return "∞ dB" if value is None else f"{value:.1f} dB"

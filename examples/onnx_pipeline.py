@@ -1,15 +1,14 @@
-"""Sample with an exported ONNX file in a diffusers pipeline.
+"""Sample with an exported ONNX file in the model's own pipeline.
 
-    ptq-tdq export out --format onnx --runtime onnxruntime --output unet.onnx
-    python examples/onnx_pipeline.py unet.onnx --model FOLDER_OR_HUB_ID --output samples.png
+    ptq-tdq export out --format onnx --output denoiser.onnx
+    python examples/onnx_pipeline.py denoiser.onnx --model FOLDER_OR_HUB_ID --output samples.png
 
-With an unconditional pixel-space pipeline (``google/ddpm-cifar10-32``) that is all there is to it:
+In a pipeline of one's own, that is all there is to it:
 
-    pipe = DDIMPipeline.from_pretrained("google/ddpm-cifar10-32")
-    pipe.unet = OnnxUNet("unet.onnx")
+    pipe = StableDiffusionPipeline.from_pretrained("...")
+    pipe.unet = OnnxDenoiser("denoiser.onnx")
 
-This script also samples the embedded model (without ``--model``), which has classes and a VAE that DDIMPipeline does
-not know of.
+Without ``--model`` this script samples the embedded model.
 """
 
 from __future__ import annotations
@@ -17,38 +16,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from ptq_tdq import load_model
-from ptq_tdq.calib_data import sample_latents
-from ptq_tdq.evaluate.images import decode, grid
-from ptq_tdq.export.onnx import OnnxUNet
+from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
+from ptq_tdq.evaluate.trajectories import run
+from ptq_tdq.export.onnx import OnnxDenoiser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Sample and write the picture."""
     parser = argparse.ArgumentParser(description="Sample with an exported ONNX file.")
     parser.add_argument("file", type=Path, help="what `ptq-tdq export --format onnx` has written")
-    parser.add_argument("--model", help="the original, for its scheduler and VAE (default: the embedded model)")
+    parser.add_argument("--model", help="the original, for all that is around its denoiser (default: the embedded one)")
     parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the picture to write")
     parser.add_argument("--num-images", type=int, default=20)
     parser.add_argument("--num-inference-steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
 
-    unet, model = OnnxUNet(given.file), load_model(given.model)
-    config = unet.config
-    side = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    noise = torch.randn(given.num_images, config.in_channels, *side, generator=torch.manual_seed(given.seed))
-    latents = sample_latents(
-        unet,
-        model.scheduler,
-        noise=noise,
-        num_inference_steps=given.num_inference_steps,
-        class_labels=torch.arange(given.num_images) % model.num_classes if model.num_classes else None,
-    )
-    title = f"{unet.facts['scheme']} on {unet.runtime}"
-    grid({title: decode(model, latents)}, columns=model.num_classes or 5).save(given.output)
+    denoiser, model = OnnxDenoiser(given.file), load_model(given.model)
+    conditions = model.sampler.conditions(given.num_images)
+    images = run(denoiser, model, conditions, given.num_inference_steps, given.seed).images
+    if images is None:
+        raise SystemExit("The model's samples are no images.")
+    title = f"{denoiser.facts['scheme']} on {denoiser.runtime}"
+    given.output.write_bytes(grid_png({title: images}, count_classes(conditions), captions=captions_of(conditions)))
     print(f"Wrote {given.output}")
 
 

@@ -2,8 +2,9 @@
 
 from importlib.metadata import version
 
-from ptq_tdq.calib_data import CalibrationSet, collect, load_model
+from ptq_tdq.calib_data import collect, load_model
 from ptq_tdq.calibrate import calibrate
+from ptq_tdq.calls import Calls, record
 from ptq_tdq.config import Config, preset
 from ptq_tdq.errors import PtqTdqError
 from ptq_tdq.load import load_quantized
@@ -13,7 +14,7 @@ from ptq_tdq.scheme import Scheme
 __version__ = version("ptq-tdq")
 
 __all__ = [
-    "CalibrationSet",
+    "Calls",
     "Config",
     "PtqTdqError",
     "QuantizedModel",
@@ -23,4 +24,5 @@ __all__ = [
     "load_model",
     "load_quantized",
     "preset",
+    "record",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,55 +14,77 @@ import torch
 from torch import nn
 
 from ptq_tdq.artifacts import check_draft
-from ptq_tdq.calib_data import CalibrationSet, check_unet, unet_sha256
-from ptq_tdq.config import ACTIVATION_CHOICES, Config
-from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
+from ptq_tdq.calls import Calls
+from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, Config
+from ptq_tdq.errors import CalibrationSetError, NonFiniteError
+from ptq_tdq.identity import base_config, model_sha256
 from ptq_tdq.plan import make_plan
-from ptq_tdq.quantized_model import QuantizedModel, base_config
-from ptq_tdq.recon import CHECKPOINT_FORM, RunDirectory, Samples, UnitReport, reconstruct
+from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.recon import CHECKPOINT_FORM, RunDirectory, UnitReport, reconstruct
 from ptq_tdq.scheme import Scheme
-from ptq_tdq.timeaxis import require_covered
+from ptq_tdq.wrap import folded_copy
 
 _log = logging.getLogger(__name__)
 
 
 def calibrate(
-    model: nn.Module,
+    model: Any,
     config: Config,
-    calibration_set: CalibrationSet,
+    calls: Calls | None = None,
     *,
+    component: str | None = None,
+    prompts: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+    call: Mapping[str, Any] | None = None,
     model_id: str | None = None,
     run_directory: Path | None = None,
     weights_directory: Path | None = None,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
     on_notice: Callable[[str], None] = _log.warning,
 ) -> QuantizedModel:
-    """Quantize a copy of ``model`` block by block; the model itself stays as it is.
+    """Quantize a copy of a denoiser unit by unit; the model itself stays as it is.
 
-    ``model`` is a diffusers UNet2DModel (or a module with its call signature and ``config``); ``model_id`` is its name
-    in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
+    ``model`` is a pipeline of diffusers, what :func:`~ptq_tdq.load_model` gives, or, with ``calls`` recorded of it
+    (:func:`ptq_tdq.record`), any denoiser or module of one's own::
+
+        pipe.transformer = calibrate(pipe, preset("default", scheme="W4A8"), prompts=["A red fox", ...])
+
+    ``component`` names the denoiser of a pipeline that has several; ``prompts``, ``classes`` and ``call`` (further
+    arguments such as guidance_scale) say what the pipeline samples for the calibration set. ``model_id`` is the model's
+    name in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
     stopped. With a ``weights_directory`` as well, phase W is kept there: runs that differ only in what phase A decides
     may share it, one after the other. ``on_unit`` gets a report of each finished unit. ``on_notice`` gets a sentence
     for each damaged file of an unfinished run, whose unit is done again; by default that is logged. The result's
-    :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit ("reconstruction").
+    :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit ("reconstruction"), its
+    :attr:`notices` what stays in floating point and why.
 
-    Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no timestep argument, 0 layers),
-    :class:`CalibrationSetError` for a set that does not fit the model, :class:`~ptq_tdq.errors.TimestepError` for a
-    step beyond its axis, :class:`~ptq_tdq.errors.ConfigError` for what an artifact cannot say (a ``model_id`` that is
-    no text) and :class:`~ptq_tdq.errors.ResumeError` (another run in the directory); at any time
+    Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
+    :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model,
+    :class:`~ptq_tdq.errors.ConfigError` for what an artifact cannot say (a ``model_id`` that is no text) and
+    :class:`~ptq_tdq.errors.ResumeError` (another run in the directory); at any time
     :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
     """
-    check_unet(model)
-    _check_fit(model, calibration_set)
-    samples = Samples(
-        calibration_set.x.to(next(model.parameters()).dtype), calibration_set.t, calibration_set.class_labels
-    )
-    plan = make_plan(model, config, lambda: model(**samples.inputs(slice(0, 2))))
-    quantized = QuantizedModel.copy_of(model, plan)
-    quantized.provenance = provenance(model, config, calibration_set, model_id)
-    check_draft(quantized.provenance, [record.to_dict() for record in plan])
-    steps = quantized.provenance["time_axis"]["num_train_timesteps"]
-    require_covered(calibration_set.t, steps - 1)
+    if not isinstance(model, nn.Module):
+        if not isinstance(model, LoadedModel):
+            model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
+        if calls is None:
+            calls = collect(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+    elif calls is None:
+        raise CalibrationSetError(
+            f"A {type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
+            "pass them, or pass its pipeline."
+        )
+    calls.check()
+    denoiser: nn.Module = model.denoiser if isinstance(model, LoadedModel) else model
+    calls = calls.to(next(denoiser.parameters()).device)
+    plan = make_plan(folded_copy(denoiser), config, calls)
+    quantized = QuantizedModel.copy_of(denoiser, calls.axis, plan.layers)
+    _check_finite(denoiser)
+    quantized.provenance = provenance(model, config, calls, model_id)
+    quantized.provenance |= {"one_step": bool(plan.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
+    quantized.notices = plan.notices
+    check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
     run = _open_run(run_directory, weights_directory, quantized.provenance, on_notice)
     reports: list[UnitReport] = []
 
@@ -70,18 +92,26 @@ def calibrate(
         reports.append(report)
         on_unit(report)
 
-    quantized.static = reconstruct(quantized, samples, config, steps, run=run, on_unit=hear)
-    quantized.metrics = {"reconstruction": losses(reports)}
+    quantized.static = reconstruct(quantized, calls, config, single=plan.single, run=run, on_unit=hear)
+    quantized.metrics = {
+        "reconstruction": losses(reports),
+        "coverage": plan.coverage,
+        "notices": list(plan.notices),
+    }
     return quantized.finalize()
 
 
-def check_choices(model: Any, config: Config) -> None:
+def check_choices(model: LoadedModel, config: Config) -> None:
     """Raise what :func:`calibrate` would for choices that do not fit ``model``, before there is a calibration set."""
-    size = model.config.sample_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    labels = torch.zeros(1, dtype=torch.int64) if model.config.num_class_embeds else None
-    blank = Samples(torch.zeros(1, model.config.in_channels, height, width, dtype=model.dtype), torch.zeros(1), labels)
-    make_plan(model, config, lambda: model(**blank.inputs(slice(0, 1))))
+    call = first_call(model, config.num_inference_steps, config.seed)
+    make_plan(folded_copy(model.denoiser), config, call)
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raise :class:`NonFiniteError` naming a tensor with NaN or Inf, also one that no call of the set reaches."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(f"'{name}' has NaN or Inf; repair the model before quantizing it.")
 
 
 def _open_run(
@@ -105,39 +135,37 @@ def losses(reports: Iterable[UnitReport]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _check_fit(model: Any, calibration_set: CalibrationSet) -> None:
-    channels, has_labels = int(model.config.in_channels), calibration_set.class_labels is not None
-    if calibration_set.x.shape[1] != channels:
-        raise CalibrationSetError(
-            f"The calibration set has {calibration_set.x.shape[1]} channels, the model takes {channels}; "
-            "collect it with this model."
-        )
-    if has_labels != bool(getattr(model.config, "num_class_embeds", None)):
-        with_or_without = "with" if has_labels else "without"
-        raise CalibrationSetError(
-            f"The calibration set is {with_or_without} class labels, unlike the model; collect it with this model."
-        )
-    if "num_train_timesteps" not in calibration_set.recipe:
-        raise CalibrationSetError(
-            "The recipe of the calibration set does not name num_train_timesteps, the length of the interval tables; "
-            "make the set with collect(), or add it."
-        )
-
-
-def provenance(model: Any, config: Config, calibration_set: CalibrationSet, model_id: str | None) -> dict[str, Any]:
+def provenance(
+    model: LoadedModel | nn.Module, config: Config, calls: Calls, model_id: str | None = None
+) -> dict[str, Any]:
     """The artifact's config document: what the quantized model was made from, and with which choices."""
+    if isinstance(model, LoadedModel):  # whose hash is that of the weights as they were loaded, in any dtype
+        base = {"id": model_id or model.id, "sha256": model.sha256}
+        base |= {} if model.component is None else {"component": model.component}
+    else:
+        base = {"id": model_id or _name(model), "sha256": model_sha256(model)}
     return {
-        "base_model": {"id": model_id or _name(model), "sha256": unet_sha256(model)},
-        "model_config": base_config(model),
+        "base_model": base,
+        "model_config": base_config(model.denoiser if isinstance(model, LoadedModel) else model),
         "scheme": config.scheme,
         "method": config.method,
         "preset": config.preset,
         "choices": config.to_dict(),
-        "time_axis": {"num_train_timesteps": calibration_set.recipe["num_train_timesteps"]},
-        "calibration_set": {"sha256": calibration_set.sha256, **calibration_set.recipe},
+        "time_axis": calls.axis.to_dict(),
+        "calibration_set": {"sha256": calls.sha256, "rows": len(calls), **calls.recipe},
         "seed": config.seed,
         "versions": {name: version(name) for name in ("ptq-tdq", "torch", "diffusers", "numpy", "safetensors")}
         | {"python": platform.python_version()},
+    }
+
+
+def buffer_dtypes(model: nn.Module) -> dict[str, str]:
+    """The dtypes of buffers that no file holds, where they are not those in which a model builds them."""
+    saved = model.state_dict().keys()
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.dtype in (torch.float16, torch.bfloat16)
     }
 
 
@@ -162,4 +190,4 @@ def weight_identity(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(model: Any) -> str:
-    return Path(str(getattr(model.config, "_name_or_path", "") or type(model).__name__)).name
+    return Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)).name

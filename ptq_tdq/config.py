@@ -16,7 +16,8 @@ from ptq_tdq.intervals import Encoding, IntervalOptions, source_class
 from ptq_tdq.processor import has_bfloat16
 from ptq_tdq.scheme import MAX_BITS, MIN_BITS, Scheme
 
-Role = Literal["first", "last", "time_embedding", "shortcut", "downsample"]
+Role = Literal["first", "last", "time_embedding", "modulation", "shortcut", "downsample"]
+"""time_embedding: its input depends on t alone; modulation: on t and the condition (class, text), not on x_t."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Config:
     Each is checked and brought to the one form that is saved: text is read as the choice's type, "w4a8 " is "W4A8", a
     list names each of its items once. Raises :class:`ConfigError` (:class:`SchemeError` for the scheme).
 
-    Layers: ``eight_bit_layers``, ``weight_only_layers`` (8-bit weights, inputs in floating point), ``float_layers`` and
-    ``fixed_layers`` hold roles; ``skip`` holds name patterns of
-    layers to leave in floating point. The input of a fixed layer, where it is quantized, keeps one interval that clips
+    Layers: ``eight_bit_layers``, ``weight_only_layers`` (8-bit weights, inputs in floating point),
+    ``float_input_layers`` (weights of the scheme, inputs in floating point), ``float_layers`` and ``fixed_layers`` hold
+    roles; ``skip`` holds name patterns of layers to leave in floating point. The input of a fixed layer, where it is
+    quantized, keeps one interval that clips
     nothing (``fixed``).
 
     ``weight_symmetric`` names the weights whose zero point is the middle code: 8-bit codes minus 128 then fit the
@@ -61,6 +63,7 @@ class Config:
     # layers
     eight_bit_layers: tuple[Role, ...] = ("first", "last", "shortcut")
     weight_only_layers: tuple[Role, ...] = ("time_embedding", "first")
+    float_input_layers: tuple[Role, ...] = ("modulation",)
     float_layers: tuple[Role, ...] = ()
     fixed_layers: tuple[Role, ...] = ("first",)
     skip: tuple[str, ...] = ()
@@ -230,6 +233,7 @@ _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
     "num_inference_steps": 100,
     "fixed_layers": (),
     "weight_only_layers": (),
+    "float_input_layers": (),
     "weight_symmetric": "never",
     "rounding": "adaround",
     "round_again": False,

@@ -16,6 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ptq_tdq.calls import bind, prediction
+from ptq_tdq.timeaxis import TimeAxis
+from ptq_tdq.timed_model import TimedModel
 
 Call = tuple[Tensor, Tensor, Tensor]
 
@@ -53,7 +58,8 @@ class Correction:
         """The corrected prediction of the same shape [B, C, ...] and dtype, at t [B]."""
         spatial = (1,) * (prediction.ndim - 2)
         mu, gain = self.at(self.mu, t).view(len(t), -1, *spatial), self.at(self.gain, t).view(-1, 1, *spatial)
-        return ((prediction - mu) / gain).to(prediction.dtype)
+        device = prediction.device
+        return ((prediction - mu.to(device)) / gain.to(device)).to(prediction.dtype)
 
 
 def fit_correction(calls: Iterable[Call]) -> Correction:
@@ -80,22 +86,36 @@ def fit_correction(calls: Iterable[Call]) -> Correction:
 
 
 class Corrected(nn.Module):
-    """A model whose prediction is corrected; its call signature and ``config`` are those of the model inside."""
+    """A denoiser whose prediction is corrected; call signature and attributes are those of the ``model`` inside.
 
-    def __init__(self, unet: Any, correction: Correction) -> None:
+    ``axis`` says how the model's own time argument becomes t.
+    """
+
+    def __init__(self, model: nn.Module, correction: Correction, axis: TimeAxis) -> None:
         super().__init__()
-        self.unet, self.correction = unet, correction
+        self.model, self.correction, self.axis = model, correction, axis
 
-    @property
-    def config(self) -> Any:
-        return self.unet.config
+    def __getattr__(self, name: str) -> Any:  # pipelines ask a denoiser for its config, dtype, device, ...
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet
+                raise
+            return getattr(super().__getattr__("model"), name)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
-        output = self.unet(sample, timestep, *args, **kwargs)
-        t = torch.as_tensor(timestep).flatten().expand(len(sample))
-        if isinstance(output, tuple):
-            return (self.correction.apply(output[0], t), *output[1:])
-        return type(output)(sample=self.correction.apply(output.sample, t))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*args, **kwargs)
+        named = self.model.model if isinstance(self.model, TimedModel) else self.model  # has the parameters' names
+        predicted = prediction(output)
+        t = self.axis.t(bind(named, args, kwargs).get(self.axis.argument)).cpu().expand(len(predicted))
+        return _with_prediction(output, self.correction.apply(predicted, t))
+
+
+def _with_prediction(output: Any, predicted: Tensor) -> Any:
+    """A denoiser's output, whatever its form, with another prediction [B, ...] in it."""
+    leaves, form = pytree.tree_flatten(output)
+    rows = [predicted] if leaves[0].ndim == predicted.ndim else list(predicted)  # a list with one tensor per row
+    return pytree.tree_unflatten([*rows, *leaves[len(rows) :]], form)
 
 
 def lowered_variance(sampler: Tensor, coefficient: Tensor, remaining: Tensor) -> Tensor:

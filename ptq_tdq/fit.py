@@ -6,13 +6,13 @@ about that: whoever writes a file writes its hashes too, and a kernel that trust
 
 from __future__ import annotations
 
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError
 from ptq_tdq.modules import layer_kind
-from ptq_tdq.modules.attention import OPERANDS
+from ptq_tdq.modules.layers import outputs_first, weight_groups
+from ptq_tdq.modules.products import OPERANDS, owner_of
 from ptq_tdq.records import LayerRecord
 
 _ADVICE = "; load the artifact with the model that it was made from, or make it again."
@@ -24,30 +24,34 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
     Raises :class:`ArtifactMismatchError` naming the first layer or tensor that does not fit.
     """
     seen: dict[nn.Module, str] = {}
+    products: dict[nn.Module, int] = {}
     for record in artifact.layers:
-        module = _module(model, record)
+        if record.kind == "product":
+            owner, number = owner_of(record.name)
+            module = _module(model, record, owner)
+            _check_product(record, number, products.get(module, 0))
+            products[module] = number + 1
+            continue
+        module = _module(model, record, record.name)
         if module in seen:
             raise ArtifactMismatchError(f"'{record.name}' and '{seen[module]}' are one layer of the model{_ADVICE}")
         seen[module] = record.name
-        if record.kind == "attention":
-            _check_attention(record)
-        else:
-            _check_layer(record, module, artifact.weight_codes.get(record.name))
+        kind = layer_kind(module)
+        _require(kind == record.kind, record, f"is a {type(module).__name__} in the model, not a {record.kind}")
+        _check_layer(record, module, artifact.weight_codes.get(record.name))
     _check_state(model, artifact)
 
 
-def _module(model: nn.Module, record: LayerRecord) -> nn.Module:
+def _module(model: nn.Module, record: LayerRecord, name: str) -> nn.Module:
     try:
-        module = model.get_submodule(record.name)
+        return model.get_submodule(name)
     except AttributeError:
         raise ArtifactMismatchError(f"The model has no layer '{record.name}'{_ADVICE}") from None
-    kind = "attention" if isinstance(module, Attention) else layer_kind(module)
-    _require(kind == record.kind, record, f"is a {type(module).__name__} in the model, not a {record.kind}")
-    return module
 
 
-def _check_attention(record: LayerRecord) -> None:
-    _require(record.weight_bits is None and not record.splits, record, "has weights, which an attention has not")
+def _check_product(record: LayerRecord, number: int, expected: int) -> None:
+    _require(number == expected, record, f"is not product {expected} of its module")
+    _require(record.weight_bits is None and not record.splits, record, "has weights, which a product has not")
     count = len(record.inputs)
     _require(count == len(OPERANDS), record, f"has {count} quantizers, not one for each of {', '.join(OPERANDS)}")
 
@@ -57,10 +61,11 @@ def _check_layer(record: LayerRecord, module: nn.Module, codes: Tensor | None) -
     if weight is None or codes is None:
         where = "the model" if weight is None else "the artifact"
         raise ArtifactMismatchError(f"'{record.name}' has no weight of its own in {where}{_ADVICE}")
-    shape, expected = list(codes.shape), list(weight.shape)
+    own = outputs_first(module, weight)
+    shape, expected = list(codes.shape), list(own.shape)
     _require(shape == expected, record, f"has codes of the shape {shape}, its weight in the model is {expected}")
-    groups = getattr(module, "groups", 1)
-    channels, ranges = weight.shape[1] * groups, len(record.splits) - 1
+    groups = weight_groups(module)
+    channels, ranges = own.shape[1] * groups, len(record.splits) - 1
     _require(
         ranges >= 1 and record.splits[-1] == channels,
         record,

@@ -7,42 +7,60 @@ from typing import Literal, get_args, overload
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from ptq_tdq.artifacts import CONFIG_FILE, Artifact, read_artifact
 from ptq_tdq.errors import ArtifactError, ConfigError
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.runtime import IntegerModel
-from ptq_tdq.structure import build_model, building, meta_model
+from ptq_tdq.structure import building, hollow_model
 
 Backend = Literal["simulated", "integer"]
 
 
 @overload
 def load_quantized(
-    source: str | Path, *, backend: Literal["simulated"] = "simulated", device: str | torch.device = "cpu"
+    source: str | Path,
+    *,
+    model: nn.Module | None = None,
+    backend: Literal["simulated"] = "simulated",
+    device: str | torch.device = "cpu",
 ) -> QuantizedModel: ...
 
 
 @overload
 def load_quantized(
-    source: str | Path, *, backend: Literal["integer"], device: str | torch.device = "cpu"
+    source: str | Path,
+    *,
+    model: nn.Module | None = None,
+    backend: Literal["integer"],
+    device: str | torch.device = "cpu",
 ) -> IntegerModel: ...
 
 
 @overload
 def load_quantized(
-    source: str | Path, *, backend: Backend, device: str | torch.device = "cpu"
+    source: str | Path,
+    *,
+    model: nn.Module | None = None,
+    backend: Backend,
+    device: str | torch.device = "cpu",
 ) -> QuantizedModel | IntegerModel: ...
 
 
 def load_quantized(
-    source: str | Path, *, backend: Backend = "simulated", device: str | torch.device = "cpu"
+    source: str | Path,
+    *,
+    model: nn.Module | None = None,
+    backend: Backend = "simulated",
+    device: str | torch.device = "cpu",
 ) -> QuantizedModel | IntegerModel:
     """Read an artifact into a module with the signature of the original model (``pipe.unet = ...``).
 
     ``backend`` "simulated" computes in floating point with values on the integer grid; it equals the calibrated model
     bit for bit. "integer" computes convolutions and linears with integers, on the CPU, and is the fast one; its
-    ``facts`` say what runs.
+    ``facts`` say what runs. A class that is not diffusers' own is given as ``model``, with any weights: it is copied,
+    and the copy's weights are those of the artifact.
 
     No content of the files runs as code or is trusted: every tensor is held against the model's structure first.
 
@@ -57,14 +75,14 @@ def load_quantized(
     artifact = read_artifact(_folder(source))
     if backend == "integer":
         with building():
-            return IntegerModel(meta_model(artifact), artifact)  # the float weights are never made
-    return build_quantized(artifact).to(device)
+            return IntegerModel(hollow_model(artifact, model), artifact)  # the float weights are never made
+    return build_quantized(artifact, model).to(device)
 
 
-def build_quantized(artifact: Artifact) -> QuantizedModel:
+def build_quantized(artifact: Artifact, model: nn.Module | None = None) -> QuantizedModel:
     """The simulated model of an artifact in memory; raises :class:`ArtifactMismatchError` where they do not fit."""
     with building():
-        return QuantizedModel.from_artifact(build_model(artifact), artifact)
+        return QuantizedModel.from_artifact(hollow_model(artifact, model), artifact)
 
 
 def _folder(source: str | Path) -> Path:

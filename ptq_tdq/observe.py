@@ -28,18 +28,20 @@ class Observer:
 
     def start_counting(self) -> None:
         """End the first pass; raises :class:`NonFiniteError` for a range too wide for an interval in float32."""
-        lo, hi = self.lo.min(), self.hi.max()
+        lo, hi = self._range()
         if not bool(torch.isfinite(2 * (hi - lo))):  # twice, because learned intervals may grow
             t = self.steps[torch.maximum(-self.lo, self.hi).argmax()]
             raise NonFiniteError(
                 f"{self.name} has activations from {lo:g} to {hi:g}, the largest at t = {t:g}: no interval in float32 "
                 "can hold them."
             )
-        self.counts = torch.zeros(len(self.steps) * BINS)
+        self.counts = torch.zeros(len(self.steps) * BINS, device=self.lo.device)
 
     def see(self, x: Tensor, t: Tensor) -> None:
         """Take in a batch ``x`` [B, ...] at ``t`` [B]; raises :class:`NonFiniteError` naming the layer and t."""
-        rows, index = x.detach().flatten(1).float(), torch.searchsorted(self.steps, t.to(self.steps.dtype))
+        if self.steps.device != x.device:
+            self.steps, self.lo, self.hi = (v.to(x.device) for v in (self.steps, self.lo, self.hi))
+        rows, index = x.detach().flatten(1).float(), torch.searchsorted(self.steps, t.to(self.steps.dtype).contiguous())
         if self.counts is not None:
             lo, width = self._grid()
             # an odd stride walks through all channels and positions, whose numbers are mostly powers of two
@@ -62,12 +64,26 @@ class Observer:
             self.lo, self.hi = torch.minimum(self.lo, batch_lo), torch.maximum(self.hi, batch_hi)
 
     def histogram(self) -> Histogram:
-        """The histogram of both passes."""
+        """The histogram of both passes, on the CPU, where intervals are searched."""
         assert self.counts is not None, "start_counting() comes first"
-        lo, width = self._grid()
+        lo, width = (v.cpu() for v in self._grid())
         centres = lo + width * (torch.arange(BINS) + 0.5)
-        return Histogram(self.counts.view(-1, BINS), centres, self.lo, self.hi)
+        nearest = self._nearest()
+        counts, low, high = self.counts.view(-1, BINS).cpu(), self.lo.cpu(), self.hi.cpu()
+        if not len(nearest):
+            return Histogram(counts, centres, torch.zeros_like(low), torch.zeros_like(high))
+        return Histogram(counts[nearest], centres, low[nearest], high[nearest])
+
+    def _nearest(self) -> Tensor:
+        """For each step the nearest one at which there was anything to see (an expert is not sent to at each); [K]."""
+        steps, seen = self.steps.cpu(), torch.isfinite(self.lo.cpu()).nonzero().flatten()
+        return seen[(steps[:, None] - steps[seen]).abs().argmin(1)] if len(seen) else seen
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        seen = torch.isfinite(self.lo)
+        lo, hi = torch.where(seen, self.lo, torch.inf).min(), torch.where(seen, self.hi, -torch.inf).max()
+        return torch.where(seen.any(), lo, 0.0), torch.where(seen.any(), hi, 0.0)
 
     def _grid(self) -> tuple[Tensor, Tensor]:
-        lo, hi = self.lo.min(), self.hi.max()
+        lo, hi = self._range()
         return lo, ((hi - lo) / BINS).clamp(min=torch.finfo(torch.float32).tiny)

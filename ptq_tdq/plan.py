@@ -1,165 +1,181 @@
-"""What to quantize: one traced forward pass finds layers, order, roles and split shortcuts; the config decides.
+"""What to quantize: what was seen of the model's calls, and the choices of the config, give the records of all layers.
 
-Nothing depends on names inside the model's source: the order, the time-embedding layers (inputs without a spatial or
-token axis) and the concatenations that feed a layer are observed, only the kind of a parent module is looked up.
+Nothing depends on a model family: order, roles, concatenations and attention products are observed, units come from the
+model's own structure. One name is looked up: a shortcut is a layer called ``conv_shortcut``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from itertools import accumulate
 
-import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from ptq_tdq.blocks import unit_of
+from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config, Role
 from ptq_tdq.errors import ModelError
 from ptq_tdq.modules import layer_kind
-from ptq_tdq.modules.attention import OPERANDS
+from ptq_tdq.modules.layers import own_weight
+from ptq_tdq.modules.products import ATTRIBUTE, OPERANDS
 from ptq_tdq.records import LayerRecord, QuantizerRecord
-from ptq_tdq.timed_model import require_timestep
+from ptq_tdq.trace import Trace, TracedLayer, require_rows, trace
+from ptq_tdq.units import find_units
+
+SHORTCUT = "conv_shortcut"
 
 
 @dataclass(frozen=True)
-class Traced:
-    """One call of a quantizable module: its input's width and number of axes, and the widths concatenated into it."""
+class Plan:
+    """The records in execution order, and sentences about what stays in floating point (``notices``).
 
-    name: str
-    module: nn.Module
-    width: int
-    axes: int
-    parts: tuple[int, ...]
+    ``single`` names the units with quantizers whose rows cannot be told apart by sample (experts, sequences first):
+    they run with one time step at a time. ``coverage`` is the share of the multiply-accumulates of convolutions and
+    linear layers whose layer is quantized.
+    """
 
-
-class _Concatenations(TorchFunctionMode):
-    """Remembers, for each tensor made by torch.cat along dim 1, the widths of its parts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[tuple[Tensor, tuple[int, ...]]] = []  # the tensors stay alive, so identity is unambiguous
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.cat:
-            dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
-            tensors = args[0] if args else (kwargs or {})["tensors"]
-            if dim == 1:
-                self.made.append((result, tuple(part.shape[1] for part in tensors)))
-        return result
-
-    def parts(self, x: Tensor) -> tuple[int, ...]:
-        return next(
-            (widths for made, widths in self.made if made.data_ptr() == x.data_ptr() and made.shape == x.shape), ()
-        )
+    layers: tuple[LayerRecord, ...]
+    notices: tuple[str, ...]
+    single: frozenset[str]
+    coverage: float
 
 
-def trace(model: nn.Module, call: Callable[[], Any]) -> list[Traced]:
-    """The quantizable modules in the order in which ``call`` (one forward pass of the model) runs them."""
-    found: dict[str, Traced] = {}
-    mode = _Concatenations()
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            width = x.shape[-1] if layer_kind(module) == "linear" else x.shape[1]
-            # dim 1 holds tokens in [B, N, C], and a grouped weight has no columns for a second range
-            channels = (layer_kind(module) != "linear" or x.ndim == 2) and getattr(module, "groups", 1) == 1
-            found.setdefault(name, Traced(name, module, width, x.ndim, mode.parts(x) if channels else ()))
-
-        return hook
-
-    watched = ((m, watch(n)) for n, m in model.named_modules() if layer_kind(m) or isinstance(m, Attention))
-    with _hooks(watched), torch.no_grad(), mode:
-        call()
-    return list(found.values())
-
-
-@contextmanager
-def _hooks(pairs: Iterator[tuple[nn.Module, Any]]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _roles(model: nn.Module, traced: list[Traced]) -> dict[str, set[Role]]:
-    layers = [t for t in traced if layer_kind(t.module)]
-    spatial = [t for t in layers if t.axes > 2]
-    roles: dict[str, set[Role]] = {t.name: set() for t in traced}
-    for t in layers:
-        parent_name, _, own = t.name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        if t.axes == 2:
-            roles[t.name].add("time_embedding")
-        if isinstance(parent, ResnetBlock2D) and own == "conv_shortcut":
-            roles[t.name].add("shortcut")
-        if isinstance(parent, Downsample2D):
-            roles[t.name].add("downsample")
-    if spatial:
-        roles[spatial[0].name].add("first")
-        roles[spatial[-1].name].add("last")
-    return roles
-
-
-def make_plan(model: nn.Module, config: Config, call: Callable[[], Any]) -> tuple[LayerRecord, ...]:
+def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     """The layers to quantize, in execution order.
 
-    ``call`` runs one forward pass of the model. Raises :class:`ModelError` for a model without a timestep argument,
-    a skip pattern that matches nothing, or when no layer is left.
+    Raises :class:`ModelError` for a skip pattern that matches nothing, or when no layer is left.
     """
-    require_timestep(model)
-    traced = trace(model, call)
-    roles = _roles(model, traced)
+    require_rows(model, calls)
+    seen = trace(model, calls)
+    roles = find_roles(seen)
+    refused = {layer.name: reason for layer in seen.layers.values() if (reason := _refusal(layer))}
+    layers = [layer for name, layer in seen.layers.items() if name not in refused]
+    owners = [name for name in seen.products if name]
+    units = find_units(model, (layer.name for layer in layers), owners)
+    # a product listens inside its module's forward pass, which a unit must not interrupt
+    owners = [name for name in owners if not any(units[layer.name].startswith(f"{name}.") for layer in layers)]
     for pattern in config.skip:
-        if not any(fnmatchcase(t.name, pattern) for t in traced):
+        if not any(fnmatchcase(name, pattern) for name in (*seen.layers, *seen.products)):
             raise ModelError(f"The skip pattern {pattern!r} matches no layer; `ptq-tdq inspect` lists the names.")
-    scheme, records = config.parsed_scheme, []
-    for t in traced:
-        mine = roles[t.name]
-        if mine & set(config.float_layers) or any(fnmatchcase(t.name, pattern) for pattern in config.skip):
-            continue
-        kind = layer_kind(t.module)
-        if kind is None and not config.attention:
-            continue
-
-        weight_only = bool(mine & set(config.weight_only_layers))
-        eight = weight_only or bool(mine & set(config.eight_bit_layers))
-        fixed = bool(mine & set(config.fixed_layers))
-        method = "fixed" if fixed else config.method
-        bits = 8 if eight else scheme.activation_bits
-        range_method = "minmax" if fixed else config.activation_range
-        unit = unit_of(model, t.name)
-        if kind is None:
-            inputs = tuple(
-                QuantizerRecord(f"{t.name}.{o}", config.softmax_bits, config.method, config.activation_range, True)
-                if o == "softmax"
-                else QuantizerRecord(f"{t.name}.{o}", bits, method, range_method)
-                for o in OPERANDS
-            )
-            records.append(LayerRecord(t.name, "attention", unit, (), None, inputs))
-            continue
-        split = config.split_shortcuts and len(t.parts) > 1 and not weight_only
-        splits = (0, *_running_sum(t.parts)) if split else (0, t.width)
-        names = [f"{t.name}.{i}" for i in range(len(t.parts))] if split else [t.name]
-        inputs = tuple(QuantizerRecord(name, bits, method, range_method) for name in names if not weight_only)
-        weight_bits = 8 if eight else scheme.weight_bits
-        records.append(LayerRecord(t.name, kind, unit, splits, weight_bits, inputs))
-    if not any(r.weight_bits for r in records):
+    kept = [layer for layer in layers if not _skipped(config, layer.name, roles[layer.name])]
+    records = {layer.name: _layer_record(layer, config, roles[layer.name], units[layer.name]) for layer in kept}
+    if not records:
         raise ModelError(
             "0 layers of the model match: nothing would be quantized; check the skip list and the layers kept float."
         )
-    return tuple(records)
+    if config.attention:
+        for owner in owners:
+            if not _skipped(config, owner, set()):
+                for index in range(seen.products[owner]):
+                    name = f"{owner}.{ATTRIBUTE}.{index}"
+                    records[name] = _product_record(name, config, units[owner])
+    total = sum(layer.macs for layer in seen.layers.values())
+    quantized = sum(layer.macs for layer in kept)
+    notices = tuple(_notices(seen, refused, owners, config))
+    single = {units[layer.name] for layer in kept if layer.rows is None and records[layer.name].inputs}
+    single |= {units[owner] for owner in seen.mixed if owner in units}
+    return Plan(_in_order(records.values(), units), notices, frozenset(single), quantized / total if total else 0.0)
 
 
-def _running_sum(widths: tuple[int, ...]) -> list[int]:
-    return [sum(widths[: i + 1]) for i in range(len(widths))]
+def find_roles(seen: Trace) -> dict[str, set[Role]]:
+    """The roles of each layer, from what its input depends on and from its place."""
+    roles: dict[str, set[Role]] = {name: set() for name in seen.layers}
+    on_x = [layer for layer in seen.layers.values() if "x" in layer.sources]
+    for layer in seen.layers.values():
+        if layer.sources <= {"t"}:  # frame numbers are the same at each t
+            roles[layer.name].add("time_embedding")
+        elif layer.sources == {"t", "condition"}:
+            roles[layer.name].add("modulation")
+        if layer.name.rpartition(".")[2] == SHORTCUT:
+            roles[layer.name].add("shortcut")
+        elif layer in on_x[1:] and max(getattr(layer.module, "stride", (1,))) > 1:
+            roles[layer.name].add("downsample")
+    if on_x:
+        roles[on_x[0].name].add("first")
+        roles[on_x[-1].name].add("last")
+    return roles
+
+
+def _refusal(layer: TracedLayer) -> str | None:
+    """Why a layer cannot be quantized, or None."""
+    return None if layer.faithful else "computes its weight in its own forward pass"
+
+
+def _skipped(config: Config, name: str, roles: set[Role]) -> bool:
+    return bool(roles & set(config.float_layers)) or any(fnmatchcase(name, pattern) for pattern in config.skip)
+
+
+def _layer_record(layer: TracedLayer, config: Config, roles: set[Role], unit: str) -> LayerRecord:
+    scheme = config.parsed_scheme
+    weight_only = bool(roles & set(config.weight_only_layers))
+    float_input = weight_only or bool(roles & set(config.float_input_layers))
+    eight = weight_only or bool(roles & set(config.eight_bit_layers))
+    fixed = bool(roles & set(config.fixed_layers))
+    split = config.split_shortcuts and len(layer.parts) > 1 and not float_input
+    names = [f"{layer.name}.{i}" for i in range(len(layer.parts))] if split else [layer.name]
+    inputs = tuple(
+        QuantizerRecord(
+            name,
+            8 if eight else scheme.activation_bits,
+            "fixed" if fixed else config.method,
+            "minmax" if fixed else config.activation_range,
+        )
+        for name in names
+        if not float_input
+    )
+    splits = (0, *accumulate(layer.parts)) if split else (0, layer.width)
+    kind = layer_kind(layer.module)
+    assert kind is not None
+    dtype = str(own_weight(layer.module).dtype).removeprefix("torch.")
+    return LayerRecord(layer.name, kind, unit, splits, 8 if eight else scheme.weight_bits, inputs, dtype)
+
+
+def _product_record(name: str, config: Config, unit: str) -> LayerRecord:
+    bits = config.parsed_scheme.activation_bits
+    inputs = tuple(
+        QuantizerRecord(f"{name}.{o}", config.softmax_bits, config.method, config.activation_range, True)
+        if o == "softmax"
+        else QuantizerRecord(f"{name}.{o}", bits, config.method, config.activation_range)
+        for o in OPERANDS
+    )
+    return LayerRecord(name, "product", unit, (), None, inputs)
+
+
+def _in_order(records: Iterable[LayerRecord], units: dict[str, str]) -> tuple[LayerRecord, ...]:
+    """Execution order of the layers, each product behind the layers of its unit."""
+    records = list(records)
+    first: dict[str, int] = {}
+    for place, record in enumerate(records):
+        first.setdefault(record.unit, place)
+    return tuple(sorted(records, key=lambda r: first[r.unit]))
+
+
+def _notices(seen: Trace, refused: dict[str, str], owners: list[str], config: Config) -> Iterable[str]:
+    for reason in dict.fromkeys(refused.values()):
+        names = [name for name, why in refused.items() if why == reason]
+        yield f"In floating point: {_some(names)}, since each {reason}."
+    if seen.unused:
+        yield f"In floating point: {_some(seen.unused)}, since the recorded calls never reach them."
+    if seen.loose:
+        share = sum(seen.loose.values()) / (sum(seen.loose.values()) + sum(x.macs for x in seen.layers.values()))
+        yield (
+            f"Weights that no linear layer or convolution holds stay in floating point ({share:.1%} of the "
+            f"multiply-accumulates): those of {_some([name or 'the model itself' for name in seen.loose])}."
+        )
+    if not config.attention:
+        return
+    lost = [name or "the model itself" for name in seen.products if name not in owners]
+    if lost:
+        yield f"Attention products in floating point: those of {_some(lost)}, which hold units of their own."
+    if seen.matmuls:
+        yield (
+            f"Products of activations that are no scaled_dot_product_attention stay in floating point: those of "
+            f"{_some(list(seen.matmuls))}."
+        )
+    if not seen.products and not seen.matmuls:
+        yield "No attention products were found."
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,38 +17,43 @@ from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
+from ptq_tdq.modules.layers import own_weight
+from ptq_tdq.modules.products import ATTRIBUTE
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.search import QParams
-from ptq_tdq.timeaxis import Clock
+from ptq_tdq.timeaxis import TimeAxis
 from ptq_tdq.timed_model import TimedModel
-from ptq_tdq.wrap import insert, switch
+from ptq_tdq.wrap import folded_copy, insert, set_tensors, switch, untie
 
 
 class QuantizedModel(TimedModel):
     """A model with quantizers in it and the original's call signature (``pipe.unet = quantized``).
 
-    The activations' intervals follow each sample's time step, taken from the model's own ``timestep`` argument.
-    ``config``, ``dtype`` and ``device`` are those of the wrapped ``model``. ``provenance`` is the artifact's config
+    The activations' intervals follow each sample's time step, taken from the model's own time argument (``axis``).
+    Attributes that it has not are those of the wrapped ``model``. ``provenance`` is the artifact's config
     document (how the model was made), ``metrics`` what was measured on it.
     """
 
-    def __init__(self, model: nn.Module, plan: Iterable[LayerRecord]) -> None:
+    def __init__(self, model: nn.Module, axis: TimeAxis, plan: Iterable[LayerRecord]) -> None:
         """Put quantizers, switched off, into ``model`` itself; see :meth:`copy_of` to leave it as it is."""
-        super().__init__(model)
-        self.plan, self.clock = tuple(plan), Clock()
+        super().__init__(model, axis)
+        self.plan = tuple(plan)
         self.provenance: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
+        self.notices: tuple[str, ...] = ()  # what stays in floating point, known right after calibration
         self.static: dict[str, QParams] = {}  # static MSE intervals by quantizer, known right after calibration
+        untie(model, [record.name for record in self.plan if record.kind != "product"])
         for record in self.plan:
-            insert(model, record, self.clock)
+            insert(model, record)
 
     @classmethod
-    def copy_of(cls, model: nn.Module, plan: Iterable[LayerRecord]) -> QuantizedModel:
+    def copy_of(cls, model: nn.Module, axis: TimeAxis, plan: Iterable[LayerRecord]) -> QuantizedModel:
         """A quantized model around a deep copy, in evaluation mode and without gradients."""
-        return cls(copy.deepcopy(model).eval().requires_grad_(False), plan)
+        return cls(folded_copy(model), axis, plan)
 
-    def at(self, t: Tensor | float | int) -> None:
-        self.clock.set(t)
+    @property
+    def one_step(self) -> bool:
+        return bool(self.provenance.get("one_step"))
 
     def layers(self) -> dict[str, QuantLayer]:
         """Quantized layers by name, in execution order."""
@@ -76,7 +79,7 @@ class QuantizedModel(TimedModel):
         """Run with other, static intervals (by quantizer name) inside a ``with`` block."""
         quantizers = self.quantizers()
         before = {name: quantizer.source for name, quantizer in quantizers.items()}
-        length = self.provenance["time_axis"]["num_train_timesteps"]
+        length = self.axis.length
         for name, found in replacement.items():
             quantizers[name].source = TableSource(found.scale.expand(length), found.zero_point.expand(length))
         try:
@@ -114,13 +117,23 @@ class QuantizedModel(TimedModel):
 
     @classmethod
     def from_artifact(cls, model: nn.Module, artifact: Artifact) -> QuantizedModel:
-        """Fill ``model``, a freshly built one of the artifact's configuration, and switch its quantizers on.
+        """Fill ``model``, whose structure is the artifact's, and switch its quantizers on.
 
-        Raises :class:`~ptq_tdq.errors.ArtifactMismatchError` where they do not fit.
+        All its parameters become those of the artifact, in the dtype that the calibrated model had. Raises
+        :class:`~ptq_tdq.errors.ArtifactMismatchError` where they do not fit.
         """
         check_fit(model, artifact)
-        model.load_state_dict(artifact.float_state, strict=False)  # the quantized weights follow
-        quantized = cls(model.eval().requires_grad_(False), artifact.layers)
+        set_tensors(model.eval().requires_grad_(False), artifact.float_state)
+        for record in artifact.layers:
+            if record.kind != "product":
+                layer, dtype = model.get_submodule(record.name), getattr(torch, record.dtype)
+                room = torch.zeros(own_weight(layer).shape, dtype=dtype)  # for what the codes stand for
+                layer.weight = nn.Parameter(room, requires_grad=False)
+        for name, dtype in artifact.config.get("buffer_dtypes", {}).items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            setattr(module, key, getattr(module, key).to(getattr(torch, dtype)))
+        quantized = cls(model, artifact.time_axis, artifact.layers)
         for name, layer in quantized.layers().items():
             for index, (lo, hi) in enumerate(layer.ranges):
                 scale, zero_point = artifact.weight_scale[name][:, index], artifact.weight_zero_point[name][:, index]
@@ -143,17 +156,11 @@ class QuantizedModel(TimedModel):
         """All tensors that stay in floating point, under the original model's names."""
         quantized, state = tuple(f"{name}." for name in self.layers()), {}
         for key, value in self.model.state_dict().items():
-            if not key.startswith(quantized) and ".processor." not in key:
+            if not key.startswith(quantized) and f".{ATTRIBUTE}." not in key:
                 state[key] = value
             elif key.endswith(".layer.bias"):
                 state[key.replace(".layer.bias", ".bias")] = value
         return state
-
-
-def base_config(model: Any) -> dict[str, Any]:
-    """A diffusers model's configuration as plain JSON data."""
-    config: dict[str, Any] = json.loads(model.to_json_string())
-    return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
 def _known(value: Tensor | None) -> Tensor:

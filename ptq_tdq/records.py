@@ -15,7 +15,7 @@ class QuantizerRecord:
     """One activation quantizer; ``name`` is the key of its interval table.
 
     Names: ``<layer>`` for the input of a layer, ``<layer>.0`` and ``<layer>.1`` for the two channel ranges of a split
-    shortcut, ``<attention>.q``, ``.k``, ``.v`` and ``.softmax`` for the operands of an attention product.
+    shortcut, ``<product>.q``, ``.k``, ``.v`` and ``.softmax`` for the operands of an attention product.
     """
 
     name: str
@@ -29,9 +29,10 @@ class QuantizerRecord:
 class LayerRecord:
     """One quantized layer in execution order.
 
-    ``kind`` is "conv1d", "conv2d", "linear" or "attention". ``splits`` are the channel boundaries of its input, (0, C)
-    for an ordinary layer, (0, C_h, C) for a split shortcut, () for attention. ``weight_bits`` is None for attention;
-    ``inputs`` is () for a layer of which only the weight is quantized.
+    ``kind`` is "conv1d", "conv_transpose2d", "linear" and the like, or "product" (of attention: `<module>.products.<i>`
+    is the i-th in the forward pass of that module). ``splits`` are the channel boundaries of its input, (0, C) for an
+    ordinary layer, (0, C_h, C) for a split shortcut, () for a product. ``weight_bits`` is None for a product;
+    ``inputs`` is () for a layer of which only the weight is quantized. ``dtype`` is that of the original weight.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerRecord:
     splits: tuple[int, ...]
     weight_bits: int | None
     inputs: tuple[QuantizerRecord, ...]
+    dtype: str = "float32"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -16,6 +16,7 @@ from ptq_tdq.scheme import QType
 
 SHRINK_FACTORS = tuple(1 - 0.01 * i for i in range(80))
 POWER = 2.4
+PIECE = 1 << 18  # numbers that are tried at once
 _BOTH_ENDS = ((True, True),)  # which ends of the range move: low, high
 _EACH_END = (*_BOTH_ENDS, (False, True), (True, False), (False, True))
 
@@ -46,14 +47,35 @@ def weight_qparams(rows: Tensor, qtype: QType, *, method: str = "mse", symmetric
     best_scale, best_zero = place(lo, hi, qtype)
     if method == "minmax":
         return QParams(best_scale, best_zero)
-    best, size = torch.full_like(best_scale, torch.inf), _size(lo, hi)
-    for factor in SHRINK_FACTORS:
-        scale, zero = place(lo * factor, hi * factor, qtype)
-        error = ((rows - fake_quantize(rows, scale[:, None], zero[:, None], qtype)) / size).abs().pow(POWER).mean(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    size = _size(lo, hi)
+    best = torch.full_like(best_scale, torch.inf)
+    for factors in _pieces(rows):
+        scale, zero = place(lo * factors, hi * factors, qtype)
+        error = _error(rows, scale, zero, qtype, size).mean(-1)
+        best, (best_scale, best_zero) = _better(error, best, (scale, zero), (best_scale, best_zero))
     return QParams(best_scale, best_zero)
+
+
+def _pieces(x: Tensor) -> list[Tensor]:
+    """The shrink factors as columns [F, 1], as many at once as small tensors like ``x`` allow."""
+    count = max(1, PIECE // max(1, x.numel()))
+    return list(torch.tensor(SHRINK_FACTORS, device=x.device)[:, None].split(count))
+
+
+def _error(x: Tensor, scale: Tensor, zero: Tensor, qtype: QType, size: Tensor) -> Tensor:
+    """``|x - x_hat|^p`` of ``x`` [n] or [G, n] for F intervals of each row [F, G]: [F, G, n], in units of ``size``."""
+    return ((x - fake_quantize(x, scale[..., None], zero[..., None], qtype)) / size).abs_().pow_(POWER)
+
+
+def _better(
+    error: Tensor, best: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The least of ``best`` [G] and ``error`` [F, G], the first of equals, and what belongs to it of old and new."""
+    index = error.argmin(0, keepdim=True)
+    least = error.gather(0, index)[0]
+    better = least < best
+    chosen = (torch.where(better, n.gather(0, index)[0], o) for n, o in zip(new, old, strict=True))
+    return torch.where(better, least, best), tuple(chosen)
 
 
 def _size(lo: Tensor, hi: Tensor) -> Tensor:
@@ -110,14 +132,12 @@ def activation_qparams(
     low = high = torch.ones_like(lo)  # the best factors so far
     for moves_low, moves_high in {"minmax": (), "ema": (), "mse": _BOTH_ENDS, "mse-ends": _EACH_END}[method]:
         first_low, first_high = low, high
-        for factor in SHRINK_FACTORS:
-            new_low = torch.full_like(lo, factor) if moves_low else first_low
-            new_high = torch.full_like(hi, factor) if moves_high else first_high
+        for factors in _pieces(histogram.counts):
+            shape = len(factors), len(lo)
+            new_low = (factors if moves_low else first_low).expand(shape)
+            new_high = (factors if moves_high else first_high).expand(shape)
             scale, zero = place(new_low, new_high)
-            error = ((x - fake_quantize(x, scale[:, None], zero[:, None], qtype)) / size).abs().pow(POWER)
-            error = (error * histogram.counts).sum(1)
-            better = error < best
-            best = torch.where(better, error, best)
-            low, high = torch.where(better, new_low, low), torch.where(better, new_high, high)
+            error = _error(x, scale, zero, qtype, size).mul_(histogram.counts).sum(-1)
+            best, (low, high) = _better(error, best, (new_low, new_high), (low, high))
     scale, zero = place(low, high)
     return QParams(scale, zero.to(torch.int32))

@@ -6,9 +6,11 @@ it builds is held against what the weights file really has before any of it take
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import diffusers
@@ -20,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError
 from ptq_tdq.fit import check_fit
+from ptq_tdq.wrap import fold
 
 LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small
 # A model makes each of its tensors and initializes it, in two to three calls; what it makes beside them (encodings of
@@ -52,36 +55,74 @@ def meta_model(artifact: Artifact) -> nn.Module:
     Raises :class:`ArtifactMismatchError` for a class that is no denoiser of this diffusers, and for a configuration
     that the class does not take or that asks for far more than the artifact holds.
     """
-    cls = _denoiser(artifact.config["model_config"].get("_class_name"))
+    cls = _denoiser(artifact)
     _check_integers(artifact)
     with torch.device("meta"), _Limit(artifact):
         structure = cls.from_config(artifact.config["model_config"])
     assert isinstance(structure, nn.Module)
-    return structure
+    return fold(structure)
 
 
-def build_model(artifact: Artifact) -> nn.Module:
-    """The artifact's model on the CPU, with random weights; raises what :func:`meta_model` and
-    :func:`~ptq_tdq.fit.check_fit` raise, before it takes memory.
+def hollow_model(artifact: Artifact, model: nn.Module | None = None) -> nn.Module:
+    """The artifact's model on the CPU, but for its parameters, which are on the meta device.
+
+    So all that no file holds, such as tables of positions, has its values, and nothing else takes memory. ``model`` is
+    one of the same structure, which is left as it is, for classes that are not diffusers' own. Raises what
+    :func:`meta_model` and :func:`~ptq_tdq.fit.check_fit` raise, before anything takes memory.
     """
+    if model is not None:
+        hollow = _hollow_copy(model)
+        check_fit(hollow, artifact)
+        return hollow
     structure = meta_model(artifact)
     check_fit(structure, artifact)
     cls: Any = type(structure)
-    with torch.device("cpu"):
-        model = cls.from_config(artifact.config["model_config"])
-    assert isinstance(model, nn.Module)
-    return model
+    with torch.device("cpu"), _hollow_parameters():
+        built = cls.from_config(artifact.config["model_config"])
+    assert isinstance(built, nn.Module)
+    return fold(built)
 
 
-def _denoiser(name: Any) -> Any:
-    """The class of diffusers that is called ``name``; other attributes of the package are none of our business."""
+def _hollow_copy(model: nn.Module) -> nn.Module:
+    """A deep copy on the CPU, whose parameters are on the meta device."""
+    known: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
+    copied = fold(copy.deepcopy(model, known).eval())
+    for module in copied.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.cpu()
+    return copied
+
+
+@contextmanager
+def _hollow_parameters() -> Iterator[None]:
+    """While open, parameters of the modules that this thread builds go to the meta device as soon as they are made."""
+    original, thread = nn.Module.register_parameter, get_ident()
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None and get_ident() == thread:
+            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _denoiser(artifact: Artifact) -> Any:
+    """The artifact's class of diffusers; other attributes of that package are none of our business."""
+    name = artifact.config["model_config"].get("_class_name")
     try:
         cls = getattr(diffusers, name, None) if isinstance(name, str) else None
     except Exception:  # diffusers imports it now, and an optional package may be missing or broken
         cls = None
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-        raise ArtifactMismatchError(f"The artifact is of a {name!r}, which this version of diffusers does not have.")
-    if "timestep" not in inspect.signature(cls.forward).parameters:
+        raise ArtifactMismatchError(
+            f"The artifact is of a {name!r}, which this version of diffusers does not have; give the model whose "
+            "weights it replaces: load_quantized(path, model=...)."
+        )
+    if artifact.time_axis.argument not in inspect.signature(cls.forward).parameters:
         raise ArtifactMismatchError(f"The artifact is of a {name!r}, which takes no time step and is no denoiser.")
     return cls
 

@@ -1,25 +1,153 @@
-"""The time step t: the axis of the interval tables, and the clock that carries each sample's t to the quantizers.
+"""The time step t: the axis of the interval tables, and how each sample's t reaches the quantizers.
 
-t is the scheduler's training time, 0..T-1, integer or fractional (Euler, DPM-Solver). It comes from the model's own
-``timestep`` argument and is the only key of a table: never a call counter or a position in a schedule.
+t is the scheduler's training time, 0..T, integer or fractional (Euler, DPM-Solver, flow matching). It comes from the
+model's own time argument and is the only key of a table: never a call counter or a position in a schedule.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq_tdq.errors import ModelError, TimestepError
 
+USUAL_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "noise_labels", "r")
+USUAL_LENGTH = 1000  # training steps of nearly every scheduler
+NEAR = 2e-3  # a t so close to a whole number is that number: t / 1000 * 1000 in float32 is not exact
+LOOSE = 4e-3  # relative error of a time value in bfloat16
 
-def require_covered(t: Tensor, last: int) -> None:
-    """Raise :class:`TimestepError` unless every ``t`` is in [0, last]."""
-    inside = (t >= 0) & (t <= last)
-    if not bool(inside.all()):
-        raise TimestepError(
-            f"The interval tables cover the time steps 0 to {last}. Got t = {t[~inside][0].item():g}; "
-            "use a scheduler with the model's own number of training steps."
-        )
+
+@dataclass(frozen=True)
+class TimeAxis:
+    """How a model's time argument becomes the scheduler's time step: ``t = scale * value + offset`` in [0, T].
+
+    T is ``num_train_timesteps``. A table has T + 1 entries: flow matching starts at t = T itself.
+    """
+
+    argument: str
+    num_train_timesteps: int = USUAL_LENGTH
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TimeAxis:
+        """Inverse of :meth:`to_dict`, also after a trip through JSON; raises TypeError or ValueError for other data."""
+        axis = cls(**data)
+        numbers = axis.num_train_timesteps, axis.scale, axis.offset
+        if not isinstance(axis.argument, str) or any(type(x) not in (int, float) for x in numbers):
+            raise TypeError("a time axis is a name and three numbers")
+        if not all(map(math.isfinite, numbers)) or not axis.scale or int(numbers[0]) != numbers[0] or numbers[0] < 1:
+            raise ValueError("a time axis has a positive length and a finite scale other than 0")
+        return axis
+
+    @property
+    def length(self) -> int:
+        """Entries of a table."""
+        return self.num_train_timesteps + 1
+
+    def t(self, value: Any) -> Tensor:
+        """Time argument -> t float32, [1] for one that all rows share, else [B].
+
+        Raises :class:`TimestepError` for what is no number or outside [0, T].
+        """
+        t = time_values(value, self.argument).float() * self.scale + self.offset
+        nearest = t.round()
+        t = torch.where((t - nearest).abs() < NEAR, nearest, t)
+        inside = (t >= 0) & (t <= self.num_train_timesteps)
+        if not bool(inside.all()):
+            raise TimestepError(
+                f"The interval tables cover the time steps 0 to {self.num_train_timesteps}. "
+                f"Got t = {t[~inside][0].item():g}; use a scheduler with the model's own number of training steps."
+            )
+        return t
+
+    def value(self, t: Tensor) -> Tensor:
+        """Inverse of :meth:`t`: what the model is given at t."""
+        return (t - self.offset) / self.scale
+
+
+def time_values(value: Any, name: str) -> Tensor:
+    """A time argument as a tensor [1] or [B]; a time per token [B, L] becomes the largest of each row.
+
+    Raises :class:`TimestepError` for what is no finite number.
+    """
+    if value is None or isinstance(value, str | bool):
+        raise TimestepError(f"The model was called with {name} = {value!r}; pass a time step, or one per sample.")
+    try:
+        t = torch.atleast_1d(torch.as_tensor(value).detach())
+    except (TypeError, ValueError, RuntimeError):
+        raise TimestepError(f"The model was called with {name} = {value!r}, which is no time step.") from None
+    if t.is_complex() or t.dtype == torch.bool or not t.numel():
+        raise TimestepError(f"The time step {name} must be real numbers, one or one per sample. Got {t.dtype}.")
+    rows: Tensor = t.flatten(1).amax(1) if t.ndim > 1 else t
+    return rows
+
+
+def time_argument(model: nn.Module, name: str | None = None) -> str:
+    """The name of the model's time argument; raises :class:`ModelError` where there is none."""
+    parameters = inspect.signature(model.forward).parameters
+    if name is not None:
+        if name not in parameters:
+            raise ModelError(f"{type(model).__name__}.forward has no argument named {name!r}; name its time argument.")
+        return name
+    found = usual_name(parameters)
+    if found is not None:
+        return found
+    raise ModelError(
+        f"{type(model).__name__}.forward has no argument that is known to hold a time step "
+        f"({', '.join(USUAL_NAMES[:3])}); intervals depend on it. Give a diffusion model, or name the argument."
+    )
+
+
+def usual_name(parameters: Iterable[str]) -> str | None:
+    """The one of a forward's parameters that holds the time step, by its name."""
+    names = list(parameters)
+    usual = (name for name in USUAL_NAMES if name in names)
+    return next(usual, None) or next((name for name in names if "timestep" in name or "noise_time" in name), None)
+
+
+def find_axis(
+    argument: str, seen: Sequence[float], schedule: Sequence[float] = (), total: int | None = None
+) -> TimeAxis:
+    """The axis of a model from the values ``seen`` in its time argument.
+
+    ``schedule`` are the scheduler's time steps of the same run, ``total`` its number of training steps T. The usual
+    forms are tried: t itself, t / T (sigma), 1 - t / T. Values of another kind (logarithms of sigma) are stretched
+    over [0, T].
+    """
+    low, high = min(seen, default=0.0), max(seen, default=1.0)
+    length = total or (USUAL_LENGTH if high <= USUAL_LENGTH else math.ceil(high))
+    forms = [TimeAxis(argument, length, *form) for form in ((1.0, 0.0), (length, 0.0), (-length, length))]
+    if schedule and min(schedule) >= 0 and max(schedule) <= length:
+        for axis in forms:
+            if all(_on(schedule, axis, value) for value in seen):
+                return axis
+    if low >= 0 and high <= length:
+        # a model whose values never exceed 1 counts in parts of T
+        return forms[1] if high <= 1 + LOOSE and len(set(seen)) > 1 and not _whole(seen) else forms[0]
+    stretch = length / max(high - low, 1e-6)
+    return TimeAxis(argument, length, stretch, -low * stretch)
+
+
+def _on(schedule: Sequence[float], axis: TimeAxis, value: float) -> bool:
+    """Whether a time value is one of a scheduler's steps, as exactly as bfloat16 holds the value."""
+    t, error = axis.scale * value + axis.offset, LOOSE * max(abs(axis.scale * value), axis.num_train_timesteps / 8)
+    return any(abs(t - step) <= error for step in schedule)
+
+
+def _whole(values: Sequence[float]) -> bool:
+    return all(value == int(value) for value in values)
 
 
 def as_vector(t: Tensor | float | int) -> Tensor:
@@ -34,39 +162,43 @@ def as_vector(t: Tensor | float | int) -> Tensor:
 
 
 def lookup(table: Tensor, t: Tensor) -> Tensor:
-    """Values of ``table`` [T, ...] at ``t`` [B]: [B, ...], exact for integer t, linear between neighbours otherwise.
+    """Values of ``table`` [T + 1, ...] at ``t`` [B] in [0, T]: [B, ...], exact for whole t, linear between neighbours.
 
-    Integer tables (zero points) are interpolated and rounded. Raises :class:`TimestepError` outside [0, T-1].
+    Integer tables (zero points) are interpolated and rounded. t was checked when the axis read it.
     """
-    last = table.shape[0] - 1
-    require_covered(t, last)
     below = t.floor().long()
-    if t.dtype == torch.int64 or bool((below == t).all()):
-        return table[below]
+    low, high = table[below], table[t.ceil().long()]
     fraction = (t - below).to(torch.float32).view(-1, *[1] * (table.ndim - 1))
-    low, high = table[below], table[(below + 1).clamp(max=last)]
     value = low + (high - low) * fraction
     return value if table.is_floating_point() else value.round().to(table.dtype)
 
 
-class Clock:
-    """The time steps of the forward pass that runs now, one per sample; each quantized model owns one."""
+_present: ContextVar[Tensor | None] = ContextVar("t of the call that runs now", default=None)
 
-    def __init__(self) -> None:
-        self._t: Tensor | None = None
 
-    def set(self, t: Tensor | float | int) -> None:
-        """Set t: a scalar (all samples alike) or a tensor [B]."""
-        self._t = as_vector(t)
+@contextmanager
+def at(t: Tensor) -> Iterator[None]:
+    """Run with ``t`` ([1], or [B] for each sample) as the time step of this call; other threads have their own."""
+    token = _present.set(t)
+    try:
+        yield
+    finally:
+        _present.reset(token)
 
-    def read(self, batch: int) -> Tensor:
-        """t of each of ``batch`` samples, [batch]; a batch that repeats each sample k times gets each t k times."""
-        if self._t is None:
-            raise ModelError(
-                "A quantizer ran outside the quantized model's forward pass; call the model, not its parts."
-            )
-        if batch % self._t.numel():
-            raise ModelError(
-                f"{self._t.numel()} time steps do not fit a batch of {batch}; pass one t, or one per sample."
-            )
-        return self._t.repeat_interleave(batch // self._t.numel())
+
+def present(batch: int, device: torch.device | None = None) -> Tensor:
+    """t of each of ``batch`` rows on ``device``, [batch]; a batch that holds k rows of each sample gets each t k times.
+
+    Raises :class:`ModelError` outside a call, and for rows that belong to no sample while samples differ in t.
+    """
+    t = _present.get()
+    if t is None:
+        raise ModelError("A quantizer ran outside the quantized model's forward pass; call the model, not its parts.")
+    t = t.to(device)
+    if len(t) == 1:
+        return t.expand(batch)
+    if batch % len(t):
+        if bool((t == t[0]).all()):
+            return t[:1].expand(batch)
+        raise ModelError(f"{len(t)} time steps do not fit a batch of {batch}; pass one t, or one per sample.")
+    return t.repeat_interleave(batch // len(t))

@@ -1,24 +1,16 @@
-"""A module around a diffusion model: the original's call signature, and a hook that hears of each call's time steps."""
+"""A module around a denoiser: the original's call signature, with each call's time steps at hand."""
 
 from __future__ import annotations
 
-import inspect
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from ptq_tdq.errors import ModelError
-
-
-def require_timestep(model: nn.Module) -> None:
-    """Raise :class:`ModelError` unless the model's forward takes ``timestep``."""
-    if "timestep" not in inspect.signature(model.forward).parameters:
-        raise ModelError(
-            f"{type(model).__name__}.forward has no argument named 'timestep'; intervals depend on it. "
-            "Give a diffusion model such as UNet2DModel."
-        )
+from ptq_tdq.calls import bind
+from ptq_tdq.timeaxis import TimeAxis, at
 
 
 def in_float32(value: Any) -> Any:
@@ -30,39 +22,75 @@ def in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-class TimedModel(nn.Module, ABC):
-    """Calls ``model`` as it is called itself (``pipe.unet = ...``) after :meth:`at` has heard of ``timestep``.
+def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
+    """One output of [B] samples, from several of which each is right for the samples ``chosen`` (bool [B])."""
+    count = len(chosen[0])
 
-    ``config``, ``dtype`` and ``device`` are those of the wrapped model.
+    def of_samples(tree: Any) -> bool:
+        return isinstance(tree, list) and len(tree) == count
+
+    def pick(*leaves: Any) -> Any:
+        if of_samples(leaves[0]):
+            return [next(x[i] for x, own in zip(leaves, chosen, strict=True) if own[i]) for i in range(count)]
+        if not isinstance(leaves[0], Tensor) or len(leaves[0]) != count:
+            return leaves[0]
+        whole = leaves[0].clone()
+        for leaf, own in zip(leaves, chosen, strict=True):
+            whole[own] = leaf[own]
+        return whole
+
+    return pytree.tree_map(pick, outputs[0], *outputs[1:], is_leaf=of_samples)
+
+
+class TimedModel(nn.Module):
+    """Calls ``model`` as it is called itself (``pipe.unet = ...``), at the time steps of its own time argument.
+
+    Whatever a pipeline asks of the denoiser beside calling it (``config``, ``dtype``, ``device``, ``cache_context``,
+    ...) is asked of the wrapped model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, axis: TimeAxis) -> None:
         super().__init__()
-        require_timestep(model)
-        self.model = model
-        self._signature = inspect.signature(model.forward)
-
-    @abstractmethod
-    def at(self, t: Tensor | float | int) -> None:
-        """Make ready for a forward pass at time steps ``t``, a scalar or one per sample [B]."""
+        self.model, self.axis = model, axis
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward; raises :class:`~ptq_tdq.errors.TimestepError` for t outside the tables.
 
         A float32 model takes inputs of any floating dtype, as they come where torch's default dtype is another.
         """
-        self.at(self._signature.bind(*args, **kwargs).arguments["timestep"])
+        name = self.axis.argument
+        arguments = bind(self.model, args, kwargs)
+        t = self.axis.t(arguments.get(name)).to(self.device)
         if self.dtype == torch.float32:
-            args, kwargs = in_float32(args), in_float32(kwargs)
-        return self.model(*args, **kwargs)
+            args, kwargs, arguments = in_float32(args), in_float32(kwargs), in_float32(arguments)
+        if self.one_step and len(steps := t.unique()) > 1:
+            return merged([self._all_at(step, arguments) for step in steps], [t == step for step in steps])
+        with at(t):
+            return self.model(*args, **kwargs)
 
     @property
-    def config(self) -> Any:
-        return self.model.config
+    def one_step(self) -> bool:
+        """Whether rows inside the model cannot be told apart by sample, so that all must have one time step."""
+        return False
+
+    def _all_at(self, step: Tensor, arguments: dict[str, Any]) -> Any:
+        """The call with every sample at one time step."""
+        name = self.axis.argument
+        value = torch.full_like(arguments[name], self.axis.value(step).item())
+        with at(step[None]):
+            return self.model(**{**arguments, name: value})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet
+                raise
+            return getattr(super().__getattr__("model"), name)
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
     def device(self) -> torch.device:

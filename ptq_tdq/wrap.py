@@ -2,38 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, remove_weight_norm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ptq_tdq.errors import ModelError, NonFiniteError
-from ptq_tdq.modules import ActivationQuantizer, QuantAttnProcessor, QuantLayer
+from ptq_tdq.modules import ActivationQuantizer, QuantLayer
+from ptq_tdq.modules.products import QuantProduct, attach, owner_of
 from ptq_tdq.records import LayerRecord
-from ptq_tdq.timeaxis import Clock
 
 
-def insert(model: nn.Module, record: LayerRecord, clock: Clock) -> None:
+def insert(model: nn.Module, record: LayerRecord) -> None:
     """Put the quantizers of one record into ``model``, switched off.
 
     Raises :class:`ModelError` where the model has no such layer, :class:`NonFiniteError` for NaN or Inf in its weights.
     """
-    try:
-        module = model.get_submodule(record.name)
-    except AttributeError:
-        raise ModelError(f"The model has no layer named {record.name!r}; it is not the model of this plan.") from None
-    if isinstance(module, Attention):
-        processor: Any = QuantAttnProcessor(module.processor, record, clock)  # diffusers' annotation names one class
-        module.set_processor(processor)
+    if record.kind == "product":
+        attach(_find(model, owner_of(record.name)[0]), QuantProduct(record))
         return
+    parent, _, own = record.name.rpartition(".")
+    module = _find(model, record.name)
     for key, value in module.named_parameters():
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(f"{record.name} has NaN or Inf in its {key}; repair the model before quantizing it.")
-    parent, _, own = record.name.rpartition(".")
-    setattr(model.get_submodule(parent), own, QuantLayer(module, record, clock))
+    setattr(model.get_submodule(parent), own, QuantLayer(module, record))
+
+
+def folded_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in evaluation mode and without gradients, with reparametrized weights made plain."""
+    return fold(copy.deepcopy(model).eval().requires_grad_(False))
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Make reparametrized weights (weight norm, :mod:`torch.nn.utils.parametrize`) plain; returns the model itself."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            _own_class(module)
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name)
+                plain = getattr(module, name).detach()
+                delattr(module, name)  # torch leaves a buffer where nothing is learned
+                module.register_parameter(name, nn.Parameter(plain, requires_grad=False))
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+    return model.requires_grad_(False)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module its class alone: a copy shares it, and undoing one would undo the other."""
+    cls = type(module)
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, body)
+
+
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Give each named layer a weight and a bias of its own, where the model holds one of them in several places."""
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for name in names:
+        layer = _find(model, name)
+        for key, value in layer._parameters.items():
+            if value is not None and holders[id(value)] > 1:
+                holders[id(value)] -= 1
+                layer._parameters[key] = nn.Parameter(value.detach().clone(), requires_grad=False)
+
+
+def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors of a state dict into ``model``, with the dtype and the device that they have."""
+    model.load_state_dict({name: value.clone() for name, value in tensors.items()}, strict=False, assign=True)
+
+
+def _find(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ModelError(f"The model has no layer named {name!r}; it is not the model of this plan.") from None
 
 
 def switch(module: nn.Module, *, weights: bool, activations: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq_tdq.correction import (
     Corrected,
@@ -16,6 +16,8 @@ from ptq_tdq.correction import (
     fit_correction,
     lowered_variance,
 )
+from ptq_tdq.timeaxis import TimeAxis
+from ptq_tdq.timed_model import TimedModel
 
 TIMES = torch.tensor([10.0, 400.0, 900.0])
 K = torch.tensor([0.05, -0.1, 0.3], dtype=torch.float64)
@@ -94,15 +96,38 @@ def test_between_observed_steps_it_is_linear_and_beyond_them_constant() -> None:
     assert single.at(single.mu, t).shape == (7, 3)
 
 
-def test_a_corrected_model_keeps_the_call_signature(tiny_unet: Callable[..., UNet2DModel]) -> None:
-    unet = tiny_unet()
+def halved() -> Correction:
+    """A correction that takes 0.5 away and halves what is left."""
+    return Correction(TIMES.double(), torch.ones(3).double(), torch.full((3, 3), 0.5).double(), torch.ones(3))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_corrected_model_keeps_the_call_signature(tiny_unet: Callable[..., UNet2DModel], wrapped: bool) -> None:
+    unet, axis = tiny_unet(), TimeAxis("timestep")
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    correction = Correction(TIMES.double(), torch.ones(3).double(), torch.full((3, 3), 0.5).double(), torch.ones(3))
-    corrected = Corrected(unet, correction)
+    corrected = Corrected(TimedModel(unet, axis) if wrapped else unet, halved(), axis)
     expected = (unet(x, 10).sample - 0.5) / 2
     torch.testing.assert_close(corrected(x, 10).sample, expected)
+    torch.testing.assert_close(corrected(sample=x, timestep=torch.tensor(10)).sample, expected)
     torch.testing.assert_close(corrected(x, torch.tensor([10, 10]), return_dict=False)[0], expected)
-    assert corrected.config is unet.config and corrected(x, 10).sample.dtype == torch.float32
+    assert corrected.config is unet.config and corrected(x, 10).sample.dtype == corrected.dtype == torch.float32
+
+
+class Sigmas(nn.Module):
+    """A denoiser of another kind: it is told t / 1000 and gives a list with one tensor per sample."""
+
+    def forward(self, latents: list[Tensor], t: Tensor) -> tuple[list[Tensor], int]:
+        return [x * (1 + time) for x, time in zip(latents, t, strict=True)], 7
+
+
+def test_t_is_read_from_the_model_s_own_argument_and_any_output_is_corrected() -> None:
+    moved = Correction(TIMES.double(), torch.zeros(3).double(), MU, torch.ones(3))
+    corrected = Corrected(Sigmas(), moved, TimeAxis("t", 1000, 1000.0))
+    latents = [torch.full((3, 2, 2), value) for value in (1.0, 2.0)]
+    found, other = corrected(latents, t=torch.tensor([0.9, 0.4]))
+    assert other == 7 and isinstance(found, list)
+    torch.testing.assert_close(found[0].double(), torch.full((3, 2, 2), 1.9).double() - MU[2].view(3, 1, 1))
+    torch.testing.assert_close(found[1].double(), torch.full((3, 2, 2), 2.8).double() - MU[1].view(3, 1, 1))
 
 
 @pytest.mark.parametrize("remaining", [0.0, 0.01, 1.0, 1e9])

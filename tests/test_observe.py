@@ -64,3 +64,22 @@ def test_a_value_that_is_not_finite_names_the_layer_and_t(bad: float) -> None:
     x[1, 2] = bad
     with pytest.raises(NonFiniteError, match=r"mid\.conv.*t = 499\.5"):
         Observer("mid.conv", STEPS).see(x, STEPS)
+
+
+def test_a_step_at_which_nothing_came_takes_what_its_nearest_has() -> None:
+    observer = Observer("expert", torch.tensor([1.0, 10.0, 500.0, 999.0]))
+    x, t = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)), torch.tensor([10.0, 999.0])
+    observer.see(x, t)
+    observer.see(torch.empty(0, 50), torch.empty(0))
+    observer.start_counting()
+    observer.see(x, t)
+    found = observer.histogram()
+    assert torch.equal(found.lo, x.amin(1)[[0, 0, 0, 1]]) and torch.equal(found.hi, x.amax(1)[[0, 0, 0, 1]])
+    assert torch.equal(found.counts, found.counts[[1, 1, 1, 3]]) and found.counts[0].sum() == 50
+
+
+def test_an_activation_that_never_came_has_the_range_of_zeros() -> None:
+    observer = Observer("expert", STEPS)
+    observer.start_counting()
+    found = observer.histogram()
+    assert bool((found.lo == 0).all() and (found.hi == 0).all() and (found.counts == 0).all())

@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DModel
+from recorded import calls_of
 from torch import Tensor, nn
 
 from ptq_tdq.config import Config, preset
 from ptq_tdq.errors import ModelError
-from ptq_tdq.plan import make_plan
+from ptq_tdq.plan import Plan, make_plan
 from ptq_tdq.records import LayerRecord
 
-Plan = dict[str, LayerRecord]
+Records = dict[str, LayerRecord]
 
 
-def plan_of(model: nn.Module, config: Config, *inputs: Tensor, **kwargs: Any) -> Plan:
+def plan_of(model: nn.Module, config: Config, *inputs: Tensor, **kwargs: Any) -> Records:
     x, t = inputs or (torch.randn(2, 3, 8, 8), torch.tensor([3, 5]))
-    return {r.name: r for r in make_plan(model, config, lambda: model(x, t, **kwargs))}
+    return {r.name: r for r in make_plan(model, config, calls_of(model, x, t, **kwargs)).layers}
 
 
 def layers_of(model: nn.Module) -> set[str]:
@@ -38,9 +39,9 @@ def unet(tiny_unet: Callable[..., UNet2DModel]) -> UNet2DModel:
 
 def test_qdiff_quantizes_all_layers_and_attention_products_at_the_scheme_bits(unet: UNet2DModel) -> None:
     plan = plan_of(unet, preset("qdiff", scheme="W3A5", method="static"))
-    attention = {n for n, r in plan.items() if r.kind == "attention"}
+    attention = {n for n, r in plan.items() if r.kind == "product"}
     assert set(plan) - attention == layers_of(unet)
-    assert attention == {n for n, m in unet.named_modules() if type(m).__name__ == "Attention"}
+    assert attention == {f"{n}.products.0" for n, m in unet.named_modules() if type(m).__name__ == "Attention"}
     assert {plan[n].weight_bits for n in layers_of(unet)} == {3}
     assert {q.bits for n in layers_of(unet) for q in plan[n].inputs} == {5}
     for name in attention:
@@ -71,7 +72,7 @@ def test_default_keeps_ends_and_shortcuts_at_8_bits_and_the_inputs_of_model_and_
     eight = {"conv_in", "conv_out"} | named(names, "time_emb") | named(names, "conv_shortcut")
     assert {n for n, bits in weights.items() if bits == 8} == eight
     assert {q.bits for n in eight for q in plan[n].inputs} == {8}
-    assert any(r.kind == "attention" for r in plan.values())
+    assert any(r.kind == "product" for r in plan.values())
     assert any(len(r.splits) == 3 for r in plan.values())
 
 
@@ -83,7 +84,7 @@ def test_layers_come_in_the_order_of_the_forward_pass(unet: UNet2DModel) -> None
     plan = plan_of(unet, preset("qdiff"))
     order.clear()
     unet(torch.randn(1, 3, 8, 8), 7)
-    assert [n for n, r in plan.items() if r.kind != "attention"] == order
+    assert [n for n, r in plan.items() if r.kind != "product"] == order
 
 
 def test_split_shortcuts_have_the_widths_of_the_stream_and_of_the_skip(unet: UNet2DModel) -> None:
@@ -99,7 +100,7 @@ def test_split_shortcuts_have_the_widths_of_the_stream_and_of_the_skip(unet: UNe
     for name in expected:
         assert [q.name for q in plan[name].inputs] == [f"{name}.0", f"{name}.1"]
     for name, record in plan.items():
-        if name not in expected and record.kind != "attention":
+        if name not in expected and record.kind != "product":
             module = unet.get_submodule(name)
             assert record.splits == (0, getattr(module, "in_channels", getattr(module, "in_features", None)))
     whole = plan_of(unet, preset("qdiff", split_shortcuts=False))
@@ -134,11 +135,6 @@ def test_a_skip_pattern_without_a_layer_is_an_error(unet: UNet2DModel) -> None:
 def test_a_plan_without_layers_is_an_error(unet: UNet2DModel) -> None:
     with pytest.raises(ModelError, match="0 layers"):
         plan_of(unet, preset("qdiff", skip="*"))
-
-
-def test_a_model_without_timestep_is_an_error() -> None:
-    with pytest.raises(ModelError, match=r"Sequential.*'timestep'"):
-        make_plan(nn.Sequential(nn.Linear(2, 2)), Config(), lambda: None)
 
 
 # models that diffusers does not have
@@ -202,3 +198,114 @@ def test_first_and_last_are_the_ends_of_the_spatial_layers() -> None:
     plan = plan_of(Timed(), config, torch.randn(2, 4, 6), torch.tensor([1, 2]))
     assert {n: r.weight_bits for n, r in plan.items()} == {"a": 8, "b": 4, "c": 8}
     assert {r.kind for r in plan.values()} == {"conv1d"}
+
+
+class Parts(nn.Module):
+    """Layers by what their inputs depend on, and by how they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.of_t, self.of_text, self.of_both, self.of_nothing = (nn.Linear(4, 4) for _ in range(4))
+        self.first, self.twice, self.keyword, self.last = (nn.Linear(4, 4) for _ in range(4))
+        self.never = nn.Linear(4, 4)
+        self.experts = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("frames", torch.randn(1, 4))
+        self.frames: Tensor
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        t = self.of_t(timestep.float()[:, None].expand(-1, 4) / 1000)
+        text = self.of_text(text)
+        y = self.first(sample) + self.of_both(t * text) + self.of_nothing(self.frames)
+        y = self.twice(self.twice(y).tanh()) @ self.experts
+        result: Tensor = self.last(self.keyword(input=y))
+        return result
+
+
+def parts_plan(**choices: Any) -> Plan:
+    torch.manual_seed(0)
+    model = Parts().requires_grad_(False)
+    calls = calls_of(model, torch.randn(4, 4), torch.tensor([999, 500, 3, 1]), torch.randn(4, 4))
+    return make_plan(model, preset("default", scheme="W4A6", **choices), calls)
+
+
+def test_roles_are_what_inputs_depend_on() -> None:
+    found = {r.name: (r.weight_bits, [q.bits for q in r.inputs]) for r in parts_plan().layers}
+    assert found == {
+        "of_t": (8, []),  # the time embedding
+        "of_text": (4, [6]),
+        "of_both": (4, []),  # modulation
+        "of_nothing": (8, []),  # the same at each t
+        "first": (8, []),
+        "twice": (4, [6]),
+        "keyword": (4, [6]),
+        "last": (8, [8]),
+    }
+
+
+def test_what_stays_in_floating_point_is_named_and_counted() -> None:
+    plan = parts_plan()
+    assert plan.coverage == 1.0, "of what layers compute"
+    notices = "\n".join(plan.notices)
+    assert "never, since the recorded calls never reach them" in notices
+    # 16 of the 16 products of each of ten uses of layers, and as many outside
+    assert "no linear layer or convolution holds stay in floating point (10.0% of" in notices
+    assert "the model itself" in notices and "No attention products were found" in notices
+    some = parts_plan(skip="twice")
+    assert some.coverage == pytest.approx(7 / 9)
+
+
+class Standardized(nn.Conv2d):
+    """Computes its weight in its own forward pass, as ResNets with weight standardization do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+def test_a_layer_that_computes_its_weight_is_refused_by_name() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), Standardized(4, 4, 3), nn.ConvTranspose2d(4, 3, 2)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            result: Tensor = self.c(self.b(self.a(sample)).tanh())
+            return result
+
+    model = Net().requires_grad_(False)
+    plan = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 3, 6, 6), torch.tensor([3, 5])))
+    assert [(r.name, r.kind) for r in plan.layers] == [("a", "conv2d"), ("c", "conv_transpose2d")]
+    assert any("b, since each computes its weight" in notice for notice in plan.notices)
+    a, b, c = 12 * 36, 144 * 16, 16 * 12 * 4
+    assert plan.coverage == pytest.approx((a + c) / (a + b + c))
+
+
+class Folded(nn.Module):
+    """Rows inside are not one sample after the other: ``forward`` says how."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.inside = way, nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, 3, 4]."""
+        if self.way == "tokens first":
+            y = self.inside(sample.transpose(0, 1)).transpose(0, 1)
+        elif self.way == "tokens outside":
+            y = self.inside(sample.transpose(0, 1).reshape(-1, 4)).view(3, -1, 4).transpose(0, 1)
+        elif self.way == "one by one":
+            y = torch.stack([self.inside(row) for row in sample])
+        else:
+            y = self.inside(sample.flatten(0, 1)).view(-1, 3, 4)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("way", "single"),
+    [("tokens first", True), ("tokens outside", True), ("one by one", True), ("samples outside", False)],
+)
+def test_units_whose_rows_are_of_no_one_sample_run_at_one_t(way: str, single: bool) -> None:
+    model = Folded(way).requires_grad_(False)
+    plan = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 3, 4), torch.tensor([3, 5])))
+    assert plan.single == ({"inside"} if single else set())

@@ -20,11 +20,12 @@ QUANTIZERS = st.builds(
 LAYERS = st.builds(
     LayerRecord,
     name=st.text(),
-    kind=st.sampled_from(["conv1d", "conv2d", "linear", "attention"]),
+    kind=st.sampled_from(["conv1d", "conv_transpose2d", "linear", "product"]),
     unit=st.text(),
     splits=st.lists(st.integers(0, 4096), max_size=3).map(tuple),
     weight_bits=st.none() | st.integers(2, 8),
     inputs=st.lists(QUANTIZERS, max_size=4).map(tuple),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
 )
 
 

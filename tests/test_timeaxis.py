@@ -1,28 +1,37 @@
-"""Tables are keyed by the value of t: exact for integers, linear in between, an error outside."""
+"""t of a call, from whatever a model takes for it; tables are exact at whole t and linear in between."""
 
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
 
 from ptq_tdq.errors import ModelError, TimestepError
-from ptq_tdq.timeaxis import Clock, lookup
+from ptq_tdq.timeaxis import TimeAxis, at, find_axis, lookup, present, time_argument
 
-TABLE = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+T = 1000
+TABLE = torch.rand(T + 1, generator=torch.Generator().manual_seed(0))
+AXIS = TimeAxis("timestep")
+
+
+# tables
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.float64])
-def test_integer_time_steps_are_exact(dtype: torch.dtype) -> None:
-    t = torch.tensor([0, 999, 1, 500, 500, 961])
-    assert torch.equal(lookup(TABLE, t.to(dtype)), TABLE[t])
+def test_whole_time_steps_are_exact(dtype: torch.dtype) -> None:
+    t = torch.tensor([0, 999, 1, 500, 500, 961, 1000])
+    assert torch.equal(lookup(TABLE, AXIS.t(t.to(dtype))), TABLE[t])
 
 
 def test_fractional_time_steps_are_linear_between_neighbours() -> None:
-    t = torch.tensor([0.0, 0.25, 37.5, 998.75, 999.0, 12.0])
-    expected = np.interp(t.numpy(), np.arange(1000), TABLE.numpy())
+    t = torch.tensor([0.0, 0.25, 37.5, 998.75, 999.5, 1000.0, 12.0])
+    expected = np.interp(t.numpy(), np.arange(T + 1), TABLE.numpy())
     np.testing.assert_allclose(lookup(TABLE, t).numpy(), expected, rtol=1e-5)
 
 
@@ -32,35 +41,167 @@ def test_integer_tables_stay_integer() -> None:
     assert found.dtype == torch.int32 and found.tolist() == [0, 3, 10, 7, 4]
 
 
-@pytest.mark.parametrize("t", [-1, -0.001, 999.001, 1000, math.nan, math.inf])
-def test_outside_the_table_is_an_error_that_names_the_range(t: float) -> None:
-    with pytest.raises(TimestepError, match=r"0 to 999.*t = "):
-        lookup(TABLE, torch.tensor([5.0, t]))
+# t of an argument
 
 
-def test_the_error_names_the_first_wrong_time_step() -> None:
-    with pytest.raises(TimestepError, match=r"t = 1234\.5;"):
-        lookup(TABLE, torch.tensor([5.0, 1234.5, -3.0]))
+@pytest.mark.parametrize(
+    ("axis", "value", "expected"),
+    [
+        (AXIS, 7, [7.0]),
+        (AXIS, 7.5, [7.5]),
+        (AXIS, torch.tensor(7), [7.0]),
+        (AXIS, torch.tensor([3, 999], dtype=torch.int32), [3.0, 999.0]),
+        (AXIS, torch.tensor([999.0, 1000.0]), [999.0, 1000.0]),
+        (AXIS, torch.tensor([512.0], dtype=torch.bfloat16), [512.0]),
+        (AXIS, torch.tensor([[5.0, 7.0], [9.0, 9.0]]), [7.0, 9.0]),  # a time per token
+        (TimeAxis("t", T, 1000.0), torch.tensor([0.999, 0.001, 1.0]), [999.0, 1.0, 1000.0]),
+        (TimeAxis("t", T, -1000.0, 1000.0), torch.tensor([0.001, 0.0, 1.0]), [999.0, 1000.0, 0.0]),
+    ],
+)
+def test_t_is_the_schedulers_time(axis: TimeAxis, value: Any, expected: list[float]) -> None:
+    found = axis.t(value)
+    assert found.dtype == torch.float32 and found.tolist() == expected
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        torch.testing.assert_close(axis.value(found), torch.atleast_1d(torch.as_tensor(value)).float())
 
 
-@pytest.mark.parametrize("t", [7, 7.0, torch.tensor(7), torch.tensor([7])])
-def test_one_time_step_is_that_of_all_samples(t: torch.Tensor | float) -> None:
-    clock = Clock()
-    clock.set(t)
-    assert clock.read(3).tolist() == [7, 7, 7]
+@pytest.mark.parametrize("t", [-1, -0.01, 1000.01, 1234.5, math.nan, math.inf, -math.inf])
+def test_outside_the_axis_is_an_error_that_names_t(t: float) -> None:
+    with pytest.raises(TimestepError, match=rf"0 to 1000\. Got t = {t:g};"):
+        AXIS.t(torch.tensor([5.0, t, -3.0]))
 
 
-def test_a_batch_that_repeats_each_sample_repeats_its_time_step() -> None:
-    clock = Clock()
-    clock.set(torch.tensor([1, 2, 3]))
-    assert clock.read(3).tolist() == [1, 2, 3]
-    assert clock.read(6).tolist() == [1, 1, 2, 2, 3, 3]
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "999",
+        True,
+        torch.tensor([True]),
+        torch.empty(0),
+        torch.tensor([1j]),
+        [],
+        object(),
+        ["a"],
+        torch.empty(2, 0),
+    ],
+    ids=str,
+)
+def test_what_is_no_time_step_is_one_clear_error(value: Any) -> None:
+    with pytest.raises(TimestepError, match="timestep"):
+        AXIS.t(value)
 
 
-def test_a_batch_that_does_not_fit_and_a_clock_that_was_not_set_are_errors() -> None:
-    clock = Clock()
+# the axis of a model
+
+
+def schedule_of(scheduler: Any, steps: int = 7) -> list[float]:
+    extra = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(steps, **extra)
+    return [float(t) for t in scheduler.timesteps]
+
+
+SCHEDULES = {
+    "ddim": schedule_of(DDIMScheduler()),
+    "euler": schedule_of(EulerDiscreteScheduler()),
+    "flow": schedule_of(FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    "one step": [1000.0],
+}
+FORMS = {"t": (1.0, 0.0), "sigma": (1000.0, 0.0), "1 - sigma": (-1000.0, 1000.0)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_axis_is_found_from_the_schedule_and_the_calls(name: str, form: str, dtype: torch.dtype) -> None:
+    schedule, (scale, offset) = SCHEDULES[name], FORMS[form]
+    seen = [float(torch.tensor((t - offset) / scale).to(dtype)) for t in schedule]
+    axis = find_axis("timestep", seen, schedule, T)
+    assert (axis.scale, axis.offset) == (scale, offset)
+    found = axis.t(torch.tensor(seen))
+    torch.testing.assert_close(found, torch.tensor(schedule), rtol=4e-3, atol=4 if dtype == torch.bfloat16 else 1e-2)
+
+
+def test_without_a_schedule_a_time_that_never_exceeds_1_is_a_part_of_the_axis() -> None:
+    assert find_axis("t", [1.0, 0.75, 0.5]).scale == 1000
+    assert find_axis("t", [999.0, 500.0, 1.0]).scale == 1
+    assert find_axis("t", [1.0, 0.0]).scale == 1, "the last steps of a scheduler"
+
+
+def test_times_of_another_kind_are_stretched_over_the_axis() -> None:
+    """Logarithms of sigma, as EDM's models take them."""
+    seen = [1.1, 0.4, -0.8, -1.5]
+    axis = find_axis("t", seen)
+    t = axis.t(torch.tensor(seen))
+    assert t[0] == 1000 and t[-1] == 0 and bool((t[:-1] > t[1:]).all())
+
+
+@pytest.mark.parametrize("change", [{"scale": 0.0}, {"num_train_timesteps": 0}, {"offset": math.nan}, {"argument": 3}])
+def test_an_axis_of_a_file_is_checked(change: dict[str, Any]) -> None:
+    assert TimeAxis.from_dict(AXIS.to_dict()) == AXIS
+    with pytest.raises((TypeError, ValueError)):
+        TimeAxis.from_dict(AXIS.to_dict() | change)
+
+
+def model_with(*names: str) -> nn.Module:
+    class Net(nn.Module):
+        pass
+
+    body: dict[str, Any] = {}
+    exec(f"def forward(self, {', '.join(names)}): ...", body)
+    Net.forward = body["forward"]  # type: ignore[method-assign]
+    return Net()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("sample", "timestep"), "timestep"),
+        (("x", "t", "y"), "t"),
+        (("hidden_states", "timesteps"), "timesteps"),
+        (("sample", "timestep_ratio"), "timestep_ratio"),
+        (("x", "decoder_noise_time"), "decoder_noise_time"),
+    ],
+)
+def test_the_time_argument_is_found_by_its_name(names: tuple[str, ...], expected: str) -> None:
+    assert time_argument(model_with(*names)) == expected
+
+
+def test_another_name_is_given_and_no_name_is_an_error() -> None:
+    model = model_with("x", "when")
+    assert time_argument(model, "when") == "when"
+    with pytest.raises(ModelError, match="no argument named 'then'"):
+        time_argument(model, "then")
+    with pytest.raises(ModelError, match="no argument that is known to hold a time step"):
+        time_argument(model)
+
+
+# t of the call that runs
+
+
+def test_one_time_step_is_that_of_all_rows_and_several_repeat() -> None:
+    with at(torch.tensor([7.0])):
+        assert present(3).tolist() == [7, 7, 7]
+    with at(torch.tensor([1.0, 2.0, 3.0])):
+        assert present(3).tolist() == [1, 2, 3]
+        assert present(6).tolist() == [1, 1, 2, 2, 3, 3]
+        with pytest.raises(ModelError, match="3 time steps do not fit a batch of 4"):
+            present(4)
+    with at(torch.tensor([2.0, 2.0])):
+        assert present(5).tolist() == [2] * 5, "no sample differs"
+
+
+def test_outside_a_call_there_is_no_time() -> None:
+    with at(torch.tensor([7.0])):
+        pass
     with pytest.raises(ModelError, match="outside"):
-        clock.read(1)
-    clock.set(torch.tensor([1, 2, 3]))
-    with pytest.raises(ModelError, match="3 time steps do not fit a batch of 4"):
-        clock.read(4)
+        present(1)
+
+
+def test_calls_in_other_threads_have_their_own_time() -> None:
+    def read(t: float) -> bool:
+        with at(torch.tensor([t])):
+            return all(present(2).tolist() == [t, t] for _ in range(200))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, map(float, range(32))))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DModel
+from recorded import calls_of
 from torch import Tensor, nn
 
-from ptq_tdq.calib_data import load_model
 from ptq_tdq.config import preset
 from ptq_tdq.errors import ModelError, NonFiniteError, TimestepError
 from ptq_tdq.evaluate.metrics import sqnr_db
@@ -21,6 +22,7 @@ from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.weights import initialize
 from ptq_tdq.search import QParams
+from ptq_tdq.wrap import folded_copy
 
 T = 1000
 MODELS: dict[str, dict[str, Any]] = {
@@ -46,14 +48,15 @@ def inputs_of(options: dict[str, Any]) -> dict[str, Any]:
 
 def wrap(model: nn.Module, inputs: dict[str, Any], scheme: str = "W8A8", **choices: Any) -> QuantizedModel:
     config = preset("qdiff", scheme=scheme, method="static", **choices)
-    quantized = QuantizedModel.copy_of(model, make_plan(model, config, lambda: model(**inputs)))
+    calls = calls_of(model, **inputs)
+    quantized = QuantizedModel.copy_of(model, calls.axis, make_plan(model, config, calls).layers)
     for layer in quantized.layers().values():
         initialize(layer, config)
     return quantized
 
 
 def calibrate(quantized: QuantizedModel, inputs: dict[str, Any], over_time: Tensor) -> None:
-    """Static min-max intervals of these inputs, times ``over_time`` [T]."""
+    """Static min-max intervals of these inputs, times ``over_time`` [T + 1]."""
     steps = inputs["timestep"].unique().float()
     quantizers = quantized.quantizers()
     for name, quantizer in quantizers.items():
@@ -68,7 +71,7 @@ def calibrate(quantized: QuantizedModel, inputs: dict[str, Any], over_time: Tens
         assert observer is not None
         from_zero = quantizer.record.from_zero
         found = Observed(T, steps, observer.histogram(), quantizer.qtype, "minmax", from_zero).static
-        quantizer.source = TableSource(found.scale * over_time, found.zero_point.expand(T))
+        quantizer.source = TableSource(found.scale * over_time, found.zero_point.expand(T + 1))
     quantized.quantize()
 
 
@@ -85,16 +88,6 @@ def test_with_quantizers_off_the_model_is_the_original_bit_for_bit(
     assert torch.equal(model(**inputs).sample, expected), "the original has no quantizers"
 
 
-@torch.no_grad()
-def test_the_embedded_model_wrapped_is_itself_bit_for_bit() -> None:
-    model = load_model().unet
-    inputs = {"sample": torch.randn(1, 4, 16, 16), "timestep": torch.tensor([500]), "class_labels": torch.tensor([3])}
-    expected = model(**inputs).sample
-    for name in ("default", "paper"):
-        plan = make_plan(model, preset(name), lambda: model(**inputs))
-        assert torch.equal(QuantizedModel.copy_of(model, plan)(**inputs).sample, expected)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_8_bits_are_close_and_3_bits_are_not(tiny_unet: Callable[..., UNet2DModel], name: str) -> None:
     model, inputs = tiny_unet(**MODELS[name]), inputs_of(MODELS[name])
@@ -102,7 +95,7 @@ def test_8_bits_are_close_and_3_bits_are_not(tiny_unet: Callable[..., UNet2DMode
     ratio = {}
     for scheme in ("W8A8", "W3A3"):
         quantized = wrap(model, inputs, scheme)
-        calibrate(quantized, inputs, torch.ones(T))
+        calibrate(quantized, inputs, torch.ones(T + 1))
         ratio[scheme] = sqnr_db(expected, quantized(**inputs).sample)
     assert ratio["W8A8"] > 25
     # each bit halves the interval: 6 dB; 5 bits make 30
@@ -112,7 +105,7 @@ def test_8_bits_are_close_and_3_bits_are_not(tiny_unet: Callable[..., UNet2DMode
 def test_samples_of_a_batch_get_the_intervals_of_their_own_time_steps(tiny_unet: Callable[..., UNet2DModel]) -> None:
     model, inputs = tiny_unet(**MODELS["classes"]), inputs_of(MODELS["classes"])
     quantized = wrap(model, inputs)
-    calibrate(quantized, inputs, torch.linspace(0.3, 4, T))
+    calibrate(quantized, inputs, torch.linspace(0.3, 4, T + 1))
     together = quantized(**inputs).sample
     for i, one_t in enumerate(inputs["timestep"].tolist()):
         # the same batch at one t, since a batch of one may sum in another order and flip a code
@@ -126,31 +119,30 @@ def test_samples_of_a_batch_get_the_intervals_of_their_own_time_steps(tiny_unet:
 def test_the_table_entry_of_t_is_used_and_of_no_other_step(tiny_unet: Callable[..., UNet2DModel]) -> None:
     model, inputs = tiny_unet(), inputs_of({})
     quantized = wrap(model, inputs)
-    calibrate(quantized, inputs, torch.ones(T))
+    calibrate(quantized, inputs, torch.ones(T + 1))
     expected = quantized(**inputs).sample
     used = inputs["timestep"].unique()
     for quantizer in quantized.quantizers().values():
         assert isinstance(quantizer.source, TableSource)
-        others = torch.ones(T, dtype=torch.bool).index_fill(0, used, False)
+        others = torch.ones(T + 1, dtype=torch.bool).index_fill(0, used, False)
         quantizer.source.scale = torch.where(others, torch.nan, quantizer.source.scale)
     assert torch.equal(quantized(**inputs).sample, expected)
     assert not bool(quantized(inputs["sample"], 42).sample.isfinite().any())
 
 
-@pytest.mark.parametrize("t", [1000, -1])
+@pytest.mark.parametrize("t", [1001, -1])
 def test_a_time_step_outside_the_tables_is_an_error(tiny_unet: Callable[..., UNet2DModel], t: int) -> None:
     model, inputs = tiny_unet(), inputs_of({})
     quantized = wrap(model, inputs)
-    calibrate(quantized, inputs, torch.ones(T))
-    with pytest.raises(TimestepError, match="0 to 999"):
+    calibrate(quantized, inputs, torch.ones(T + 1))
+    with pytest.raises(TimestepError, match="0 to 1000"):
         quantized(inputs["sample"], t)
 
 
 def test_other_intervals_hold_inside_the_block_only(tiny_unet: Callable[..., UNet2DModel]) -> None:
     model, inputs = tiny_unet(), inputs_of({})
     quantized = wrap(model, inputs)
-    calibrate(quantized, inputs, torch.ones(T))
-    quantized.provenance = {"time_axis": {"num_train_timesteps": T}}
+    calibrate(quantized, inputs, torch.ones(T + 1))
     expected = quantized(**inputs).sample
     coarse = {n: QParams(q.source(torch.tensor([0]), inputs["sample"])[0][0] * 8, torch.tensor(128, dtype=torch.int32))
               for n, q in quantized.quantizers().items() if q.source is not None}  # fmt: skip
@@ -185,9 +177,10 @@ def test_a_weight_that_is_not_finite_names_the_layer(
 
 def test_a_plan_of_another_model_is_an_error(tiny_unet: Callable[..., UNet2DModel]) -> None:
     deep, shallow = tiny_unet(layers_per_block=2), tiny_unet()
-    plan = make_plan(deep, preset("qdiff"), lambda: deep(**inputs_of({})))
+    calls = calls_of(deep, **inputs_of({}))
+    plan = make_plan(deep, preset("qdiff"), calls)
     with pytest.raises(ModelError, match="no layer named"):
-        QuantizedModel.copy_of(shallow, plan)
+        QuantizedModel.copy_of(shallow, calls.axis, plan.layers)
 
 
 def test_a_custom_model_of_one_dimension_follows_t(tiny_unet: Callable[..., UNet2DModel]) -> None:
@@ -211,7 +204,7 @@ def test_a_custom_model_of_one_dimension_follows_t(tiny_unet: Callable[..., UNet
     assert list(quantized.layers()) == ["a", "b"]
     assert list(quantized.quantizers()) == ["a", "b.0", "b.1"]
     assert torch.equal(quantized(**inputs), expected)
-    calibrate(quantized, inputs, torch.where(torch.arange(T) == 9, 30.0, 1.0))
+    calibrate(quantized, inputs, torch.where(torch.arange(T + 1) == 9, 30.0, 1.0))
     found = quantized(**inputs)
     error = [sqnr_db(expected[i], found[i]) for i in range(4)]
     assert min(error[0], error[2], error[3]) > 30 and error[1] < 20, "only the sample at t = 9 has coarse intervals"
@@ -224,3 +217,88 @@ def test_the_wrapped_model_shows_what_a_pipeline_asks_for(tiny_unet: Callable[..
     assert quantized.dtype == torch.float32 and quantized.device == torch.device("cpu")
     with pytest.raises(ModelError, match="not calibrated"):
         quantized.to_artifact()
+
+
+def test_calls_in_eight_threads_do_not_disturb_each_other(tiny_unet: Callable[..., UNet2DModel]) -> None:
+    model, inputs = tiny_unet(), inputs_of({})
+    quantized = wrap(model, inputs)
+    calibrate(quantized, inputs, torch.linspace(0.3, 4, T + 1))
+    x, steps = inputs["sample"], [float(t) for t in torch.linspace(0, T, 24)]
+    alone = [quantized(x, t).sample for t in steps]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda t: quantized(x, t).sample, steps))
+    assert all(map(torch.equal, together, alone))
+    assert not torch.equal(alone[0], alone[-1])
+
+
+class Mixed(nn.Module):
+    """Tokens first: inside, no row is of one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor, list[Tensor]]:
+        y = self.a(sample.transpose(0, 1)).transpose(0, 1)
+        return y, list(y)
+
+
+def test_samples_at_several_time_steps_are_right_also_where_rows_are_of_no_sample() -> None:
+    model = Mixed().requires_grad_(False)
+    x, t = torch.randn(4, 2, 4), torch.tensor([0.0, 999.0, 999.0, 0.0])
+    inputs = {"sample": x, "timestep": t}
+    quantized = wrap(model, inputs)
+    quantized.provenance = {"one_step": True}
+    calibrate(quantized, inputs, torch.linspace(0.3, 9, T + 1))
+    together, rows = quantized(x, t)
+    for i in range(4):
+        alone = quantized(x, t[i])[0]
+        assert torch.equal(together[i], alone[i]) and torch.equal(rows[i], alone[i])
+
+
+def test_layers_that_share_a_weight_are_quantized_apart() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.a, self.b = nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.a.weight = self.b.weight = self.embed.weight
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            result: Tensor = self.b(self.a(sample).tanh()) + self.embed(timestep.long() % 4)
+            return result
+
+    model = Tied().requires_grad_(False)
+    inputs = {"sample": torch.randn(4, 4), "timestep": torch.tensor([999, 3, 500, 3])}
+    quantized, expected = wrap(model, inputs, "W3A8"), model.embed.weight.clone()
+    quantized.quantize(weights=True, activations=False)
+    before = quantized(**inputs)
+    quantized.finalize().quantize(weights=False, activations=False)
+    assert torch.equal(quantized(**inputs), before)
+    assert torch.equal(quantized.model.embed.weight, expected) and torch.equal(model.embed.weight, expected)
+
+
+def test_reparametrized_weights_are_made_plain() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 3))
+            self.b = nn.utils.parametrizations.spectral_norm(nn.Conv1d(4, 3, 1))
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            result: Tensor = self.b(self.a(sample))
+            return result
+
+    model = Normed().eval()
+    inputs = {"sample": torch.randn(4, 3, 8), "timestep": torch.tensor([999, 3, 500, 3])}
+    with torch.no_grad():
+        expected = model(**inputs)
+    folded = folded_copy(model)
+    torch.testing.assert_close(folded(**inputs), expected)
+    quantized = wrap(folded, inputs)
+    assert list(quantized.layers()) == ["a", "b"]
+    assert torch.equal(quantized(**inputs), folded(**inputs))
+    with torch.no_grad():
+        assert torch.equal(model(**inputs), expected), "the original stays as it is"

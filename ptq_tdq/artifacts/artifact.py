@@ -12,20 +12,21 @@ from torch import Tensor
 from ptq_tdq.errors import ArtifactCorruptError, ArtifactMismatchError
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.scheme import QType
+from ptq_tdq.timeaxis import TimeAxis
 
 DYNAMIC = "dynamic"  # such a method finds scales at run time; others whose names begin so have a network for it
 DERIVED_KEYS = frozenset(
     {"schema_version", "layers", "files", "config_sha256"}
 )  # of the config; made when it is written
-_WEIGHT_DIMS = {"linear": 2, "conv1d": 3, "conv2d": 4}
+_WEIGHT_DIMS = {"linear": 2} | {f"conv{form}{n}d": 2 + n for form in ("", "_transpose") for n in (1, 2, 3)}
 
 
 @dataclass(frozen=True, eq=False)
 class IntervalTable:
     """Interval and zero point of one quantizer at every time step t.
 
-    ``scale`` float32 [T], ``zero_point`` int32 [T]. A dynamic quantizer finds its scale at run time: ``scale`` is None
-    and ``zero_point`` is [1]; ``generator`` holds the tensors of its network by name, if it has one.
+    ``scale`` float32 [T + 1], ``zero_point`` int32 [T + 1], for t = 0 to T. A dynamic quantizer finds its scale at run
+    time: ``scale`` is None and ``zero_point`` is [1]; ``generator`` holds the tensors of its network, if it has one.
     """
 
     scale: Tensor | None
@@ -68,10 +69,14 @@ class Artifact:
     card: str
 
     @property
+    def time_axis(self) -> TimeAxis:
+        """How the model's time argument becomes t, the key of each table."""
+        return TimeAxis.from_dict(self.config["time_axis"])
+
+    @property
     def num_train_timesteps(self) -> int:
-        """T, the number of time steps that each table covers."""
-        steps: int = self.config["time_axis"]["num_train_timesteps"]
-        return steps
+        """T: each table covers t = 0 to T."""
+        return self.time_axis.num_train_timesteps
 
     @property
     def quantizers(self) -> tuple[QuantizerRecord, ...]:
@@ -105,7 +110,7 @@ def check_artifact(artifact: Artifact) -> None:
     for part in (artifact.weight_codes, artifact.weight_scale, artifact.weight_zero_point):
         _same_names("quantized weight", part, {layer.name for layer in weighted})
     for quantizer in artifact.quantizers:
-        _check_table(quantizer, artifact.tables[quantizer.name], artifact.num_train_timesteps)
+        _check_table(quantizer, artifact.tables[quantizer.name], artifact.time_axis.length)
     for layer in weighted:
         name = layer.name
         _check_weight(layer, artifact.weight_codes[name], artifact.weight_scale[name], artifact.weight_zero_point[name])

@@ -23,7 +23,7 @@ WEIGHTS_FILE = "weights.safetensors"
 METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
 _DATA_FILES = (TABLES_FILE, WEIGHTS_FILE, METRICS_FILE)  # README.md is prose that its owner may edit: not hashed
-_MOST_DIMS = 4  # of a weight
+_MOST_DIMS = 5  # of a weight
 _WEIGHT_PARTS = ("weight_codes", "weight_shape", "weight_scale", "weight_zero_point")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from ptq_tdq.artifacts.artifact import Artifact, IntervalTable
 from ptq_tdq.artifacts.store import encode_artifact
 from ptq_tdq.records import LayerRecord, QuantizerRecord
+from ptq_tdq.timeaxis import TimeAxis
 
 _FP32_BYTES = 4
 
@@ -15,11 +16,14 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
     """JSON-ready facts of the artifact.
 
     "bytes" per file and in all, "fp32_bytes" of the same weights in float32, "compression" = fp32_bytes / bytes;
-    "quantizers": one row per activation quantizer, scales at t = 0, T // 2 and T - 1 (None for dynamic quantizers);
-    "weights": one row per quantized weight.
+    "quantizers": one row per activation quantizer, scales at t = 0, T // 2 and T (None for dynamic quantizers);
+    "weights": one row per quantized weight; "time_axis": how the model's time argument becomes t, as numbers and as
+    "text"; "coverage": share of the multiply-accumulates of convolutions and linear layers whose layer is quantized
+    (None where calibration did not say); "notices": what stays in floating point, and why.
     """
     config = artifact.config
     file_bytes = {name: len(data) for name, data in sorted(encode_artifact(artifact).items())}
+    coverage, notices = (artifact.metrics.get(key) for key in ("coverage", "notices"))  # whatever a file may hold
     values = [*artifact.weight_codes.values(), *artifact.float_state.values()]
     fp32_bytes = _FP32_BYTES * sum(tensor.numel() for tensor in values)
     return {
@@ -28,6 +32,9 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
         "method": config["method"],
         "preset": config["preset"],
         "num_train_timesteps": artifact.num_train_timesteps,
+        "time_axis": {**artifact.time_axis.to_dict(), "text": _axis_text(artifact.time_axis)},
+        "coverage": coverage if isinstance(coverage, float) else None,
+        "notices": [text for text in notices if isinstance(text, str)] if isinstance(notices, list) else [],
         "num_layers": len(artifact.layers),
         "file_bytes": file_bytes,
         "bytes": sum(file_bytes.values()),
@@ -37,6 +44,20 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
         "weights": [_weight_row(artifact, layer) for layer in artifact.layers if layer.weight_bits is not None],
         "metrics": artifact.metrics,
     }
+
+
+def _axis_text(axis: TimeAxis) -> str:
+    """How the model's time argument becomes t, as an equation."""
+    name = f"'{axis.argument}'"
+    factor = f"{abs(axis.scale):g} \N{MULTIPLICATION SIGN} {name}"
+    if axis.scale == 1 and axis.offset == 0:
+        equation = f"t = {name}"
+    elif axis.scale < 0:
+        equation = f"t = {axis.offset:g} \N{MINUS SIGN} {factor}"
+    else:
+        sign = "\N{MINUS SIGN}" if axis.offset < 0 else "+"
+        equation = f"t = {factor}" + (f" {sign} {abs(axis.offset):g}" if axis.offset else "")
+    return f"{equation}, from 0 to {axis.num_train_timesteps}"
 
 
 def _quantizer_row(quantizer: QuantizerRecord, table: IntervalTable) -> dict[str, Any]:

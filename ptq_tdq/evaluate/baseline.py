@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import write_atomic
-from ptq_tdq.calib_data import REFERENCE_ID, LoadedModel
-from ptq_tdq.calib_data.reference import Cifar10Classifier, load_classifier, reference_path
+from ptq_tdq.calib_data import LoadedModel, is_embedded
+from ptq_tdq.calib_data.reference import Cifar10Classifier, load_classifier
+from ptq_tdq.calls import Calls
+from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.evaluate import c10, quality
-from ptq_tdq.evaluate.images import decode
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
-from ptq_tdq.evaluate.trajectories import BATCH, Progress, Reference, compare, finite, make_reference, run
+from ptq_tdq.evaluate.trajectories import Progress, Reference, compare, finite, make_reference, run
 
-RECORDED = BATCH
+RECORDED = 50
 """Samples whose every step is compared; all are compared at the end of their way."""
+
+CALLS, TENSORS = "calls.safetensors", "samples.safetensors"  # files of a saved baseline
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,39 +38,40 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """Full-precision samples of a model with one seed; ``described`` only for the embedded model, which has a
-    classifier, and ``images`` None for latents that nothing turns into images.
+    """Full-precision samples of a model with one seed; ``classifier`` and what it says of them (``described``) only
+    for the embedded models, whose images it knows.
     """
 
     reference: Reference
-    seed: int
-    images: Tensor | None
     classifier: Cifar10Classifier | None
     described: c10.Described | None
+
+    @property
+    def images(self) -> Tensor | None:
+        """The full-precision images [N, C, H, W] in [-1, 1]; None for sounds and for latents without a VAE."""
+        return self.reference.images
 
     def quality(self) -> dict[str, float]:
         """The full-precision samples against the data, in the classifier's features; empty without a classifier."""
         return self._against_data(self.described)
 
-    def measure(self, unet: nn.Module, on_progress: Progress | None = None) -> Measured:
-        """``unet`` against full precision from the same noise and, with a classifier, against the data."""
+    def measure(self, denoiser: nn.Module, on_progress: Progress | None = None) -> Measured:
+        """``denoiser`` against full precision from the same noise and, with a classifier, against the data."""
         full = self.reference
-        model, labels, steps = full.model, full.class_labels, full.num_inference_steps
-        latents = run(unet, model, full.noise, labels, steps, self.seed, on_progress)
-        results: dict[str, Any] = compare(full, unet, self.seed, latents).to_dict()
-        images = to_images(model, latents)
-        if images is None or self.images is None:
+        sampled = run(denoiser, full.model, full.conditions, full.num_inference_steps, full.seed, on_progress)
+        results: dict[str, Any] = compare(full, denoiser, sampled).to_dict()
+        if full.images is None or sampled.images is None:
             return Measured(results, None)
-        results["image_sqnr_db"] = finite(sqnr_db(self.images, images))
-        results["image_psnr_db"] = finite(psnr_db(self.images, images, peak=2.0))
+        results["image_sqnr_db"] = finite(sqnr_db(full.images, sampled.images))
+        results["image_psnr_db"] = finite(psnr_db(full.images, sampled.images, peak=2.0))
         if self.classifier is not None and self.described is not None:
-            found = c10.describe(self.classifier, images)
+            found = c10.describe(self.classifier, sampled.images)
             results |= c10.against_full_precision(self.described, found) | self._against_data(found)
-        return Measured(results, images)
+        return Measured(results, sampled.images)
 
     def _against_data(self, found: c10.Described | None) -> dict[str, float]:
-        labels = self.reference.class_labels
-        return {} if found is None or labels is None else c10.against_data(found, labels, self.seed)
+        full = self.reference
+        return {} if found is None else c10.against_data(found, torch.tensor(full.conditions), full.seed)
 
 
 def make_baseline(
@@ -74,7 +79,7 @@ def make_baseline(
 ) -> Baseline:
     """Sample with full precision; ``on_progress(done, total)`` counts samples.
 
-    Raises :class:`~ptq_tdq.errors.MissingExtraError` without torchmetrics, which the embedded model's metrics need.
+    Raises :class:`~ptq_tdq.errors.MissingExtraError` without torchmetrics, which the embedded models' metrics need.
     """
     if is_embedded(model):
         quality.require()
@@ -86,54 +91,72 @@ def make_baseline(
         recorded=RECORDED,
         on_progress=on_progress,
     )
-    images = to_images(model, reference.latents)
-    if images is None or not is_embedded(model):
-        return Baseline(reference, seed, images, None, None)
+    if reference.images is None or not is_embedded(model):
+        return Baseline(reference, None, None)
     classifier = load_classifier()
-    return Baseline(reference, seed, images, classifier, c10.describe(classifier, images))
+    return Baseline(reference, classifier, c10.describe(classifier, reference.images))
 
 
-def is_embedded(model: LoadedModel) -> bool:
-    """Whether this is the model that the embedded classifier belongs to."""
-    return model.id == REFERENCE_ID or Path(model.id).resolve() == reference_path().resolve()
+def baseline_request(model: LoadedModel, *, samples: int, num_inference_steps: int, seed: int) -> dict[str, Any]:
+    """All that a baseline depends on, as plain JSON values."""
+    scheduler = {"class": type(model.scheduler).__name__, **model.scheduler.config}
+    request = {
+        "model_sha256": model.sha256,
+        "dtype": str(model.denoiser.dtype),
+        "sampler": model.sampler.recipe(),
+        "scheduler": scheduler,
+        "samples": samples,
+        "num_inference_steps": num_inference_steps,
+        "seed": seed,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(request, sort_keys=True, default=str))
+    return plain
 
 
-def to_images(model: LoadedModel, latents: Tensor) -> Tensor | None:
-    """Images [N, C, H, W] in [-1, 1], or None for latents without a VAE."""
-    if model.vae is None and latents.shape[1] not in (1, 3):
-        return None
-    return torch.cat([decode(model, part) for part in latents.split(BATCH)])
+def save_baseline(folder: Path, baseline: Baseline) -> None:
+    """Keep all of it in two files, but for the model and the classifier."""
+    full, found = baseline.reference, baseline.described
+    request = baseline_request(
+        full.model, samples=len(full.latents), num_inference_steps=full.num_inference_steps, seed=full.seed
+    )
+    tensors = {"latents": full.latents, **{f"prediction.{i}": value for i, value in enumerate(full.predictions)}}
+    tensors |= {} if full.images is None else {"images": full.images}
+    tensors |= {} if found is None else {"features": found.features, "logits": found.logits}
+    facts = {"request": request, "conditions": full.conditions, "calls": full.calls.sha256}
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    full.calls.save(folder / CALLS)
+    write_atomic(folder / TENSORS, save(contiguous, {"facts": json.dumps(facts)}))
 
 
-def save_baseline(path: Path, baseline: Baseline) -> None:
-    """Keep all of it in a file, but for the classifier."""
-    full = baseline.reference
-    facts = {"steps": full.num_inference_steps, "seed": baseline.seed, "sha256": full.model.sha256}
-    tensors = {"noise": full.noise, "latents": full.latents}
-    tensors |= {f"{key}.{i}": x for key in ("x", "t", "prediction") for i, x in enumerate(getattr(full, key))}
-    found = baseline.described
-    optional = {"class_labels": full.class_labels, "images": baseline.images}
-    optional |= {"features": found.features, "logits": found.logits} if found else {}
-    tensors |= {name: value for name, value in optional.items() if value is not None}
-    data = save({name: value.contiguous() for name, value in tensors.items()}, {"facts": json.dumps(facts)})
-    write_atomic(path, data)
+def load_baseline(folder: Path, model: LoadedModel, **request: int) -> Baseline | None:
+    """What :func:`save_baseline` kept, or None where that is absent, damaged or of another request.
 
-
-def load_baseline(
-    path: Path, model: LoadedModel, *, samples: int, num_inference_steps: int, seed: int
-) -> Baseline | None:
-    """What :func:`save_baseline` kept, or None where that is absent, damaged or of another request."""
+    ``request`` are samples, num_inference_steps and seed, as :func:`make_baseline` takes them.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
+        calls = Calls.load(folder / CALLS)
+        with safe_open(folder / TENSORS, framework="pt") as file:
             facts = json.loads(file.metadata()["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        calls = ([tensors[f"{key}.{i}"] for i in range(num_inference_steps)] for key in ("x", "t", "prediction"))
-        x, t, prediction = (tuple(each) for each in calls)
-        noise, latents = tensors["noise"], tensors["latents"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        if facts["request"] != baseline_request(model, **request) or facts["calls"] != calls.sha256:
+            return None
+        return _restored(model, calls, facts["conditions"], tensors, request)
+    except (CalibrationSetError, OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-    if facts != {"steps": num_inference_steps, "seed": seed, "sha256": model.sha256} or len(noise) != samples:
-        return None
-    reference = Reference(model, num_inference_steps, noise, tensors.get("class_labels"), x, t, prediction, latents)
+
+
+def _restored(
+    model: LoadedModel, calls: Calls, conditions: list[Any], tensors: dict[str, Tensor], request: Mapping[str, int]
+) -> Baseline:
+    reference = Reference(
+        model,
+        request["num_inference_steps"],
+        request["seed"],
+        conditions,
+        calls,
+        [tensors[f"prediction.{i}"] for i in range(len(calls.groups))],
+        tensors["latents"],
+        tensors.get("images"),
+    )
     described = c10.Described(tensors["features"], tensors["logits"]) if "features" in tensors else None
-    return Baseline(reference, seed, tensors.get("images"), load_classifier() if described else None, described)
+    return Baseline(reference, load_classifier() if described else None, described)

@@ -1,8 +1,8 @@
 """Sample quality in the features of the embedded CIFAR-10 classifier; each number is called -C10, never by Inception's.
 
 The real side of FD-C10 are the statistics of the 50,000 training images, that of KID-C10, precision and recall the
-stored features of 1,000 of them (100 of each class). The model's decoder was trained in feature maps of this
-classifier: these numbers compare quantizations of the embedded model and nothing else.
+stored features of 1,000 of them (100 of each class). The decoder that both embedded models share was trained in feature
+maps of this classifier: these numbers compare quantizations of an embedded model and nothing else.
 """
 
 from __future__ import annotations

@@ -1,26 +1,17 @@
-"""Latents to pictures."""
+"""Pictures of samples side by side."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ptq_tdq.calib_data import LoadedModel
-
 CAPTION_HEIGHT = 14
-
-
-@torch.no_grad()
-def decode(model: LoadedModel, latents: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1] of latents [N, C, h, w]: through the model's VAE, or unchanged without one."""
-    if model.vae is None:
-        return latents.clamp(-1, 1)
-    shift = getattr(model.vae.config, "shift_factor", None) or 0.0
-    images: Tensor = model.vae.decode(latents / model.vae.config.scaling_factor + shift, return_dict=False)[0]
-    return images.clamp(-1, 1)
+LARGEST = 96  # pixels of a small image's enlarged side, and at most 3 times its own
 
 
 def columns_for(count: int, num_classes: int) -> int:
@@ -28,35 +19,72 @@ def columns_for(count: int, num_classes: int) -> int:
     return num_classes if 1 < num_classes <= min(count, 10) else max(1, round(count**0.5))
 
 
-def grid_png(panels: dict[str, Tensor], num_classes: int, most: int | None = None) -> bytes:
+def captions_of(conditions: Sequence[Any]) -> list[str]:
+    """What a picture of each sample is called: its prompt or its class; nothing for samples of no condition."""
+    if not conditions or conditions[0] is None:
+        return []
+    return [condition if isinstance(condition, str) else f"class {condition}" for condition in conditions]
+
+
+def count_classes(conditions: Sequence[Any]) -> int:
+    """The number of classes among the conditions of samples; 0 for prompts and for samples of no condition."""
+    return len({condition for condition in conditions if isinstance(condition, int)})
+
+
+def grid_png(
+    panels: dict[str, Tensor], num_classes: int, most: int | None = None, captions: Sequence[str] = ()
+) -> bytes:
     """The file of a :func:`grid` of the first ``most`` images of each panel, or of all."""
-    shown = {caption: images[:most] for caption, images in panels.items()}
+    shown = {title: images[:most] for title, images in panels.items()}
     buffer = io.BytesIO()
-    grid(shown, columns_for(max(map(len, shown.values())), num_classes)).save(buffer, format="PNG")
+    columns = columns_for(max(map(len, shown.values())), num_classes)
+    grid(shown, columns, captions=captions).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def grid(panels: dict[str, Tensor], columns: int, scale: int = 3) -> Image.Image:
-    """Captioned panels of images [N, 3 or 1, H, W] in [-1, 1], side by side and enlarged ``scale`` times."""
-    drawn = {caption: _panel(images, columns, scale) for caption, images in panels.items()}
+def grid(
+    panels: dict[str, Tensor], columns: int, scale: int | None = None, captions: Sequence[str] = ()
+) -> Image.Image:
+    """Titled panels of images [N, 3 or 1, H, W] in [-1, 1], side by side and enlarged ``scale`` times.
+
+    ``captions`` stand above the images of each panel, as far as they fit. Small images are enlarged by default.
+    """
+    first = next(iter(panels.values()))
+    scale = scale or max(1, min(3, LARGEST // max(first.shape[2:])))
+    drawn = {title: _panel(images, columns, scale, captions) for title, images in panels.items()}
     gap = 4 * scale
     width = sum(p.width for p in drawn.values()) + gap * (len(drawn) - 1)
     height = max(p.height for p in drawn.values()) + CAPTION_HEIGHT
     canvas, left = Image.new("RGB", (width, height), "white"), 0
     pen = ImageDraw.Draw(canvas)
-    for caption, panel in drawn.items():
-        pen.text((left + 1, 1), caption, fill="black")
+    for title, panel in drawn.items():
+        pen.text((left + 1, 1), title, fill="black")
         canvas.paste(panel, (left, CAPTION_HEIGHT))
         left += panel.width + gap
     return canvas
 
 
-def _panel(images: Tensor, columns: int, scale: int) -> Image.Image:
+def _panel(images: Tensor, columns: int, scale: int, captions: Sequence[str]) -> Image.Image:
     pixels = ((images.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     pixels = pixels.expand(-1, -1, -1, 3)
-    count, height, width, _ = pixels.shape
-    rows = -(-count // columns)
-    panel = Image.new("RGB", (columns * width, rows * height), "white")
+    count, height, width = len(pixels), pixels.shape[1] * scale, pixels.shape[2] * scale
+    above = CAPTION_HEIGHT if captions else 0
+    panel = Image.new("RGB", (columns * width, -(-count // columns) * (height + above)), "white")
+    pen = ImageDraw.Draw(panel)
     for i, picture in enumerate(pixels.numpy()):
-        panel.paste(Image.fromarray(picture), (i % columns * width, i // columns * height))
-    return panel.resize((panel.width * scale, panel.height * scale), Image.Resampling.NEAREST)
+        left, top = i % columns * width, i // columns * (height + above)
+        enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+        panel.paste(enlarged, (left, top + above))
+        if i < len(captions):
+            pen.text((left + 1, top + 1), _fitting(captions[i], width - 2), fill="black")
+    return panel
+
+
+def _fitting(text: str, width: int) -> str:
+    """As much of a text as ``width`` pixels hold."""
+    font = ImageFont.load_default()
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..." if text else ""

@@ -12,6 +12,11 @@ def sqnr_db(reference: Tensor, x: Tensor) -> float:
     """Signal to quantization noise ratio ``10 log10(sum ref^2 / sum (ref - x)^2)`` in dB; inf for equal tensors."""
     signal = reference.double().square().sum().item()
     noise = (reference.double() - x.double()).square().sum().item()
+    return ratio_db(signal, noise)
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)`` of two energies; inf without noise, -inf without a signal."""
     return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
 
 

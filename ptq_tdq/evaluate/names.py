@@ -29,7 +29,7 @@ class Metric:
 
 
 METRICS = (
-    Metric("mean_noise_sqnr_db", "predicted noise, mean SQNR over t (dB)", "full precision", True),
+    Metric("mean_noise_sqnr_db", "prediction, mean SQNR over t (dB)", "full precision", True),
     Metric("latent_sqnr_db", "final latents, SQNR (dB)", "full precision", True),
     Metric("image_sqnr_db", "images, SQNR (dB)", "full precision", True),
     Metric("image_psnr_db", "images, PSNR (dB)", "full precision", True),

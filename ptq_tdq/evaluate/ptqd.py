@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
 from torch import nn
 
-from ptq_tdq.calib_data import CalibrationSet
+from ptq_tdq.calib_data import LoadedModel
+from ptq_tdq.calls import Calls
 from ptq_tdq.correction import Call, Corrected, fit_correction
 from ptq_tdq.errors import ConfigError
-from ptq_tdq.evaluate.trajectories import BATCH
+from ptq_tdq.evaluate.trajectories import replayed
 
 CorrectionName = Literal["none", "ptqd"]
 
@@ -24,15 +24,16 @@ def read_correction(name: str) -> CorrectionName:
     raise ConfigError(f"correction must be one of none, ptqd. Got {name!r} instead.")
 
 
-@torch.no_grad()
-def corrected(name: CorrectionName, full: nn.Module, quantized: nn.Module, samples: CalibrationSet) -> nn.Module:
-    """``quantized`` with the correction ``name``; "none" returns it unchanged."""
+def corrected(name: CorrectionName, model: LoadedModel, quantized: nn.Module, calls: Calls) -> nn.Module:
+    """``quantized`` with the correction ``name``; "none" returns it unchanged.
 
-    def calls() -> Iterator[Call]:
-        for start in range(0, len(samples.x), BATCH):
-            rows = slice(start, start + BATCH)
-            x, t = samples.x[rows], samples.t[rows]
-            labels = {} if samples.class_labels is None else {"class_labels": samples.class_labels[rows]}
-            yield t, *(unet(x, t, return_dict=False, **labels)[0] for unet in (full, quantized))
+    The correction compares it with the ``model`` that it was made from, on the ``calls`` of its calibration set.
+    """
 
-    return quantized if name == "none" else Corrected(quantized, fit_correction(calls()))
+    def pairs() -> Iterator[Call]:
+        t, size = calls.t, model.sampler.batch
+        both = zip(replayed(model.denoiser, calls, size), replayed(quantized, calls, size), strict=True)
+        for (rows, full), (_, mine) in both:
+            yield t[rows], full, mine
+
+    return quantized if name == "none" else Corrected(quantized, fit_correction(pairs()), calls.axis)

@@ -1,51 +1,60 @@
-"""A quantized U-Net against the full-precision one, from the same noise: at each step, and at the end of the way."""
+"""A quantized denoiser against the full-precision one, from the same noise: at each step, and at the end of the way."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from ptq_tdq.calib_data import LoadedModel, Recorder, sample_latents
-from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.calib_data import LoadedModel, Sampled, finite_outputs, new_schedule, sample_generator
+from ptq_tdq.calib_data.collect import axis_of
+from ptq_tdq.calls import Calls, Recorder, prediction
+from ptq_tdq.errors import NonFiniteError
+from ptq_tdq.evaluate.metrics import ratio_db, sqnr_db
 
-# Trajectories for evaluation must not be those of a calibration set with the same seed.
-SEED_OFFSET = 1 << 31  # torch's CPU generator uses the low 32 bits of a seed
-BATCH = 50  # samples in one call of a U-Net; the CPU gains nothing from more
+PURPOSE = "evaluation"  # of the noise, which calibration never sees
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Full-precision trajectories: ``noise`` and final ``latents`` [N, C, H, W], and calls of the U-Net in between.
+    """Full-precision samples, with every call of the denoiser that led to the first R of them.
 
-    ``x`` and ``prediction`` have one tensor [R, C, H, W] per step, ``t`` one tensor [R], of the first R samples.
+    ``conditions`` has one entry per sample (a class, a prompt or None), ``latents`` [N, ...] and ``images``
+    [N, C, H, W] are those of :class:`~ptq_tdq.calib_data.Sampled`. ``calls`` are the recorded calls, their
+    ``trajectory`` is the number of the sample; ``predictions`` has one tensor [rows, ...] for each of their groups.
     """
 
     model: LoadedModel
     num_inference_steps: int
-    noise: Tensor
-    class_labels: Tensor | None
-    x: tuple[Tensor, ...]
-    t: tuple[Tensor, ...]
-    prediction: tuple[Tensor, ...]
+    seed: int
+    conditions: list[Any]
+    calls: Calls
+    predictions: list[Tensor]
     latents: Tensor
+    images: Tensor | None
 
-    def labels(self) -> dict[str, Tensor]:
-        """The class argument of a recorded call of the U-Net, if the model has classes."""
-        return {} if self.class_labels is None else {"class_labels": self.class_labels[: len(self.x[0])]}
+    @property
+    def recorded(self) -> int:
+        """R, the samples whose calls were kept."""
+        return len(self.calls.trajectory.unique())
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """SQNR in dB of the predicted noise at each step (on the full-precision trajectory) and of the final latents."""
+    """SQNR in dB of the prediction at each time step (on the full-precision trajectory) and of the final latents.
+
+    ``t`` are the scheduler's time steps in sampling order. The prediction is whatever the denoiser predicts: noise,
+    velocity, or the sample itself.
+    """
 
     t: tuple[float, ...]
     noise_sqnr_db: tuple[float, ...]
@@ -65,15 +74,6 @@ class Comparison:
         }
 
 
-def make_noise(model: LoadedModel, samples: int, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Initial noise [N, C, H, W] and class labels (cycling through the classes; None without classes)."""
-    config = model.unet.config
-    size = config.sample_size if isinstance(config.sample_size, list | tuple) else [config.sample_size] * 2
-    generator = torch.Generator().manual_seed(SEED_OFFSET + seed)
-    labels = torch.arange(samples) % model.num_classes if model.num_classes else None
-    return torch.randn(samples, config.in_channels, *size, generator=generator), labels
-
-
 def make_reference(
     model: LoadedModel,
     *,
@@ -83,100 +83,117 @@ def make_reference(
     recorded: int | None = None,
     on_progress: Progress | None = None,
 ) -> Reference:
-    """Sample ``samples`` full-precision trajectories with the model's own scheduler.
+    """Sample with full precision, as the model's own sampler does it.
 
-    The calls of the first ``recorded`` ones are kept, of all by default. ``on_progress(done, total)`` counts samples.
+    The calls of the first ``recorded`` samples are kept, by default of all. ``on_progress(done, total)`` counts
+    samples.
+
+    Raises :class:`~ptq_tdq.errors.NonFiniteError` naming t when the denoiser gives NaN or Inf.
     """
-    noise, labels = make_noise(model, samples, seed)
     kept = samples if recorded is None else min(recorded, samples)
-    calls: list[list[tuple[Tensor, ...]]] = []  # of each recorded batch: x, t and prediction of each step
-    latents = []
-    for batch in (*_batches(0, kept), *_batches(kept, samples)):
-        part = None if labels is None else labels[batch]
-        with _watched(model.unet, calls) if batch.start < kept else nullcontext(model.unet) as unet:
-            latents.append(_run_batch(unet, model, noise[batch], part, num_inference_steps, seed, batch.start))
-        if on_progress is not None:
-            on_progress(batch.stop, samples)
-    steps = [tuple(torch.cat(each) for each in zip(*step, strict=True)) for step in zip(*calls, strict=True)]
-    x, t, prediction = zip(*steps, strict=True)
-    return Reference(model, num_inference_steps, noise, labels, x, t, prediction, torch.cat(latents))
+    conditions = model.sampler.conditions(samples)
+    recorder, parts = Recorder(model.denoiser), list[Sampled]()
+    with finite_outputs(model.denoiser):
+        for batch in _batches(samples, model.sampler.batch):
+            wanted = torch.arange(batch.start, batch.stop) < kept
+            recorder.begin(batch.start, len(wanted), lambda step, wanted=wanted: wanted)  # type: ignore[misc]
+            schedule = new_schedule(model.sampler)
+            with recorder.listening() if bool(wanted.any()) else nullcontext():
+                parts.append(
+                    _run_batch(model.denoiser, model, conditions[batch], num_inference_steps, seed, batch, schedule)
+                )
+            if on_progress is not None:
+                on_progress(batch.stop, samples)
+    sampled, calls = _joined(parts), recorder.calls(axis_of(recorder, schedule))
+    # What the denoiser gives in the batches of a comparison; in those of the sampler the last digits are others.
+    predictions = replay(model.denoiser, calls, model.sampler.batch)
+    return Reference(model, num_inference_steps, seed, conditions, calls, predictions, sampled.latents, sampled.images)
 
 
 def run(
-    unet: nn.Module,
+    denoiser: nn.Module,
     model: LoadedModel,
-    noise: Tensor,
-    labels: Tensor | None,
+    conditions: Sequence[Any],
     num_inference_steps: int,
     seed: int,
     on_progress: Progress | None = None,
-) -> Tensor:
-    """Final latents of ``unet`` with the scheduler of ``model``.
+) -> Sampled:
+    """Sample with ``denoiser`` in the place of the model's own, from the noise of :func:`make_reference`.
 
-    A sampler's own noise follows from ``seed`` and a sample's place. ``on_progress(done, total)`` counts samples.
+    All noise of a sample follows from ``seed`` and its number. ``on_progress(done, total)`` counts samples.
+    Raises :class:`~ptq_tdq.errors.NonFiniteError` for samples with NaN or Inf.
     """
-    latents = []
-    for batch in _batches(0, len(noise)):
-        part = None if labels is None else labels[batch]
-        latents.append(_run_batch(unet, model, noise[batch], part, num_inference_steps, seed, batch.start))
+    parts = []
+    for batch in _batches(len(conditions), model.sampler.batch):
+        schedule = new_schedule(model.sampler)
+        parts.append(_run_batch(denoiser, model, conditions[batch], num_inference_steps, seed, batch, schedule))
         if on_progress is not None:
-            on_progress(batch.stop, len(noise))
-    return torch.cat(latents)
+            on_progress(batch.stop, len(conditions))
+    return _joined(parts)
 
 
-def compare(reference: Reference, unet: nn.Module, seed: int, latents: Tensor | None = None) -> Comparison:
-    """Measure ``unet`` against the reference, whose seed is ``seed``; ``latents`` are its own if they are known."""
-    errors = []
-    with torch.no_grad():
-        for x, t, expected in zip(reference.x, reference.t, reference.prediction, strict=True):
-            calls = (
-                unet(x[b], t[b], return_dict=False, **{key: labels[b] for key, labels in reference.labels().items()})[0]
-                for b in _batches(0, len(x))
-            )
-            errors.append(sqnr_db(expected, torch.cat(list(calls))))
-    if latents is None:
-        noise, labels = reference.noise, reference.class_labels
-        latents = run(unet, reference.model, noise, labels, reference.num_inference_steps, seed)
-    times = tuple(t[0].item() for t in reference.t)
-    return Comparison(times, tuple(errors), sqnr_db(reference.latents, latents))
+def compare(reference: Reference, denoiser: nn.Module, sampled: Sampled | None = None) -> Comparison:
+    """Measure ``denoiser`` against the reference; ``sampled`` is what :func:`run` gave for it, where that is known."""
+    model, calls = reference.model, reference.calls
+    steps, rows = calls.t.unique(return_inverse=True)
+    sums = torch.zeros(2, len(steps), dtype=torch.float64)  # of the squared signal and of the squared error
+    found = replay(denoiser, calls, model.sampler.batch)
+    for (_, span), expected, mine in zip(calls.spans(), reference.predictions, found, strict=True):
+        for total, values in zip(sums, (expected.double(), expected.double() - mine.double()), strict=True):
+            total.index_add_(0, rows[span], values.square().flatten(1).sum(1))
+    if sampled is None:
+        sampled = run(denoiser, model, reference.conditions, reference.num_inference_steps, reference.seed)
+    # samplers go down from t = T: the order of sampling, also where a step is visited twice
+    ratios = [ratio_db(*total) for total in sums.T.flip(0).tolist()]
+    return Comparison(tuple(steps.flip(0).tolist()), tuple(ratios), sqnr_db(reference.latents, sampled.latents))
 
 
-@contextmanager
-def _watched(unet: nn.Module, calls: list[list[tuple[Tensor, ...]]]) -> Iterator[nn.Module]:
-    """A U-Net that adds one list to ``calls``: (x, t, prediction) of each of its calls."""
-    recorder, predictions = Recorder(unet), list[Tensor]()
-    handle = unet.register_forward_hook(lambda module, args, output: predictions.append(output[0]))
-    try:
-        yield recorder
-    finally:
-        handle.remove()
-    calls.append([(r.x, r.t, prediction) for r, prediction in zip(recorder.records, predictions, strict=True)])
+def replay(denoiser: nn.Module, calls: Calls, batch: int) -> list[Tensor]:
+    """Predictions of ``denoiser`` for recorded calls, ``batch`` rows at once: float32 on the CPU, one per group."""
+    found: list[list[Tensor]] = [[] for _ in calls.groups]
+    starts = [span.start for _, span in calls.spans()]
+    for rows, predicted in replayed(denoiser, calls, batch):
+        found[bisect_right(starts, rows.start) - 1].append(predicted)
+    return [torch.cat(parts) for parts in found]
 
 
-def _batches(start: int, stop: int) -> Iterator[slice]:
-    return (slice(i, min(i + BATCH, stop)) for i in range(start, stop, BATCH))
-
-
-def _run_batch(
-    unet: nn.Module, model: LoadedModel, noise: Tensor, labels: Tensor | None, steps: int, seed: int, start: int
-) -> Tensor:
-    """Final latents of samples ``start``, ``start + 1``, ... of a run."""
-    return sample_latents(
-        unet,
-        model.scheduler,
-        noise=noise,
-        num_inference_steps=steps,
-        class_labels=labels,
-        generator=[_generator(seed, start + i) for i in range(len(noise))],
-    )
-
-
-def _generator(seed: int, sample: int) -> torch.Generator:
-    """The sampler's noise for one sample; apart from calibration's and from every other seed's."""
-    digest = hashlib.sha256(f"evaluation {seed} {sample}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+@torch.no_grad()
+def replayed(denoiser: nn.Module, calls: Calls, batch: int) -> Iterator[tuple[slice, Tensor]]:
+    """What :func:`replay` joins: some rows and their prediction after the other."""
+    # sessions of other runtimes have no device and take what is on the CPU
+    device = torch.device(getattr(denoiser, "device", "cpu"))
+    for rows in calls.chunks(batch):
+        arguments = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, calls.inputs(rows))
+        yield rows, prediction(denoiser(**arguments)).float().cpu()
 
 
 def finite(value: float) -> float | None:
     """JSON knows no infinity: None stands for it."""
     return value if math.isfinite(value) else None
+
+
+def _batches(count: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, count)) for i in range(0, count, size))
+
+
+def _run_batch(
+    denoiser: nn.Module,
+    model: LoadedModel,
+    conditions: Sequence[Any],
+    num_inference_steps: int,
+    seed: int,
+    batch: slice,
+    schedule: Any,
+) -> Sampled:
+    generators = [sample_generator(PURPOSE, seed, i) for i in range(batch.start, batch.stop)]
+    sampled = model.sampler.run(denoiser, conditions, generators, num_inference_steps, schedule)
+    if not bool(torch.isfinite(sampled.latents).all()):
+        raise NonFiniteError(
+            f"The samples of {type(denoiser).__name__} have NaN or Inf; calibrate with more bits or more samples."
+        )
+    return sampled
+
+
+def _joined(parts: Sequence[Sampled]) -> Sampled:
+    images = [part.images for part in parts if part.images is not None]
+    return Sampled(torch.cat([part.latents for part in parts]), torch.cat(images) if images else None)

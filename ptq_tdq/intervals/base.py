@@ -76,16 +76,16 @@ class Observed:
         return self.search(self.histogram, self.static.zero_point if self.options.zero_point == "fixed" else None)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Values [K] at the observed steps, linear in between and constant beyond, on the whole axis: [T]."""
-        axis = np.arange(self.num_train_timesteps)
+        """Values [K] at the observed steps, linear in between and constant beyond, on the whole axis 0..T: [T + 1]."""
+        axis = np.arange(self.num_train_timesteps + 1)
         dense = torch.from_numpy(np.interp(axis, self.t.numpy(), values.double().numpy()))
         return dense.to(torch.float32) if values.is_floating_point() else dense.round().to(values.dtype)
 
     def zero_point(self) -> Tensor:
-        """The zero point over the axis, as the options say: int32 [T]."""
+        """The zero point over the axis, as the options say: int32 [T + 1]."""
         if self.options.zero_point == "step":
             return self.spread(self.steps.zero_point)
-        return self.static.zero_point.expand(self.num_train_timesteps).clone()
+        return self.static.zero_point.expand(self.num_train_timesteps + 1).clone()
 
 
 class IntervalSource(nn.Module, ABC):
@@ -119,11 +119,12 @@ class IntervalSource(nn.Module, ABC):
         return [p for owner in self.modules() if isinstance(owner, LearnedScale) for p in owner.parameters()]
 
     def table(self, num_train_timesteps: int) -> tuple[Tensor, Tensor]:
-        """Scale float32 [T] and zero_point int32 [T] at every time step."""
+        """Scale float32 [T + 1] and zero_point int32 [T + 1] at every time step 0..T."""
         self.eval()
         with torch.no_grad():
-            t = torch.arange(num_train_timesteps)
-            scale, zero_point = self(t, torch.empty(num_train_timesteps, 0))
+            own = next((x.device for x in (*self.parameters(), *self.buffers())), None)
+            t = torch.arange(num_train_timesteps + 1, device=own)
+            scale, zero_point = self(t, torch.empty(len(t), 0, device=own))
         return scale.float().contiguous(), zero_point.to(torch.int32).contiguous()
 
 

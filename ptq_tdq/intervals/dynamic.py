@@ -37,9 +37,12 @@ class Dynamic(IntervalSource):
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.flatten(1)
         above, below = self.qtype.qmax - self.zero_point, self.zero_point - self.qtype.qmin
-        up = rows.amax(1) / above if above > 0 else torch.zeros(len(rows))
-        down = -rows.amin(1) / below if below > 0 else torch.zeros(len(rows))
-        scale = torch.maximum(up, down).to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
+        # a side without codes is clipped; dividing by infinity asks the device nothing, unlike a condition
+        up, down = (
+            extreme.to(torch.float32) / torch.where(codes > 0, codes.to(torch.float32), torch.inf)
+            for extreme, codes in ((rows.amax(1), above), (-rows.amin(1), below))
+        )
+        scale = torch.maximum(up, down).clamp(min=torch.finfo(torch.float32).tiny)
         return scale, self.zero_point.expand(len(rows))
 
 

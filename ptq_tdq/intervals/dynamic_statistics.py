@@ -14,7 +14,6 @@ from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.intervals.mlp import scale_of, start
 from ptq_tdq.intervals.tdq import DIMENSION, TimeEncoding, initialize, make_net
 from ptq_tdq.scheme import QType
-from ptq_tdq.timeaxis import require_covered
 
 STATISTICS = 4
 
@@ -24,7 +23,7 @@ class DynamicStatistics(Dynamic):
 
     The statistics are minimum, maximum, mean and standard deviation of each sample, as multiples of ``unit``, the
     length of the static range (which ones the paper takes is open). It starts as ``tdq`` does, on the statistics of
-    each observed step's pooled samples. Raises :class:`~ptq_tdq.errors.TimestepError` for t beyond ``last``.
+    each observed step's pooled samples.
     """
 
     pattern = "dynamic-statistics"
@@ -34,16 +33,13 @@ class DynamicStatistics(Dynamic):
         super().__init__(zero_point, qtype)
         self.net = make_net(STATISTICS + self.extra)
         self.register_buffer("unit", torch.ones(()))
-        self.register_buffer("last", torch.tensor(0))
         self.unit: Tensor
-        self.last: Tensor
 
     @classmethod
     def build(cls, method: str, observed: Observed) -> DynamicStatistics:
         # the zero point is the static one, so the steps' best scales must be those beside it
         observed = replace(observed, options=replace(observed.options, zero_point="fixed"))
         source = cls(observed.static.zero_point.clone(), observed.qtype)
-        source.last.fill_(observed.num_train_timesteps - 1)
         source.unit.copy_(observed.static.scale * (observed.qtype.qmax - observed.qtype.qmin))
         initialize(source.net, observed.options.weights)
         h = observed.histogram
@@ -54,7 +50,6 @@ class DynamicStatistics(Dynamic):
         return source
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        require_covered(t, int(self.last))
         rows = x.detach().flatten(1).float()
         deviation, mean = torch.std_mean(rows, 1, correction=0)
         statistics = torch.stack([rows.amin(1), rows.amax(1), mean, deviation], 1)

@@ -27,7 +27,7 @@ class StepLSQ(IntervalSource):
         return cls(observed.t, observed.steps.scale, observed.zero_point(), observed.options.parameter)
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        after = torch.searchsorted(self.t, t.to(self.t.dtype)).clamp(max=len(self.t) - 1)
+        after = torch.searchsorted(self.t, t.to(self.t.dtype).contiguous()).clamp(max=len(self.t) - 1)
         before = (after - 1).clamp(min=0)
         gap = (self.t[after] - self.t[before]).clamp(min=torch.finfo(torch.float32).tiny)
         weight = ((t - self.t[before]) / gap).clamp(0.0, 1.0)

@@ -9,7 +9,7 @@ from ptq_tdq.timeaxis import lookup
 
 
 class TableSource(IntervalSource):
-    """Scale float32 [T] and zero_point int32 [T], looked up by t."""
+    """Scale float32 [T + 1] and zero_point int32 [T + 1], looked up by t."""
 
     def __init__(self, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__()

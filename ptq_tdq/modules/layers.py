@@ -1,13 +1,16 @@
-"""Quantized Conv1d, Conv2d and Linear: one table from a torch layer class to its kind and operation.
+"""Quantized convolutions and linear layers: one table from a torch layer class to its kind and operation.
 
-Layouts: x [B, C, L], [B, C, H, W] or [B, ..., C]; weight [O, C, ...]. A split shortcut has two channel ranges
-(``splits`` = (0, C_h, C)), each with quantizers of its own; an ordinary layer has one, (0, C).
+Layouts: x [B, C, ...] or [B, ..., C] of a Linear; weight [O, C / groups, ...], outputs first whatever the class. A
+split shortcut has two channel ranges (``splits`` = (0, C_h, C)), each with quantizers of its own; an ordinary layer has
+one, (0, C).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,43 +19,106 @@ from torch.nn import functional
 from ptq_tdq.modules.activation import ActivationQuantizer
 from ptq_tdq.modules.weight import WeightQuantizer
 from ptq_tdq.records import LayerRecord
-from ptq_tdq.timeaxis import Clock
 
-Operation = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+Operation = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _conv2d(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    assert isinstance(layer, nn.Conv2d)
+def _conv(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y: Tensor = layer._conv_forward(x, weight, bias)
     return y
 
 
-def _conv1d(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    assert isinstance(layer, nn.Conv1d)
-    y: Tensor = layer._conv_forward(x, weight, bias)
-    return y
-
-
-def _linear(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    assert isinstance(layer, nn.Linear)
+def _linear(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
-QUANTIZED_LAYERS: dict[type[nn.Module], tuple[str, int, Operation]] = {  # class -> kind, channel dim of x, operation
-    nn.Conv1d: ("conv1d", 1, _conv1d),
-    nn.Conv2d: ("conv2d", 1, _conv2d),
-    nn.Linear: ("linear", -1, _linear),
+def _transposed(operation: Callable[..., Tensor]) -> Operation:
+    def run(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        sizes = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+        return operation(x, weight, bias, *sizes)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a class of layers; the weight of a ``transposed`` one is [C, O / groups, ...]."""
+
+    name: str
+    operation: Operation
+    channel_dim: int = 1  # of x
+    transposed: bool = False
+
+
+QUANTIZED_LAYERS: dict[type[nn.Module], Kind] = {
+    nn.Conv1d: Kind("conv1d", _conv),
+    nn.Conv2d: Kind("conv2d", _conv),
+    nn.Conv3d: Kind("conv3d", _conv),
+    nn.ConvTranspose1d: Kind("conv_transpose1d", _transposed(functional.conv_transpose1d), transposed=True),
+    nn.ConvTranspose2d: Kind("conv_transpose2d", _transposed(functional.conv_transpose2d), transposed=True),
+    nn.ConvTranspose3d: Kind("conv_transpose3d", _transposed(functional.conv_transpose3d), transposed=True),
+    nn.Linear: Kind("linear", _linear, channel_dim=-1),
 }
 
 
-def _entry(layer: nn.Module) -> tuple[str, int, Operation] | None:
-    return next((entry for cls, entry in QUANTIZED_LAYERS.items() if isinstance(layer, cls)), None)
+def find_kind(layer: nn.Module) -> Kind | None:
+    """The kind of a layer, or None for a module that is not quantized as one."""
+    return next((kind for cls, kind in QUANTIZED_LAYERS.items() if isinstance(layer, cls)), None)
 
 
 def layer_kind(layer: nn.Module) -> str | None:
-    """The kind of a layer ("conv1d", "conv2d", "linear"), or None for a module that is not quantized as one."""
-    entry = _entry(layer)
-    return entry[0] if entry else None
+    """The name of a layer's kind ("conv2d", "linear", ...), or None for a module that is not quantized as one."""
+    kind = find_kind(layer)
+    return kind.name if kind else None
+
+
+def layer_operation(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer of this kind computes from its weight and bias; a subclass may do something else in its forward."""
+    kind = find_kind(layer)
+    assert kind is not None
+    return kind.operation(layer, x, own_weight(layer), own_bias(layer))
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor that a layer is called with."""
+    x = args[0] if args else kwargs.get("input")
+    return x if isinstance(x, Tensor) else None
+
+
+def own_weight(layer: nn.Module) -> Tensor:
+    """The weight in the layer's own form."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def own_bias(layer: nn.Module) -> Tensor | None:
+    """The bias [O], or None."""
+    bias = layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
+
+
+def weight_groups(layer: nn.Module) -> int:
+    """Groups of a convolution; 1 for a linear layer."""
+    groups: int = getattr(layer, "groups", 1)
+    return groups
+
+
+def outputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight of ``layer`` as [O, C / groups, ...]; of this form again it gives the layer's own."""
+    kind = find_kind(layer)
+    if kind is None or not kind.transposed:
+        return weight
+    rows: Tensor = weight.unflatten(0, (weight_groups(layer), -1)).transpose(1, 2).flatten(0, 1)
+    return rows
+
+
+def multiply_accumulates(layer: nn.Module, x: Tensor, output: Tensor) -> int:
+    """Multiply-accumulates of one layer for the given input and output."""
+    kind, each = find_kind(layer), own_weight(layer)[0].numel()
+    assert kind is not None
+    return (x if kind.transposed else output).numel() * each
 
 
 class QuantLayer(nn.Module):
@@ -62,65 +128,79 @@ class QuantLayer(nn.Module):
     are on, and :meth:`finalize` adds it to the bias.
     """
 
-    def __init__(self, layer: nn.Module, record: LayerRecord, clock: Clock) -> None:
+    def __init__(self, layer: nn.Module, record: LayerRecord) -> None:
         super().__init__()
-        entry = _entry(layer)
-        if entry is None:
+        kind = find_kind(layer)
+        if kind is None:
             raise TypeError(f"{type(layer).__name__} has no quantized form.")
-        _, self.channel_dim, self.operation = entry
+        self.kind = kind
         assert record.weight_bits is not None
         self.layer, self.record = layer, record
         self.ranges = tuple(pairwise(record.splits))
         self.weights = nn.ModuleList(WeightQuantizer(record.weight_bits) for _ in self.ranges)
-        self.inputs = nn.ModuleList(ActivationQuantizer(q, clock) for q in record.inputs)
+        self.inputs = nn.ModuleList(ActivationQuantizer(q) for q in record.inputs)
         self.weights_enabled = False
-        self.shift = None if self.bias is None else nn.Parameter(torch.zeros_like(self.bias), requires_grad=False)
-        self._final: Tensor | None = None
+        # float32, since what it learns is less than half precision can hold; a buffer, since a model's dtype is that
+        # of its parameters
+        shift = None if self.bias is None else torch.zeros_like(self.bias, dtype=torch.float32)
+        self.register_buffer("shift", shift, persistent=False)
+        self.shift: Tensor | None
+        self._known: Tensor | None = None  # what the codes stand for, once it was asked for
+        self.finished = False
 
     @property
     def weight(self) -> Tensor:
-        """The layer's own weight; the original until ``finalize``."""
-        weight = self.layer.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """The layer's own weight [O, C / groups, ...]; the original until ``finalize``."""
+        return outputs_first(self.layer, own_weight(self.layer))
 
     @property
     def bias(self) -> Tensor | None:
         """The layer's own bias [O], or None."""
-        bias = self.layer.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
+        return own_bias(self.layer)
+
+    def __getattr__(self, name: str) -> Any:
+        """What models ask of their layers beside calling them: sizes, strides and the like."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
 
     def weight_quantizers(self) -> list[WeightQuantizer]:
         return [w for w in self.weights if isinstance(w, WeightQuantizer)]
 
     def part(self, index: int) -> Tensor:
-        """Channel range ``index`` of the original weight."""
+        """Channel range ``index`` of the original weight, float32."""
         lo, hi = self.ranges[index]
-        return self.weight[:, lo:hi]
+        return self.weight[:, lo:hi].float()
 
     def assign(self, index: int, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Final codes of one channel range."""
-        self.weight_quantizers()[index].assign(codes, scale, zero_point)
-        self._final = None
+        device = own_weight(self.layer).device
+        self.weight_quantizers()[index].assign(codes.to(device), scale.to(device), zero_point.to(device))
+        self._known, self.finished = None, False
 
     def quantized_weight(self) -> Tensor:
-        """The weight of all ranges: soft while rounding is learned, else what the codes stand for."""
+        """The weight of all ranges in the layer's own form: soft while rounding is learned, else that of the codes."""
+        if self.finished:
+            return own_weight(self.layer)
         quantizers = self.weight_quantizers()
-        if any(w.rounding is not None for w in quantizers):
-            return torch.cat([w.rounding.soft_weight() if w.rounding else w.dequantized() for w in quantizers], dim=1)
-        if self._final is None:
-            self._final = torch.cat([w.dequantized() for w in quantizers], dim=1)
-        return self._final
+        learned = any(w.rounding is not None for w in quantizers)
+        if self._known is None or learned:
+            parts = [w.rounding.soft_weight() if w.rounding else w.dequantized() for w in quantizers]
+            weight = outputs_first(self.layer, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+            if learned:
+                return weight
+            self._known = weight
+        return self._known
 
     def finalize(self) -> None:
         """Replace the original weight by the quantized one, and the bias by the corrected one."""
         with torch.no_grad():
-            self.weight.copy_(self.quantized_weight())
+            own_weight(self.layer).copy_(self.quantized_weight())
             if self.bias is not None and self.shift is not None:
-                self.bias.add_(self.shift)
+                self.bias.copy_(self.bias + self.shift)
                 self.shift.zero_()
-        self._final = self.weight
+        self._known, self.finished = None, True
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input behind its quantizers: one for each channel range, none where only the weight is quantized."""
@@ -130,12 +210,12 @@ class QuantLayer(nn.Module):
         if not self.inputs:
             return x
         sizes = [hi - lo for lo, hi in self.ranges]
-        parts = x.split(sizes, self.channel_dim)
-        return torch.cat([q(p) for q, p in zip(self.inputs, parts, strict=True)], self.channel_dim)
+        parts = x.split(sizes, self.kind.channel_dim)
+        return torch.cat([q(p) for q, p in zip(self.inputs, parts, strict=True)], self.kind.channel_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.quantized_input(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.quantized_input(input)
         if not self.weights_enabled:
-            return self.operation(self.layer, x, self.weight, self.bias)
-        bias = None if self.bias is None or self.shift is None else self.bias + self.shift
-        return self.operation(self.layer, x, self.quantized_weight(), bias)
+            return self.kind.operation(self.layer, x, own_weight(self.layer), self.bias)
+        bias = None if self.bias is None or self.shift is None else (self.bias + self.shift).to(x.dtype)
+        return self.kind.operation(self.layer, x, self.quantized_weight().to(x.dtype), bias)

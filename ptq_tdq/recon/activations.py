@@ -14,6 +14,7 @@ from ptq_tdq.intervals import IntervalSource, Observed, source_class
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.observe import Observer
+from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import round_again
@@ -66,7 +67,7 @@ def reconstruct_activations(
     unit: Unit,
     full: UnitCall,
     call: UnitCall,
-    target: Tensor,
+    target: Parts,
     config: Config,
     generator: torch.Generator,
     num_train_timesteps: int,
@@ -80,10 +81,10 @@ def reconstruct_activations(
     for quantizer in quantizers:
         record = quantizer.record
         try:
-            quantizer.source = source_class(record.method).build(record.method, observed[record.name])
+            source = source_class(record.method).build(record.method, observed[record.name])
         except NonFiniteError as error:
             raise NonFiniteError(f"{record.name}: {error}") from error
-        quantizer.enabled = True
+        quantizer.source, quantizer.enabled = source.to(unit.device), True
     sources = nn.ModuleList(q.source for q in quantizers if q.source)
     sources.eval()
     before = after = unit.loss(call, target, config.loss_power)
@@ -107,7 +108,7 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
     if not quantizer.source.timed:
         return
     scale, zero_point = quantizer.source.table(num_train_timesteps)
-    finite = torch.isfinite(scale * quantizer.qtype.qmax)
+    finite = torch.isfinite(scale * quantizer.qtype.qmax).cpu()
     if not bool(finite.all()):
         t = int((~finite).nonzero()[0])
         raise NonFiniteError(
@@ -120,7 +121,7 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
 def _learn(
     unit: Unit,
     call: UnitCall,
-    target: Tensor,
+    target: Parts,
     sources: nn.ModuleList,
     config: Config,
     generator: torch.Generator,
@@ -142,8 +143,10 @@ def _learn(
     sources.train()
     chances = None if config.loss_weights == "uniform" else _chances(unit, target, config.loss_power)
     for _ in range(config.activation_iterations):
-        index = _draw(len(target), chances, config.batch_size, generator)
+        index = unit.draw(config.batch_size, generator, chances)
         loss = unit.learning_loss(call, target, config.loss_power, config, index)
+        if not loss.requires_grad:  # no output of any sample depends on what is learned
+            break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -159,20 +162,20 @@ def _learn(
     return before
 
 
-def _draw(count: int, chances: Tensor | None, size: int, generator: torch.Generator) -> Tensor:
-    """Indices of the samples of one batch, all alike or with ``chances`` [N]."""
-    if chances is None:
-        return torch.randint(count, (size,), generator=generator)
-    return torch.multinomial(chances, size, replacement=True, generator=generator)
-
-
-def _chances(unit: Unit, target: Tensor, power: float) -> Tensor:
+def _chances(unit: Unit, target: Parts, power: float) -> Tensor:
     """One over the mean size of the targets at each sample's time step [N], but for a common factor."""
-    largest = target.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # in its unit no power overflows
-    size = torch.cat([(target[batch] / largest).abs().pow(power).flatten(1).mean(1) for batch in unit.batches()])
+    tiny = torch.finfo(torch.float32).tiny
+    batches = list(unit.batches())
+    # in the unit of the largest value no power overflows
+    largest = max((float(x.abs().max()) for batch in batches for x in target.real(batch)), default=0.0) or tiny
+    size = torch.zeros(len(unit.t))
+    for batch in batches:
+        count = len(unit.t[batch])
+        sizes = [(x.float() / largest).abs().pow(power).reshape(count, -1).mean(1) for x in target.real(batch)]
+        size[batch] = torch.stack(sizes).mean(0).cpu() if sizes else 1.0
     _, step, count = unit.t.unique(return_inverse=True, return_counts=True)
-    of_step = torch.zeros(len(count)).index_add(0, step, size.float()) / count
-    relative = of_step / of_step.max().clamp(min=torch.finfo(torch.float32).tiny)
+    of_step = torch.zeros(len(count)).index_add(0, step, size) / count
+    relative = of_step / of_step.max().clamp(min=tiny)
     chances: Tensor = 1 / relative.clamp(min=1e-6)[step]
     return chances
 

@@ -27,7 +27,7 @@ from ptq_tdq.quantized_model import source_of, table_of
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.search import QParams
 
-CHECKPOINT_FORM = 3  # changes with the names and the meaning of the tensors in the files
+CHECKPOINT_FORM = 4  # changes with the names and the meaning of the tensors in the files
 
 Tensors = dict[str, Tensor]
 Saved = tuple[Tensors, tuple[float, float]]
@@ -99,7 +99,7 @@ class RunDirectory:
 
     def write(self, phase: str, index: int, tensors: Tensors, losses: tuple[float, float]) -> None:
         """Keep a finished unit; raises :class:`OutputError` where that is impossible."""
-        tensors, text = {k: v.contiguous() for k, v in tensors.items()}, json.dumps(losses)
+        tensors, text = {k: v.cpu().contiguous() for k, v in tensors.items()}, json.dumps(losses)
         data = save(tensors, metadata={"losses": text, "sha256": self._hash(phase, index, tensors, text)})
         write_atomic(self._file(phase, index), data)
 
@@ -128,8 +128,8 @@ class RunDirectory:
         return tensors, (before, after)
 
 
-def form_of(unit: Unit, phase: str, config: Config, num_train_timesteps: int) -> Form:
-    """Types and shapes of the tensors that :func:`snapshot` gives."""
+def form_of(unit: Unit, phase: str, config: Config, length: int) -> Form:
+    """Types and shapes of the tensors that :func:`snapshot` gives; tables have ``length`` entries."""
     form: Form = {name: (shift.dtype, tuple(shift.shape)) for name, shift in _shifts(unit).items()}
     for layer in unit.layers():
         for index in range(len(layer.ranges)):
@@ -146,14 +146,14 @@ def form_of(unit: Unit, phase: str, config: Config, num_train_timesteps: int) ->
     for quantizer in unit.quantizers():
         name = quantizer.record.name
         form |= {f"{name}.static_scale": (torch.float32, ()), f"{name}.static_zero_point": (torch.int32, ())}
-        form |= _table_form(quantizer, num_train_timesteps)
+        form |= _table_form(quantizer, length)
     return form
 
 
-def _table_form(quantizer: ActivationQuantizer, num_train_timesteps: int) -> Form:
+def _table_form(quantizer: ActivationQuantizer, length: int) -> Form:
     cls, name = source_class(quantizer.record.method), quantizer.record.name
     if not issubclass(cls, Dynamic):
-        shape = (num_train_timesteps,)
+        shape = (length,)
         return {f"{name}.scale": (torch.float32, shape), f"{name}.zero_point": (torch.int32, shape)}
     with torch.device("meta"):
         network = cls(torch.zeros((), dtype=torch.int32), quantizer.qtype).generator
@@ -203,6 +203,6 @@ def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams]) ->
     for quantizer in unit.quantizers():
         name = quantizer.record.name
         static[name] = QParams(tensors[f"{name}.static_scale"], tensors[f"{name}.static_zero_point"])
-        quantizer.source = source_of(quantizer, IntervalTable.take(name, tensors))
+        quantizer.source = source_of(quantizer, IntervalTable.take(name, tensors)).to(unit.device)
         quantizer.enabled = True
     return losses

@@ -34,18 +34,18 @@ def round_unit(unit: Unit, full: UnitCall, mine: UnitCall, config: Config, gener
 
 
 def _round(layer: QuantLayer, found: list[Moments], damping: float, factors: tuple[float, ...]) -> None:
-    weight, columns = layer.weight.flatten(1).float(), layer.weight[0, 0].numel()
-    quantizers = layer.weight_quantizers()
-    widths = torch.tensor([(hi - lo) * columns for lo, hi in layer.ranges])
+    weight, quantizers, device = layer.weight.flatten(1).float(), layer.weight_quantizers(), layer.weight.device
+    columns = [layer.part(index)[0].numel() for index in range(len(quantizers))]  # of each range, next to each other
+    widths = torch.tensor(columns, device=device)
     scale, zero_point = (
         torch.stack([getattr(q, key).expand(len(weight)) for q in quantizers], 1) for key in ("scale", "zero_point")
     )
-    codes, best, shift = torch.empty_like(weight), torch.empty(len(weight)), torch.empty(len(weight))
-    for rows, known in zip(torch.arange(len(weight)).chunk(len(found)), found, strict=True):
+    codes, best, shift = torch.empty_like(weight), torch.empty_like(weight[:, 0]), torch.empty_like(weight[:, 0])
+    for rows, known in zip(torch.arange(len(weight), device=device).chunk(len(found)), found, strict=True):
         target = compensated(weight[rows], known.hessian, known.cross, damping)
         inverse = solve_order(known.hessian)
         # the rows of a weight are rounded apart from each other: some at a time, which bounds the memory
-        for some in torch.arange(len(rows)).split(max(1, PIECE // (len(factors) * weight.shape[1]))):
+        for some in torch.arange(len(rows), device=device).split(max(1, PIECE // (len(factors) * weight.shape[1]))):
             own = rows[some]
             codes[own], best[own] = _best_codes(
                 target[some], known, inverse, scale[own], zero_point[own], widths, quantizers[0].qtype, factors
@@ -53,10 +53,9 @@ def _round(layer: QuantLayer, found: list[Moments], damping: float, factors: tup
         scales = _times(scale[rows], best[rows, None]).repeat_interleave(widths, 1)
         rounded = (codes[rows] - zero_point[rows].repeat_interleave(widths, 1)) * scales
         shift[rows] = (known.lost + (weight[rows] - rounded).double() @ known.mean).float()
-    starts = [lo * columns for lo, _ in layer.ranges]
-    for index, (quantizer, start, width) in enumerate(zip(quantizers, starts, widths.tolist(), strict=True)):
+    for index, (quantizer, part) in enumerate(zip(quantizers, codes.split(columns, 1), strict=True)):
         assert quantizer.scale is not None and quantizer.zero_point is not None
-        part = codes[:, start : start + width].reshape(layer.part(index).shape).to(torch.int32)
+        part = part.reshape(layer.part(index).shape).to(torch.int32)
         own_scale = _times(scale[:, index], best)[: len(quantizer.scale)].contiguous()
         layer.assign(index, part, own_scale, quantizer.zero_point)
     if layer.shift is not None and found[0].centred:
@@ -83,5 +82,5 @@ def _best_codes(
     codes = torch.stack(found)
     errors = layer_error((targets - (codes - zero_points) * scales).flatten(0, 1), known.hessian).view(-1, rows)
     best = errors.argmin(0)
-    chosen = codes.view(2 * count, rows, -1)[best, torch.arange(rows)]
-    return chosen.float(), torch.tensor(factors)[best % count]
+    chosen = codes.view(2 * count, rows, -1)[best, torch.arange(rows, device=best.device)]
+    return chosen.float(), torch.tensor(factors, device=best.device)[best % count]

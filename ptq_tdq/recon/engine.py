@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
+from ptq_tdq.calls import Calls, tensors_of
 from ptq_tdq.config import Config
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
-from ptq_tdq.recon.streams import Store, UnitCall, sweep
+from ptq_tdq.recon.parts import Parts, Store
+from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, sweep
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
 from ptq_tdq.search import QParams
@@ -39,109 +41,133 @@ class UnitReport:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What the engine needs of a calibration set: x [N, ...], t [N], class labels [N] or None."""
-
-    x: Tensor
-    t: Tensor
-    class_labels: Tensor | None
-
-    def inputs(self, index: slice) -> dict[str, Any]:
-        """Keyword arguments of a forward pass over some samples."""
-        labels = {} if self.class_labels is None else {"class_labels": self.class_labels[index]}
-        return {"sample": self.x[index], "timestep": self.t[index], **labels}
-
-
 def reconstruct(
     quantized: QuantizedModel,
-    samples: Samples,
+    calls: Calls,
     config: Config,
-    num_train_timesteps: int,
     *,
+    single: Collection[str] = (),
     run: RunDirectory | None = None,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
 ) -> dict[str, QParams]:
     """Quantize all units of the model; leaves its quantizers on, with final codes and interval tables.
 
-    Finished units are kept in ``run`` and read from it. Returns the static interval of each activation quantizer.
+    Units in ``single`` run with one time step at a time. Finished units are kept in ``run`` and read from it. Returns
+    the static interval of each activation quantizer.
     Raises :class:`~ptq_tdq.errors.NonFiniteError` naming the layer and t.
     """
-    chunks = [slice(i, min(i + CHUNK, len(samples.x))) for i in range(0, len(samples.x), CHUNK)]
-    forwards = [lambda c=c: quantized.model(**samples.inputs(c)) for c in chunks]
-    sizes = [c.stop - c.start for c in chunks]
-    units = quantized.units()
-    store = Store(_stream_bytes(quantized, samples) > CACHE_BYTES)
-    static: dict[str, QParams] = {}
-
-    def unit_of(name: str) -> Unit:
-        return Unit(name, quantized.model.get_submodule(name), quantized.clock, samples.t)
-
-    def read(phase: Phase, index: int) -> Saved | None:
-        form = form_of(unit_of(units[index]), phase, config, num_train_timesteps)
-        return run.read(phase, index, form) if run else None
-
-    def pass_over(phase: Phase) -> None:
-        # all are read before any is put in place: a unit that has to be done again must find the state it began with
-        kept = [read(phase, index) for index in range(len(units))]
-        if all(kept):  # nothing is left to learn, so no stream has to flow
-            for index, (name, saved) in enumerate(zip(units, kept, strict=True)):
-                assert saved is not None
-                losses = restore(unit_of(name), phase, saved, static)
-                on_unit(UnitReport(phase, index, len(units), name, *losses, 0.0))
-            return
-        done = 0
-
-        def process(full: UnitCall, mine: UnitCall) -> tuple[Tensor, Tensor]:
-            nonlocal done
-            began = time.perf_counter()
-            unit = unit_of(full.unit)
-            with switched(unit.module, weights=False, activations=False):
-                target = unit.outputs(full, store)
-            saved, kept[done] = kept[done], None
-            if saved is None:
-                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + done)
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(config.seed * 1_000_003 + done)
-                    if phase == "weights":
-                        losses = reconstruct_weights(unit, full, mine, target, config, generator)
-                    else:
-                        seen = mine if config.activation_inputs == "quantized" else full
-                        result = reconstruct_activations(
-                            unit, full, seen, target, config, generator, num_train_timesteps
-                        )
-                        losses = result.before, result.after
-                        static.update(result.static)
-                if run:
-                    run.write(phase, done, snapshot(unit, phase, static), losses)
-            else:
-                losses = restore(unit, phase, saved, static)
-            report = UnitReport(
-                phase, done, len(units), unit.name, *losses, time.perf_counter() - began if saved is None else 0.0
-            )
-            done += 1
-            on_unit(report)
-            return target, unit.outputs(mine, store)
-
-        sweep(quantized.model, units, forwards, sizes, store, process)
-
+    engine = _Engine(quantized, calls, config, single, run, on_unit)
     quantized.quantize(weights=False, activations=False)
-    pass_over("weights")
-    pass_over("activations")
-    return static
+    engine.pass_over("weights")
+    engine.pass_over("activations")
+    return engine.static
 
 
-def _stream_bytes(quantized: QuantizedModel, samples: Samples) -> int:
+class _Engine:
+    """One run over all units of a model."""
+
+    def __init__(
+        self,
+        quantized: QuantizedModel,
+        calls: Calls,
+        config: Config,
+        single: Collection[str],
+        run: RunDirectory | None,
+        on_unit: Callable[[UnitReport], None],
+    ) -> None:
+        self.quantized, self.calls, self.config, self.run, self.on_unit = quantized, calls, config, run, on_unit
+        self.t, self.single, self.units = calls.t.cpu(), single, quantized.units()
+        self.device = quantized.device
+        self.store = Store(_stream_bytes(quantized, calls) > CACHE_BYTES, self.device)
+        self.static: dict[str, QParams] = {}
+
+    def unit(self, name: str, spans: tuple[slice, ...] = ()) -> Unit:
+        module = self.quantized.model.get_submodule(name)
+        return Unit(name, module, self.t, spans, name in self.single, self.device)
+
+    def pass_over(self, phase: Phase) -> None:
+        """Both streams through all units, each of which is learned or restored when its turn comes."""
+        # all are read before any is put in place: a unit that has to be done again must find the state it began with
+        kept = [self.read(phase, index, name) for index, name in enumerate(self.units)]
+        if all(kept):  # nothing is left to learn, so no stream has to flow
+            for index, (name, saved) in enumerate(zip(self.units, kept, strict=True)):
+                assert saved is not None
+                self.restore(phase, index, self.unit(name), saved)
+            return
+        done: list[str] = []
+
+        def process(full: UnitCall, mine: UnitCall) -> tuple[Parts, Parts]:
+            unit = self.unit(full.unit, mine.spans)
+            with switched(unit.module, weights=False, activations=False):
+                target = unit.outputs(full, self.store)
+            if unit.name not in done:  # a unit that the model calls again has learned on its first call
+                index = len(done)
+                saved, kept[index] = kept[index], None
+                if saved is None:
+                    self.learn(phase, index, unit, full, mine, target)
+                else:
+                    self.restore(phase, index, unit, saved)
+                done.append(unit.name)
+            return target, unit.outputs(mine, self.store)
+
+        sweep(self.quantized.model, self.units, self.chunks(), self.store, process)
+
+    def chunks(self) -> list[Chunk]:
+        """The calibration set in pieces that the model runs at once."""
+        model, calls = self.quantized.model, self.calls
+        of_groups = layouts(model, self.units, calls)
+        groups = [(span.stop, found) for (_, span), found in zip(calls.spans(), of_groups, strict=True)]
+        return [
+            (
+                partial(lambda chunk: model(**calls.inputs(chunk)), chunk),
+                chunk,
+                next(found for stop, found in groups if chunk.stop <= stop),
+            )
+            for chunk in calls.chunks(CHUNK)
+        ]
+
+    def read(self, phase: Phase, index: int, name: str) -> Saved | None:
+        """The unit's checkpoint, if there is one."""
+        if self.run is None:
+            return None
+        return self.run.read(phase, index, form_of(self.unit(name), phase, self.config, self.calls.axis.length))
+
+    def restore(self, phase: Phase, index: int, unit: Unit, saved: Saved) -> None:
+        """Take the unit from its checkpoint."""
+        losses = restore(unit, phase, saved, self.static)
+        self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, 0.0))
+
+    def learn(self, phase: Phase, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Parts) -> None:
+        """One phase of one unit, with generators of its own, so that a resumed run equals an uninterrupted one."""
+        began = time.perf_counter()
+        seed = self.config.seed * 1_000_003 + index
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            if phase == "weights":
+                losses = reconstruct_weights(unit, full, mine, target, self.config, generator)
+            else:
+                seen = mine if self.config.activation_inputs == "quantized" else full
+                steps = self.calls.axis.num_train_timesteps
+                result = reconstruct_activations(unit, full, seen, target, self.config, generator, steps)
+                losses = result.before, result.after
+                self.static.update(result.static)
+        if self.run:
+            self.run.write(phase, index, snapshot(unit, phase, self.static), losses)
+        self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, time.perf_counter() - began))
+
+
+def _stream_bytes(quantized: QuantizedModel, calls: Calls) -> int:
     """An upper bound of what both streams hold: the outputs of all units for all samples."""
     total = 0
 
-    def count(module: Any, args: Any, output: Tensor) -> None:
+    def count(module: Any, args: Any, output: Any) -> None:
         nonlocal total
-        total += output[0].numel() * output.element_size()
+        total += sum(x.nbytes for x in tensors_of(output))
 
     handles = [quantized.model.get_submodule(name).register_forward_hook(count) for name in quantized.units()]
     with torch.no_grad():
-        quantized.model(**samples.inputs(slice(0, 1)))
+        quantized.model(**calls.inputs(slice(0, 1)))
     for handle in handles:
         handle.remove()
-    return 2 * total * len(samples.x)
+    return 2 * total * len(calls)

@@ -8,67 +8,127 @@ forward pass is ordinary Python can be swept, and what is alive is only what the
 
 from __future__ import annotations
 
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
+from torch.overrides import _pop_mode, _push_mode
+from torch.utils import _pytree as pytree
 
+from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError
+from ptq_tdq.recon.parts import ABSENT, Layout, Part, Parts, Place, Store
+
+Layouts = dict[str, list[tuple[Layout, Layout]]]
+"""By unit: how its arguments and its outputs hold rows, for each time that one forward pass calls it."""
 
 
-@dataclass(frozen=True)
+def layouts(model: nn.Module, units: Sequence[str], calls: Calls) -> list[Layouts]:
+    """The layouts of each group of calls, from a call with one sample and one with that sample twice."""
+    found = []
+    for _, span in calls.spans():
+        one, two = (_shapes(model, units, calls.inputs(torch.tensor([span.start] * n))) for n in (1, 2))
+        found.append({unit: list(map(_layout_pair, one[unit], two.get(unit, ()))) for unit in one})
+    return found
+
+
+Shapes = list[torch.Size | None]
+
+
+def _shapes(
+    model: nn.Module, units: Sequence[str], arguments: dict[str, Any]
+) -> dict[str, list[tuple[Shapes, Shapes]]]:
+    """Shapes of the leaves of each unit's (arguments, outputs), one entry per call of the unit."""
+    found: dict[str, list[tuple[Shapes, Shapes]]] = {}
+
+    def of(tree: Any) -> Shapes:
+        return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(tree)]
+
+    def hear(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
+        found.setdefault(name, []).append((of((args, kwargs)), of(output)))
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(partial(hear, name=name), with_kwargs=True) for name in units
+    ]
+    try:
+        with torch.no_grad():
+            model(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _layout_pair(one: tuple[Shapes, Shapes], two: tuple[Shapes, Shapes]) -> tuple[Layout, Layout]:
+    inputs, outputs = (tuple(map(_place, *pair)) for pair in zip(one, two, strict=True))
+    return inputs, outputs
+
+
+def _place(one: torch.Size | None, two: torch.Size | None) -> Place | None:
+    """The first dimension that is twice as long for two samples, or longer at all."""
+    if one is None or two is None:
+        return ABSENT
+    sizes = list(enumerate(zip(one, two, strict=False)))
+    places = [Place(dim, a) for dim, (a, b) in sizes if a and b == 2 * a]
+    places += [Place(dim, b - a, 2 * a - b) for dim, (a, b) in sizes if a < b < 2 * a]
+    return next(iter(places), None)
+
+
+@dataclass(frozen=True, eq=False)
 class UnitCall:
-    """A call of a unit: by one lane over its chunk, or merged over all samples [N, ...]."""
+    """One call of a unit, by one lane or merged over all: arguments (args, kwargs), and how outputs will hold rows."""
 
     unit: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    arguments: Parts
+    outputs: tuple[Layout, ...]  # of each part
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> UnitCall:
-        """The same call with each tensor argument replaced."""
+    @property
+    def spans(self) -> tuple[slice, ...]:
+        """The samples of each part."""
+        return tuple(part.samples for part in self.arguments.parts)
 
-        def each(value: Any) -> Any:
-            return change(value) if isinstance(value, Tensor) else value
-
-        return UnitCall(self.unit, tuple(map(each, self.args)), {k: each(v) for k, v in self.kwargs.items()})
-
-
-def merge(calls: Sequence[UnitCall], sizes: Sequence[int], store: Callable[[Sequence[Tensor]], Tensor]) -> UnitCall:
-    """The calls of all chunks as one; tensors are concatenated along the samples, anything else must not differ."""
-    first = calls[0]
-
-    def together(values: list[Any]) -> Any:
-        if not isinstance(values[0], Tensor):
-            return values[0]
-        if [len(v) for v in values] != list(sizes):
-            raise ModelError(f"{first.unit} gets a tensor without one row per sample; skip its layers.")
-        return store(values)
-
-    args = tuple(together([c.args[i] for c in calls]) for i in range(len(first.args)))
-    return UnitCall(first.unit, args, {key: together([c.kwargs[key] for c in calls]) for key in first.kwargs})
+    def output(self, tree: Any, index: slice | Tensor) -> Part:
+        """What the unit gave for some samples; the part counts them from 0."""
+        part = self.arguments.of(index)
+        layout = self.outputs[self.arguments.parts.index(part)]
+        count = index.stop - index.start if isinstance(index, slice) else len(index)
+        return Part.of(tree, slice(0, count), layout)
 
 
 class Lane(greenlet):  # type: ignore[misc]
-    """One forward pass, paused at each unit: ``resume()`` gives the next :class:`UnitCall`, None at the end."""
+    """One forward pass over ``samples``, paused at each unit: ``resume()`` gives the next call, None at the end."""
 
-    def __init__(self, forward: Callable[[], Any]) -> None:
+    def __init__(self, forward: Callable[[], Any], samples: slice, layouts: Layouts) -> None:
         super().__init__()
-        self._forward = forward
+        self._forward, self.samples, self.layouts = forward, samples, layouts
+        self.seen: Counter[str] = Counter()
 
     def run(self, _: None = None) -> None:
         self._forward()
 
-    def pause(self, call: UnitCall) -> Tensor:
-        output: Tensor = self.parent.switch(call)
-        return output
+    def pause(self, unit: str, args: Any, kwargs: Any) -> Any:
+        known = self.layouts.get(unit, [])
+        inputs, outputs = known[min(self.seen[unit], len(known) - 1)] if known else ((), ())
+        self.seen[unit] += 1
+        call = UnitCall(unit, Parts((Part.of((args, kwargs), self.samples, inputs),)), (outputs,))
+        # torch's function modes (attention products listen by one) are a stack of the thread, not of this coroutine:
+        # what lies on it since this one went on comes off
+        modes = [_pop_mode() for _ in range(_len_torch_function_stack() - self.depth)]
+        try:
+            return self.parent.switch(call)
+        finally:
+            for mode in reversed(modes):
+                _push_mode(mode)
 
-    def resume(self, output: Tensor | None = None) -> UnitCall | None:
+    def resume(self, output: Any = None) -> UnitCall | None:
+        self.depth = _len_torch_function_stack()
         call: UnitCall | None = self.switch(output)
         return call
 
@@ -82,7 +142,7 @@ def intercepted(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             lane = getcurrent()
-            return lane.pause(UnitCall(name, args, kwargs)) if isinstance(lane, Lane) else original(*args, **kwargs)
+            return lane.pause(name, args, kwargs) if isinstance(lane, Lane) else original(*args, **kwargs)
 
         module.forward = forward
 
@@ -96,72 +156,54 @@ def intercepted(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
             del module.forward
 
 
-class Store:
-    """Concatenates chunks in memory or, with ``on_disk``, in unlinked memory-mapped files that the system pages out."""
-
-    def __init__(self, on_disk: bool) -> None:
-        self.on_disk = on_disk
-
-    def __call__(self, chunks: Sequence[Tensor]) -> Tensor:
-        if not self.on_disk:
-            return torch.cat(list(chunks))
-        whole = self.empty((sum(len(c) for c in chunks), *chunks[0].shape[1:]), chunks[0].dtype)
-        start = 0
-        for chunk in chunks:
-            whole[start : start + len(chunk)] = chunk
-            start += len(chunk)
-        return whole
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor where this store keeps them."""
-        if not self.on_disk:
-            return torch.empty(shape, dtype=dtype)
-        with tempfile.NamedTemporaryFile(prefix="ptq-tdq-", delete=False) as file:
-            path = Path(file.name)
-        try:
-            size = torch.Size(shape).numel()
-            return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
-        finally:
-            path.unlink()
+def merge(calls: Sequence[UnitCall], store: Store) -> UnitCall:
+    """The calls of all chunks as one."""
+    parts, layouts = [], []
+    for run in _alike(calls):
+        parts.append(Part.join([call.arguments.parts[0] for call in run], store))
+        layouts.append(run[0].outputs[0])
+    return UnitCall(calls[0].unit, Parts(tuple(parts)), tuple(layouts))
 
 
-Process = Callable[[UnitCall, UnitCall], tuple[Tensor, Tensor]]
+def _alike(calls: Sequence[UnitCall]) -> Iterator[list[UnitCall]]:
+    """Consecutive calls whose samples may run together."""
+    run: list[UnitCall] = []
+    for call in calls:
+        if run and not run[-1].arguments.parts[0].joinable(call.arguments.parts[0]):
+            yield run
+            run = []
+        run.append(call)
+    yield run
 
 
-def sweep(
-    model: nn.Module,
-    units: Sequence[str],
-    forwards: Sequence[Callable[[], Any]],
-    sizes: Sequence[int],
-    store: Store,
-    process: Process,
-) -> None:
+Process = Callable[[UnitCall, UnitCall], tuple[Parts, Parts]]
+Chunk = tuple[Callable[[], Any], slice, Layouts]
+"""What runs the model over some samples, which samples, and the layouts of their group."""
+
+
+def sweep(model: nn.Module, units: Sequence[str], chunks: Sequence[Chunk], store: Store, process: Process) -> None:
     """Run both streams through the model.
 
-    ``forwards`` run the model over one chunk each, ``sizes`` are the chunks' numbers of samples. For each unit,
-    ``process(full_precision_call, quantized_call)`` gets the merged calls and returns both outputs [N, ...].
+    For each call of a unit, ``process(full_precision_call, quantized_call)`` gets the merged calls and returns both
+    outputs.
     """
     with intercepted(model, units), torch.no_grad():
-        lanes = [Lane(forward) for forward in (*forwards, *forwards)]
+        lanes = [Lane(*chunk) for chunk in (*chunks, *chunks)]
         calls = [lane.resume() for lane in lanes]
-        done: set[str] = set()
         while present := [c for c in calls if c is not None]:
             names = {c.unit for c in present}
             if len(present) < len(lanes) or len(names) > 1:
                 raise ModelError(
                     f"The model's forward pass takes different ways for different samples (at {sorted(names)})."
                 )
-            if names & done:
-                raise ModelError(f"The model calls {names.pop()} twice in one forward pass; skip its layers.")
-            done |= names
-            count = len(present) // 2
-            full, quantized = (merge(half, sizes, store) for half in (present[:count], present[count:]))
+            count = len(chunks)
+            full, quantized = (merge(half, store) for half in (present[:count], present[count:]))
             calls = [None] * len(lanes)
             present.clear()
             outputs = process(full, quantized)
             del full, quantized
-            chunks = [chunk for output in outputs for chunk in output.split(list(sizes))]
+            pieces = [output[samples] for output in outputs for _, samples, _ in chunks]
             del outputs
             for i, lane in enumerate(lanes):
-                calls[i] = lane.resume(chunks[i])
-                chunks[i] = torch.empty(0)
+                calls[i] = lane.resume(pieces[i])
+                pieces[i] = None

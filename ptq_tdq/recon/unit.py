@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +15,33 @@ from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.fused import power_sum
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
-from ptq_tdq.recon.streams import Store, UnitCall
-from ptq_tdq.timeaxis import Clock
+from ptq_tdq.recon.parts import Part, Parts, Store
+from ptq_tdq.recon.streams import UnitCall
+from ptq_tdq.timeaxis import at
 
 EVALUATION_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A module, the model's clock and the time step of each of the N samples [N]."""
+    """A module, and the time step of each of the N samples [N] (on the CPU).
+
+    ``spans`` are the samples that may run together, by default all. A ``single`` unit takes samples of one time step at
+    a time.
+    """
 
     name: str
     module: nn.Module
-    clock: Clock
     t: Tensor
+    spans: tuple[slice, ...] = ()
+    single: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def cells(self) -> list[Tensor]:
+        """The numbers of samples that may run together."""
+        spans = [torch.arange(len(self.t))[span] for span in self.spans or (slice(None),)]
+        return [span[self.t[span] == t] for span in spans for t in self.t[span].unique()] if self.single else spans
 
     def layers(self) -> list[QuantLayer]:
         return [m for m in self.module.modules() if isinstance(m, QuantLayer)]
@@ -34,7 +49,7 @@ class Unit:
     def quantizers(self) -> list[ActivationQuantizer]:
         return [m for m in self.module.modules() if isinstance(m, ActivationQuantizer)]
 
-    def shifts(self) -> list[nn.Parameter]:
+    def shifts(self) -> list[Tensor]:
         """The learned corrections of the layers' biases."""
         return [layer.shift for layer in self.layers() if layer.shift is not None]
 
@@ -51,52 +66,90 @@ class Unit:
                 shift.requires_grad_(False)
                 shift.grad = None
 
-    def run(self, call: UnitCall, index: Tensor | slice) -> Tensor:
-        """Output of the unit for some samples, as its quantizers now stand."""
-        part = call.map(lambda x: x[index])
-        self.clock.set(self.t[index])
-        output: Tensor = self.module(*part.args, **part.kwargs)
-        return output
+    def run(self, call: UnitCall, index: Tensor | slice) -> Any:
+        """Output of the unit for some samples of one cell, as its quantizers now stand."""
+        part = call.arguments.of(index)
+        args, kwargs = part[index]
+        with at(self.t[index].to(part.device)):
+            return self.module(*args, **kwargs)
 
-    def batches(self) -> Iterator[slice]:
-        return (slice(i, i + EVALUATION_BATCH) for i in range(0, len(self.t), EVALUATION_BATCH))
+    def batches(self) -> Iterator[slice | Tensor]:
+        """All samples, some of one cell at a time."""
+        for cell in self.cells:
+            for piece in cell.split(EVALUATION_BATCH):
+                yield piece if self.single else slice(int(piece[0]), int(piece[-1]) + 1)
 
-    def outputs(self, call: UnitCall, store: Store) -> Tensor:
-        """Output of the unit for all samples [N, ...]; raises :class:`NonFiniteError` naming the unit and t."""
-        whole: Tensor | None = None
+    def draw(self, size: int, generator: torch.Generator, chances: Tensor | None = None) -> Tensor:
+        """``size`` random samples of one cell, all alike or with ``chances`` [N]."""
+        cell, alike = self.cells[0], torch.ones(len(self.t)) if chances is None else chances
+        if len(self.cells) > 1:
+            of_cells = torch.stack([alike[cell].sum() for cell in self.cells])
+            cell = self.cells[int(torch.multinomial(of_cells, 1, generator=generator))]
+        if chances is None:
+            return cell[torch.randint(len(cell), (size,), generator=generator)]
+        return cell[torch.multinomial(chances[cell], size, replacement=True, generator=generator)]
+
+    def outputs(self, call: UnitCall, store: Store) -> Parts:
+        """Outputs of the unit for all samples; raises :class:`NonFiniteError` naming the unit and t."""
+        whole: dict[int, Part] = {}
         with torch.no_grad():
             for batch in self.batches():
-                part = self.run(call, batch)
-                self.check(part, self.t[batch], f"{self.name} gives")
-                if whole is None:
-                    whole = store.empty((len(self.t), *part.shape[1:]), part.dtype)
-                whole[batch] = part
-        assert whole is not None
-        return whole
+                part, span = call.output(self.run(call, batch), batch), call.arguments.of(batch).samples
+                self.check(part, batch)
+                if span.start not in whole:
+                    whole[span.start] = part.empty(span, store)
+                whole[span.start].put(batch, part)
+        return Parts(tuple(whole[start] for start in sorted(whole)))
 
-    def check(self, values: Tensor, t: Tensor, what: str) -> None:
-        """Raise :class:`NonFiniteError`, "<what> NaN or Inf at t = ...", unless all ``values`` [B, ...] are finite."""
-        finite = torch.isfinite(values.flatten(1)).all(1)
-        if not bool(finite.all()):
-            raise NonFiniteError(f"{what} NaN or Inf at t = {t[~finite][0].item():g}; the run stops there.")
+    def check(self, part: Part, batch: slice | Tensor) -> None:
+        """Raise :class:`NonFiniteError` unless all outputs are finite."""
+        for leaf in part.real(slice(0, len(self.t[batch]))):
+            check_finite(leaf, self.t[batch], f"{self.name} gives")
 
-    def learning_loss(self, call: UnitCall, target: Tensor, power: float, config: Config, index: Tensor) -> Tensor:
-        """The reconstruction loss over some samples, with gradients; products are in the config's ``compute_dtype``."""
-        dtype = getattr(torch, config.compute_dtype)
+    def learning_loss(self, call: UnitCall, target: Parts, power: float, config: Config, index: Tensor) -> Tensor:
+        """The reconstruction loss over some samples, with gradients; products are in the config's ``compute_dtype``.
+
+        A model in half precision computes in its own.
+        """
+        dtype, part = getattr(torch, config.compute_dtype), call.arguments.of(index)
+        own = {layer.weight.dtype for layer in self.layers()}
+        lower = dtype != torch.float32 and own == {torch.float32}
         # without the cache: it would keep the first low-precision copy of a parameter while the parameter learns
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        with torch.autocast(part.device.type, dtype, enabled=lower, cache_enabled=False):
             output = self.run(call, index)
-        return reconstruction_loss(output, target[index], power)
+        return self._loss(call, output, target, power, index)
 
-    def loss(self, call: UnitCall, target: Tensor, power: float) -> float:
+    def loss(self, call: UnitCall, target: Parts, power: float) -> float:
         """The reconstruction loss over all samples, in float32."""
+        total = 0.0
         with torch.no_grad():
-            sums = [
-                reconstruction_loss(self.run(call, b), target[b], power).item() * len(self.t[b]) for b in self.batches()
-            ]
-        return sum(sums) / len(self.t)
+            for batch in self.batches():
+                found = self._loss(call, self.run(call, batch), target, power, batch)
+                total += found.item() * len(self.t[batch])
+        return total / len(self.t)
+
+    def _loss(self, call: UnitCall, output: Any, target: Parts, power: float, index: slice | Tensor) -> Tensor:
+        part = call.output(output, index)
+        return reconstruction_loss(part.real(slice(0, len(self.t[index]))), target.real(index), power)
 
 
-def reconstruction_loss(output: Tensor, target: Tensor, power: float) -> Tensor:
-    """``|output - target|^power`` summed over dim 1, averaged over the rest (BRECQ)."""
-    return power_sum(output - target, power) / (output.numel() // output.shape[1])
+def check_finite(values: Tensor, t: Tensor, what: str) -> None:
+    """Raise :class:`NonFiniteError`, "<what> NaN or Inf at t = ...", unless all ``values`` [n, ...] are finite."""
+    if not bool(torch.isfinite(values).all()):
+        wrong = ~torch.isfinite(values).reshape(len(t), -1).all(1).cpu()
+        raise NonFiniteError(f"{what} NaN or Inf at t = {t[wrong][0].item():g}; the run stops there.")
+
+
+def reconstruction_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], power: float) -> Tensor:
+    """``|output - target|^power`` summed over dim 1, averaged over the rest (BRECQ); the sum over all outputs.
+
+    0 for a unit that gives nothing of any sample, such as the embedding of a time step that is always the same.
+    """
+    if not outputs:
+        return torch.zeros(())
+    parts = [
+        power_sum(output.float() - target.float(), power)
+        / max(1, output.numel() // (output.shape[1] if output.ndim > 1 else 1))
+        for output, target in zip(outputs, targets, strict=True)
+    ]
+    return torch.stack(parts).sum()

@@ -10,6 +10,7 @@ from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.modules import QuantLayer, WeightQuantizer
 from ptq_tdq.recon.closed_form import round_unit
+from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.rounding import AdaRound, annealed_b
@@ -38,7 +39,7 @@ def initialize(layer: QuantLayer, config: Config) -> None:
 
 
 def reconstruct_weights(
-    unit: Unit, full: UnitCall, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator
+    unit: Unit, full: UnitCall, call: UnitCall, target: Parts, config: Config, generator: torch.Generator
 ) -> tuple[float, float]:
     """Quantize the unit's weights; returns its loss with nearest rounding and at the end, which is never higher.
 
@@ -60,7 +61,7 @@ def reconstruct_weights(
 
 
 def round_again(
-    unit: Unit, full: UnitCall, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator, loss: float
+    unit: Unit, full: UnitCall, call: UnitCall, target: Parts, config: Config, generator: torch.Generator, loss: float
 ) -> float:
     """Round the unit's weights once more, for inputs that now pass through their quantizers.
 
@@ -74,7 +75,7 @@ def round_again(
     return _settle(unit, call, target, config.loss_power, loss, kept)
 
 
-def _settle(unit: Unit, call: UnitCall, target: Tensor, power: float, loss: float, before: _WeightState) -> float:
+def _settle(unit: Unit, call: UnitCall, target: Parts, power: float, loss: float, before: _WeightState) -> float:
     """The lower one of the unit's loss now and ``loss``, to whose state ``before`` it goes back if need be."""
     after = unit.loss(call, target, power)
     if after <= loss:
@@ -105,7 +106,7 @@ def _parts(layers: list[QuantLayer]) -> list[tuple[QuantLayer, int, WeightQuanti
     return [(layer, index, quantizer) for layer in layers for index, quantizer in enumerate(layer.weight_quantizers())]
 
 
-def _adaround(unit: Unit, call: UnitCall, target: Tensor, config: Config, generator: torch.Generator) -> None:
+def _adaround(unit: Unit, call: UnitCall, target: Parts, config: Config, generator: torch.Generator) -> None:
     parts = _parts(unit.layers())
     roundings = [_begin(*part) for part in parts]
     with unit.learning():
@@ -125,7 +126,7 @@ def _begin(layer: QuantLayer, index: int, quantizer: WeightQuantizer) -> AdaRoun
 
 
 def _learn(
-    unit: Unit, call: UnitCall, target: Tensor, roundings: list[AdaRound], config: Config, generator: torch.Generator
+    unit: Unit, call: UnitCall, target: Parts, roundings: list[AdaRound], config: Config, generator: torch.Generator
 ) -> None:
     optimizer = torch.optim.Adam(
         [
@@ -134,8 +135,10 @@ def _learn(
         ]
     )
     for iteration in range(config.weight_iterations):
-        index = torch.randint(len(target), (config.batch_size,), generator=generator)
+        index = unit.draw(config.batch_size, generator)
         loss = unit.learning_loss(call, target, LOSS_POWER, config, index)
+        if not loss.requires_grad:  # no output of any sample depends on what is learned
+            break
         b = annealed_b(
             iteration / config.weight_iterations,
             warmup=config.rounding_warmup,

@@ -1,12 +1,13 @@
 """The numbers of a report as plain JSON data: what the page embeds, and what the figures are drawn from.
 
-Steps are in ascending order of t, whatever the order of the sampler. Curves over all T time steps are thinned to
+Steps are in ascending order of t, whatever the order of the sampler. Curves over all t = 0 to T are thinned to
 ``{"t": [...], "v": [...]}``, within 0.3% of their quantizer's range.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import version
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,19 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.artifacts import Artifact, IntervalTable, summarize
+from ptq_tdq.config import Role
+from ptq_tdq.evaluate.images import captions_of
+from ptq_tdq.evaluate.trajectories import Reference
 from ptq_tdq.records import QuantizerRecord
 from ptq_tdq.report.curves import magnitude, quantiles, short, shorts, thin
-from ptq_tdq.report.measure import Activation, LayerErrors
-from ptq_tdq.report.survey import PICTURES, Subject, Survey, times
+from ptq_tdq.report.measure import Activation, LayerErrors, groups_of
+from ptq_tdq.report.survey import PICTURES, Subject, Survey
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import Histogram, activation_qparams
 from ptq_tdq.timeaxis import lookup
 
 LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99)  # quantiles of the distributions
+LETTERS = 40  # letters of a prompt
 TOLERANCE = 0.003  # of a quantizer's range: how far a thinned curve may be off
 
 Json = dict[str, Any]
@@ -30,51 +35,68 @@ Json = dict[str, Any]
 
 def report_data(found: Survey) -> Json:
     """Everything that the page shows but its pictures, by the names that ``page.js`` uses."""
-    first = found.subjects[0].artifact
-    reference = found.reference
-    order = None if reference is None else times(reference).argsort(stable=True)
-    steps = torch.empty(0) if reference is None or order is None else times(reference)[order]
+    first, reference = found.subjects[0].artifact, found.reference
+    steps = torch.empty(0) if reference is None else reference.calls.t.unique()
     activations: Json = {}
     for subject in found.subjects:
         for name, activation in (subject.measured.activations if subject.measured else {}).items():
-            if name not in activations and order is not None:
-                activations[name] = _activation(activation, order)
-    labels = None if reference is None else reference.class_labels
+            if name not in activations:
+                activations[name] = _activation(activation)
+    base = first.config["base_model"]
     searched: dict[tuple[Any, ...], Tensor] = {}
     return {
         "version": version("ptq-tdq"),
-        "model": {"id": _name(first.config["base_model"]["id"]), "sha256": first.config["base_model"]["sha256"]},
+        "model": {**base, "id": _name(base["id"]), "class": first.config["model_config"].get("_class_name")},
         "num_train_timesteps": first.num_train_timesteps,
         "steps": shorts(steps, 6),
-        "samples": 0 if reference is None else len(reference.noise),
-        "sampler": None if reference is None else type(reference.model.scheduler).__name__,
+        "samples": 0 if reference is None else len(reference.latents),
+        "end": "latents" if reference is not None and _has_latents(reference) else "samples",
+        "scheduler": None if reference is None else type(reference.model.scheduler).__name__,
         "seed": found.seed,
-        "classes": 0 if labels is None else int(labels.max()) + 1,
+        "groups": [] if reference is None else [_shortened(text) for text in captions_of(groups_of(reference))],
+        "condition": _kind(reference),
         "levels": list(LEVELS),
         "pictures": PICTURES,
         "activations": activations,
-        "artifacts": [_subject(subject, order, steps, searched) for subject in found.subjects],
+        "artifacts": [_subject(subject, steps, found.roles, searched) for subject in found.subjects],
         "notices": list(found.notices),
     }
 
 
-def _activation(activation: Activation, order: Tensor) -> Json:
+def _has_latents(reference: Reference) -> bool:
+    """Whether something else than the end of the way is what one looks at."""
+    return reference.images is None or reference.images.shape != reference.latents.shape
+
+
+def _kind(reference: Reference | None) -> str | None:
+    """What the samples are conditioned on."""
+    condition = None if reference is None else reference.conditions[0]
+    return None if condition is None else "prompt" if isinstance(condition, str) else "class"
+
+
+def _shortened(text: str) -> str:
+    return shorten(text, LETTERS, placeholder="\N{HORIZONTAL ELLIPSIS}")
+
+
+def _activation(activation: Activation) -> Json:
     by_step = activation.by_step
     result: Json = {
-        "lo": shorts(by_step.lo[order]),
-        "hi": shorts(by_step.hi[order]),
-        "quantiles": [shorts(row[order]) for row in quantiles(by_step, LEVELS)],
-        "magnitude": shorts(magnitude(by_step)[order]),
+        "lo": shorts(by_step.lo),
+        "hi": shorts(by_step.hi),
+        "quantiles": [shorts(row) for row in quantiles(by_step, LEVELS)],
+        "magnitude": shorts(magnitude(by_step)),
     }
-    if activation.by_class is not None:
-        ends = quantiles(activation.by_class, (LEVELS[0], LEVELS[-1])).unflatten(1, (-1, len(order)))
-        result["by_class"] = {
-            key: [shorts(row[order]) for row in rows] for key, rows in zip(("low", "high"), ends, strict=True)
+    if activation.by_group is not None:
+        ends = quantiles(activation.by_group, (LEVELS[0], LEVELS[-1])).unflatten(1, (-1, len(by_step.lo)))
+        result["by_group"] = {
+            key: [shorts(row) for row in rows] for key, rows in zip(("low", "high"), ends, strict=True)
         }
     return result
 
 
-def _subject(subject: Subject, order: Tensor | None, steps: Tensor, searched: dict[tuple[Any, ...], Tensor]) -> Json:
+def _subject(
+    subject: Subject, steps: Tensor, roles: dict[str, set[Role]], searched: dict[tuple[Any, ...], Tensor]
+) -> Json:
     artifact, measured = subject.artifact, subject.measured
     facts = summarize(artifact)
     shapes = {row["name"]: row["shape"] for row in facts["weights"]}
@@ -83,20 +105,21 @@ def _subject(subject: Subject, order: Tensor | None, steps: Tensor, searched: di
         "name": subject.name,
         **{key: artifact.config[key] for key in ("scheme", "method", "preset", "seed", "choices", "versions")},
         "calibration_set": artifact.config["calibration_set"],
-        **{key: facts[key] for key in ("bytes", "fp32_bytes", "file_bytes")},
+        **{key: facts[key] for key in ("bytes", "fp32_bytes", "file_bytes", "time_axis", "coverage", "notices")},
         "layers": [
             {
                 **{key: layer.to_dict()[key] for key in ("name", "kind", "unit", "weight_bits")},
                 "shape": shapes.get(layer.name),
+                "roles": sorted(roles.get(layer.name, ())),
                 "quantizers": [q.name for q in layer.inputs],
             }
             for layer in artifact.layers
         ],
         "tables": {
-            q.name: _table(q, artifact.tables[q.name], histograms.get(q.name), order, steps, searched)
+            q.name: _table(q, artifact.tables[q.name], histograms.get(q.name), steps, searched)
             for q in artifact.quantizers
         },
-        "errors": None if measured is None or order is None else _errors(measured.errors, order),
+        "errors": _errors(measured.errors) if measured else None,
         "latent_sqnr_db": short(measured.latent_sqnr_db) if measured else None,
         "image_psnr_db": short(measured.image_psnr_db) if measured else None,
         "stored": _stored(artifact),
@@ -104,16 +127,15 @@ def _subject(subject: Subject, order: Tensor | None, steps: Tensor, searched: di
     }
 
 
-def _errors(errors: LayerErrors, order: Tensor) -> Json:
-    layers = {key: [shorts(row[order]) for row in getattr(errors, key)] for key in ("inputs", "own", "accumulated")}
-    return {**layers, "prediction": shorts(errors.prediction[order])}
+def _errors(errors: LayerErrors) -> Json:
+    layers = {key: [shorts(row) for row in getattr(errors, key)] for key in ("inputs", "own", "accumulated")}
+    return {**layers, "prediction": shorts(errors.prediction)}
 
 
 def _table(
     quantizer: QuantizerRecord,
     table: IntervalTable,
     histogram: Histogram | None,
-    order: Tensor | None,
     steps: Tensor,
     searched: dict[tuple[Any, ...], Tensor],
 ) -> Json:
@@ -124,13 +146,14 @@ def _table(
     qtype = QType(quantizer.bits)
     result: Json = {"bits": quantizer.bits, "method": quantizer.method}
     best = None
-    if histogram is not None and order is not None:
+    if histogram is not None:
         method = "mse" if quantizer.range_method == "ema" else quantizer.range_method
         case = (id(histogram), quantizer.bits, method, quantizer.from_zero)
         if case not in searched:
             searched[case] = activation_qparams(histogram, qtype, method=method, from_zero=quantizer.from_zero).scale
-        best = searched[case][order]
-        result["best"] = shorts(best)
+        best = searched[case]
+        seen = histogram.counts.sum(1) > 0  # an expert may have nothing to do at some steps
+        result["best"] = shorts(torch.where(seen, best, torch.nan))
     if table.scale is None:
         return result
     scale, zero = table.scale.double(), table.zero_point.double()
@@ -141,10 +164,11 @@ def _table(
         points = thin(curve, tolerance)
         result[key] = {"t": points.tolist(), "v": shorts(curve[torch.from_numpy(points)])}
     result["varies"] = short(float(scale.max() / scale.min()))
-    if histogram is not None and order is not None and best is not None:
+    if histogram is not None and best is not None:
         at = lookup(table.scale, steps)
         low, high = (lookup(curve.float(), steps) for curve in (curves["lo"], curves["hi"]))
-        result["clipped"] = shorts(clipped(_rows(histogram, order), low - at / 2, high + at / 2), 3)
+        result["clipped"] = shorts(clipped(histogram, low - at / 2, high + at / 2), 3)
+        at, best = at[seen], best[seen]
         result["off"] = short(float(((at / best).log().abs()).mean().exp() - 1), 3)
         result["follows"] = short(correlation(at, best), 3)
     return result
@@ -164,12 +188,8 @@ def correlation(a: Tensor, b: Tensor) -> float | None:
     return float(np.corrcoef(a.double().log().numpy(), b.double().log().numpy())[0, 1])
 
 
-def _rows(histogram: Histogram, order: Tensor) -> Histogram:
-    return Histogram(histogram.counts[order], histogram.centres, histogram.lo[order], histogram.hi[order])
-
-
 def _stored(artifact: Artifact) -> Json | None:
-    """What ``calibrate`` measured: the final latents and each step, with the learned and with static intervals."""
+    """What ``calibrate`` measured: the end of the way and each step, with the learned and with static intervals."""
     metrics = artifact.metrics
     if not all(isinstance(metrics.get(key), dict) for key in ("learned", "static")):
         return None

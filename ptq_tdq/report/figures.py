@@ -1,6 +1,6 @@
 """The figures as files, for papers and slides: PNG and SVG of the first artifact, and of several where they compare.
 
-The TDQ supplement's figures: 1 (seeds), 2 and 3 (intervals), 4 (distribution over t), 5 (classes).
+The TDQ supplement's figures: 1 (seeds), 2 and 3 (intervals), 4 (distribution over t), 5 (classes, or prompts).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from ptq_tdq.report.findings import seeds
 
 Json = dict[str, Any]
-SHOWN = 12  # activations in the figures that do not show all of them: those whose interval varies most
+SHOWN = 12  # activations in most figures: those whose interval varies most
+MOST = 72  # activations in the figure of all intervals; large models have a thousand
 LEARNED, BEST, PLAIN, BAND = "#2563c9", "#d9730d", "#7a8190", "#8fa3bf"
 STYLE: Any = {
     **{"font.size": 7, "axes.titlesize": 5.5, "axes.titleweight": "bold", "axes.titley": 1.0, "legend.frameon": False},
@@ -59,10 +60,10 @@ def _grid(count: int, columns: int, width: float, height: float, left: float = 0
     return figure, axes[:count]
 
 
-def _most_varying(data: Json) -> list[str]:
+def _most_varying(data: Json, count: int = SHOWN) -> list[str]:
     tables = data["artifacts"][0]["tables"]
     known = [name for name, table in tables.items() if table.get("varies") is not None]
-    return sorted(known, key=lambda name: (-tables[name]["varies"], name))[:SHOWN]
+    return sorted(known, key=lambda name: (-tables[name]["varies"], name))[:count]
 
 
 def _legend(figure: Figure, ax: Axes) -> None:
@@ -71,8 +72,9 @@ def _legend(figure: Figure, ax: Axes) -> None:
 
 
 def _intervals(data: Json) -> Figure | None:
-    """Learned interval against activation magnitude over t, every activation (supp Figures 2 and 3)."""
-    tables = {name: t for name, t in data["artifacts"][0]["tables"].items() if "scale" in t}
+    """Learned interval against activation magnitude over t, in execution order (supp Figures 2 and 3)."""
+    chosen = set(_most_varying(data, MOST))
+    tables = {name: t for name, t in data["artifacts"][0]["tables"].items() if name in chosen}
     if not tables:
         return None
     figure, axes = _grid(len(tables), 6, 2.3, 1.5)
@@ -118,17 +120,17 @@ def _distribution(data: Json) -> Figure | None:
     return figure
 
 
-def _classes(data: Json) -> Figure | None:
-    """The middle 98% of values over t, for each class (supp Figure 5)."""
-    names = [name for name in _most_varying(data) if "by_class" in data["activations"].get(name, {})]
+def _groups(data: Json) -> Figure | None:
+    """The middle 98% of values over t, for each class or prompt (supp Figure 5)."""
+    names = [name for name in _most_varying(data) if "by_group" in data["activations"].get(name, {})]
     if not names:
         return None
     figure, axes = _grid(len(names), 4, 2.6, 1.8)
     for ax, name in zip(axes, names, strict=True):
-        seen = data["activations"][name]["by_class"]
-        for c, (low, high) in enumerate(zip(seen["low"], seen["high"], strict=True)):
-            for values, label in ((high, f"class {c}"), (low, None)):
-                ax.plot(data["steps"], np.array(values, float), color=f"C{c}", lw=0.9, label=label)
+        seen = data["activations"][name]["by_group"]
+        for g, (low, high) in enumerate(zip(seen["low"], seen["high"], strict=True)):
+            for values, label in ((high, data["groups"][g]), (low, None)):
+                ax.plot(data["steps"], np.array(values, float), color=f"C{g}", lw=0.9, label=label)
         ax.set_title(name)
     _legend(figure, axes[0])
     return figure
@@ -156,7 +158,7 @@ def _seeds(data: Json) -> Figure | None:
 
 
 def _steps(data: Json) -> Figure | None:
-    """SQNR of the predicted noise over t, every artifact."""
+    """SQNR of the prediction over t, every artifact."""
     figure, (ax,) = _grid(1, 1, 5.0, 2.8)
     for artifact in data["artifacts"]:
         if artifact["errors"]:
@@ -166,7 +168,7 @@ def _steps(data: Json) -> Figure | None:
             ax.plot(stored["t"], np.array(stored["v"], float), label=artifact["name"])
     if not ax.lines:
         return None
-    ax.set(xlabel="time step t", ylabel="SQNR of the predicted noise (dB)")
+    ax.set(xlabel="time step t", ylabel="SQNR of the prediction (dB)")
     ax.legend()
     return figure
 
@@ -187,7 +189,7 @@ def _error(data: Json) -> Figure | None:
         ax.set_title(f"{title} (dB)")
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [], fontsize=5)
         every = max(1, len(data["steps"]) // 5)
-        ax.set_xticks(range(0, len(data["steps"]), every), [f"{t:g}" for t in data["steps"][::every]])
+        ax.set_xticks(range(0, len(data["steps"]), every), [f"{t:.4g}" for t in data["steps"][::every]])
         ax.set_xlabel("time step t")
         figure.colorbar(image, ax=ax, location="bottom", extend="max", shrink=0.8)
     return figure
@@ -218,7 +220,7 @@ def _losses(data: Json) -> Figure | None:
 _FIGURES: dict[str, Callable[[Json], Figure | None]] = {
     "intervals": _intervals,
     "distribution": _distribution,
-    "classes": _classes,
+    "groups": _groups,
     "seeds": _seeds,
     "steps": _steps,
     "error": _error,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 Json = dict[str, Any]
+Check = tuple[str, str]  # ("ok" | "warn" | "unknown", sentence)
 FOLLOWS = 0.5  # correlation from which an interval is said to follow the activation
 
 
@@ -41,19 +42,42 @@ def findings(data: Json, artifact: Json) -> list[tuple[str, list[str]]]:
     return [(question, sentences) for question, sentences in answers if sentences]
 
 
+def _coverage(data: Json, artifact: Json) -> Iterator[str]:
+    if artifact["coverage"] is not None:
+        yield (
+            f"Quantized layers do {100 * artifact['coverage']:.4g}% of the multiply-accumulates of all convolutions "
+            "and linear layers."
+        )
+    weighted = [layer for layer in artifact["layers"] if layer["weight_bits"] is not None]
+    float_input = sum(not layer["quantizers"] for layer in weighted)
+    yield (
+        f"{_count(len(weighted), 'layer')} {'has' if len(weighted) == 1 else 'have'} quantized weights"
+        + (f", {float_input} of them with inputs in floating point." if float_input else ".")
+    )
+    products = len(artifact["layers"]) - len(weighted)
+    if products:
+        yield f"{_count(products, 'attention product')} {'is' if products == 1 else 'are'} quantized."
+    elif not artifact["choices"].get("attention", True):
+        yield "Attention products stay in floating point, as it was chosen."
+
+
+def _in_floating_point(data: Json, artifact: Json) -> Iterator[str]:
+    yield from artifact["notices"]
+
+
 def _samples(data: Json, artifact: Json) -> Iterator[str]:
     stored, latent = artifact["stored"], artifact["latent_sqnr_db"]
     if latent is not None:
         yield (
-            f"The final latents end {latent:.1f} dB above their error, which holds {_share(latent)} of the signal's "
-            f"energy ({data['samples']} samples, {len(data['steps'])} steps)."
+            f"The final {data['end']} end {latent:.1f} dB above their error, which holds {_share(latent)} of the "
+            f"signal's energy ({data['samples']} samples, {len(data['steps'])} steps)."
         )
     if stored and all(stored[key]["latent_sqnr_db"] is not None for key in ("learned", "static")):
         gain = stored["learned"]["latent_sqnr_db"] - stored["static"]["latent_sqnr_db"]
         word = "gain" if gain >= 0 else "lose"
         yield (
-            f"At calibration the learned intervals {word} {abs(gain):.2f} dB in the final latents against static ones "
-            f"that are not learned ({stored['samples']} samples)."
+            f"At calibration the learned intervals {word} {abs(gain):.2f} dB in the final {data['end']} against static "
+            f"ones that are not learned ({stored['samples']} samples)."
         )
 
 
@@ -75,8 +99,8 @@ def _where(data: Json, artifact: Json) -> Iterator[str]:
     low, high = lowest(prediction), lowest([None if v is None else -v for v in prediction])
     if low is not None and high is not None:
         yield (
-            f"Over t the predicted noise is worst at t = {data['steps'][low]:g} ({prediction[low]:.1f} dB) and best at "
-            f"t = {data['steps'][high]:g} ({prediction[high]:.1f} dB)."
+            f"Over t the prediction is worst at t = {data['steps'][low]:.4g} ({prediction[low]:.1f} dB) and best at "
+            f"t = {data['steps'][high]:.4g} ({prediction[high]:.1f} dB)."
         )
 
 
@@ -100,91 +124,113 @@ def _following(data: Json, artifact: Json) -> Iterator[str]:
     if off:
         yield (
             f"They are {median(off):.0%} off that best interval (median). Some distance is meant: intervals are "
-            "learned for the output of their block."
+            "learned for the output of their unit."
         )
 
 
-def _classes(data: Json, artifact: Json) -> Iterator[str]:
-    over_t, over_classes = [], []
+def _groups(data: Json, artifact: Json) -> Iterator[str]:
+    over_t, over_groups = [], []
     for activation in data["activations"].values():
-        if "by_class" in activation:
-            low, high = (np.array(activation["by_class"][key], float) for key in ("low", "high"))
-            width = high - low  # [C, K]
+        if "by_group" in activation:
+            low, high = (np.array(activation["by_group"][key], float) for key in ("low", "high"))
+            width = high - low  # [G, K]
             if np.isfinite(width).all() and (width > 0).all() and len(width) > 1:
                 over_t.append(float(np.median(width.max(1) / width.min(1))))
-                over_classes.append(float(np.median(width.max(0) / width.min(0))))
+                over_groups.append(float(np.median(width.max(0) / width.min(0))))
     if over_t:
+        one, several = data["condition"], plural(data["condition"])
         yield (
-            f"The spread of an activation changes {median(over_t):.2f}x over t within a class, and "
-            f"{median(over_classes):.2f}x between classes at one t (medians): an interval can follow the first only."
+            f"The spread of an activation changes {median(over_t):.2f}x over t within a {one}, and "
+            f"{median(over_groups):.2f}x between {several} at one t (medians): an interval can follow the first only."
         )
 
 
 _QUESTIONS: dict[str, tuple[Callable[[Json, Json], Iterator[str]], ...]] = {
+    "What is quantized?": (_coverage, _in_floating_point),
     "What is lost, and where?": (_samples, _where),
-    "Did the intervals follow the activations?": (_following, _classes),
+    "Did the intervals follow the activations?": (_following, _groups),
 }
 
 
-def checks(data: Json, artifact: Json) -> list[tuple[str, str]]:
-    """Reasons to trust the artifact, or not: ("ok" | "warn" | "unknown", sentence)."""
-    found = [("ok", "Every file has the hash that was written, and tables, weights and layers fit together.")]
-    measured = artifact["errors"] is not None
-    found.append(
-        ("ok", "The full-precision model beside it is the one that was quantized (SHA-256).")
-        if measured
-        else ("unknown", "Not compared with the full-precision model for this page.")
-    )
-    stored, latent = artifact["stored"], artifact["latent_sqnr_db"]
-    if stored and stored["learned"]["latent_sqnr_db"] is not None and latent is not None:
-        there = stored["learned"]["latent_sqnr_db"]
-        state = "ok" if abs(latent - there) < 3 else "warn"
-        found.append(
-            (state, f"Final latents: {latent:.1f} dB here on {data['samples']} samples, {there:.1f} dB at calibration "
-                    f"on {stored['samples']}.")
-        )  # fmt: skip
-    elif not stored:
-        found.append(("unknown", "The artifact holds no measurement from calibration to compare with."))
-    # a UNet2DModel's first convolution; it is missing here where it was skipped
-    first: Json = next((layer for layer in artifact["layers"] if layer["name"] == "conv_in"), {})
-    quantizers = first.get("quantizers")
-    clipped = (artifact["tables"][quantizers[0]].get("clipped") or []) if quantizers else []
-    shares = [v for v in clipped if v is not None]
-    if not quantizers:
-        found.append(("ok", "The model's own input x_t is not quantized."))
-    elif shares:
-        share = max(shares)
-        found.append(
-            ("ok", "The model's own input x_t is never clipped.")
-            if share == 0
-            else ("warn", f"The model's own input x_t is clipped (up to {share:.2%} of its values); such errors add up "
-                          "along a trajectory.")
-        )  # fmt: skip
-    losses = artifact["reconstruction"]
-    if losses:
-        units = [u for phase in losses.values() for u in phase if None not in (u["before"], u["after"])]
-        worse = [u["unit"] for u in units if u["after"] > u["before"]]
-        choices = artifact["choices"]
-        again = choices["rounding"] == "gptq" and choices.get("round_again")
-        learned = "learned intervals and the second rounding" if again else "learned intervals"
-        cuts = [
-            f"{what} cut it by {median([1 - u['after'] / u['before'] for u in known]):.0%}"
-            for phase, what in (("weights", "rounding"), ("activations", learned))
-            if (known := [u for u in losses.get(phase, []) if u["before"] and u["after"] is not None])
-        ]
-        found.append(
-            (
-                "ok",
-                f"No block ended with a higher loss than it began with; {_list(cuts)} (medians)."
-                if cuts
-                else "No block ended with a higher loss than it began with.",
-            )
-            if not worse
-            else ("warn", f"These blocks ended with a higher loss than they began with: {_list(worse)}.")
-        )
+def checks(data: Json, artifact: Json) -> list[Check]:
+    """Reasons to trust the artifact, or not."""
+    return [check for part in _CHECKS for check in part(data, artifact)]
+
+
+def _files(data: Json, artifact: Json) -> Iterator[Check]:
+    yield "ok", "Every file has the hash that was written, and tables, weights and layers fit together."
+
+
+def _original(data: Json, artifact: Json) -> Iterator[Check]:
+    if artifact["errors"] is None:
+        yield "unknown", "Not compared with the full-precision model for this page."
     else:
-        found.append(("unknown", "Reconstruction losses are not in this artifact; calibrate again to have them."))
-    return found
+        yield "ok", "The full-precision model beside it is the one that was quantized (SHA-256)."
+
+
+def _calibration(data: Json, artifact: Json) -> Iterator[Check]:
+    """Whether what was measured here is what was measured at calibration."""
+    stored, here = artifact["stored"], artifact["latent_sqnr_db"]
+    if not stored:
+        yield "unknown", "The artifact holds no measurement from calibration to compare with."
+        return
+    there = stored["learned"]["latent_sqnr_db"]
+    if there is not None and here is not None:
+        yield (
+            "ok" if abs(here - there) < 3 else "warn",
+            f"Final {data['end']}: {here:.1f} dB here on {data['samples']} samples, {there:.1f} dB at calibration "
+            f"on {stored['samples']}.",
+        )
+
+
+def _input(data: Json, artifact: Json) -> Iterator[Check]:
+    """What happens to x_t, in the layer that takes it."""
+    if not any(layer["roles"] for layer in artifact["layers"]):
+        return  # which one that is has not been seen
+    first: Json = next((layer for layer in artifact["layers"] if "first" in layer["roles"]), {"quantizers": []})
+    if not first["quantizers"]:
+        yield "ok", "The model's own input x_t is not quantized."
+        return
+    tables = [artifact["tables"][name] for name in first["quantizers"]]
+    shares = [share for table in tables for share in table.get("clipped") or [] if share is not None]
+    if shares and max(shares):
+        yield (
+            "warn",
+            f"The model's own input x_t is clipped (up to {max(shares):.2%} of its values); such errors add up along a "
+            "trajectory.",
+        )
+    elif shares:
+        yield "ok", "The model's own input x_t is never clipped."
+
+
+def _losses(data: Json, artifact: Json) -> Iterator[Check]:
+    phases = artifact["reconstruction"]
+    if not phases:
+        yield "unknown", "Reconstruction losses are not in this artifact; calibrate again to have them."
+        return
+    known = [u for units in phases.values() for u in units if None not in (u["before"], u["after"])]
+    worse = [u["unit"] for u in known if u["after"] > u["before"]]
+    if worse:
+        yield "warn", f"These units ended with a higher loss than they began with: {_list(worse)}."
+        return
+    choices = artifact["choices"]
+    again = choices["rounding"] == "gptq" and choices.get("round_again")
+    learned = "learned intervals and the second rounding" if again else "learned intervals"
+    cuts = [
+        f"{what} cut it by {median(shares):.0%}"
+        for phase, what in (("weights", "rounding"), ("activations", learned))
+        if (shares := _cuts(phases.get(phase, [])))
+    ]
+    said = f"; {_list(cuts)} (medians)." if cuts else "."
+    yield "ok", f"No unit ended with a higher loss than it began with{said}"
+
+
+def _cuts(units: list[Json]) -> list[float]:
+    """Shares of the losses that are gone at the end."""
+    return [1 - u["after"] / u["before"] for u in units if u["before"] and u["after"] is not None]
+
+
+_CHECKS: tuple[Callable[[Json, Json], Iterator[Check]], ...] = (_files, _original, _calibration, _input, _losses)
 
 
 def seeds(data: Json) -> list[list[int]]:
@@ -201,7 +247,7 @@ def spread(data: Json) -> str | None:
     found = []
     for group in seeds(data):
         tables = [data["artifacts"][i]["tables"] for i in group]
-        t = np.linspace(0, data["num_train_timesteps"] - 1, 101)
+        t = np.linspace(0, data["num_train_timesteps"], 101)
         for name in tables[0]:
             curves = [table[name].get("scale") for table in tables if name in table]
             if len(curves) == len(group) and all(curves):
@@ -214,6 +260,15 @@ def spread(data: Json) -> str | None:
 
 def _share(db: float) -> str:
     return f"{10 ** (-db / 10):.2g}".rstrip() if db > 30 else f"{10 ** (-db / 10):.1%}"
+
+
+def plural(word: str) -> str:
+    """Of a regular noun."""
+    return f"{word}es" if word.endswith("s") else f"{word}s"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word if number == 1 else plural(word)}"
 
 
 def _list(items: list[str]) -> str:

@@ -1,12 +1,12 @@
-"""The full-precision and the quantized model side by side, on the inputs of full-precision trajectories.
+"""The full-precision and the quantized model side by side, on the calls of full-precision trajectories.
 
-What each activation looks like at each step and for each class, and what each layer loses there. N samples, K steps
-of the sampler, L quantized layers, in the order of the artifact's records.
+What each activation looks like at each step and for each class or prompt, and what each layer loses there. K time
+steps t in ascending order, L quantized layers in the order of the artifact's records.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,41 +14,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.utils import _pytree as pytree
 
+from ptq_tdq.calls import Calls, main_argument, prediction
 from ptq_tdq.evaluate.trajectories import Reference
-from ptq_tdq.modules.attention import OPERANDS
 from ptq_tdq.observe import Observer
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.search import Histogram
+from ptq_tdq.timed_model import in_float32
 from ptq_tdq.wrap import switched
 
-MAX_CLASSES = 10  # told apart; all classes count in the distribution over t
+MAX_GROUPS = 10  # classes or prompts that are told apart; all count in the distribution over t
 CHUNK_VALUES = 1 << 15  # of x in one forward pass: all outputs of its layers are in memory at once
 
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """One quantizer's input in full precision: a histogram row per step [K], and per class and step [C * K].
+    """One quantizer's input in full precision: a histogram row per step [K], and per group and step [G * K].
 
-    ``by_class`` is None without classes; its row ``c * K + k`` is class c at step k.
+    The groups are those of :func:`groups_of`; row ``g * K + k`` of ``by_group`` is group g at step k. Without groups it
+    is None.
     """
 
     by_step: Histogram
-    by_class: Histogram | None
-
-
-Hear = Callable[[int, "_Probe", tuple[Tensor, ...], Tensor], None]
+    by_group: Histogram | None
 
 
 @dataclass(frozen=True, eq=False)
 class LayerErrors:
-    """SQNR in dB [L, K] of each layer's output; of an attention product before its output projection.
+    """SQNR in dB [L, K] of the output of each layer and attention product, over all its uses in a call.
 
     ``inputs``: only the layer's own inputs are quantized. ``own``: its inputs and weights. ``accumulated``: the whole
-    model. All against full precision, from the same x_t; inf where nothing differs. ``prediction`` [K] is the SQNR of
-    the predicted noise.
+    model. All against full precision, on the same calls; inf where nothing differs, NaN where the layer did not run.
+    ``prediction`` [K] is the SQNR of what the denoiser predicts.
     """
 
     inputs: Tensor
@@ -57,184 +56,141 @@ class LayerErrors:
     prediction: Tensor
 
 
+def groups_of(reference: Reference) -> list[Any]:
+    """The first :data:`MAX_GROUPS` conditions of the samples (classes, prompts); none where all are the same."""
+    found = list(dict.fromkeys(reference.conditions))
+    return found[:MAX_GROUPS] if len(found) > 1 else []
+
+
 def observe_activations(layers: Sequence[LayerRecord], reference: Reference) -> dict[str, Activation]:
-    """Watch the input of every quantizer in the full-precision model, by quantizer name."""
-    full = QuantizedModel.copy_of(reference.model.unet, layers)
-    steps, groups = len(reference.x), _groups(reference)
-    count = 1 if groups is None else int(groups.max()) + 1
-    observers = {name: Observer(name, torch.arange(count * steps).float()) for name in full.quantizers()}
+    """Watch the input of every quantizer in the full-precision model, by quantizer name; those that ran."""
+    full, calls = _full_precision(layers, reference, reference.calls)
+    steps, known = len(calls.t.unique()), groups_of(reference)
+    place = {condition: g for g, condition in enumerate(known)}
+    # the last group holds all other samples, and rows that belong to no sample
+    group = torch.tensor([place.get(condition, len(known)) for condition in reference.conditions])
+    taps = {name: _Tap(name, torch.arange((len(known) + 1) * steps).float()) for name in full.quantizers()}
     for name, quantizer in full.quantizers().items():
-        quantizer.observer = observers[name]
+        quantizer.observer = taps[name]
     for counting in (False, True):
-        for observer in observers.values() if counting else ():
-            observer.start_counting()
-        for k, part in _batches(reference):
-            rows = torch.zeros(len(reference.x[k][part])) if groups is None else groups[part].float()
-            full.clock.set(rows * steps + k)  # the quantizers are off: the clock speaks to the observers alone
+        if counting:
+            taps = {name: tap for name, tap in taps.items() if tap.ran}
+            for tap in taps.values():
+                tap.start_counting()
+        for k, rows, arguments in _batches(calls):
+            for tap in taps.values():
+                tap.begin(group[calls.trajectory[rows]] * steps + k, len(known) * steps + k)
             with torch.no_grad():
-                full.model(**_inputs(reference, k, part))
-    step_of_row = torch.arange(count * steps) % steps
-    known = 0 if groups is None else min(count, MAX_CLASSES) * steps
+                full(**arguments)
+    step_of_row = torch.arange((len(known) + 1) * steps) % steps
     return {
-        name: Activation(whole.pooled(step_of_row, steps), _head(whole, known) if known else None)
-        for name, whole in ((name, observer.histogram()) for name, observer in observers.items())
+        name: Activation(whole.pooled(step_of_row, steps), _head(whole, len(known) * steps) if known else None)
+        for name, whole in ((name, tap.histogram()) for name, tap in taps.items())
     }
 
 
 def measure_errors(quantized: QuantizedModel, reference: Reference) -> LayerErrors:
     """Compare every layer of a calibrated model with full precision."""
-    full = QuantizedModel.copy_of(reference.model.unet, quantized.plan)
+    full, calls = _full_precision(quantized.plan, reference, replace(reference.calls, axis=quantized.axis))
     for name, quantizer in full.quantizers().items():
         quantizer.source = quantized.quantizers()[name].source
-    probes: list[_Probe] = [
-        _AttentionProbe(r.name, quantized) if r.weight_bits is None else _LayerProbe(r.name, full, quantized)
-        for r in full.plan
-    ]
-    shape = (len(full.plan), len(reference.x))
-    inputs, own, accumulated = _Ratios(shape), _Ratios(shape), _Ratios(shape)
-    last = _Ratios((1, len(reference.x)))
-    expected: dict[int, Tensor] = {}
-    for k, part in _batches(reference):
+    layers, twins = (
+        [model.model.get_submodule(record.name) for record in quantized.plan] for model in (full, quantized)
+    )
+    as_taken: Callable[[Any], Any] = in_float32 if quantized.dtype == torch.float32 else lambda values: values
+    steps = len(calls.t.unique())
+    inputs, own, accumulated = (_Ratios(len(layers), steps) for _ in range(3))
+    last = _Ratios(1, steps)
+    outputs: dict[int, deque[Tensor]] = defaultdict(deque)  # of each layer in full precision, one per use
+    for k, _, arguments in _batches(calls):
 
-        def in_full(i: int, probe: _Probe, values: tuple[Tensor, ...], output: Tensor, k: int = k) -> None:
-            expected[i] = output
-            inputs.add(i, k, output, probe.with_quantized_inputs(values))
-            own.add(i, k, output, probe.quantized(values))
+        def in_full(i: int, args: Any, kwargs: Any, output: Tensor, k: int = k) -> None:
+            outputs[i].append(output.to(torch.float32, copy=True))  # what follows may write into it
+            with switched(layers[i], weights=False, activations=True):
+                inputs.add(i, k, output, layers[i].forward(*args, **kwargs))  # not __call__: hooks have heard of it
+            own.add(i, k, output, twins[i].forward(*as_taken(args), **as_taken(kwargs)))
 
-        def in_quantized(i: int, probe: _Probe, values: tuple[Tensor, ...], output: Tensor, k: int = k) -> None:
-            accumulated.add(i, k, expected.pop(i), output)
+        def in_quantized(i: int, args: Any, kwargs: Any, output: Tensor, k: int = k) -> None:
+            if outputs[i]:
+                accumulated.add(i, k, outputs[i].popleft(), output)
 
-        arguments = _inputs(reference, k, part)
-        quantized.clock.set(arguments["timestep"])
         with torch.no_grad():
-            with _watched(full, probes, in_full):
-                prediction = full(**arguments)[0]
-            with _watched(quantized, probes, in_quantized):
-                output = quantized(**arguments)[0]
-        last.add(0, k, prediction, output)
+            with _heard(layers, in_full):
+                expected = prediction(full(**arguments))
+            with _heard(twins, in_quantized):
+                last.add(0, k, expected, prediction(quantized(**arguments)))
+        outputs.clear()
     return LayerErrors(inputs.db(), own.db(), accumulated.db(), last.db()[0])
+
+
+class _Tap(Observer):
+    """Observes a quantizer's input by the group and the step of each row, instead of its t."""
+
+    ran = False
+
+    def begin(self, codes: Tensor, other: int) -> None:
+        """What follows is a call whose samples belong to ``codes`` [B]; rows of no sample count as ``other``."""
+        self._codes, self._other = codes, other
+
+    def see(self, x: Tensor, t: Tensor) -> None:
+        if not x.numel():
+            return
+        self.ran = True
+        times, rest = divmod(len(x), len(self._codes))
+        codes = torch.full((len(x),), self._other) if rest else self._codes.repeat_interleave(times)
+        super().see(x.cpu(), codes)
 
 
 class _Ratios:
     """Energies of signal and error, summed over batches."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.signal, self.noise = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    def __init__(self, rows: int, columns: int) -> None:
+        self.signal, self.noise = (torch.zeros(rows, columns, dtype=torch.float64) for _ in range(2))
 
     def add(self, row: int, column: int, expected: Tensor, found: Tensor) -> None:
-        self.signal[row, column] += expected.square().sum(dtype=torch.float64)
-        self.noise[row, column] += (expected - found).square().sum(dtype=torch.float64)
+        """Add one pair of outputs; of a layer that chose other rows (experts) there is nothing to compare."""
+        if expected.shape == found.shape:
+            self.signal[row, column] += expected.float().square().sum(dtype=torch.float64).cpu()
+            self.noise[row, column] += (expected.float() - found.float()).square().sum(dtype=torch.float64).cpu()
 
     def db(self) -> Tensor:
         return 10 * torch.log10(self.signal / self.noise)
 
 
-class _Probe(ABC):
-    """One layer in both models, to be run by itself on the full-precision values that it received."""
-
-    @abstractmethod
-    def with_quantized_inputs(self, values: tuple[Tensor, ...]) -> Tensor:
-        """Its output when only its inputs are quantized."""
-
-    @abstractmethod
-    def quantized(self, values: tuple[Tensor, ...]) -> Tensor:
-        """Its output when its inputs and weights are quantized."""
-
-
-class _LayerProbe(_Probe):
-    """A convolution or linear layer; its value is its input x."""
-
-    def __init__(self, name: str, full: QuantizedModel, quantized: QuantizedModel) -> None:
-        self.full, self.twin = full.layers()[name], quantized.layers()[name]
-
-    def with_quantized_inputs(self, values: tuple[Tensor, ...]) -> Tensor:
-        with switched(self.full, weights=False, activations=True):
-            return self.full.forward(values[0])  # not __call__: the hooks have seen it
-
-    def quantized(self, values: tuple[Tensor, ...]) -> Tensor:
-        return self.twin.forward(values[0])
-
-
-class _AttentionProbe(_Probe):
-    """An attention product; its values are q, k and v [B, heads, N, d]. It has no weights."""
-
-    def __init__(self, name: str, quantized: QuantizedModel) -> None:
-        attention: Any = quantized.model.get_submodule(name)
-        self.scale = float(attention.scale)
-        self.quantizers = [quantized.quantizers()[f"{name}.{part}"] for part in OPERANDS]
-
-    def with_quantized_inputs(self, values: tuple[Tensor, ...]) -> Tensor:
-        return self.quantized(values)
-
-    def quantized(self, values: tuple[Tensor, ...]) -> Tensor:
-        q, k, v = (quantizer(x) for quantizer, x in zip(self.quantizers, values, strict=False))
-        weights: Tensor = self.quantizers[3]((q @ k.transpose(-1, -2) * self.scale).softmax(-1))
-        product: Tensor = weights @ v
-        return product.transpose(1, 2).flatten(2)
-
-
-class _Keep(Observer):
-    """Keeps what it sees last."""
-
-    def __init__(self) -> None:
-        self.x = torch.empty(0)
-
-    def see(self, x: Tensor, t: Tensor) -> None:
-        self.x = x
+def _full_precision(layers: Sequence[LayerRecord], reference: Reference, calls: Calls) -> tuple[QuantizedModel, Calls]:
+    """The original with quantizers that are switched off, and the calls on its device."""
+    full = QuantizedModel.copy_of(reference.model.denoiser, calls.axis, layers)
+    return full, calls.to(full.device)
 
 
 @contextmanager
-def _watched(model: QuantizedModel, probes: list[_Probe], hear: Hear) -> Iterator[None]:
-    """Call ``hear(i, probe, values, output)`` for each layer i of ``model`` as it runs."""
-    handles: list[RemovableHandle] = []
-    layers, quantizers, kept = model.layers(), model.quantizers(), []
-    for i, (record, probe) in enumerate(zip(model.plan, probes, strict=True)):
-        if record.weight_bits is not None:
+def _heard(modules: Sequence[nn.Module], hear: Callable[[int, Any, Any, Tensor], None]) -> Iterator[None]:
+    """Call ``hear(i, args, kwargs, output)`` whenever module i has run."""
 
-            def after(module: nn.Module, args: Any, output: Tensor, i: int = i, probe: _Probe = probe) -> None:
-                hear(i, probe, args, output)
+    def hook(i: int) -> Callable[..., None]:
+        return lambda module, args, kwargs, output: hear(i, args, kwargs, output)
 
-            handles.append(layers[record.name].register_forward_hook(after))
-            continue
-        operands = [_Keep() for _ in OPERANDS[:3]]
-        for part, keep in zip(OPERANDS, operands, strict=False):
-            quantizer = quantizers[f"{record.name}.{part}"]
-            if not quantizer.enabled:  # of the full-precision model; one with an observer does not quantize
-                quantizer.observer = keep
-                kept.append(quantizer)
-
-        def before(
-            module: nn.Module, args: Any, i: int = i, probe: _Probe = probe, seen: list[_Keep] = operands
-        ) -> None:
-            hear(i, probe, tuple(keep.x for keep in seen), args[0])
-
-        # the product itself is no module; its output is what the output projection receives
-        handles.append(model.model.get_submodule(f"{record.name}.to_out.0").register_forward_pre_hook(before))
+    handles = [module.register_forward_hook(hook(i), with_kwargs=True) for i, module in enumerate(modules)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for quantizer in kept:
-            quantizer.observer = None
 
 
-def _batches(reference: Reference) -> Iterator[tuple[int, slice]]:
-    samples = len(reference.noise)
-    size = max(1, CHUNK_VALUES // reference.noise[0].numel())
-    for k in range(len(reference.x)):
-        for start in range(0, samples, size):
-            yield k, slice(start, min(start + size, samples))
+def _batches(calls: Calls) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    """Step, rows and arguments of calls that are small, and of one step each.
 
-
-def _inputs(reference: Reference, k: int, part: slice) -> dict[str, Any]:
-    labels = {name: value[part] for name, value in reference.labels().items()}
-    return {"sample": reference.x[k][part], "timestep": reference.t[k][part], **labels}
-
-
-def _groups(reference: Reference) -> Tensor | None:
-    """The class of each sample, with all beyond MAX_CLASSES taken together."""
-    return None if reference.class_labels is None else reference.class_labels.clamp(max=MAX_CLASSES)
+    So there is one t for layers whose rows are not told apart by sample (experts, layouts with the sequence first).
+    """
+    step = calls.t.cpu().unique(return_inverse=True)[1]
+    for _, span in calls.spans():
+        arguments = calls.inputs(slice(span.start, span.start + 1))
+        leaves = pytree.tree_leaves(arguments[main_argument(arguments, calls.axis.argument)])
+        size = max(1, CHUNK_VALUES // sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)))
+        for k in step[span].unique().tolist():
+            for rows in (span.start + (step[span] == k).nonzero().flatten()).split(size):
+                yield k, rows, calls.inputs(rows)
 
 
 def _head(histogram: Histogram, rows: int) -> Histogram:

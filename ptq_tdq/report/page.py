@@ -14,7 +14,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from ptq_tdq.report.findings import average, checks, findings, lowest, seeds, spread, worst_layers
+from ptq_tdq.report.findings import average, checks, findings, lowest, plural, seeds, spread, worst_layers
 
 Json = dict[str, Any]
 UNKNOWN = "\N{EN DASH}"
@@ -50,6 +50,7 @@ def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
         json=_embedded({**data, "seed_groups": groups}),
         version=data["version"],
         model=data["model"],
+        model_line=" \N{MIDDLE DOT} ".join(filter(None, map(data["model"].get, ("id", "component", "class")))),
         notices=data["notices"],
         artifacts=shown,
         sections=[(key, text) for key, text in sections.items() if text],
@@ -58,14 +59,16 @@ def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
         steps_text=_steps_text(data),
         has_seeds=bool(groups),
         seeds=spread(data),
-        classes=data["classes"],
+        end=data["end"],
+        conditions=plural(data["condition"]) if data["condition"] else None,
         pictures=[_picture(data, i, name, image) for i, (name, image) in enumerate(pictures.items())],
     )
 
 
 def _breakable(text: str) -> Markup:
-    """Text whose layer names may break after their dots."""
-    return Markup(re.sub(r"(?<=[a-z_]\.)|(?<=\d\.)(?=[a-z_])", "<wbr>", escape(text)))  # numbers stay whole
+    """Text whose layer names may break after their dots, and whose numbers stay with their unit."""
+    whole = re.sub(r"(?<=\d) (?=dB\b)", "\N{NO-BREAK SPACE}", text)
+    return Markup(re.sub(r"(?<=[a-z_]\.)|(?<=\d\.)(?=[a-z_])", "<wbr>", escape(whole)))
 
 
 def _embedded(data: Json) -> str:
@@ -84,23 +87,34 @@ def _artifact(data: Json, artifact: Json) -> Json:
         "size": _bytes(artifact["bytes"]),
         "latent": _db(latent if latent is not None else stored and stored["learned"]["latent_sqnr_db"]),
         "psnr": _db(artifact["image_psnr_db"]),
-        "noise": _db(_prediction(artifact)),
+        "prediction": _db(_prediction(artifact)),
         "losses": [
             {"title": PHASES.get(phase, phase), "units": _losses(units)}
             for phase, units in sorted((artifact["reconstruction"] or {}).items(), reverse=True)
         ],
         "files": [(name, _bytes(size)) for name, size in artifact["file_bytes"].items()],
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(artifact["versions"].items())),
+        "axis": artifact["time_axis"]["text"],
+        "calibration": _calibration(artifact["calibration_set"]),
         "choices": [(name, _text(value)) for name, value in artifact["choices"].items()],
     }
 
 
+def _calibration(stored: Json) -> list[tuple[str, str]]:
+    """What the calibration set was made with: the pipeline's arguments one by one, prompts as their number."""
+    flat = {**stored, **(stored["call"] if isinstance(stored.get("call"), dict) else {})}
+    if isinstance(flat.get("prompts"), list):
+        flat["prompts"] = len(flat["prompts"])
+    left_out = ("call", "model_sha256", "scheduler_sha256")
+    return [(name, _text(value)) for name, value in flat.items() if name not in left_out and value is not None]
+
+
 def _steps_text(data: Json) -> str:
     kept = sorted({a["stored"]["samples"] for a in data["artifacts"] if a["stored"] and a["stored"]["samples"]})
-    said = [f"Measured at calibration on {' or '.join(map(str, kept))} samples."] if kept else []
-    if any(a["errors"] and not a["stored"] for a in data["artifacts"]):
-        said.append(f"Without such a measurement: here, on {data['samples']} samples.")
-    return " ".join(said)
+    here = any(a["errors"] and not a["stored"] for a in data["artifacts"])
+    said = [f"at calibration on {' or '.join(map(str, kept))} samples"] if kept else []
+    said += [f"here on {data['samples']} samples"] if here else []
+    return f"Measured {', else '.join(said)}." if said else ""
 
 
 def _tiles(data: Json, artifact: Json) -> list[dict[str, str]]:
@@ -108,18 +122,21 @@ def _tiles(data: Json, artifact: Json) -> list[dict[str, str]]:
     latent, where = artifact["latent_sqnr_db"], f"{data['samples']} samples, SQNR against full precision"
     if latent is None and stored:
         latent, where = stored["learned"]["latent_sqnr_db"], f"{stored['samples']} samples, measured at calibration"
-    tiles = [_tile("Final latents", _number(latent), "dB", where if latent is not None else "not measured")]
-    tiles.append(_tile("Predicted noise", _number(_prediction(artifact)), "dB", "SQNR, mean over the steps"))
+    tiles = [_tile(f"Final {data['end']}", _number(latent), "dB", where if latent is not None else "not measured")]
+    prediction = _prediction(artifact)
+    how = "not measured" if prediction is None else "SQNR, mean over the steps"
+    tiles.append(_tile("Prediction", _number(prediction), "dB", how))
     if errors:
         worst = worst_layers(artifact)
         if worst:
             tiles.append(_tile("Layer that loses most", _number(worst[0][1]), "dB", worst[0][0]))
         k = lowest(errors["prediction"])
         if k is not None:
-            tiles.append(_tile("Worst step", f"t = {data['steps'][k]:g}", "", f"{errors['prediction'][k]:.1f} dB"))
+            tiles.append(_tile("Worst step", f"t = {data['steps'][k]:.4g}", "", f"{errors['prediction'][k]:.1f} dB"))
     ratio = artifact["fp32_bytes"] / artifact["bytes"]
+    compared = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"  # tables of a tiny model
     size, unit = _bytes(artifact["bytes"]).split(" ")
-    tiles.append(_tile("Size", size, unit, f"{ratio:.1f}x smaller than {_bytes(artifact['fp32_bytes'])} in float32"))
+    tiles.append(_tile("Size", size, unit, f"{compared} than {_bytes(artifact['fp32_bytes'])} in float32"))
     return tiles
 
 

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calib_data import LoadedModel
+from ptq_tdq.config import Role
 from ptq_tdq.errors import ArtifactMismatchError
-from ptq_tdq.evaluate.images import CAPTION_HEIGHT, columns_for, decode, grid
+from ptq_tdq.evaluate.images import CAPTION_HEIGHT, captions_of, columns_for, count_classes, grid
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import Reference, make_reference, run
 from ptq_tdq.load import load_quantized
+from ptq_tdq.plan import find_roles
 from ptq_tdq.report.measure import Activation, LayerErrors, measure_errors, observe_activations
+from ptq_tdq.trace import trace
+from ptq_tdq.wrap import folded_copy
 
 PICTURES = 20  # samples shown of each model
+LARGEST = 160  # pixels of the longer side of a picture
+CAPTIONED = 96  # pixels that a picture with words above it is wide, at least
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What was measured on one artifact; ``images`` are its samples [N, 3, H, W] in [-1, 1], None without a decoder."""
+    """What was measured on one artifact; ``images`` are its samples [N, C, H, W] in [-1, 1], if they are images."""
 
     errors: LayerErrors
     activations: dict[str, Activation]
@@ -45,13 +52,13 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """All that a report is drawn from; ``notices`` are sentences about what is missing."""
+    """All that a report is drawn from; ``roles`` are those of the layers, ``notices`` say what is missing."""
 
     subjects: tuple[Subject, ...]
     reference: Reference | None = None
-    images: Tensor | None = None
+    roles: dict[str, set[Role]] = field(default_factory=dict)
     seed: int = 0
-    notices: tuple[str, ...] = field(default=())
+    notices: tuple[str, ...] = ()
 
 
 def survey(
@@ -73,37 +80,39 @@ def survey(
         return Survey(tuple(subjects), seed=seed, notices=tuple(notices))
     on_progress(f"Sampling {samples} trajectories in full precision")
     reference = make_reference(model, samples=samples, num_inference_steps=num_inference_steps, seed=seed)
-    said = [*notices]
-    drawable = model.vae is not None or model.unet.config.out_channels in (1, 3)
-    if not drawable:
-        said.append("The model has no VAE to turn its latents into images, so there are no sample pictures.")
-    if reference.class_labels is None:
-        said.append("The model has no classes, so activations are not compared between classes.")
-    images = decode(model, reference.latents) if drawable else None
-    plans: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, Activation]] = {}
+    # the tables' own axis: an axis that is stretched over the values that were seen differs from run to run
+    reference = replace(reference, calls=replace(reference.calls, axis=subjects[0].artifact.time_axis))
+    observed: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, Activation]] = {}
     done = []
     for i, subject in enumerate(subjects):
         on_progress(f"Measuring {subject.name} ({i + 1} of {len(subjects)})")
         layers = subject.artifact.layers
-        plan = tuple((q.name, layer.splits) for layer in layers for q in layer.inputs)
-        if plan not in plans:
-            plans[plan] = observe_activations(layers, reference)
-        done.append(_measure(subject, reference, plans[plan], images, seed))
-    return Survey(tuple(done), reference, images, seed, tuple(said))
+        seen_by = tuple((q.name, layer.splits) for layer in layers for q in layer.inputs)
+        if seen_by not in observed:
+            observed[seen_by] = observe_activations(layers, reference)
+        done.append(_measure(subject, reference, observed[seen_by]))
+    roles = find_roles(trace(folded_copy(model.denoiser), reference.calls))
+    return Survey(tuple(done), reference, roles, seed, (*notices, *_missing(reference)))
 
 
-def _measure(
-    subject: Subject, reference: Reference, activations: dict[str, Activation], images: Tensor | None, seed: int
-) -> Subject:
-    quantized = load_quantized(subject.folder)
+def _measure(subject: Subject, reference: Reference, activations: dict[str, Activation]) -> Subject:
+    quantized = load_quantized(subject.folder, device=reference.model.denoiser.device)
     errors = measure_errors(quantized, reference)
-    latents = run(
-        quantized, reference.model, reference.noise, reference.class_labels, reference.num_inference_steps, seed
-    )
-    mine = None if images is None else decode(reference.model, latents)
-    psnr = None if images is None or mine is None else psnr_db(images, mine, peak=2.0)
-    measured = Measured(errors, activations, sqnr_db(reference.latents, latents), psnr, mine)
-    return replace(subject, measured=measured)
+    found = run(quantized, reference.model, reference.conditions, reference.num_inference_steps, reference.seed)
+    full, mine = reference.images, found.images
+    psnr = None if full is None or mine is None else psnr_db(full, mine, peak=2.0)
+    latent_sqnr_db = sqnr_db(reference.latents, found.latents)
+    return replace(subject, measured=Measured(errors, activations, latent_sqnr_db, psnr, found.images))
+
+
+def _missing(reference: Reference) -> Iterator[str]:
+    """What a reader may look for in vain, or take for something else."""
+    if reference.images is None:
+        yield "The samples are sounds, or latents that no VAE turns into images: there are no sample pictures."
+    elif reference.latents.ndim == 5:
+        yield "The samples are videos; of each its first frame is shown and compared."
+    if reference.conditions[0] is None:
+        yield "The model has no classes and no prompts, so activations are not compared between them."
 
 
 def check_same_model(subjects: Sequence[Subject]) -> None:
@@ -116,13 +125,17 @@ def check_same_model(subjects: Sequence[Subject]) -> None:
             )
 
 
-def sheet(images: Tensor, num_classes: int) -> Image.Image:
-    """The first :data:`PICTURES` images [N, C, H, W] as one picture without margins."""
-    shown = images[:PICTURES]
-    picture = grid({"": shown}, columns_for(len(shown), num_classes), scale=1)
+def thumbnails(images: Tensor) -> Tensor:
+    """The first :data:`PICTURES` images [N, C, H, W], large ones made smaller."""
+    shown, longest = images[:PICTURES].float(), max(images.shape[2:])
+    if longest <= LARGEST:
+        return shown
+    size = [max(1, round(n * LARGEST / longest)) for n in images.shape[2:]]
+    return functional.interpolate(shown, size, mode="bilinear", antialias=True)
+
+
+def sheet(images: Tensor, conditions: Sequence[Any]) -> Image.Image:
+    """Images [N, C, H, W] as one picture without margins; large ones have their class or prompt above them."""
+    captions = captions_of(conditions)[: len(images)] if images.shape[3] >= CAPTIONED else []
+    picture = grid({"": images}, columns_for(len(images), count_classes(conditions)), scale=1, captions=captions)
     return picture.crop((0, CAPTION_HEIGHT, picture.width, picture.height))
-
-
-def times(reference: Reference) -> Tensor:
-    """The time step of each step of the sampler [K]."""
-    return torch.stack([t[0] for t in reference.t]).float()

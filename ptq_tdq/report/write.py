@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from ptq_tdq.artifacts import publish_directory
 from ptq_tdq.errors import OutputError
-from ptq_tdq.evaluate.images import grid_png
+from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.report.data import report_data
 from ptq_tdq.report.figures import draw_figures
 from ptq_tdq.report.page import render_page
-from ptq_tdq.report.survey import PICTURES, Survey, sheet
+from ptq_tdq.report.survey import Survey, sheet, thumbnails
 
 PAGE, FIGURES = "report.html", "figures"
 
@@ -33,17 +35,24 @@ def write_report(found: Survey, folder: Path, *, overwrite: bool = False) -> lis
     """
     check_output(folder, overwrite)
     data = report_data(found)
-    pictures, samples = {}, {}
-    if found.images is not None:
-        samples["full precision"] = found.images
-        samples |= {s.name: s.measured.images for s in found.subjects if s.measured and s.measured.images is not None}
-        pictures = {name: sheet(images, data["classes"]) for name, images in samples.items()}
+    samples = samples_of(found)
+    conditions = found.reference.conditions if found.reference else []
+    pictures = {name: sheet(images, conditions) for name, images in samples.items()}
     files = {PAGE: render_page(data, pictures).encode("utf-8")}
     files |= {f"{FIGURES}/{name}": content for name, content in draw_figures(data)}
     if samples:
-        files[f"{FIGURES}/samples.png"] = grid_png(samples, data["classes"], PICTURES)
+        files[f"{FIGURES}/samples.png"] = grid_png(samples, count_classes(conditions), captions=captions_of(conditions))
     with publish_directory(folder, overwrite) as target:
         (target / FIGURES).mkdir()
         for name, content in files.items():
             (target / name).write_bytes(content)
     return list(files)
+
+
+def samples_of(found: Survey) -> dict[str, Tensor]:
+    """Small pictures by the name of the model that made them, full precision first."""
+    if found.reference is None or found.reference.images is None:
+        return {}
+    images = {"full precision": found.reference.images}
+    images |= {s.name: s.measured.images for s in found.subjects if s.measured and s.measured.images is not None}
+    return {name: thumbnails(of) for name, of in images.items()}

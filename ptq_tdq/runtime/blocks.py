@@ -1,28 +1,29 @@
-"""The blocks of a U-Net with their passes fused: norms go into the quantizers, residual sums into the products.
+"""Blocks with their passes fused: norms go into the quantizers, residual sums into the products.
 
-One table from a diffusers class to what stands in its place; a block of another form stays as it is, and its layers run
-in integers one by one.
+One table from a class of diffusers to what computes in its place. All of this is for speed alone: a block of another
+form, or a call with other arguments, takes the block's own way, where its layers run in integers one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.nn import functional
 
-from ptq_tdq.records import LayerRecord
-from ptq_tdq.runtime.attention import Attend, reference_attend
+from ptq_tdq.modules.products import products_of
+from ptq_tdq.runtime.attention import IntegerProduct
 from ptq_tdq.runtime.kernels import Norm
-from ptq_tdq.runtime.layer import IntegerLayer, WeightOnlyLayer
-from ptq_tdq.runtime.step import Interval, Step
+from ptq_tdq.runtime.layer import IntegerLayer, IntegerLinear, WeightOnlyLayer, weight_only_linear
+from ptq_tdq.runtime.step import kept
 
 
-def norm_of(module: nn.Module, *, silu: bool) -> Norm | None:
+def norm_of(module: nn.Module | None, *, silu: bool) -> Norm | None:
     """The group norm as data, or None for another kind of norm."""
     if not isinstance(module, nn.GroupNorm) or module.weight is None:
         return None
@@ -30,156 +31,192 @@ def norm_of(module: nn.Module, *, silu: bool) -> Norm | None:
     return Norm(int(module.num_groups), weight, bias, module.eps, silu)
 
 
-def _takes_norm(layer: nn.Module | None) -> bool:
-    return isinstance(layer, IntegerLayer) and len(layer.parts) == 1
+def _takes_norm(layer: nn.Module | None, kind: type[IntegerLayer] = IntegerLayer) -> bool:
+    """Whether a group norm's values can be quantized by the layer: it has one channel range, and zeros as border."""
+    whole = type(layer) is kind and len(layer.parts) == 1
+    return whole and getattr(layer, "padding_mode", "zeros") == "zeros"
 
 
-class TimeProjections(nn.Module):
+class Fused:
+    """Computes instead of a block's ``forward``, or by it where the arguments are other ones."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+
+    def plainly(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+
+class TimeProjections:
     """The time-embedding linears of all residual blocks as one; computed when the first of them asks."""
 
     def __init__(self, linears: list[WeightOnlyLayer]) -> None:
-        super().__init__()
         self.sizes = [len(linear.codes) for linear in linears]
-        parts = ([getattr(linear, name) for linear in linears] for name in ("codes", "scale", "bias"))
-        codes, scale, bias = (torch.cat(part) for part in parts)
-        self.all = WeightOnlyLayer(codes, scale, bias)
-        self._last: Tensor | None = None
-        self._shifts: tuple[Tensor, ...] = ()
+        self.codes = torch.cat([linear.codes for linear in linears])
+        self.scale = torch.cat([linear.scale.detach() for linear in linears])
+        zeros = (torch.zeros(size) for size in self.sizes)
+        self.bias = torch.cat([z if m.bias is None else m.bias.detach() for z, m in zip(zeros, linears, strict=True)])
+        for linear, codes in zip(linears, self.codes.split(self.sizes), strict=True):
+            linear.codes = codes  # the same memory
 
-    def forward(self, temb: Tensor, index: int) -> Tensor:
-        """temb [B, E] -> the shift [B, C] of block ``index``."""
-        if temb is not self._last:
-            self._last, self._shifts = temb, self.all(nn.functional.silu(temb)).split(self.sizes, 1)
-        return self._shifts[index]
+    def shift(self, temb: Tensor, index: int) -> Tensor | None:
+        """temb [B, E] -> the shift [B, C] of block ``index``; None for another temb than that of this call's others."""
+        last, shifts = kept().get(self, (None, ()))
+        if last is None:
+            y = weight_only_linear(functional.silu(temb), self.codes, self.scale, self.bias)
+            last, shifts = kept()[self] = temb, y.split(self.sizes, 1)
+        return shifts[index] if last is temb else None
 
 
-class IntegerResnet(nn.Module):
+class FusedResnet(Fused):
     """ResnetBlock2D: ``conv2(silu(norm2(conv1(silu(norm1(x))) + temb))) + shortcut(x)``."""
 
     def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.conv_shortcut = block.conv1, block.conv2, block.conv_shortcut
-        self.time_emb_proj, self.factor = block.time_emb_proj, float(block.output_scale_factor)
-        self.shift: Callable[[Tensor], Tensor | None] = self._own_shift
-        self.conv1.norm, self.conv2.norm = norm_of(block.norm1, silu=True), norm_of(block.norm2, silu=True)
+        super().__init__(block)
+        self.norms = norm_of(block.norm1, silu=True), norm_of(block.norm2, silu=True)
+        self.projections: tuple[TimeProjections, int] | None = None
 
     @staticmethod
-    def of(block: Any) -> IntegerResnet | None:
+    def of(block: Any) -> FusedResnet | None:
         covered = (
             all(_takes_norm(conv) for conv in (block.conv1, block.conv2))
             and all(norm_of(norm, silu=True) for norm in (block.norm1, block.norm2))
             and isinstance(block.nonlinearity, nn.SiLU)
             and (block.upsample is None and block.downsample is None)
-            and (block.time_emb_proj is None or block.time_embedding_norm == "default")
+            and block.time_embedding_norm == "default"
+            and not block.skip_time_act
         )
-        return IntegerResnet(block) if covered else None
+        return FusedResnet(block) if covered else None
 
-    def forward(self, x: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        shift = None if temb is None else self.shift(temb)
+    def __call__(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        block, x = self.block, input_tensor
+        projects = block.time_emb_proj is not None and temb is not None
+        if x.ndim != 4 or (temb is not None and not (projects and temb.ndim == 2 and len(temb) == len(x))):
+            return self.plainly(x, temb, *args, **kwargs)
+        shift = None if temb is None else self._shift(temb)
         # a copy, since the sum takes its place and x may be wanted again as a skip connection
-        residual = x.clone(memory_format=torch.channels_last) if self.conv_shortcut is None else self.conv_shortcut(x)
-        y: Tensor = self.conv2.run(self.conv1.run(x), shift=shift, onto=residual)
-        return y if self.factor == 1 else y / self.factor
+        residual = x.clone(memory_format=torch.channels_last) if block.conv_shortcut is None else block.conv_shortcut(x)
+        first, second = self.norms
+        y = block.conv2.run(block.conv1.run(x, norm=first), norm=second, shift=shift, onto=residual)
+        return y if block.output_scale_factor == 1 else y / block.output_scale_factor
 
-    def _own_shift(self, temb: Tensor) -> Tensor | None:
-        return None if self.time_emb_proj is None else self.time_emb_proj(nn.functional.silu(temb))
+    def _shift(self, temb: Tensor) -> Tensor:
+        if self.projections is not None:
+            together, index = self.projections
+            shift = together.shift(temb, index)
+            if shift is not None:
+                return shift
+        own: Tensor = self.block.time_emb_proj(functional.silu(temb))
+        return own
 
 
-class IntegerUpsample(nn.Module):
+class FusedUpsample(Fused):
     """Upsample2D by nearest neighbours and a convolution: codes are enlarged, not numbers."""
 
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.conv = block.conv
-
     @staticmethod
-    def of(block: Any) -> IntegerUpsample | None:
-        covered = isinstance(block.conv, IntegerLayer) and block.interpolate and block.norm is None
-        return IntegerUpsample(block) if covered else None
+    def of(block: Any) -> FusedUpsample | None:
+        covered = (
+            block.use_conv
+            and block.name == "conv"
+            and _takes_norm(block.conv)
+            and block.interpolate
+            and block.norm is None
+            and not block.use_conv_transpose
+        )
+        return FusedUpsample(block) if covered else None
 
-    def forward(self, x: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        if output_size is None:
-            y: Tensor = self.conv.run(x, up=2)
-            return y
-        resized: Tensor = self.conv.run(nn.functional.interpolate(x, size=output_size, mode="nearest"))
-        return resized
+    def __call__(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if output_size is not None or hidden_states.ndim != 4:
+            return self.plainly(hidden_states, output_size, *args, **kwargs)
+        return self.block.conv.run(hidden_states, up=2)
 
 
-class IntegerAttention(nn.Module):
+class FusedAttention(Fused):
     """Self-attention over the pixels of an image, with the residual of ``Attention``."""
 
-    def __init__(self, block: Any, record: LayerRecord, step: Step, attend: Attend) -> None:
-        super().__init__()
-        self.record, self.step = record, step
-        timed = all(quantizer.name in step for quantizer in record.inputs)
-        self.attend = attend if timed else reference_attend
-        self.bits = [quantizer.bits for quantizer in record.inputs]
-        self.to_q, self.to_k, self.to_v, self.to_out = block.to_q, block.to_k, block.to_v, block.to_out[0]
-        self.heads, self.scale = int(block.heads), float(block.scale)
-        self.residual, self.factor = bool(block.residual_connection), float(block.rescale_output_factor)
-        for layer in (self.to_q, self.to_k, self.to_v):
-            layer.norm = None if block.group_norm is None else norm_of(block.group_norm, silu=False)
+    def __init__(self, block: Any, product: IntegerProduct) -> None:
+        super().__init__(block)
+        self.product, self.norm = product, norm_of(block.group_norm, silu=False)
 
     @staticmethod
-    def of(block: Any, record: LayerRecord, step: Step, attend: Attend) -> IntegerAttention | None:
+    def of(block: Any) -> FusedAttention | None:
+        products = products_of(block)
+        projections = (
+            block.to_q,
+            block.to_k,
+            block.to_v,
+            block.to_out[0] if isinstance(block.to_out, nn.ModuleList) else None,
+        )
         covered = (
-            all(_takes_norm(layer) for layer in (block.to_q, block.to_k, block.to_v))
-            and isinstance(block.to_out[0], IntegerLayer)
-            and (block.group_norm is None or norm_of(block.group_norm, silu=False) is not None)
+            len(products) == 1
+            and type(block.processor) is AttnProcessor2_0
+            and all(_takes_norm(layer, IntegerLinear) for layer in projections)
+            and norm_of(block.group_norm, silu=False) is not None  # tokens have another norm, outside
             and (block.spatial_norm is None and block.norm_q is None and block.norm_k is None)
             and not block.is_cross_attention
         )
-        return IntegerAttention(block, record, step, attend) if covered else None
+        return FusedAttention(block, products[0]) if covered else None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        block, x = self.block, hidden_states
+        if x.ndim != 4 or encoder_hidden_states is not None or attention_mask is not None:
+            return self.plainly(x, encoder_hidden_states, attention_mask, **kwargs)
         x = x.contiguous(memory_format=torch.channels_last)
         height, width = x.shape[2:]
-        q, k, v = (layer.run(x).permute(0, 2, 3, 1) for layer in (self.to_q, self.to_k, self.to_v))
-        q, k, v = (y.flatten(1, 2).unflatten(2, (self.heads, -1)) for y in (q, k, v))
-        out = self.attend(q, k, v, self._interval, self.bits, self.scale)
-        out = out.flatten(2).unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        y: Tensor = self.to_out.run(out, onto=x.clone() if self.residual else None)
-        return y if self.factor == 1 else y / self.factor
+        q, k, v = (
+            layer.run(x, norm=self.norm)
+            .permute(0, 2, 3, 1)
+            .flatten(1, 2)
+            .unflatten(2, (block.heads, -1))
+            .transpose(1, 2)
+            for layer in (block.to_q, block.to_k, block.to_v)
+        )
+        out = self.product.attend(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
+        image = out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        y = block.to_out[0].run(image, onto=x.clone() if block.residual_connection else None)
+        return y if block.rescale_output_factor == 1 else y / block.rescale_output_factor
 
-    def _interval(self, index: int, x: Tensor) -> Interval:
-        return self.step.interval(self.record.inputs[index].name, x)
 
-
-FUSED: dict[type[nn.Module], Callable[[Any], nn.Module | None]] = {
-    ResnetBlock2D: IntegerResnet.of,
-    Upsample2D: IntegerUpsample.of,
+FUSED: dict[type[nn.Module], Callable[[Any], Fused | None]] = {
+    ResnetBlock2D: FusedResnet.of,
+    Upsample2D: FusedUpsample.of,
+    Attention: FusedAttention.of,
 }
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Put fused blocks in the place of what they cover; returns their names."""
-    done = []
-    for name, module in list(model.named_modules()):
-        make = next((make for cls, make in FUSED.items() if isinstance(module, cls)), None)
+    """Give the blocks that are covered their fused form; returns their names."""
+    done, resnets = [], []
+    for name, module in model.named_modules():
+        make = FUSED.get(type(module))
         fused = make(module) if make else None
         if fused is not None:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, fused)
+            module.__dict__["forward"] = fused  # before the class's own
             done.append(name)
-    return done + _fuse_output(model) + _fuse_time(model)
+            resnets += [fused] if isinstance(fused, FusedResnet) else []
+    return done + _fuse_output(model) + _fuse_time(resnets)
 
 
-def _fuse_time(model: nn.Module) -> list[str]:
+def _fuse_time(resnets: list[FusedResnet]) -> list[str]:
     """The weight-only time-embedding linears of the residual blocks."""
-    resnets = (m for m in model.modules() if isinstance(m, IntegerResnet))
-    blocks = [block for block in resnets if isinstance(block.time_emb_proj, WeightOnlyLayer)]
-    if not blocks:
+    blocks = [fused for fused in resnets if isinstance(fused.block.time_emb_proj, WeightOnlyLayer)]
+    alike = {(fused.block.time_emb_proj.codes.shape[1], fused.block.time_emb_proj.codes.dtype) for fused in blocks}
+    if len(blocks) < 2 or len(alike) > 1:
         return []
-    together = TimeProjections([block.time_emb_proj for block in blocks])
-    model.add_module("time_projections", together)
-    for index, block in enumerate(blocks):
-        block.time_emb_proj = None
-        block.shift = partial(together, index=index)
-    return ["time_projections"]
+    together = TimeProjections([fused.block.time_emb_proj for fused in blocks])
+    for index, fused in enumerate(blocks):
+        fused.projections = together, index
+    return ["time projections"]
 
 
 def _fuse_output(model: Any) -> list[str]:
-    """The last norm, SiLU and convolution of a UNet2DModel."""
+    """The last norm, SiLU and convolution of a U-Net."""
     own = dict(model.named_children())
     if not isinstance(own.get("conv_act"), nn.SiLU) or not _takes_norm(own.get("conv_out")):
         return []

@@ -63,6 +63,13 @@ class Quantize(Protocol):
     ) -> Tensor: ...
 
 
+def levels(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of x [B, ...] less their zero points, as float32, and the scale as [1 or B, 1, ...]."""
+    shape = (-1, *(1,) * (x.ndim - 1))
+    scale, zero_point = scale.view(shape), zero_point.view(shape)
+    return torch.clamp((x.float() / scale).round_(), -zero_point, QType(bits).qmax - zero_point), scale
+
+
 def normalized(x: Tensor, norm: Norm, shift: Tensor | None) -> Tensor:
     """Group norm of ``x + shift``, then SiLU where the norm has it."""
     x = x if shift is None else x + shift[:, :, None, None]

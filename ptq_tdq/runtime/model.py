@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from ctypes import CDLL
 from itertools import chain, pairwise
@@ -9,70 +10,57 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ModelError, NonFiniteError, RuntimeUnsupportedError
 from ptq_tdq.fit import check_fit
 from ptq_tdq.modules import layer_kind
+from ptq_tdq.modules.products import attach, owner_of
 from ptq_tdq.processor import instruction_set, sums_eight_bits
 from ptq_tdq.records import LayerRecord
-from ptq_tdq.runtime.attention import Attend, native_attend, reference_attend
-from ptq_tdq.runtime.blocks import IntegerAttention, fuse
+from ptq_tdq.runtime.attention import Attend, IntegerProduct, native_attend, reference_attend
+from ptq_tdq.runtime.blocks import fuse
 from ptq_tdq.runtime.kernels import Quantize, reference_quantize
-from ptq_tdq.runtime.layer import IntegerLayer, Part, WeightOnlyLayer
+from ptq_tdq.runtime.layer import FORMS, CodedLayer, IntegerLayer, Part, TransposedLayer, WeightOnlyLayer
 from ptq_tdq.runtime.native import native_quantize, open_library
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights
 from ptq_tdq.runtime.step import Step
-from ptq_tdq.timed_model import TimedModel
+from ptq_tdq.timed_model import TimedModel, in_float32
 
 
 class IntegerModel(TimedModel):
-    """Quantized convolutions and linears run as u8 x s8 products with int32 sums; the rest in float32.
+    """Quantized convolutions and linears run as u8 x s8 products with int32 sums, and attention on codes.
 
-    Scale and zero point come from the artifact's tables at the model's own ``timestep``. ``facts`` says what runs.
-    CPU only, inference only.
+    Scale and zero point come from the artifact's tables at the model's own time step. All else is float32, also where
+    the model was of half precision: floating inputs are cast, and outputs are cast back to the model's ``dtype``. Calls
+    of several threads do not disturb each other. ``facts`` says what runs. CPU only, inference only.
     """
 
     def __init__(self, model: nn.Module, artifact: Artifact) -> None:
-        """Replace layers of ``model``, built on the meta device: nothing of it is used but its structure.
+        """Replace layers of ``model``: nothing of it is used but its structure, and tensors that are not saved.
 
         Raises :class:`~ptq_tdq.errors.ArtifactMismatchError` for an artifact of another model, and
-        :class:`RuntimeUnsupportedError` where a layer has no integer form.
+        :class:`RuntimeUnsupportedError` where a tensor that is not saved has no values.
         """
         check_fit(model, artifact)
-        super().__init__(model.eval().requires_grad_(False))
+        super().__init__(model.eval().requires_grad_(False), artifact.time_axis)
         self.provenance, self.metrics = artifact.config, artifact.metrics
+        self._dtype = _dtype_of(artifact)
         self.step = Step(artifact)
         engine = _Engine()
-        layers = [record for record in artifact.layers if record.kind != "attention"]
-        for record in layers:
-            _replace(model, record.name, engine.layer(model.get_submodule(record.name), record, artifact, self.step))
-        state = {k: v for k, v in artifact.float_state.items() if k.removesuffix(".bias") not in artifact.weight_codes}
-        model.load_state_dict(state, strict=False, assign=True)
-        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-            if tensor.is_meta:  # made by the model itself, and no part of its state
-                raise RuntimeUnsupportedError(f'The tensor {name} has no integer form yet; use backend="simulated".')
-        model.float().requires_grad_(False)
-        _know_dtype(model)
         for record in artifact.layers:
-            if record.kind == "attention":
-                block = IntegerAttention.of(model.get_submodule(record.name), record, self.step, engine.attend)
-                if block is None:
-                    raise RuntimeUnsupportedError(
-                        f'The attention of {record.name} has no integer form yet; use backend="simulated".'
-                    )
-                _replace(model, record.name, block)
-        self.facts: dict[str, Any] = {
-            "instructions": instruction_set(),
-            "products": " and ".join(engine.products) or "nothing",
-            "passes": engine.passes,
-            "integer_layers": sum(bool(record.inputs) for record in layers),
-            "weight_only_layers": [record.name for record in layers if not record.inputs],
-            "float_layers": sorted(n for n, m in model.named_modules() if layer_kind(m)),
-            "fused_blocks": len(fuse(model)),
-            "weight_bytes": sum(m.nbytes for m in model.modules() if isinstance(m, IntegerLayer | WeightOnlyLayer))
-            + sum(p.nbytes for p in model.parameters()),
-        }
+            if record.kind == "product":
+                product = IntegerProduct(record, self.step, engine.attend)
+                attach(model.get_submodule(owner_of(record.name)[0]), product)
+            else:
+                layer = engine.layer(model.get_submodule(record.name), record, artifact, self.step)
+                _replace(model, record.name, layer)
+        _load_rest(model, artifact)
+        _know_dtype(model)
+        model.register_forward_pre_hook(self.step.begin)
+        model.register_forward_hook(self.step.end, always_call=True)
+        self.facts = _facts(model, artifact, engine, fused_blocks=len(fuse(model)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward, in float32 whatever the dtype of its inputs and an autocast around it.
@@ -80,9 +68,20 @@ class IntegerModel(TimedModel):
         Raises :class:`NonFiniteError` for NaN or Inf, which codes cannot hold, and :class:`ModelError` for an empty
         batch or a tensor that is not on the CPU.
         """
-        _check_inputs((args, kwargs))
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                _check_input(leaf)
+        args, kwargs = in_float32(args), in_float32(kwargs)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
+        return output if self.dtype == torch.float32 else pytree.tree_map(self._as_outside, output)
+
+    def _as_outside(self, leaf: Any) -> Any:
+        return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    @property
+    def one_step(self) -> bool:
+        return bool(self.provenance.get("one_step"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``to("cpu")`` and the like change nothing; another dtype or device would be another model."""
@@ -96,14 +95,19 @@ class IntegerModel(TimedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32
+        """That of the model it was made from: what a pipeline around it works in."""
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def at(self, t: Tensor | float | int) -> None:
-        self.step.set(t)
+
+def _dtype_of(artifact: Artifact) -> torch.dtype:
+    counted = Counter(record.dtype for record in artifact.layers if record.kind != "product")
+    dtype = getattr(torch, counted.most_common(1)[0][0]) if counted else torch.float32
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 class _Engine:
@@ -121,58 +125,116 @@ class _Engine:
 
     def layer(self, layer: nn.Module, record: LayerRecord, artifact: Artifact, step: Step) -> nn.Module:
         """The integer form of one layer."""
-        name, geometry = record.name, Geometry.of(layer, record.name)
-        codes, scales, zero_points = (
-            of[name] for of in (artifact.weight_codes, artifact.weight_scale, artifact.weight_zero_point)
-        )
-        codes = codes.view(*codes.shape[:2], *geometry.kernel)
-        no_bias = torch.zeros(len(codes), dtype=torch.float32)
-        bias = artifact.float_state.get(f"{name}.bias", no_bias).float()
+        name, outputs = record.name, len(artifact.weight_codes[record.name])
         ranges = list(pairwise(record.splits))
-        parts = []
+        bias = artifact.float_state.get(f"{name}.bias")
+        bias = None if bias is None else bias.float()
+        scales, zero_points = (
+            [of[name][:, index].expand(outputs).contiguous() for index in range(len(ranges))]
+            for of in (artifact.weight_scale, artifact.weight_zero_point)
+        )
+        if not record.inputs:
+            codes = _narrow(artifact.weight_codes[name], zero_points[0])
+            return WeightOnlyLayer(layer, codes, scales[0], bias)
+        if record.kind not in FORMS:
+            self.products[FloatProducts.name] = None
+            ours = [artifact.weight_codes[name][:, slice(*channels)] for channels in ranges]
+            signed = [_narrow(c, z) for c, z in zip(ours, zero_points, strict=True)]
+            return TransposedLayer(layer, record, signed, scales, bias, step)
+        geometry = Geometry.of(layer)
+        no_bias = torch.zeros(outputs, dtype=torch.float32)
+        parts: list[Part] = []
+        rest = no_bias if bias is None else bias  # is added once
         for index, channels in enumerate(ranges):
-            weights = Weights(
-                codes[:, slice(*channels)] if len(ranges) > 1 else codes,  # a grouped weight has fewer columns
-                record.weight_bits or 0,
-                scales[:, index].expand(len(codes)).contiguous(),
-                zero_points[:, index].expand(len(codes)).contiguous(),
-                bias if index == 0 else no_bias,
-            )
-            if not record.inputs:
-                if record.kind == "linear":
-                    return WeightOnlyLayer(weights.narrow.flatten(1), weights.scale, bias)
-                return WeightOnlyLayer(weights.narrow, weights.scale, bias, geometry)
-            quantizer = record.inputs[index]
-            weights = weights.padded() if geometry.groups == 1 else weights
+            products = []
+            for codes in _planes(artifact.weight_codes[name], channels if len(ranges) > 1 else None, geometry):
+                weights = Weights(codes, record.weight_bits or 0, scales[index], zero_points[index], rest)
+                weights = weights.padded() if geometry.groups == 1 else weights
+                products.append(self._products(weights, geometry))
+                rest = no_bias
             pitch = weights.codes.shape[1] * geometry.groups
-            products = self._products(weights, geometry)
-            self.products[products.name] = None
-            parts.append(Part(quantizer, channels, pitch, products))
-        return IntegerLayer(record, parts, geometry.padding, step, self.quantize)
+            parts.append(Part(record.inputs[index], channels, pitch, tuple(products)))
+        return FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize)
 
     def _products(self, weights: Weights, geometry: Geometry) -> Products:
+        products: Products
         if self.library is not None and self.native and NativeProducts.covers(weights, geometry):
-            return NativeProducts(weights, geometry, self.library)
-        return OneDnnProducts(weights, geometry) if sums_eight_bits() else FloatProducts(weights, geometry)
+            products = NativeProducts(weights, geometry, self.library)
+        else:
+            products = OneDnnProducts(weights, geometry) if sums_eight_bits() else FloatProducts(weights, geometry)
+        self.products[products.name] = None
+        return products
 
 
-def _check_inputs(value: Any) -> None:
-    """Every tensor among the arguments, also of a dict or list."""
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, list | tuple):
-        for inner in value:
-            _check_inputs(inner)
-    if not isinstance(value, Tensor):
-        return
-    if value.device.type != "cpu":
-        raise ModelError(f"The integer backend runs on the CPU. Got a tensor on {value.device}; move it there.")
-    if not value.numel():
-        raise ModelError(f"The model was given an empty tensor {list(value.shape)}; pass at least one sample.")
-    if value.is_complex():
-        raise ModelError("The model was given complex numbers; pass real ones.")
-    if value.is_floating_point() and not bool(value.float().isfinite().all()):
+def _planes(codes: Tensor, channels: tuple[int, int] | None, geometry: Geometry) -> list[Tensor]:
+    """Weights [O, C, ...] of some channels as [O, C, kh, kw]; of a Conv3d one for each place of its kernel in depth."""
+    codes = codes if channels is None else codes[:, slice(*channels)]
+    codes = codes.reshape(*codes.shape[:2], -1, *geometry.kernel)
+    return [plane.contiguous() for plane in codes.unbind(2)]
+
+
+def _narrow(codes: Tensor, zero_point: Tensor) -> Tensor:
+    """Codes less their zero points, as int8 where they fit."""
+    signed = codes.to(torch.int16) - zero_point.to(torch.int16).view(-1, *(1,) * (codes.ndim - 1))
+    fit = int(signed.min()) >= -128 and int(signed.max()) <= 127
+    return signed.to(torch.int8) if fit else signed
+
+
+def _load_rest(model: nn.Module, artifact: Artifact) -> None:
+    """The tensors that stay in floating point, in float32 where they are of half precision.
+
+    Raises :class:`RuntimeUnsupportedError` for a tensor without values: one that is not saved, in a model of the meta
+    device.
+    """
+    state = {k: v for k, v in artifact.float_state.items() if k.removesuffix(".bias") not in artifact.weight_codes}
+    model.load_state_dict(state, strict=False, assign=True)
+    model._apply(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        own = chain(module._parameters.items(), module._buffers.items(), vars(module).items())
+        for key, value in own:
+            if isinstance(value, Tensor) and value.is_meta:
+                raise RuntimeUnsupportedError(
+                    f'The tensor {name}.{key} is not saved and has no values here; use backend="simulated".'
+                )
+
+
+def _facts(model: nn.Module, artifact: Artifact, engine: _Engine, *, fused_blocks: int) -> dict[str, Any]:
+    """What runs how, JSON-ready."""
+    coded = [module for module in model.modules() if isinstance(module, CodedLayer)]
+    theirs = {id(parameter) for module in coded for parameter in module.parameters()}
+    rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in theirs)
+    layers = [record for record in artifact.layers if record.kind != "product"]
+    kinds = Counter(record.kind for record in layers if record.inputs)
+    return {
+        "instructions": instruction_set(),
+        "products": " and ".join(engine.products) or "nothing",
+        "passes": engine.passes,
+        "integer_layers": sum(kinds.values()),
+        "integer_kinds": dict(sorted(kinds.items())),
+        "integer_products": sum(record.kind == "product" for record in artifact.layers),
+        "weight_only_layers": [record.name for record in layers if not record.inputs],
+        "float_layers": sorted(name for name, module in model.named_modules() if layer_kind(module)),
+        "notices": list(artifact.metrics.get("notices", [])),  # what else is in floating point, products among it
+        "fused_blocks": fused_blocks,
+        "weight_bytes": rest
+        + sum(m.nbytes for m in coded if isinstance(m, IntegerLayer | WeightOnlyLayer | TransposedLayer)),
+    }
+
+
+def _check_input(x: Tensor) -> None:
+    """Raise for a tensor that the model cannot be called with."""
+    if x.device.type != "cpu":
+        raise ModelError(f"The integer backend runs on the CPU. Got a tensor on {x.device}; move it there.")
+    if x.ndim and not len(x):
+        raise ModelError(f"The model was given an empty tensor {list(x.shape)}; pass at least one sample.")
+    if x.is_floating_point() and not bool(x.float().isfinite().all()) and not _is_mask(x):
         raise NonFiniteError("The model was given NaN or Inf; the integer backend has no codes for them.")
+
+
+def _is_mask(x: Tensor) -> bool:
+    """Whether x is what is added to scores, to look nowhere else: 0 and -Inf."""
+    return bool(((x == 0) | (x == -torch.inf)).all())
 
 
 def _know_dtype(model: nn.Module) -> None:

@@ -162,10 +162,13 @@ int norm_quantize(const Frame *f, const float *x, const float *shift, const floa
     return failed;
 }
 
-/* Attention over images: softmax(q k^T factor) v on codes. q, k, v, out are [batch, tokens, heads, depth]; scale and
- * zero_point hold the four quantizers (q, k, v, softmax) as [4, batch], or [4, 1] when each is 0; qmax their top codes. */
+/* Attention: softmax(q k^T factor + mask) v on codes. q [batch, queries, heads, depth], k [batch, keys, key_heads, depth],
+ * v [batch, keys, key_heads, value_depth], out as q with value_depth; heads are a multiple of key_heads (grouped queries).
+ * scale and zero_point hold the four quantizers (q, k, v, softmax) as [4, batch], or [4, 1] when each is 0; qmax their
+ * top codes. The steps lead through the mask, 0 where it is alike; a row of it has all keys. */
 typedef struct {
-    int64_t batch, tokens, heads, depth, each;
+    int64_t batch, queries, keys, heads, key_heads, depth, value_depth, each;
+    int64_t mask_batch, mask_head, mask_row;
     float factor, qmax[4];
 } Attention;
 
@@ -202,61 +205,78 @@ static inline float level(float y, float scale, float zero_point, float qmax) {
     return q < low ? low : (q > high ? high : q);
 }
 
-/* Scores of some rows [tokens] -> levels of their softmax. */
-static void softmax_levels(float *row, int64_t tokens, float gain, float scale, float zero_point, float qmax) {
+/* One row of scores [keys] -> levels of its softmax; mask is NULL or added. */
+static void softmax_levels(float *row, const float *mask, int64_t keys, float gain, float scale, float zero_point,
+                           float qmax) {
+    if (mask) {
+        for (int64_t j = 0; j < keys; j++) row[j] = row[j] * gain + mask[j];
+        gain = 1;
+    }
     float most = row[0], total = 0;
-    for (int64_t j = 1; j < tokens; j++) most = row[j] > most ? row[j] : most;
-    for (int64_t j = 0; j < tokens; j++) row[j] = exponential((row[j] - most) * gain);
-    for (int64_t j = 0; j < tokens; j++) total += row[j];
-    for (int64_t j = 0; j < tokens; j++) row[j] = level(row[j] / total, scale, zero_point, qmax);
+    for (int64_t j = 1; j < keys; j++) most = row[j] > most ? row[j] : most;
+    if (most == -INFINITY) { /* a row that may look at nothing gives zeros */
+        memset(row, 0, (size_t)keys * sizeof(float));
+        return;
+    }
+    for (int64_t j = 0; j < keys; j++) row[j] = exponential((row[j] - most) * gain);
+    for (int64_t j = 0; j < keys; j++) total += row[j];
+    for (int64_t j = 0; j < keys; j++) row[j] = level(row[j] / total, scale, zero_point, qmax);
 }
 
 static int64_t rounded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-/* One head of one image; work holds its operands, padded with zeros. */
-static void attend(const Attention *a, const float *q, const float *k, const float *v, const float s[4],
-                   const float z[4], float *work, float *out) {
-    const int64_t tokens = a->tokens, depth = a->depth, stride = a->heads * depth;
-    const int64_t wide_tokens = rounded(tokens, COLUMNS), wide_depth = rounded(depth, COLUMNS);
-    float *queries = work, *keys = queries + rounded(tokens, ROWS) * depth, *values = keys + depth * wide_tokens;
-    float *scores = values + tokens * wide_depth, *result = scores + ROWS * wide_tokens;
-    for (int64_t n = 0; n < tokens; n++) {
-        for (int64_t c = 0; c < depth; c++) queries[n * depth + c] = level(q[n * stride + c], s[0], z[0], a->qmax[0]);
-        for (int64_t c = 0; c < depth; c++) keys[c * wide_tokens + n] = level(k[n * stride + c], s[1], z[1], a->qmax[1]);
-        for (int64_t c = 0; c < depth; c++) values[n * wide_depth + c] = level(v[n * stride + c], s[2], z[2], a->qmax[2]);
+/* One head of one sample; work holds its operands, padded with zeros. */
+static void attend(const Attention *a, const float *q, const float *k, const float *v, const float *mask,
+                   const float s[4], const float z[4], float *work, float *out) {
+    const int64_t depth = a->depth, values_depth = a->value_depth, keys = a->keys;
+    const int64_t q_step = a->heads * depth, k_step = a->key_heads * depth, v_step = a->key_heads * values_depth;
+    const int64_t wide_keys = rounded(keys, COLUMNS), wide_depth = rounded(values_depth, COLUMNS);
+    float *queries = work, *turned = queries + rounded(a->queries, ROWS) * depth, *values = turned + depth * wide_keys;
+    float *scores = values + keys * wide_depth, *result = scores + ROWS * wide_keys;
+    for (int64_t n = 0; n < a->queries; n++)
+        for (int64_t c = 0; c < depth; c++) queries[n * depth + c] = level(q[n * q_step + c], s[0], z[0], a->qmax[0]);
+    for (int64_t n = 0; n < keys; n++) {
+        for (int64_t c = 0; c < depth; c++) turned[c * wide_keys + n] = level(k[n * k_step + c], s[1], z[1], a->qmax[1]);
+        for (int64_t c = 0; c < values_depth; c++)
+            values[n * wide_depth + c] = level(v[n * v_step + c], s[2], z[2], a->qmax[2]);
     }
-    for (int64_t row = 0; row < tokens; row += ROWS) {
-        const int64_t rows = tokens - row < ROWS ? tokens - row : ROWS;
-        for (int64_t j = 0; j < wide_tokens; j += COLUMNS)
-            product(queries + row * depth, depth, keys + j, wide_tokens, depth, scores + j, wide_tokens);
+    for (int64_t row = 0; row < a->queries; row += ROWS) {
+        const int64_t rows = a->queries - row < ROWS ? a->queries - row : ROWS;
+        for (int64_t j = 0; j < wide_keys; j += COLUMNS)
+            product(queries + row * depth, depth, turned + j, wide_keys, depth, scores + j, wide_keys);
         for (int64_t r = 0; r < rows; r++)
-            softmax_levels(scores + r * wide_tokens, tokens, s[0] * s[1] * a->factor, s[3], z[3], a->qmax[3]);
+            softmax_levels(scores + r * wide_keys, mask ? mask + (row + r) * a->mask_row : NULL, keys,
+                           s[0] * s[1] * a->factor, s[3], z[3], a->qmax[3]);
         for (int64_t c = 0; c < wide_depth; c += COLUMNS)
-            product(scores, wide_tokens, values + c, wide_depth, tokens, result + c, wide_depth);
+            product(scores, wide_keys, values + c, wide_depth, keys, result + c, wide_depth);
         for (int64_t r = 0; r < rows; r++)
-            for (int64_t c = 0; c < depth; c++) out[(row + r) * stride + c] = result[r * wide_depth + c] * (s[3] * s[2]);
+            for (int64_t c = 0; c < values_depth; c++)
+                out[(row + r) * a->heads * values_depth + c] = result[r * wide_depth + c] * (s[3] * s[2]);
     }
 }
 
 /* Returns 0, or 1 without memory. */
-int attention(const Attention *a, const float *q, const float *k, const float *v, const float *scale,
+int attention(const Attention *a, const float *q, const float *k, const float *v, const float *mask, const float *scale,
               const int32_t *zero_point, float *out) {
-    const int64_t image = a->tokens * a->heads * a->depth, samples = a->each ? a->batch : 1;
-    const int64_t wide_tokens = rounded(a->tokens, COLUMNS), wide_depth = rounded(a->depth, COLUMNS);
-    const size_t size = (size_t)(rounded(a->tokens, ROWS) * a->depth + a->depth * wide_tokens + a->tokens * wide_depth +
-                                 ROWS * (wide_tokens + wide_depth));
+    const int64_t samples = a->each ? a->batch : 1, group = a->heads / a->key_heads;
+    const int64_t wide_keys = rounded(a->keys, COLUMNS), wide_depth = rounded(a->value_depth, COLUMNS);
+    const size_t size = (size_t)(rounded(a->queries, ROWS) * a->depth + a->depth * wide_keys + a->keys * wide_depth +
+                                 ROWS * (wide_keys + wide_depth));
     int failed = 0;
 #pragma omp parallel for collapse(2) schedule(static) reduction(| : failed)
     for (int64_t n = 0; n < a->batch; n++)
         for (int64_t head = 0; head < a->heads; head++) {
             float s[4], z[4], *work = calloc(size, sizeof(float));
-            const int64_t start = n * image + head * a->depth;
+            const int64_t key_head = n * a->keys * a->key_heads + head / group; /* of k and v, in heads */
+            const int64_t query_head = n * a->queries * a->heads + head;        /* of q and out */
             for (int i = 0; i < 4; i++) {
                 s[i] = scale[i * samples + n * a->each];
                 z[i] = (float)zero_point[i * samples + n * a->each];
             }
             if (work)
-                attend(a, q + start, k + start, v + start, s, z, work, out + start);
+                attend(a, q + query_head * a->depth, k + key_head * a->depth, v + key_head * a->value_depth,
+                       mask ? mask + n * a->mask_batch + head * a->mask_head : NULL, s, z, work,
+                       out + query_head * a->value_depth);
             else
                 failed = 1;
             free(work);

@@ -11,10 +11,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ptq_tdq.errors import RuntimeUnsupportedError
@@ -38,17 +38,19 @@ class Geometry:
     groups: int = 1
 
     @classmethod
-    def of(cls, layer: nn.Module, name: str) -> Geometry:
-        """The geometry of a Conv2d or a Linear; raises :class:`RuntimeUnsupportedError` for others."""
-        if isinstance(layer, nn.Linear):
+    def of(cls, layer: Any) -> Geometry:
+        """The geometry of a Linear, a Conv1d (an image of one row), a Conv2d, or of a Conv3d's frames.
+
+        Padding other than with zeros is no part of it: such a layer pads its input itself.
+        """
+        if not hasattr(layer, "kernel_size"):
             return cls()
-        if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros":
-            raise RuntimeUnsupportedError(
-                f'{name} ({type(layer).__name__}) has no integer form yet; use backend="simulated" or skip the layer.'
-            )
-        left, right, top, bottom = layer._reversed_padding_repeated_twice
-        kernel, stride, dilation = ((h, w) for h, w in (layer.kernel_size, layer.stride, layer.dilation))
-        return cls(kernel, stride, (top, left, bottom, right), dilation, layer.groups)
+        kernel, stride, dilation = (
+            ((1, *of) if len(of) == 1 else of[-2:]) for of in (layer.kernel_size, layer.stride, layer.dilation)
+        )
+        left, right, top, bottom = [*layer._reversed_padding_repeated_twice, 0, 0][:4]
+        padding = (top, left, bottom, right) if layer.padding_mode == "zeros" else (0, 0, 0, 0)
+        return cls(kernel, stride, padding, dilation, layer.groups)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Output pixels for a padded input."""

@@ -1,92 +1,172 @@
-"""The time step that runs now: the intervals of all quantizers, by one lookup."""
+"""The intervals of all quantizers at the time step of the call that runs, by one lookup."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
-from ptq_tdq.intervals.dynamic import Dynamic
+from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError
+from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
 from ptq_tdq.scheme import QType
-from ptq_tdq.timeaxis import as_vector, lookup
+from ptq_tdq.timeaxis import lookup, present
 
 
 class Interval(NamedTuple):
-    """Scale float32 and zero_point int32 of one quantizer: [1] where all samples are alike, else [B]."""
+    """Scale float32 and zero_point int32 of one quantizer: [1] where all rows are alike, else [B]."""
 
     scale: Tensor
     zero_point: Tensor
 
     @property
     def each(self) -> bool:
-        """Whether samples have intervals of their own."""
+        """Whether rows have intervals of their own."""
         return self.scale.numel() > 1
+
+    def repeated(self, times: int) -> Interval:
+        """For a batch that holds each row so many times, one after the other."""
+        if not self.each or times == 1:
+            return self
+        return Interval(self.scale.repeat_interleave(times), self.zero_point.repeat_interleave(times))
+
+
+class _Row:
+    """One row of the tables, with each quantizer's place in it."""
+
+    def __init__(self, quantizers: int) -> None:
+        self.values = torch.empty(2, quantizers, dtype=torch.int32)
+        self.places = list(map(Interval, *(values.split(1) for values in _halves(self.values))))
+
+
+class _Call:
+    """What belongs to one call of the model: intervals by number of rows, and results that its parts share."""
+
+    def __init__(self) -> None:
+        self.token: Token[_Call | None] | None = None
+        self.intervals: dict[int, list[Interval]] = {}
+        self.row: _Row | None = None
+        self.kept: dict[Any, Any] = {}
+
+
+_present: ContextVar[_Call | None] = ContextVar("the integer model's call that runs now", default=None)
+
+
+def _call() -> _Call:
+    call = _present.get()
+    if call is None:
+        raise ModelError("A layer ran outside the model's forward pass; call the model, not its parts.")
+    return call
+
+
+def kept() -> dict[Any, Any]:
+    """Results that parts of the model share within the call that runs."""
+    return _call().kept
 
 
 class Step:
-    """Holds the tables of all quantizers side by side, [T, Q], and what they say at the present t.
+    """Holds the tables of all quantizers side by side, [T + 1, 2, Q], and says what they are in the present call.
 
-    Those of one layer are neighbours, in its order.
+    Those of one layer are neighbours, in its order. Calls in several threads do not see each other.
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        """Raises :class:`RuntimeUnsupportedError` for quantizers that ask a network at run time."""
-        for name in artifact.networks:
-            raise RuntimeUnsupportedError(
-                f"The quantizer '{name}' asks a network for its interval at run time, which has no integer form; "
-                'use backend="simulated".'
-            )
-        tables = {quantizer.name: artifact.tables[quantizer.name] for quantizer in artifact.quantizers}
-        bits = {quantizer.name: quantizer.bits for quantizer in artifact.quantizers}
-        timed = {name: table for name, table in tables.items() if table.scale is not None}
-        self._column = {name: index for index, name in enumerate(timed)}
-        self._dynamic = {n: Dynamic(t.zero_point[0], QType(bits[n])) for n, t in tables.items() if t.scale is None}
-        self._now: list[Interval] = []
-        if timed:
-            scales = torch.stack([t.scale for t in timed.values() if t.scale is not None], 1)
-            zero_points = torch.stack([t.zero_point for t in timed.values()], 1)
-            self._table = torch.stack([scales.view(torch.int32), zero_points], 1)  # [T, 2, Q]: one copy for a row
-            # where all samples are alike: a row, and each quantizer's place in it
-            self._row = torch.empty_like(self._table[0])
-            self._places = list(map(Interval, *(values.split(1) for values in _halves(self._row))))
+        """Raises :class:`ArtifactMismatchError` for a quantizer whose network is not that of its method."""
+        self._column: dict[str, int] = {}
+        self._dynamic: dict[str, Dynamic] = {}
+        timed: list[Tensor] = []
+        for quantizer in artifact.quantizers:
+            name, table = quantizer.name, artifact.tables[quantizer.name]
+            if table.scale is not None:
+                self._column[name] = len(timed)
+                timed.append(torch.stack([table.scale.view(torch.int32), table.zero_point], 1))
+                continue
+            zero_point, qtype = table.zero_point.reshape(()), QType(quantizer.bits)
+            try:
+                self._dynamic[name] = restore_dynamic(quantizer.method, zero_point, qtype, table.generator)
+            except (ConfigError, ModelError) as error:
+                raise ArtifactMismatchError(f"The quantizer '{name}' cannot be made: {error}") from error
+        self._table = torch.stack(timed, 2) if timed else torch.empty(0, 2, 0, dtype=torch.int32)
+        self._free: list[_Row] = []  # to make one takes longer than a lookup
 
     def __contains__(self, quantizer: str) -> bool:
         """Whether the quantizer has a table (a dynamic one has not)."""
         return quantizer in self._column
 
-    def set(self, t: Tensor | float | int) -> None:
-        """Look all up at t: a scalar or [B]. Raises :class:`~ptq_tdq.errors.TimestepError` outside the tables."""
-        if not self._column:
-            return
-        each = as_vector(t)
-        one, *others = set(each.tolist())
-        if others:
-            found = (lookup(values, each).T.contiguous() for values in _halves(self._table))
-            self._now = list(map(Interval, *(values.unbind() for values in found)))
-            return
-        if 0 <= one < len(self._table) and one == int(one):
-            self._row.copy_(self._table[int(one)])
-        else:
-            for place, values in zip(_halves(self._row), _halves(self._table), strict=True):
-                place.copy_(lookup(values, each[:1])[0])
-        self._now = self._places
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has rows of its own."""
+        return {**vars(self), "_free": []}
+
+    def begin(self, *_: Any) -> None:
+        """A call of the model begins: the intervals are looked up once in it, at the t that it has."""
+        call = _Call()
+        call.token = _present.set(call)
+
+    def end(self, *_: Any) -> None:
+        """The call that began last ends, by its result or an error."""
+        call = _call()
+        assert call.token is not None
+        _present.reset(call.token)
+        if call.row is not None:
+            self._free.append(call.row)
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A ``with`` block as one call."""
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
 
     def interval(self, quantizer: str, x: Tensor) -> Interval:
-        """The quantizer's interval for its tensor x [B, ...], which only a dynamic one looks at."""
-        if quantizer in self._dynamic:
-            scale, zero_point = self._dynamic[quantizer](torch.empty(0), x)
-            return Interval(scale, zero_point.contiguous())
-        if not self._now:
-            raise ModelError("A layer ran outside the model's forward pass; call the model, not its parts.")
-        found = self._now[self._column[quantizer]]
-        if found.each and len(found.scale) != len(x):
-            raise ModelError(
-                f"{len(found.scale)} time steps do not fit a batch of {len(x)}; pass one t, or one per sample."
-            )
+        """The quantizer's interval for its tensor x [B, ...], whose values only a dynamic one looks at.
+
+        Raises :class:`ModelError` outside a call and where the rows of x belong to no sample while samples differ in t.
+        """
+        dynamic = self._dynamic.get(quantizer)
+        if dynamic is None:
+            return self._intervals(len(x))[self._column[quantizer]]
+        scale, zero_point = dynamic(present(len(x)), x)
+        return Interval(scale, zero_point.contiguous())
+
+    def alike(self, rows: int) -> bool:
+        """Whether one interval serves so many rows, for each quantizer with a table."""
+        return not self._column or not self._intervals(rows)[0].each
+
+    def _intervals(self, rows: int) -> list[Interval]:
+        call = _call()
+        found = call.intervals.get(rows)
+        if found is None:
+            found = call.intervals[rows] = self._look_up(call, rows)
         return found
+
+    def _look_up(self, call: _Call, rows: int) -> list[Interval]:
+        t = present(rows)
+        if t.stride(0) and not bool((t == t[0]).all()):
+            values = (lookup(values, t).T.contiguous() for values in _halves(self._table))
+            return list(map(Interval, *(each.unbind() for each in values)))
+        if call.row is None:
+            call.row = self._filled(t[:1])
+        return call.row.places
+
+    def _filled(self, t: Tensor) -> _Row:
+        """The tables' row at ``t`` [1]."""
+        try:
+            row = self._free.pop()
+        except IndexError:
+            row = _Row(len(self._column))
+        one = t.item()
+        if one == int(one):
+            row.values.copy_(self._table[int(one)])
+        else:
+            for place, values in zip(_halves(row.values), _halves(self._table), strict=True):
+                place.copy_(lookup(values, t)[0])
+        return row
 
 
 def _halves(table: Tensor) -> tuple[Tensor, Tensor]:

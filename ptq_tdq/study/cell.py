@@ -7,24 +7,27 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ptq_tdq.artifacts import write_atomic
-from ptq_tdq.calib_data import CalibrationSet, LoadedModel, collect_cached
+from ptq_tdq.calib_data import LoadedModel, collect, collect_cached
 from ptq_tdq.calibrate import calibrate, identity, provenance, weight_identity
-from ptq_tdq.config import COLLECT_CHOICES
+from ptq_tdq.calls import Calls
+from ptq_tdq.config import COLLECT_CHOICES, Config
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.baseline import Baseline, load_baseline, make_baseline, save_baseline
-from ptq_tdq.evaluate.images import grid_png
+from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.evaluate.ptqd import corrected
 from ptq_tdq.load import load_quantized
+from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import UnitReport
 from ptq_tdq.study.matrix import FULL_PRECISION, Cell
+from ptq_tdq.wrap import folded_copy
 
 Say = Callable[[str], None]
 SHOWN = 30  # samples of a picture
@@ -47,6 +50,7 @@ def run_cell(
         "evaluation": cell.evaluation,
         "model": model.id,
         "model_sha256": model.sha256,
+        "sampling_sha256": sampling_sha256(model),
     }
     began = time.perf_counter()
     baseline = _baseline(model, cell, work, say)
@@ -54,18 +58,37 @@ def run_cell(
         return {**line, "results": baseline.quality(), "seconds": {"evaluation": time.perf_counter() - began}}
     line["choices"] = cell.choices
     say("calibration set")
-    calibration_set = collect_cached(model, **{key: getattr(cell.config, key) for key in COLLECT_CHOICES})
+    calls = collect_cached(model, **{key: getattr(cell.config, key) for key in COLLECT_CHOICES})
     try:
-        return {**line, **_measure(model, cell, baseline, calibration_set, work, say, grids)}
+        return {**line, **_measure(model, cell, baseline, calls, work, say, grids)}
     except NonFiniteError as error:
         return {**line, "failed": str(error), "results": {}, "seconds": {}}
+
+
+def sampling_sha256(model: LoadedModel) -> str:
+    """A name for what is sampled and how: prompts or classes, the pipeline's arguments, dtype."""
+    return _name({**model.sampler.recipe(), "dtype": str(model.denoiser.dtype)})
+
+
+def check_plans(model: LoadedModel, configs: Sequence[Config]) -> None:
+    """Plan the model with each of ``configs``, so that a bad choice is known before hours of work.
+
+    Raises :class:`~ptq_tdq.errors.ModelError` for a skip pattern that matches nothing, or when no layer is left.
+    """
+    copied, calls = folded_copy(model.denoiser), dict[int, Calls]()
+    for config in configs:
+        steps = config.num_inference_steps
+        if steps not in calls:  # two samples are enough to see the model's structure
+            few = min(2, steps)
+            calls[steps] = collect(model, samples_per_step=2, calibration_steps=few, num_inference_steps=steps)
+        make_plan(copied, config, calls[steps])
 
 
 def _measure(
     model: LoadedModel,
     cell: Cell,
     baseline: Baseline,
-    calibration_set: CalibrationSet,
+    calls: Calls,
     work: Path,
     say: Say,
     grids: Path | None,
@@ -82,24 +105,25 @@ def _measure(
         loss[report.phase] += report.after
         say(f"{report.phase} {report.index + 1}/{report.total}")
 
-    document = provenance(model.unet, cell.config, calibration_set, model.id)
+    document = provenance(model, cell.config, calls)
     own = work / f"cell-{_name(identity(document))}"
     quantized = calibrate(
-        model.unet,
+        model,
         cell.config,
-        calibration_set,
-        model_id=model.id,
+        calls,
         run_directory=own,
         weights_directory=work / f"weights-{_name(weight_identity(document))}",
         on_unit=on_unit,
     )
     began = time.perf_counter()
-    unet = corrected(cell.correction, model.unet, _executable(quantized, cell, own), calibration_set)
-    measured = baseline.measure(unet, lambda done, total: say(f"samples {done}/{total}"))
+    denoiser = corrected(cell.correction, model, _executable(quantized, cell, own), calls)
+    measured = baseline.measure(denoiser, lambda done, total: say(f"samples {done}/{total}"))
     seconds["evaluation"] = time.perf_counter() - began
     if grids and measured.images is not None and baseline.images is not None:
         panels = {"full precision": baseline.images, f"{cell.preset} {cell.scheme} {cell.method}": measured.images}
-        write_atomic(grids / f"{_file_name(cell)}.png", grid_png(panels, model.num_classes, SHOWN))
+        conditions = baseline.reference.conditions
+        picture = grid_png(panels, count_classes(conditions), SHOWN, captions_of(conditions))
+        write_atomic(grids / f"{_file_name(cell)}.png", picture)
     shutil.rmtree(own, ignore_errors=True)
     return {"results": measured.results, "loss": loss, "seconds": seconds}
 
@@ -119,13 +143,13 @@ def _file_name(cell: Cell) -> str:
 
 def _baseline(model: LoadedModel, cell: Cell, work: Path, say: Say) -> Baseline:
     """The full-precision side, from ``work`` if another cell has made it."""
-    path = work / f"baseline-{_name({**cell.evaluation, 'model': model.sha256})}.safetensors"
-    found = load_baseline(path, model, **cell.evaluation)
+    folder = work / f"baseline-{_name({**cell.evaluation, 'model': model.sha256})}"
+    found = load_baseline(folder, model, **cell.evaluation)
     if found is None:
         found = make_baseline(
             model, **cell.evaluation, on_progress=lambda done, total: say(f"full precision {done}/{total}")
         )
-        save_baseline(path, found)
+        save_baseline(folder, found)
     return found
 
 

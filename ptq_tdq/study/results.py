@@ -51,8 +51,10 @@ def append_line(path: Path, line: Line) -> None:
         ) from None
 
 
-def unfinished(cells: Sequence[Cell], lines: Sequence[Line], model_sha256: str) -> list[Cell]:
-    """The cells that no line has.
+def unfinished(
+    cells: Sequence[Cell], lines: Sequence[Line], model_sha256: str, sampling_sha256: str = ""
+) -> list[Cell]:
+    """The cells that no line has. ``sampling_sha256`` names what is sampled, where lines say that.
 
     Raises :class:`UsageError` where a line has a cell's place but other choices: a file holds one study.
     """
@@ -62,7 +64,11 @@ def unfinished(cells: Sequence[Cell], lines: Sequence[Line], model_sha256: str) 
         line = known.get(_cell_key(cell))
         if line is None:
             left.append(cell)
-        elif line["model_sha256"] != model_sha256 or not cell.same(line):
+        elif (
+            line["model_sha256"] != model_sha256
+            or line.get("sampling_sha256", sampling_sha256) != sampling_sha256
+            or not cell.same(line)
+        ):
             place = " ".join(str(part) for part in cell.key if part != "")
             raise UsageError(
                 f"The results file holds the cell '{place}' with {_difference(cell, line)}; choose another file for "
@@ -91,7 +97,7 @@ def _difference(cell: Cell, line: Line) -> str:
     for key in [*wanted, *stored]:
         if wanted.get(key) != stored.get(key):
             return f"{key} {stored.get(key)} where this study has {wanted.get(key)}"
-    return "another model"
+    return "another model, or other prompts, classes or arguments of its pipeline"
 
 
 def _known(line: Line) -> Line:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from ptq_tdq.study.matrix import Cell
 from ptq_tdq.study.results import Line, append_line
@@ -24,6 +25,7 @@ def run_study(
     results: Path,
     *,
     source: str | None,
+    given: Mapping[str, Any],
     command: str,
     count: int = 1,
     grids: Path | None = None,
@@ -32,9 +34,10 @@ def run_study(
 ) -> None:
     """Run ``cells`` in ``count`` processes (in this one for 1) and append their lines to ``results``.
 
+    ``source`` and ``given`` are what :func:`~ptq_tdq.load_model` takes.
     Killed at any time, the lines and the shared weights stay; the remaining cells can be run again.
     """
-    job = Job(source, work_folder(results), command, grids)
+    job = Job(source, given, work_folder(results), command, grids)
     for line in _here(job, cells, on_say) if count == 1 else _apart(job, cells, count, on_say):
         append_line(results, line)
         on_line(line)

@@ -6,7 +6,7 @@ import multiprocessing as mp
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -27,9 +27,10 @@ Event = tuple[str, Any]  # ("say", text), ("done", line) or ("error", exception)
 
 @dataclass(frozen=True)
 class Job:
-    """What every cell of a study needs to know."""
+    """What every cell of a study needs to know; ``given`` are the arguments of :func:`load_model`."""
 
     source: str | None
+    given: Mapping[str, Any]
     work: Path
     command: str
     grids: Path | None = None
@@ -83,7 +84,7 @@ def events(busy: Sequence[Runner]) -> Iterator[tuple[Runner, Event]]:
 
 def run_here(job: Job, cells: Sequence[Cell], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Run cells in this process, one after the other."""
-    model = load_model(job.source)
+    model = load_model(job.source, **job.given)
     for cell in cells:
         yield {**run_cell(model, cell, job.work, say, grids=job.grids), "facts": facts(job.command)}
 
@@ -104,7 +105,7 @@ def _serve(pipe: Connection, job: Job, threads: int, cores: list[int]) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     try:
-        model = load_model(job.source)
+        model = load_model(job.source, **job.given)
         while True:
             cell: Cell = pipe.recv()
             line = run_cell(model, cell, job.work, lambda text: pipe.send(("say", text)), grids=job.grids)

@@ -1,4 +1,4 @@
-"""One small artifact with every kind of content: split shortcut, attention, dynamic quantizer, tied float tensors."""
+"""One small artifact with every kind of content: split shortcut, product, dynamic quantizer, tied float tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from ptq_tdq.artifacts import Artifact, IntervalTable, model_card
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 
-T = 6
+T = 6  # entries of a table: t = 0 to 5
 
 
 def _table(scale: float, zero_point: int) -> IntervalTable:
@@ -29,7 +29,12 @@ def artifact() -> Artifact:
         ),
         LayerRecord("proj", "linear", "proj", (0, 4), 2, (QuantizerRecord("proj", 8, "dynamic", "minmax"),)),
         LayerRecord(
-            "attn", "attention", "mid", (), None, (QuantizerRecord("attn.softmax", 8, "tdq", "minmax", from_zero=True),)
+            "attn.products.0",
+            "product",
+            "mid",
+            (),
+            None,
+            (QuantizerRecord("attn.products.0.softmax", 8, "tdq", "minmax", from_zero=True),),
         ),
     )
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +46,7 @@ def artifact() -> Artifact:
         "method": "tdq",
         "preset": "default",
         "choices": {"range_method": "mse", "learning_rate": 4e-4},
-        "time_axis": {"num_train_timesteps": T},
+        "time_axis": {"argument": "timestep", "num_train_timesteps": T - 1, "scale": 1.0, "offset": 0.0},
         "calibration_set": {"sha256": "b" * 64, "num_samples": 256},
         "seed": 0,
         "versions": {"ptq_tdq": "0.1.0"},
@@ -59,7 +64,7 @@ def artifact() -> Artifact:
             "short.0": _table(0.3, 7),
             "short.1": _table(1e-6, 15),
             "proj": IntervalTable(None, torch.tensor([3], dtype=torch.int32)),
-            "attn.softmax": _table(1 / 255, 0),
+            "attn.products.0.softmax": _table(1 / 255, 0),
         },
         weight_codes=codes,
         weight_scale={

@@ -91,8 +91,8 @@ def test_other_programs_read_it_as_documented(folder: Path, artifact: Artifact) 
     codes = np.stack([packed & 15, packed >> 4], axis=1).ravel()[: shape.prod()].reshape(shape)
     np.testing.assert_array_equal(codes, artifact.weight_codes["conv"].numpy())
     tables = safetensors.numpy.load_file(folder / "interval_tables.safetensors")
-    assert tables["attn.softmax.scale"].dtype == np.float32
-    assert tables["attn.softmax.zero_point"].dtype == np.int32
+    assert tables["attn.products.0.softmax.scale"].dtype == np.float32
+    assert tables["attn.products.0.softmax.zero_point"].dtype == np.int32
     assert tables["proj.zero_point"].tolist() == [3]
     assert "proj.scale" not in tables
 
@@ -189,8 +189,8 @@ def _in_layer(**values: Any) -> Callable[[dict[str, Any]], None]:
     [
         (lambda d: d.pop("base_model"), "'base_model' is a required property"),
         (lambda d: d.update(schema_version="1"), r"\$\.schema_version"),
-        (lambda d: d["time_axis"].update(num_train_timesteps=6.0), "num_train_timesteps: 6.0 is not of type 'integer'"),
-        (lambda d: d["time_axis"].update(num_train_timesteps=7), r"'conv' needs scales torch.float32 \[7\]"),
+        (lambda d: d["time_axis"].update(num_train_timesteps=5.0), "num_train_timesteps: 5.0 is not of type 'integer'"),
+        (lambda d: d["time_axis"].update(num_train_timesteps=6), r"'conv' needs scales torch.float32 \[7\]"),
         (lambda d: d["files"].update({"../../secret": "0" * 64}), r"\$\.files"),
         (_in_layer(weight_bits=4.0), "weight_bits"),
         (_in_layer(weight_bits=9), "weight_bits"),
@@ -293,7 +293,7 @@ def test_wrong_weights_with_a_valid_hash(folder: Path, tensors: dict[str, torch.
         ({"metrics": {"x": {1, 2}}}, ConfigError, "plain JSON data"),
         ({"config": {}}, ArtifactCorruptError, "is a required property"),
         ({"config": {"layers": [], "files": {}}}, ConfigError, r"must not have \['files', 'layers'\]"),
-        ({"tables": {}}, ArtifactCorruptError, "interval table of 'attn.softmax' is missing"),
+        ({"tables": {}}, ArtifactCorruptError, "interval table of 'attn.products.0.softmax' is missing"),
         ({"weight_scale": {}}, ArtifactCorruptError, "quantized weight of 'conv' is missing"),
         ({"float_state": {"conv.weight_scale": torch.ones(1)}}, ArtifactCorruptError, "name of a part"),
     ],

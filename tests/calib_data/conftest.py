@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
-from torch import Tensor, nn
+from pipelines import PIPELINES, SmallPipeline
+from torch import Tensor
 
-from ptq_tdq.calib_data import LoadedModel, unet_sha256
-
-
-class DummyUNet(nn.Module):
-    """``sample * t / (t + 1)``, the dummy model of diffusers' tests/schedulers/test_schedulers.py."""
-
-    def forward(
-        self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True
-    ) -> tuple[Tensor]:
-        return (sample * timestep / (timestep + 1),)
-
-
-@pytest.fixture
-def dummy() -> DummyUNet:
-    return DummyUNet()
+from ptq_tdq.calib_data import LoadedModel, LoopSampler
+from ptq_tdq.identity import model_sha256
 
 
 @pytest.fixture
@@ -45,6 +37,10 @@ def make_unet(num_class_embeds: int | None = None) -> UNet2DModel:
     return unet.eval().requires_grad_(False)
 
 
+def loaded(unet: UNet2DModel, scheduler: Any) -> LoadedModel:
+    return LoadedModel(unet, LoopSampler(unet, scheduler), "tiny", model_sha256(unet))
+
+
 @pytest.fixture
 def unet() -> UNet2DModel:
     return make_unet()
@@ -53,11 +49,26 @@ def unet() -> UNet2DModel:
 @pytest.fixture
 def model() -> LoadedModel:
     """Return a class-conditional model with three classes and a deterministic sampler."""
-    unet = make_unet(num_class_embeds=3)
-    return LoadedModel(unet, DDIMScheduler(), None, "tiny", unet_sha256(unet), num_classes=3)
+    return loaded(make_unet(num_class_embeds=3), DDIMScheduler())
 
 
 @pytest.fixture
 def stochastic_model(unet: UNet2DModel) -> LoadedModel:
     """Return an unconditional model whose sampler adds noise at every step."""
-    return LoadedModel(unet, DDPMScheduler(), None, "tiny", unet_sha256(unet))
+    return loaded(unet, DDPMScheduler())
+
+
+@pytest.fixture(scope="session")
+def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[SmallPipeline, Path]]:
+    """The folder of a small pipeline by its class name, each saved once; tests must not change it."""
+    made: dict[str, tuple[SmallPipeline, Path]] = {}
+
+    def folder_of(name: str) -> tuple[SmallPipeline, Path]:
+        if name not in made:
+            entry = next(entry for entry in PIPELINES if entry.name == name)
+            folder = tmp_path_factory.mktemp(name)
+            entry.save(folder)
+            made[name] = entry, folder
+        return made[name]
+
+    return folder_of

@@ -6,62 +6,55 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 
 from ptq_tdq.cache import cache_folder
-from ptq_tdq.calib_data import CalibrationSet, LoadedModel, collect, collect_cached, sample_latents
+from ptq_tdq.calib_data import LoadedModel, LoopSampler, collect, collect_cached, new_schedule, sample_generator
+from ptq_tdq.calls import Calls, prediction
 from ptq_tdq.errors import NonFiniteError, OutputError, UsageError
 
 SMALL: dict[str, Any] = {"samples_per_step": 5, "calibration_steps": 3, "num_inference_steps": 5}
 
 
+def x_of(calls: Calls) -> torch.Tensor:
+    return torch.cat([group.leaf("sample") for group in calls.groups])
+
+
+def by_trajectory(calls: Calls) -> torch.Tensor:
+    """x in the order of the trajectories, each in sampling order."""
+    return x_of(calls)[calls.trajectory.argsort(stable=True)]
+
+
 def test_the_set_is_ordered_by_step_then_by_trajectory_with_cycling_classes(model: LoadedModel) -> None:
     found = collect(model, **SMALL)
-    assert found.x.shape == (15, 3, 8, 8)
+    assert x_of(found).shape == (15, 3, 8, 8)
     assert found.t.tolist() == [800.0] * 5 + [400.0] * 5 + [0.0] * 5  # DDIM 5: 800, 600, 400, 200, 0
-    assert found.class_labels is not None
-    assert found.class_labels.tolist() == [0, 1, 2, 0, 1] * 3
+    assert found.groups[0].leaf("class_labels").tolist() == [0, 1, 2, 0, 1] * 3
+    assert found.trajectory.tolist() == list(range(5)) * 3
     assert found.recipe["samples_per_step"] == 5
-    assert found.recipe["samples"] == 15, "the two meanings of '256 samples' are both named"
-    assert found.recipe["num_classes"] == 3
     assert found.recipe["model_sha256"] == model.sha256
 
 
 def test_the_first_step_is_standard_noise(model: LoadedModel) -> None:
-    found = collect(model, samples_per_step=64, calibration_steps=1, num_inference_steps=1)
-    assert abs(found.x.mean().item()) < 0.03  # 12288 values: standard error 0.009
-    assert abs(found.x.std().item() - 1) < 0.03
+    x = x_of(collect(model, samples_per_step=64, calibration_steps=1, num_inference_steps=1))
+    assert abs(x.mean().item()) < 0.03  # 12288 values: standard error 0.009
+    assert abs(x.std().item() - 1) < 0.03
 
 
 def test_each_trajectory_is_one_run_of_the_sampler(model: LoadedModel) -> None:
-    found = collect(model, **SMALL)
-    start, middle = found.x[:5], found.x[5:10]
-    seen = []
-    sample_latents(
-        model.unet,
-        model.scheduler,
-        noise=start,
-        num_inference_steps=5,
-        class_labels=torch.tensor([0, 1, 2, 0, 1]),
-        on_step=lambda index, t, x: seen.append(x),
-    )
-    assert torch.allclose(seen[1], middle, atol=1e-5), "x after the second step is what the third step receives"
+    found = collect(model, samples_per_step=2, calibration_steps=4, num_inference_steps=4)
+    x = x_of(found).unflatten(0, (4, 2))
+    scheduler = new_schedule(model.sampler)
+    scheduler.set_timesteps(4)
+    for k, t in enumerate(scheduler.timesteps[:-1]):
+        predicted = prediction(model.denoiser(x[k], t, class_labels=torch.tensor([0, 1])))
+        assert torch.allclose(scheduler.step(predicted, t, x[k]).prev_sample, x[k + 1], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["model", "stochastic_model"])
-def test_the_result_does_not_depend_on_the_batch_size(name: str, request: pytest.FixtureRequest) -> None:
-    loaded = request.getfixturevalue(name)
-    whole, split = (collect(loaded, **SMALL, batch_size=size) for size in (64, 2))
-    assert torch.allclose(whole.x, split.x, atol=1e-4)
-    assert torch.equal(whole.t, split.t)
+def test_the_result_does_not_depend_on_the_batch_size(stochastic_model: LoadedModel) -> None:
+    whole, split = (collect(stochastic_model, **SMALL, batch_size=size) for size in (64, 2))
+    assert torch.allclose(by_trajectory(whole), by_trajectory(split), atol=1e-4)
     assert whole.recipe == split.recipe
-
-
-def test_the_first_trajectories_stay_the_same_when_more_are_asked_for(stochastic_model: LoadedModel) -> None:
-    few, more = (
-        collect(stochastic_model, samples_per_step=n, calibration_steps=2, num_inference_steps=3) for n in (2, 4)
-    )
-    assert torch.allclose(few.x.unflatten(0, (2, 2)), more.x.unflatten(0, (2, 4))[:, :2], atol=1e-5)
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(model: LoadedModel) -> None:
@@ -71,40 +64,35 @@ def test_same_seed_same_bytes_other_seed_other_bytes(model: LoadedModel) -> None
 
 def test_normal_steps_differ_between_trajectories_and_stay_in_sampling_order(model: LoadedModel) -> None:
     found = collect(model, samples_per_step=6, calibration_steps=4, num_inference_steps=20, step_distribution="normal")
-    t = found.t.unflatten(0, (4, 6))
-    assert (t.diff(dim=0) < 0).all()
-    assert len({tuple(column.tolist()) for column in t.unbind(1)}) > 1
-
-
-def test_trajectories_are_the_same_whichever_steps_are_kept(model: LoadedModel) -> None:
-    everything = {"samples_per_step": 3, "calibration_steps": 4, "num_inference_steps": 4}
-    uniform, normal = (collect(model, **everything, step_distribution=name) for name in ("uniform", "normal"))
-    assert torch.equal(uniform.x, normal.x)
+    t = [found.t[found.trajectory == i] for i in range(6)]
+    assert all(len(of) == 4 and bool((of.diff() < 0).all()) for of in t)
+    assert len({tuple(of.tolist()) for of in t}) > 1
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler(use_karras_sigmas=True), HeunDiscreteScheduler()])
 def test_other_samplers_fractional_and_repeated_time_steps(model: LoadedModel, scheduler: Any) -> None:
-    found = collect(replace(model, scheduler=scheduler), **SMALL)
+    found = collect(replace(model, sampler=LoopSampler(model.denoiser, scheduler)), **SMALL)
     scheduler.set_timesteps(5)
-    assert set(found.t.tolist()) <= set(scheduler.timesteps.float().tolist())
-    assert found.t[0] == 999
-    assert found.x[:5].abs().max() < 6, "the U-Net receives scaled noise, not the sampler's own state of many sigma"
+    known = scheduler.timesteps.float()
+    assert all((known - t).abs().min() < 1e-3 for t in found.t)
+    assert found.t.max() == 999
+    assert x_of(found)[found.t == 999].abs().max() < 6, "the denoiser receives scaled noise"
 
 
 def test_an_unconditional_model_has_no_labels(stochastic_model: LoadedModel) -> None:
-    assert collect(stochastic_model, **SMALL).class_labels is None
+    assert "class_labels" not in collect(stochastic_model, **SMALL).groups[0].tree
 
 
-def test_progress_counts_every_call_of_the_unet(model: LoadedModel) -> None:
+def test_progress_counts_every_step(model: LoadedModel) -> None:
     seen: list[tuple[int, int]] = []
     collect(model, **SMALL, batch_size=2, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, 15) for i in range(15)], "3 batches of 5 steps"
 
 
-def test_a_model_that_returns_nan_names_the_time_step(model: LoadedModel) -> None:
+def test_a_model_that_gives_nan_names_the_time_step(model: LoadedModel) -> None:
     with torch.no_grad():
-        model.unet.conv_out.bias.fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match="t = 800"):
+        model.denoiser.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="timestep = 800"):
         collect(model, **SMALL)
 
 
@@ -122,7 +110,7 @@ def test_more_calibration_steps_than_inference_steps_are_refused(model: LoadedMo
 def test_the_cache_is_reused_until_recipe_or_model_change(model: LoadedModel, tmp_path: Path) -> None:
     runs: list[int] = []
 
-    def cached(loaded: LoadedModel, **changes: Any) -> CalibrationSet:
+    def cached(loaded: LoadedModel, **changes: Any) -> Calls:
         return collect_cached(
             loaded, tmp_path, on_progress=lambda done, total: runs.append(done), **{**SMALL, **changes}
         )
@@ -132,12 +120,36 @@ def test_the_cache_is_reused_until_recipe_or_model_change(model: LoadedModel, tm
     assert cached(model).sha256 == first.sha256
     assert cached(model, batch_size=2).sha256 == first.sha256
     assert len(runs) == made, "nothing ran again"
-
-    for change in (lambda: cached(model, seed=1), lambda: cached(replace(model, sha256="another"))):
+    other_classes = replace(model, sampler=LoopSampler(model.denoiser, DDIMScheduler(), classes=[1]))
+    for change in (
+        lambda: cached(model, seed=1),
+        lambda: cached(replace(model, sha256="another")),
+        lambda: cached(other_classes),
+    ):
         before = len(runs)
         change()
         assert len(runs) > before
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4, "one file each, and no folder of parts is left"
+
+
+def test_an_interrupted_collection_goes_on_after_its_last_batch(model: LoadedModel, tmp_path: Path) -> None:
+    whole = collect_cached(model, tmp_path / "whole", **SMALL, batch_size=2)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done > 11:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        collect_cached(model, tmp_path / "part", **SMALL, batch_size=2, on_progress=stop)
+    seen: list[int] = []
+    found = collect_cached(
+        model, tmp_path / "part", **SMALL, batch_size=2, on_progress=lambda done, total: seen.append(done)
+    )
+    assert seen == [11, 12, 13, 14, 15], "two batches of five steps were kept"
+    assert found.sha256 == whole.sha256
 
 
 def test_a_damaged_cache_is_mended(model: LoadedModel, tmp_path: Path) -> None:
@@ -145,7 +157,7 @@ def test_a_damaged_cache_is_mended(model: LoadedModel, tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-1])
     assert collect_cached(model, tmp_path, **SMALL).sha256 == first.sha256
-    assert CalibrationSet.load(path).sha256 == first.sha256
+    assert Calls.load(path).sha256 == first.sha256
 
 
 def test_the_cache_folder_follows_the_environment(
@@ -153,7 +165,7 @@ def test_the_cache_folder_follows_the_environment(
 ) -> None:
     monkeypatch.setenv("PTQ_TDQ_CACHE", str(tmp_path / "elsewhere"))
     collect_cached(model, **SMALL)
-    assert len(list((tmp_path / "elsewhere").glob("calibration-*.safetensors"))) == 1
+    assert len(list((tmp_path / "elsewhere").glob("calls-*.safetensors"))) == 1
     monkeypatch.delenv("PTQ_TDQ_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "ptq-tdq"
@@ -163,3 +175,10 @@ def test_a_cache_that_cannot_be_written_is_an_output_error(model: LoadedModel, t
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         collect_cached(model, tmp_path / "file", **SMALL)
+
+
+def test_noise_of_other_samples_seeds_and_purposes_is_other_noise() -> None:
+    keys = [("calibration", 0, 0), ("calibration", 0, 1), ("calibration", 1, 0), ("evaluation", 0, 0)]
+    drawn = [torch.randn(4, generator=sample_generator(*key)) for key in keys]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+    assert torch.equal(drawn[0], torch.randn(4, generator=sample_generator(*keys[0])))

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +16,20 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ptq_tdq.calib_data import REFERENCE_ID, check_unet, collect, load_model, unet_sha256, with_scheduler
+from ptq_tdq.calib_data import (
+    REFERENCE_DIT_ID,
+    REFERENCE_ID,
+    LoopSampler,
+    check_denoiser,
+    collect,
+    is_embedded,
+    load_model,
+    with_scheduler,
+)
 from ptq_tdq.calib_data.reference import reference_path
+from ptq_tdq.calib_data.reference_dit import reference_dit_path
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
+from ptq_tdq.identity import model_sha256
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -76,26 +90,35 @@ def bare(unet: UNet2DModel, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_embedded_model_is_class_conditional_and_latent() -> None:
-    model = load_model()
-    assert model.id == REFERENCE_ID
-    assert model.num_classes == 10, "label 10 means no class"
-    assert model.vae is not None
-    assert model.unet.dtype == torch.float32
-    assert not model.unet.training
-    assert not any(parameter.requires_grad for parameter in model.unet.parameters())
-    assert model.notices == ()
-    by_path = load_model(str(reference_path()))
-    assert (by_path.sha256, by_path.num_classes) == (model.sha256, 10)
+@pytest.mark.parametrize(
+    ("name", "identifier", "path"),
+    [("reference", REFERENCE_ID, reference_path()), ("reference-dit", REFERENCE_DIT_ID, reference_dit_path())],
+)
+def test_the_embedded_models_are_class_conditional_and_latent(name: str, identifier: str, path: Path) -> None:
+    model = load_model(name)
+    assert (model.id, model.notices) == (identifier, ())
+    assert model.sampler.num_classes == 10, "label 10 means no class"
+    assert isinstance(model.sampler, LoopSampler) and model.sampler.vae is not None
+    assert model.denoiser.dtype == torch.float32
+    assert not model.denoiser.training
+    assert not any(parameter.requires_grad for parameter in model.denoiser.parameters())
+    by_path = load_model(str(path))
+    assert (by_path.sha256, by_path.sampler.num_classes) == (model.sha256, 10)
+    assert is_embedded(model) and is_embedded(by_path)
+
+
+def test_no_name_is_the_first_embedded_model() -> None:
+    assert load_model().sha256 == load_model("reference").sha256
 
 
 def test_a_pipeline_saved_by_diffusers_loads(unet: UNet2DModel, tmp_path: Path) -> None:
     DDIMPipeline(unet=unet, scheduler=DDIMScheduler(beta_end=0.01)).save_pretrained(tmp_path)
     model = load_model(str(tmp_path))
-    assert same_weights(model.unet, unet)
+    assert same_weights(model.denoiser, unet)
     assert isinstance(model.scheduler, DDIMScheduler)
     assert model.scheduler.config.beta_end == 0.01
-    assert (model.vae, model.num_classes, model.notices, model.id) == (None, 0, (), str(tmp_path))
+    assert isinstance(model.sampler, LoopSampler) and model.sampler.vae is None
+    assert (model.sampler.num_classes, model.notices, model.id) == (0, (), str(tmp_path))
     bare_part = load_model(str(tmp_path / "unet"))
     assert bare_part.scheduler.config.beta_end == 0.01, "the scheduler beside a bare U-Net folder is found"
     assert bare_part.sha256 == model.sha256
@@ -112,9 +135,8 @@ def test_a_bare_folder_uses_its_own_scheduler_or_says_that_it_has_none(bare: Pat
     assert model.notices == ()
 
 
-@pytest.mark.parametrize("weights", ["safetensors", "bin"])
-def test_the_layout_of_ddpm_cifar10_32_loads_and_can_be_collected_from(tmp_path: Path, weights: str) -> None:
-    """U-Net at the top level, attention weights under their old names, optionally as a PyTorch file; random weights."""
+def test_the_layout_of_ddpm_cifar10_32_loads_and_can_be_collected_from(tmp_path: Path) -> None:
+    """U-Net at the top level, attention weights under their old names; random weights."""
     write_json(tmp_path / "config.json", CIFAR10_UNET)
     write_json(tmp_path / "scheduler_config.json", CIFAR10_SCHEDULER)
     write_json(tmp_path / "model_index.json", CIFAR10_INDEX)
@@ -130,32 +152,49 @@ def test_the_layout_of_ddpm_cifar10_32_loads_and_can_be_collected_from(tmp_path:
             for new_part, old_part in old_names.items():
                 old = old.replace(new_part, old_part)
         state[old] = tensor
-    if weights == "safetensors":
-        save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    else:
-        torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
-
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
     model = load_model(str(tmp_path))
-    assert same_weights(model.unet, original)
+    assert same_weights(model.denoiser, original)
     assert model.scheduler.config.variance_type == "fixed_large"
-    assert (model.num_classes, model.vae, model.notices) == (0, None, ())
-    if weights == "safetensors":
-        found = collect(model, samples_per_step=1, calibration_steps=2, num_inference_steps=2)
-        assert found.x.shape == (2, 3, 32, 32)
-        assert found.class_labels is None
+    assert (model.sampler.num_classes, model.notices) == (0, ())
+    found = collect(model, samples_per_step=1, calibration_steps=2, num_inference_steps=2)
+    assert found.groups[0].leaf("sample").shape == (2, 3, 32, 32)
+
+
+@dataclass
+class Touch:
+    """What a pickled file may hold: unpickling it runs code."""
+
+    path: Path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "ckpt", "pt"])
+def test_pickled_weights_are_refused_and_never_read(bare: Path, tmp_path: Path, suffix: str) -> None:
+    mark, data = tmp_path / "was-run", pickle.dumps(Touch(tmp_path / "was-run"))
+    pickle.loads(data)
+    assert mark.exists(), "the file would run code"
+    mark.unlink()
+    (bare / WEIGHTS).unlink()
+    (bare / f"diffusion_pytorch_model.{suffix}").write_bytes(data)
+    with pytest.raises(ModelError, match=r"pickled.*never read"):
+        load_model(str(bare))
+    assert not mark.exists()
 
 
 def test_the_hash_follows_weights_and_configuration_but_not_dtype_or_place(unet: UNet2DModel, bare: Path) -> None:
     model = load_model(str(bare))
     moved = shutil.copytree(bare, bare.parent / "moved")
-    assert load_model(str(moved)).sha256 == model.sha256 == unet_sha256(unet)
+    assert load_model(str(moved)).sha256 == model.sha256 == model_sha256(unet)
     assert load_model(str(bare), dtype=torch.bfloat16).sha256 == model.sha256
     with torch.no_grad():
         next(unet.parameters())[0].add_(1e-3)
-    assert unet_sha256(unet) != model.sha256
-    other = UNet2DModel.from_config({**model.unet.config, "norm_eps": 1e-3})
-    other.load_state_dict(model.unet.state_dict())
-    assert unet_sha256(other) != model.sha256
+    assert model_sha256(unet) != model.sha256
+    other = UNet2DModel.from_config({**model.denoiser.config, "norm_eps": 1e-3})
+    other.load_state_dict(model.denoiser.state_dict())
+    assert model_sha256(other) != model.sha256
 
 
 def test_loading_is_silent(bare: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -172,15 +211,30 @@ def test_a_missing_folder_and_a_file_are_named(tmp_path: Path) -> None:
         load_model(str(tmp_path / "model.ckpt"))
 
 
-def test_a_folder_without_a_unet2dmodel_says_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no UNet2DModel"):
+def test_a_folder_without_a_denoiser_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no denoiser"):
         load_model(str(tmp_path))
-    write_json(tmp_path / "config.json", {"_class_name": "UNet2DConditionModel"})
-    with pytest.raises(ModelError, match="is a UNet2DConditionModel, not a UNet2DModel"):
+    write_json(tmp_path / "config.json", {"_class_name": "AutoencoderKL"})
+    with pytest.raises(ModelError, match="is a AutoencoderKL, which takes no time step"):
+        load_model(str(tmp_path))
+    write_json(tmp_path / "config.json", {"_class_name": "os.system"})
+    with pytest.raises(ModelError, match="takes no time step"):
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be read as JSON"):
         load_model(str(tmp_path))
+
+
+def test_a_pipeline_without_a_denoiser_says_so(tmp_path: Path) -> None:
+    write_json(tmp_path / "model_index.json", {"_class_name": "X", "vae": ["diffusers", "AutoencoderKL"]})
+    with pytest.raises(ModelError, match="no component that takes a time step"):
+        load_model(str(tmp_path))
+
+
+def test_a_component_that_does_not_exist_is_named(tmp_path: Path, unet: UNet2DModel) -> None:
+    DDIMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no denoiser named 'transformer'; it has unet"):
+        load_model(str(tmp_path), component="transformer")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1000, -1])
@@ -227,8 +281,8 @@ def test_a_model_without_timestep_is_refused() -> None:
         def forward(self, sample: Tensor) -> Tensor:
             return sample
 
-    with pytest.raises(ModelError, match=r"Plain.*timestep"):
-        check_unet(Plain())
+    with pytest.raises(ModelError, match=r"Plain.*time"):
+        check_denoiser(Plain())
 
 
 def test_class_embeddings_that_are_no_labels_are_refused(tmp_path: Path) -> None:
@@ -236,7 +290,7 @@ def test_class_embeddings_that_are_no_labels_are_refused(tmp_path: Path) -> None
         block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
         class_embed_type="timestep",
     ).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(ModelError, match="'timestep' are not supported"):
+    with pytest.raises(ModelError, match="'timestep' take no class numbers"):
         load_model(str(tmp_path))
 
 

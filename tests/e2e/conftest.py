@@ -21,6 +21,7 @@ SMALL = (
     *("--samples-per-step", "4", "--calibration-steps", "3", "--num-inference-steps", "4"),
     *("--set", "weight_iterations=3", "--set", "activation_iterations=3", "--set", "batch_size=4"),
     *("--scheme", "W4A8", "--seed", "0", "--set", "weight_lr=0.01"),
+    *("--set", "activation_range=minmax", "--set", "weight_range=minmax"),
     *("--evaluation-samples", "2", "--threads", "1"),
 )
 

@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from recorded import calls_of, images
 from torch import Tensor, nn
 
-from ptq_tdq import CalibrationSet, calibrate, load_quantized, preset
+from ptq_tdq import Calls, calibrate, load_quantized, preset, record
 from ptq_tdq.errors import (
     ArtifactCorruptError,
     CalibrationSetError,
     ConfigError,
     ModelError,
     NonFiniteError,
-    TimestepError,
 )
+from ptq_tdq.timeaxis import TimeAxis
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUICK = ("--method", "static", "--set", "activation_iterations=0", "--set", "rounding=nearest", "--set")
@@ -75,20 +76,22 @@ def test_activations_that_overflow_name_layer_and_t(
 ) -> None:
     model = saved(lambda u: u.conv_in.weight.fill_(3e38))
     result = cli("calibrate", "--model", model, "--output-dir", tmp_path / "out", *small)
-    check_refusal(result, 1, "t = 750", "first in conv_in")
+    check_refusal(result, 1, "timestep = 750", "first in conv_in")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def small_set(labels: Tensor | None = None, **recipe: Any) -> CalibrationSet:
-    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return CalibrationSet(x, torch.tensor([0.0, 0.0, 7.0, 7.0]), labels, recipe)
+def small_set(model: nn.Module, labels: Tensor | None = None) -> Calls:
+    conditions = {} if labels is None else {"class_labels": labels}
+    t = torch.tensor([0.0, 0.0, 7.0, 7.0])
+    return calls_of(model, images(4, model.config.in_channels), t, num_train_timesteps=10, **conditions)
 
 
 def test_activations_that_overflow_in_calibration_name_layer_and_t(unet: Callable[..., UNet2DModel]) -> None:
     model = unet()
+    calls = small_set(model)
     model.up_blocks[0].resnets[0].conv1.weight.fill_(3e38)
     with pytest.raises(NonFiniteError, match=r"up_blocks\.0\.resnets\.0.* NaN or Inf at t = 0"):
-        calibrate(model, preset("default", weight_iterations=0), small_set(num_train_timesteps=10))
+        calibrate(model, preset("default", weight_iterations=0), calls)
 
 
 def test_an_empty_calibration_set(cli: Any, pipeline: Path, tmp_path: Path) -> None:
@@ -96,7 +99,7 @@ def test_an_empty_calibration_set(cli: Any, pipeline: Path, tmp_path: Path) -> N
     check_refusal(cli("calibrate", *flags), 2, "samples_per_step must be at least 1 and below 1048576. Got 0 instead.")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CalibrationSetError, match="empty"):
-        CalibrationSet(torch.empty(0, 3, 8, 8), torch.empty(0), None)
+        calibrate(nn.Identity(), preset("default"), Calls(TimeAxis("timestep")))
 
 
 class NoTime(nn.Module):
@@ -110,25 +113,22 @@ class NoTime(nn.Module):
 
 @pytest.mark.parametrize("model", [NoTime(), nn.Identity()])
 def test_a_model_without_a_timestep_argument(model: nn.Module) -> None:
-    with pytest.raises(ModelError, match="no argument named 'timestep'"):
-        calibrate(model, preset("default"), small_set(num_train_timesteps=10))
+    with pytest.raises(ModelError, match="no argument that is known to hold a time step"), record(model):
+        pass
 
 
-def test_a_calibration_set_of_another_kind_of_model(unet: Callable[..., UNet2DModel]) -> None:
+def test_a_module_alone_does_not_say_how_it_is_sampled(unet: Callable[..., UNet2DModel]) -> None:
+    with pytest.raises(CalibrationSetError, match="record calls of it"):
+        calibrate(unet(), preset("default"))
+
+
+def test_calls_of_another_kind_of_model(unet: Callable[..., UNet2DModel]) -> None:
     config, labels = preset("default"), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(CalibrationSetError, match="is with class labels, unlike the model"):
-        calibrate(unet(), config, small_set(labels, num_train_timesteps=10))
-    with pytest.raises(CalibrationSetError, match="is without class labels, unlike the model"):
-        calibrate(unet(num_class_embeds=3), config, small_set(num_train_timesteps=10))
-    with pytest.raises(CalibrationSetError, match="has 3 channels, the model takes 4"):
-        calibrate(unet(in_channels=4), config, small_set(num_train_timesteps=10))
-    with pytest.raises(CalibrationSetError, match="does not name num_train_timesteps"):
-        calibrate(unet(), config, small_set())
-    for steps in ("10", 10.5, 0, None):
-        with pytest.raises(ConfigError, match="num_train_timesteps"):
-            calibrate(unet(), config, small_set(num_train_timesteps=steps))
-    with pytest.raises(TimestepError, match="Got t = 7"):
-        calibrate(unet(), config, small_set(num_train_timesteps=7))
+    plain, classes, four = unet(), unet(num_class_embeds=3), unet(in_channels=4)
+    for model, other in ((classes, small_set(plain)), (four, small_set(plain)), (plain, small_set(four))):
+        with pytest.raises(ModelError, match=r"cannot be called with .* the recorded calls"):
+            calibrate(model, config, other)
+    assert len(small_set(classes, labels)) == 4
 
 
 def test_no_layer_left_and_a_pattern_that_matches_nothing(
@@ -158,7 +158,7 @@ def test_a_name_that_no_document_can_hold_is_refused_before_the_first_unit(unet:
     for name in ("\udcff", 5):
         found: Any = name
         with pytest.raises(ConfigError):
-            calibrate(unet(), preset("default"), small_set(num_train_timesteps=10), model_id=found, on_unit=stop)
+            calibrate(unet(), preset("default"), small_set(unet()), model_id=found, on_unit=stop)
 
 
 def test_a_lower_case_scheme_and_fewer_steps_end_in_an_artifact(cli: Any, pipeline: Path, tmp_path: Path) -> None:
@@ -237,7 +237,9 @@ def test_samples_that_are_no_images(
     DDPMScheduler().save_pretrained(model)
     out = tmp_path / "out"
     assert cli("calibrate", "--model", model, "--output-dir", out, *small, *QUICK, "activation_range=minmax").code == 0
-    check_refusal(cli("sample", out, "--output", tmp_path / "x.png"), 1, "4 channels and the model has no VAE")
+    result = cli("sample", out, "--output", tmp_path / "x.png", "--num-images", 2, "--num-inference-steps", 2)
+    assert result.code == 0 and "latents that the model has no VAE" in result.out and "dB SQNR" in result.out
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_output_paths_that_cannot_be_written_are_refused_before_the_work(

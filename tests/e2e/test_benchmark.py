@@ -21,7 +21,8 @@ METRIC = ("--metric", "latent-sqnr")
 @pytest.fixture(scope="module")
 def study(pipeline: Path) -> tuple[str, ...]:
     """Build a study of 6 cells of a second each."""
-    settings = [part for choice in (*FEW, "activation_iterations=2") for part in ("--set", choice)]
+    quick = ("activation_iterations=2", "activation_range=minmax", "weight_range=minmax")
+    settings = [part for choice in (*FEW, *quick) for part in ("--set", choice)]
     return ("benchmark", "--model", str(pipeline), *MATRIX, *settings, "--threads", "1", *METRIC)
 
 

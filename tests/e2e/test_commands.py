@@ -44,9 +44,9 @@ def test_export_writes_the_tables_of_the_artifact(
     stored = load_file(calibrated(pipeline) / "interval_tables.safetensors")
     names = list(dict.fromkeys(table["layer"]))
     assert {f"{name}.{part}" for name in names for part in ("scale", "zero_point")} == set(stored)
-    assert len(table["t"]) == 1000 * len(names)
+    assert len(table["t"]) == 1001 * len(names)
     assert torch.equal(torch.tensor(table["scale"]), torch.cat([stored[f"{name}.scale"] for name in names]))
-    for i in (0, 999, len(table["t"]) - 1):
+    for i in (0, 1000, len(table["t"]) - 1):
         low = table["scale"][i] * (table["qmin"][i] - table["zero_point"][i])
         assert table["lo"][i] == pytest.approx(low, rel=1e-6)
 
@@ -57,7 +57,7 @@ def test_inspect_shows_every_name_in_full_off_a_terminal(cli: Any, calibrated: A
     summary = json.loads(cli("inspect", calibrated(pipeline), "--json").out)
     for row in (*summary["weights"], *summary["quantizers"]):
         assert row["name"] in text.out
-    assert "…" not in text.out and "t = 0 to 999" in text.out
+    assert "…" not in text.out and "from 0 to 1000" in text.out
     learned = summary["metrics"]["learned"]["latent_sqnr_db"]
     assert f"SQNR of the final latents: {learned:.2f} dB learned" in text.out
 
@@ -70,13 +70,13 @@ def test_sample_draws_both_models_side_by_side(
     flags = ("--num-images", images, "--num-inference-steps", 2, "--threads", 1)
     result = cli("sample", calibrated(conditional), "--output", picture, *flags)
     assert result.code == 0 and result.err == ""
-    assert f"{images} images, 2 steps of DDIMScheduler" in result.out
+    assert f"{images} samples, 2 steps of DDIMScheduler" in result.out
     columns = {1: 1, 3: 3, 10: 3}[images]  # a column for each of the three classes
     with Image.open(picture) as image:
         image.load()
         rows = -(-images // columns)
         assert image.format == "PNG"
-        assert image.size == (2 * columns * 8 * 3 + 4 * 3, rows * 8 * 3 + 14)
+        assert image.size == (2 * columns * 8 * 3 + 4 * 3, rows * (8 * 3 + 14) + 14)  # a caption per picture and title
         assert len(image.getcolors(1 << 20)) > 10
 
 
@@ -102,7 +102,7 @@ def test_off_a_terminal_calibrate_prints_the_result_and_nothing_else(
     run = ("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small, *QUICK, "--overwrite")
     plain = cli(*run)
     assert (plain.code, plain.err) == (0, "")
-    for expected in ("static (MSE)", "predicted noise, t = 750", "final latents", f"Wrote {tmp_path / 'out'}"):
+    for expected in ("static (MSE)", "prediction, t = 750", "final latents", f"Wrote {tmp_path / 'out'}"):
         assert expected in plain.out
     assert "weights.safetensors" in plain.out
 
@@ -115,7 +115,11 @@ def test_off_a_terminal_calibrate_prints_the_result_and_nothing_else(
     quiet = cli(*run, "--quiet", "--evaluation-samples", "0")
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert list(metrics) == ["reconstruction"]  # what learning itself knows; nothing was measured
+    assert sorted(metrics) == [
+        "coverage",
+        "notices",
+        "reconstruction",
+    ]  # what learning itself knows; nothing was measured
 
     verbose = cli(*run, "--verbose", "--evaluation-samples", "0")
     assert verbose.code == 0 and "static (MSE)" not in verbose.out and f"Wrote {tmp_path / 'out'}" in verbose.out

@@ -52,12 +52,26 @@ def test_the_backend_and_the_correction_are_named_beside_what_they_change(
     assert len({plain, mended, integer}) == 3 and abs(plain - integer) < 1
 
 
+def test_what_is_sampled_is_as_in_calibration_unless_it_is_named(
+    cli: Any, conditional: Path, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    made = cli("calibrate", "--model", conditional, "--classes", "2", "--output-dir", tmp_path / "out", *small)
+    assert made.code == 0, made.err
+    first, same, other = (
+        json.loads(cli("evaluate", tmp_path / "out", *FLAGS, *flags, "--json").out)
+        for flags in ((), ("--classes", "2"), ("--classes", "0,1"))
+    )
+    assert [document["sampling"]["classes"] for document in (first, same, other)] == [[2], [2], [0, 1]]
+    assert first["quantized"] == same["quantized"] != other["quantized"]
+
+
 def test_bad_requests_are_one_line(
     cli: Any, calibrated: Any, pipeline: Path, conditional: Path, tmp_path: Path
 ) -> None:
     artifact = calibrated(pipeline)
     for code, words, flags in (
         (2, "--samples", (artifact, "--samples", "2")),
+        (2, "guidance_scale", (artifact, "--guidance-scale", "2")),
         (1, "absent", (tmp_path / "absent",)),
         (1, "load the artifact with the model", (artifact, "--model", conditional)),
         (1, "torch-fidelity", (artifact, "--data", tmp_path)),

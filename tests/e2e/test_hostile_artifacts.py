@@ -9,21 +9,18 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hostile import run_python, small_artifact, with_config, with_layer, with_tensor
 
-from ptq_tdq import load_quantized
 from ptq_tdq.artifacts import Artifact, write_artifact
-from ptq_tdq.errors import ArtifactMismatchError
 from ptq_tdq.records import QuantizerRecord
 
 Change = Callable[[Artifact], Artifact]
 CONV, SHORTCUT = "mid_block.resnets.0.conv1", "up_blocks.0.resnets.0.conv_shortcut"
-ATTENTION, NORM = "mid_block.attentions.0", "mid_block.resnets.0.norm1.weight"
+PRODUCT, NORM = "mid_block.attentions.0.products.0", "mid_block.resnets.0.norm1.weight"
 
 
 def with_codes(artifact: Artifact, codes: torch.Tensor) -> Artifact:
@@ -94,11 +91,11 @@ CASES: dict[str, tuple[Change, str]] = {
     "a range too narrow": (layer(CONV, splits=(0, 15)), rf"'{CONV}' has the channel ranges"),
     "one quantizer for two ranges": (without_quantizer(SHORTCUT), f"'{SHORTCUT}' has 1 quantizers for 2 channel"),
     "two quantizers for one range": (one_more_quantizer, f"'{CONV}' has 2 quantizers for 1 channel range"),
-    "three quantizers of attention": (without_quantizer(ATTENTION), f"'{ATTENTION}' has 3 quantizers"),
-    "channels of attention": (layer(ATTENTION, splits=(0, 16)), f"'{ATTENTION}' has weights"),
-    "attention somewhere else": (layer(ATTENTION, name="mid_block"), "'mid_block' is a UNetMidBlock2D"),
-    "no such layer": (layer(ATTENTION, name="mid_block.attention"), "no layer 'mid_block.attention'"),
-    "the model as its own layer": (layer(ATTENTION, name="."), r"no layer '\.'"),
+    "three quantizers of a product": (without_quantizer(PRODUCT), f"'{PRODUCT}' has 3 quantizers"),
+    "channels of a product": (layer(PRODUCT, splits=(0, 16)), f"'{PRODUCT}' has weights"),
+    "a product with no number": (layer(PRODUCT, name="mid_block"), "'mid_block' is not product 0"),
+    "a second product first": (layer(PRODUCT, name=PRODUCT[:-1] + "1"), "is not product 0 of its module"),
+    "a product of no module": (layer(PRODUCT, name="attention.products.0"), "no layer 'attention.products.0'"),
     "a network of no method": (a_network_of_no_method, f"'{CONV}'.*(cannot be made|asks a network)"),
     "bias of length 1": (float_tensor(f"{CONV}.bias", torch.zeros(1)), rf"'{CONV}\.bias' is torch.float32 \[1\]"),
     "bias of two axes": (float_tensor(f"{CONV}.bias", torch.zeros(16, 1)), rf"'{CONV}\.bias' is"),
@@ -174,9 +171,3 @@ def test_an_artifact_that_does_not_fit_its_model_is_refused(
 @pytest.mark.parametrize("backend", ["simulated", "integer"])
 def test_the_same_artifact_without_a_change_runs(backend: str, verdicts: dict[tuple[str, str], str]) -> None:
     assert verdicts[f"{len(CASES):02}", backend] == "runs"
-
-
-def test_an_entry_that_only_the_integer_form_reads(tmp_path: Path) -> None:
-    write_artifact(tmp_path / "out", with_config(small_artifact(), mid_block_scale_factor=[0, 1]))
-    with pytest.raises(ArtifactMismatchError, match=r"model_config is none that its model takes \(float\(\) argument"):
-        load_quantized(tmp_path / "out", backend="integer")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from diffusers import UNet2DModel
 from jsonschema import Draft202012Validator
 from PIL import Image
 
 from ptq_tdq import load_model, load_quantized
 from ptq_tdq.artifacts import schema
+from ptq_tdq.calib_data import first_call
 from ptq_tdq.config import Config
 from ptq_tdq.plan import make_plan
 
@@ -123,12 +123,12 @@ def test_ddpm_cifar10_32_with_narrow_layers(
 
 def test_ddpm_cifar10_32_at_full_width_loads_and_can_be_planned(cifar10: Callable[..., Path]) -> None:
     model = load_model(str(cifar10()))
-    assert sum(p.numel() for p in model.unet.parameters()) == 35_746_307  # the hub's model card: 35.7M
-    with torch.no_grad():
-        plan = make_plan(model.unet, Config(), lambda: model.unet(torch.zeros(1, 3, 32, 32), 0))
-    spatial = [record.name for record in plan if record.kind == "conv2d"]
+    assert sum(p.numel() for p in model.denoiser.parameters()) == 35_746_307  # the hub's model card: 35.7M
+    plan = make_plan(model.denoiser, Config(), first_call(model, 2))
+    spatial = [record.name for record in plan.layers if record.kind == "conv2d"]
     assert spatial[0] == "conv_in" and spatial[-1] == "conv_out"
-    assert len([record for record in plan if record.kind == "attention"]) == 6  # 2 down, 1 mid, 3 up
+    assert len([record for record in plan.layers if record.kind == "product"]) == 6  # 2 down, 1 mid, 3 up
+    assert (plan.coverage, plan.notices) == (1.0, ())
 
 
 def test_a_hub_id_offline_is_one_clear_line(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

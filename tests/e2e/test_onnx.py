@@ -1,4 +1,4 @@
-"""`ptq-tdq export --format onnx` of a calibrated model, and a diffusers pipeline around the file."""
+"""`ptq-tdq export --format onnx` of a calibrated model, and pipelines of diffusers around the file."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ from typing import Any
 
 import onnx
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
 from PIL import Image
+from pipelines import PIPELINES
 
-from ptq_tdq.cli.export import RUNTIMES
-from ptq_tdq.export.onnx import FORMS, OnnxUNet
+from ptq_tdq import load_quantized
+from ptq_tdq.calib_data import collect, load_model
+from ptq_tdq.cli.export import ONE_CALL, RUNTIMES
+from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.export.onnx import FORMS, OnnxDenoiser
+
+QUICK = (
+    *("--samples-per-step", "2", "--calibration-steps", "2", "--num-inference-steps", "3", "--evaluation-samples", "0"),
+    *("--set", "activation_iterations=2", "--set", "activation_range=minmax", "--set", "weight_range=minmax"),
+    *("--set", "rounding=nearest", "--threads", "1"),
+)
 
 
 def test_a_pipeline_samples_with_the_exported_file(
     cli: Callable[..., Any], pipeline: Path, calibrated: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "unet.onnx"
-    result = cli("export", calibrated(pipeline), "--format", "onnx", "--runtime", "onnxruntime", "--output", file)
+    result = cli("export", calibrated(pipeline), "--format", "onnx", "--output", file)
     assert (result.code, result.out) == (0, "")
     assert result.err.splitlines()[1:] == [f"Wrote {file}"]
     onnx.checker.check_model(file, full_check=True)
-    pipe = DDIMPipeline(unet=OnnxUNet(file, threads=1), scheduler=DDIMScheduler())
+    pipe = DDIMPipeline(unet=OnnxDenoiser(file, threads=1), scheduler=DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     images = pipe(batch_size=2, num_inference_steps=5, generator=torch.manual_seed(0), output_type="np").images
     assert images.shape == (2, 8, 8, 3)
@@ -37,9 +47,53 @@ def test_a_pipeline_samples_with_the_exported_file(
     with Image.open(picture) as opened:
         assert opened.format == "PNG"
 
+    collect(load_model(str(pipeline)), **ONE_CALL).save(tmp_path / "calls.safetensors")
+    again = ("--calls", tmp_path / "calls.safetensors", "--output", tmp_path / "again.onnx")
+    assert cli("export", calibrated(pipeline), "--format", "onnx", *again).code == 0
+    assert (tmp_path / "again.onnx").read_bytes() == file.read_bytes()
+
+
+def test_a_prompt_and_guidance_reach_the_file(cli: Callable[..., Any], tmp_path: Path) -> None:
+    entry = next(entry for entry in PIPELINES if entry.name == "StableDiffusion3Pipeline")
+    entry.save(tmp_path / "model")
+    given = {key: value for key, value in entry.call.items() if key not in ("num_inference_steps", "output_type")}
+    flags = [word for key, value in given.items() for word in ("--call", f"{key}={value}")]
+    result = cli("calibrate", "--model", tmp_path / "model", "--output-dir", tmp_path / "out", *flags, *QUICK)
+    assert result.code == 0, result.err
+    file = tmp_path / "transformer.onnx"
+    result = cli("export", tmp_path / "out", "--format", "onnx", "--output", file)
+    assert result.code == 0, result.err
+    graph, simulated = OnnxDenoiser(file, threads=1), load_quantized(tmp_path / "out")
+    ratios: list[float] = []
+
+    class Both(OnnxDenoiser):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            expected = simulated(*args, **kwargs)
+            ratios.append(sqnr_db(expected[0], graph(*args, **kwargs)[0]))
+            return expected
+
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
+    pipe.transformer = Both(file, threads=1)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(prompt=["A red fox", "A boat"], **entry.call, generator=torch.Generator().manual_seed(0))
+    assert len(ratios) == entry.call["num_inference_steps"]
+    assert min(ratios) > 25
+
 
 def test_the_command_knows_all_runtimes() -> None:
     assert tuple(FORMS) == RUNTIMES
+
+
+def test_calls_that_are_not_there(
+    cli: Callable[..., Any], pipeline: Path, calibrated: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    absent = tmp_path / "absent.safetensors"
+    result = cli(
+        *("export", calibrated(pipeline), "--format", "onnx", "-q"), "--calls", absent, "--output", tmp_path / "x.onnx"
+    )
+    assert result.code == 1
+    assert result.err == f"Error: There is no calibration set at '{absent}'; check the path.\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_runtime_belongs_to_a_graph(

@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from pipelines import PIPELINES
 
+QUICK = (
+    *("--samples-per-step", "2", "--calibration-steps", "2", "--num-inference-steps", "2"),
+    *("--set", "rounding=nearest", "--set", "activation_iterations=0", "--method", "step-table"),
+    *("--set", "activation_range=minmax", "--set", "weight_range=minmax"),
+    *("--scheme", "W4A8", "--evaluation-samples", "0", "--threads", "1"),
+)
 FLAGS = ("--samples", 3, "--num-inference-steps", 2, "--threads", 1)
 CHROMIUM = shutil.which("chromium")
 
@@ -37,7 +44,7 @@ def report(cli: Any, calibrated: Any, conditional: Path, tmp_path_factory: pytes
 def test_it_writes_one_page_and_its_figures(report: Path) -> None:
     assert sorted(path.name for path in report.iterdir()) == ["figures", "report.html"]
     names = {path.name for path in (report / "figures").iterdir()}
-    shown = ("intervals", "distribution", "classes", "steps", "error", "losses")
+    shown = ("intervals", "distribution", "groups", "steps", "error", "losses")
     assert names == {f"{name}.{kind}" for name in shown for kind in ("png", "svg")} | {"samples.png"}
     for path in (report / "figures").iterdir():
         if path.suffix == ".svg":
@@ -58,7 +65,8 @@ def test_the_page_holds_what_calibration_measured_and_what_was_measured_now(
     units = list(dict.fromkeys(layer["unit"] for layer in artifact["layers"]))
     for phase in ("weights", "activations"):
         assert [unit["unit"] for unit in metrics["reconstruction"][phase]] == units
-    assert data["samples"] == 3 and data["classes"] == 3 and len(data["steps"]) == 2
+    assert data["samples"] == 3 and data["groups"] == ["class 0", "class 1", "class 2"] and len(data["steps"]) == 2
+    assert data["end"] == "samples" and artifact["coverage"] == metrics["coverage"]
     assert artifact["latent_sqnr_db"] > 0 and artifact["image_psnr_db"] > 0
     assert str(conditional) not in (report / "report.html").read_text()
 
@@ -77,6 +85,35 @@ def test_artifacts_that_differ_in_the_seed_are_drawn_together(
     assert {path.name for path in (tmp_path / "report" / "figures").iterdir()} >= {"seeds.png", "seeds.svg"}
     if CHROMIUM:
         assert browse(page).count("<option") >= 2
+
+
+def test_a_pipeline_is_sampled_as_it_was_for_calibration(cli: Any, tmp_path: Path) -> None:
+    """Prompts, guidance and size come from the artifact; a prompt stands for a class."""
+    model, artifact, prompts = tmp_path / "model", tmp_path / "artifact", tmp_path / "prompts.txt"
+    next(small for small in PIPELINES if small.name == "StableDiffusionPipeline").save(model)
+    prompts.write_text("A red fox asleep in fresh snow, at the first light of dawn\nA kite\n")
+    sampled = ("--prompts", prompts, "--guidance-scale", 4, "--height", 16, "--width", 16)
+    made = cli("calibrate", "--model", model, "--output-dir", artifact, *sampled, *QUICK)
+    assert made.code == 0, made.err
+    result = cli("report", artifact, "--output-dir", tmp_path / "report", *FLAGS)
+    assert result.code == 0, result.err
+    data = data_of(tmp_path / "report" / "report.html")
+    (shown,) = data["artifacts"]
+    assert data["condition"] == "prompt" and data["end"] == "latents" and shown["image_psnr_db"] > 0
+    assert data["groups"] == ["A red fox asleep in fresh snow, at the\u2026", "A kite"]
+    assert data["model"]["component"] == "unet" and data["model"]["class"] == "UNet2DConditionModel"
+    assert {layer["kind"] for layer in shown["layers"]} == {"conv2d", "linear", "product"}
+    (first,) = (layer for layer in shown["layers"] if "first" in layer["roles"])
+    assert first["name"] == "conv_in"
+    with Image.open(tmp_path / "report" / "figures" / "samples.png") as image:
+        assert image.width > 2 * 16
+
+    told = cli("inspect", artifact)
+    assert told.code == 0 and "t = 'timestep', from 0 to 1000" in told.out
+    assert "100% of the multiply-accumulates of convolutions and linear layers" in told.out
+    facts = json.loads(cli("inspect", artifact, "--json").out)
+    assert facts["coverage"] == shown["coverage"] == 1 and facts["notices"] == shown["notices"]
+    assert facts["time_axis"]["scale"] == 1 and facts["base_model"]["component"] == "unet"
 
 
 def test_without_the_base_model_it_writes_what_the_artifact_holds(

@@ -12,20 +12,25 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from denoisers import DENOISERS
 from diffusers import UNet2DModel
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq_tdq.affine import choose_qparams
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.config import preset
+from ptq_tdq.calls import Calls, record
+from ptq_tdq.config import Config, preset
 from ptq_tdq.export.onnx.file import FORMS, encode_onnx
 from ptq_tdq.export.onnx.floating import Floating
 from ptq_tdq.export.onnx.skeleton import Skeleton, make_skeleton
+from ptq_tdq.identity import base_config
+from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.intervals.table import TableSource
+from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.plan import make_plan
-from ptq_tdq.quantized_model import QuantizedModel, base_config
+from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.weights import initialize
 
 T = 1000
@@ -70,13 +75,20 @@ def inputs(batch: int = 4, size: tuple[int, int] = (8, 8)) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
         "sample": torch.randn(batch, 3, *size, generator=generator),
-        "timestep": torch.linspace(0, T - 1, batch).round(),
+        "timestep": torch.linspace(0, T, batch).round(),
         "class_labels": torch.arange(batch) % 3,
     }
 
 
+def make_calls(model: nn.Module, **arguments: Any) -> Calls:
+    """One recorded call."""
+    with record(model, num_train_timesteps=T) as calls, torch.no_grad():
+        model(**arguments)
+    return calls
+
+
 def make_artifact(case: Case) -> Artifact:
-    """Nearest rounding, and the ranges of one forward pass, narrowed so that some codes clip."""
+    """An artifact of the tiny model."""
     unet = make_unet()
     config = preset(
         "default",
@@ -84,9 +96,15 @@ def make_artifact(case: Case) -> Artifact:
         method="dynamic" if case.tables == "dynamic" else "tdq-thin",
         weight_symmetric=case.symmetric,
         fixed_layers=(),
+        float_input_layers=(),
         weight_only_layers=("time_embedding", "first") if case.weight_only else (),  # inputs of two axes and of four
     )
-    quantized = QuantizedModel.copy_of(unet, make_plan(unet, config, lambda: unet(**inputs())))
+    return quantize(unet, config, make_calls(unet, **inputs()), case.tables)
+
+
+def quantize(model: nn.Module, config: Config, calls: Calls, tables: str) -> Artifact:
+    """Nearest rounding, and the ranges of one forward pass, narrowed so that some codes clip."""
+    quantized = QuantizedModel.copy_of(model, calls.axis, make_plan(model, config, calls).layers)
     for layer in quantized.layers().values():
         initialize(layer, config)
     seen: dict[str, Tensor] = {}
@@ -96,38 +114,40 @@ def make_artifact(case: Case) -> Artifact:
     ]
     with torch.no_grad():
         for quantizer in quantized.quantizers().values():
-            quantizer.enabled = True  # the attention's own product is used, without intervals so far
-        quantized(**inputs())
+            quantizer.enabled = True  # attention products are spelled out, without intervals so far
+        quantized(**calls.inputs(slice(0, len(calls.groups[0]))))
     for hook in hooks:
         hook.remove()
-    over_time = 1 + 0.3 * torch.sin(torch.arange(T) / 150)
     for name, quantizer in quantized.quantizers().items():
-        low, high = seen[name].min() * 0.9, seen[name].max() * 0.9
-        if quantizer.record.from_zero:
-            low = torch.zeros(())
-        scale, zero_point = choose_qparams(low, high, quantizer.qtype)
-        scales, zeros = scale.expand(T), zero_point.expand(T)
-        if case.tables in ("moving", "scaled"):
-            scales = scale * over_time
-        if case.tables == "moving" and not quantizer.record.from_zero:
-            zeros = (zeros + torch.arange(T) // 200).clamp(0, quantizer.qtype.qmax)
-        if case.tables == "dynamic":
-            quantizer.source = Dynamic(zero_point, quantizer.qtype)
-        else:
-            quantizer.source = TableSource(scales.contiguous(), zeros.to(torch.int32).contiguous())
+        quantizer.source = source(quantizer, seen[name], tables)
     quantized.provenance = {
         "base_model": {"id": "tiny", "sha256": "0" * 64},
-        "model_config": base_config(unet),
-        "scheme": case.scheme,
+        "model_config": base_config(model),
+        "scheme": config.scheme,
         "method": config.method,
         "preset": "default",
         "choices": config.to_dict(),
-        "time_axis": {"num_train_timesteps": T},
-        "calibration_set": {"sha256": "0" * 64, "recipe": {}},
+        "time_axis": calls.axis.to_dict(),
+        "calibration_set": {"sha256": "0" * 64},
         "seed": 0,
         "versions": {},
     }
     return quantized.finalize().to_artifact()
+
+
+def source(quantizer: ActivationQuantizer, x: Tensor, tables: str) -> IntervalSource:
+    """Intervals of the kind that :class:`Case` names, for values in the range of ``x``."""
+    t = torch.arange(T + 1)
+    low = torch.zeros(()) if quantizer.record.from_zero else x.min() * 0.9
+    scale, zero_point = choose_qparams(low, x.max() * 0.9, quantizer.qtype)
+    if tables == "dynamic":
+        return Dynamic(zero_point, quantizer.qtype)
+    scales, zeros = scale.expand(T + 1), zero_point.expand(T + 1)
+    if tables in ("moving", "scaled"):
+        scales = scale * (1 + 0.3 * torch.sin(t / 150))
+    if tables == "moving" and not quantizer.record.from_zero:
+        zeros = (zeros + t // 200).clamp(0, quantizer.qtype.qmax)
+    return TableSource(scales.contiguous(), zeros.to(torch.int32).contiguous())
 
 
 @pytest.fixture(scope="session")
@@ -146,13 +166,29 @@ def artifact_of() -> Callable[[str], Artifact]:
 @pytest.fixture(scope="session")
 def skeleton(artifact_of: Callable[[str], Artifact]) -> Skeleton:
     """One export for all cases: their float parts are the same."""
-    return make_skeleton(artifact_of("W4A6"))
+    unet = make_unet()
+    return make_skeleton(artifact_of("W4A6"), make_calls(unet, **inputs()))
+
+
+@pytest.fixture(scope="session")
+def quantize_denoiser() -> Callable[[str], tuple[Artifact, Calls]]:
+    """Artifacts of small denoisers of diffusers by name, with intervals that depend on t, and calls of them."""
+    made: dict[str, tuple[Artifact, Calls]] = {}
+
+    def artifact(name: str) -> tuple[Artifact, Calls]:
+        if name not in made:
+            denoiser = next(d for d in DENOISERS if d.name == name)
+            model = denoiser.build()
+            calls = make_calls(model, **denoiser.inputs(2, torch.tensor([801.0, 201.0])))
+            made[name] = (quantize(model, preset("default", scheme="W4A8"), calls, "moving"), calls)
+        return made[name]
+
+    return artifact
 
 
 @pytest.fixture(scope="session")
 def encode(artifact_of: Callable[[str], Artifact], skeleton: Skeleton) -> Callable[[str, str], bytes]:
     """Files by case and runtime ("float" for the form without quantizers)."""
-
     made: dict[tuple[str, str], bytes] = {}
 
     def file(case: str, runtime: str) -> bytes:

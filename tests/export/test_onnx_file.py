@@ -18,14 +18,17 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, ones
 
 from ptq_tdq.artifacts import Artifact
+from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError, UsageError
 from ptq_tdq.export import export_tables
-from ptq_tdq.export.onnx import FORMS, export_onnx, export_onnx_float
+from ptq_tdq.export.onnx import FORMS, OnnxDenoiser, export_onnx, export_onnx_float
 from ptq_tdq.export.onnx import file as onnx_file
 from ptq_tdq.export.onnx.file import encode_onnx
 from ptq_tdq.export.onnx.skeleton import Skeleton
 from ptq_tdq.load import build_quantized
+from ptq_tdq.timeaxis import TimeAxis
 
+NO_CALLS = Calls(TimeAxis("timestep"))
 RUNTIMES = ("portable", "onnxruntime", "openvino", "float")
 
 
@@ -41,7 +44,7 @@ def test_opset_21_of_standard_operators(runtime: str, encode: Callable[[str, str
     shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
     assert shapes == {
         "sample": ["batch", 3, "height", "width"],
-        "timestep": ["batch or 1"],
+        "timestep": ["batch"],
         "class_labels": ["batch"],
     }
     assert [v.name for v in model.graph.output] == ["out_sample"]
@@ -93,10 +96,9 @@ def test_weights_and_tables_are_stored_once_and_as_integers(
 def test_the_file_says_what_it_is(encode: Callable[[str, str], bytes]) -> None:
     (entry,) = onnx.load_from_string(encode("W4A6", "openvino")).metadata_props
     facts = json.loads(entry.value)
-    assert (entry.key, facts["runtime"], facts["scheme"], facts["num_train_timesteps"]) == (
-        *("ptq_tdq", "openvino", "W4A6"),
-        1000,
-    )
+    assert (entry.key, facts["runtime"], facts["scheme"]) == ("ptq_tdq", "openvino", "W4A6")
+    assert facts["time_axis"] == {"argument": "timestep", "num_train_timesteps": 1000, "scale": 1.0, "offset": 0.0}
+    assert facts["free_sizes"] == ["batch", "height", "width"]
 
 
 def test_the_float_graph_is_the_model_without_activation_quantizers(
@@ -143,21 +145,27 @@ def test_codes_are_recovered_from_the_annotated_float_weights(
 def test_two_files_for_hardware_teams(
     tmp_path: Path, artifact_of: Callable[[str], Artifact], skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_file, "make_skeleton", lambda artifact: skeleton)  # made by the same function before
-    table = export_onnx_float(artifact_of("W4A6"), tmp_path / "model.onnx")
+    # made by the same function before
+    monkeypatch.setattr(onnx_file, "make_skeleton", lambda artifact, calls: skeleton)
+    table = export_onnx_float(artifact_of("W4A6"), tmp_path / "model.onnx", NO_CALLS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.csv", "model.onnx"]
     assert table == tmp_path / "model.csv"
     with pytest.raises(UsageError, match=r"goes to '.*model.csv'; name the graph 'model.onnx' instead"):
-        export_onnx_float(artifact_of("W4A6"), tmp_path / "model.csv")
+        export_onnx_float(artifact_of("W4A6"), tmp_path / "model.csv", NO_CALLS)
     with pytest.raises(UsageError, match="is dynamic"):
-        export_onnx_float(artifact_of("W3A4-dynamic"), tmp_path / "dynamic.onnx")
+        export_onnx_float(artifact_of("W3A4-dynamic"), tmp_path / "dynamic.onnx", NO_CALLS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.csv", "model.onnx"]
 
 
 def test_unknown_runtime(tmp_path: Path, artifact_of: Callable[[str], Artifact]) -> None:
     with pytest.raises(UsageError, match=r"one of portable, onnxruntime, openvino\. Got 'tensorrt' instead"):
-        export_onnx(artifact_of("W4A6"), tmp_path / "model.onnx", "tensorrt")
+        export_onnx(artifact_of("W4A6"), tmp_path / "model.onnx", "tensorrt", NO_CALLS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_needs_a_call(tmp_path: Path, artifact_of: Callable[[str], Artifact]) -> None:
+    with pytest.raises(ModelError, match="no recorded call to export the model with"):
+        export_onnx(artifact_of("W4A6"), tmp_path / "model.onnx", "portable", NO_CALLS)
 
 
 def test_a_network_that_finds_intervals_has_no_form(
@@ -167,7 +175,7 @@ def test_a_network_that_finds_intervals_has_no_form(
     artifact = artifact_of("W3A4-dynamic")
     tables = {name: replace(table, generator={"net.0.weight": ones(1)}) for name, table in artifact.tables.items()}
     with pytest.raises(ModelError, match="asks a network"):
-        export_onnx(replace(artifact, tables=tables), tmp_path / "model.onnx", "portable")
+        export_onnx(replace(artifact, tables=tables), tmp_path / "model.onnx", "portable", NO_CALLS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -175,12 +183,10 @@ def test_a_network_that_finds_intervals_has_no_form(
 def test_a_missing_runtime_names_its_extra(
     package: str, extra: str, tmp_path: Path, encode: Callable[[str, str], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ptq_tdq.export.onnx import OnnxUNet
-
-    (tmp_path / "model.onnx").write_bytes(encode("W4A6", package))
+    (tmp_path / "model.onnx").write_bytes(encode("W4A6", "portable"))
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError, match=rf"pip install 'ptq-tdq\[{extra}\]'"):
-        OnnxUNet(tmp_path / "model.onnx")
+        OnnxDenoiser(tmp_path / "model.onnx", runtime=package)
 
 
 def test_a_missing_exporter_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

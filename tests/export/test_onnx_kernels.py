@@ -20,7 +20,7 @@ PRODUCTS = {"Convolution", "FullyConnected", "MatMul"}
 
 def expected(artifact: Artifact) -> int:
     """Products of integers: one for each channel range of a layer, two for each attention."""
-    return sum(2 if layer.kind == "attention" else len(layer.inputs) for layer in artifact.layers)
+    return sum(2 if layer.kind == "product" else len(layer.inputs) for layer in artifact.layers)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -37,7 +37,7 @@ PAIRS = [  # the runtime that a file is made for, and the one that runs it
     *(pytest.param(case, "portable", "onnxruntime", id=f"{case}-portable-onnxruntime") for case in CASES),
     pytest.param("W4A6", "portable", "openvino", id="W4A6-portable-openvino"),
 ]
-STEPS = 10  # of the schedule: t = 0, 111, ..., 999
+STEPS = 11  # of the schedule: t = 0, 100, ..., 1000
 
 
 def interval(artifact: Artifact, q: QuantizerRecord, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ def test_every_layer_within_one_code_at_all_steps_of_a_schedule(
     sources = {q.name: source_of(graph, inner[q.name], layer.name) for layer in artifact.layers for q in layer.inputs}
     sources |= {layer.name: source_of(graph, layer.name, layer.name) for layer in artifact.layers if not layer.inputs}
     results = {
-        layer.name: [f"{layer.name}.q*k", f"{layer.name}.softmax*v"] if layer.kind == "attention" else [layer.name]
+        layer.name: [f"{layer.name}.q*k", f"{layer.name}.softmax*v"] if layer.kind == "product" else [layer.name]
         for layer in artifact.layers
     }
     results[artifact.layers[-1].name] = ["out_sample"]
@@ -125,7 +125,7 @@ def test_every_layer_within_one_code_at_all_steps_of_a_schedule(
             ties, total = ties + int(difference.sum()), total + difference.numel()
             levels.append(codes - zero_point)
             scales.append(scale)
-        if layer.kind == "attention":
+        if layer.kind == "product":
             q, k, v, softmax = (n.double() * s.double() for n, s in zip(levels, scales, strict=True))
             outputs = [q @ k.transpose(-1, -2), softmax @ v]
         else:

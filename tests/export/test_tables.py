@@ -18,8 +18,9 @@ from ptq_tdq.artifacts import Artifact, IntervalTable
 from ptq_tdq.errors import OutputError, UsageError
 from ptq_tdq.export import export_tables, interval_frame
 from ptq_tdq.records import LayerRecord, QuantizerRecord
+from ptq_tdq.timeaxis import TimeAxis
 
-T = 2000
+T = 2000  # entries of a table
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def artifact() -> Artifact:
         scale = torch.empty(T).uniform_(-38, 35, generator=generator).double()
         zero_point = torch.randint(0, 2**bits, (T,), generator=generator, dtype=torch.int32)
         tables[name] = IntervalTable((10**scale).float(), zero_point)
-    config: dict[str, Any] = {"time_axis": {"num_train_timesteps": T}}
+    config: dict[str, Any] = {"time_axis": TimeAxis("timestep", T - 1).to_dict()}
     return Artifact(config, tuple(layers), tables, {}, {}, {}, {}, {}, "")
 
 

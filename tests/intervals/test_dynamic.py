@@ -11,7 +11,7 @@ from observed import build as build_from
 from torch import Tensor
 
 from ptq_tdq.affine import fake_quantize
-from ptq_tdq.errors import ModelError, TimestepError
+from ptq_tdq.errors import ModelError
 from ptq_tdq.intervals import IntervalSource, source_class
 from ptq_tdq.intervals.dynamic import restore_dynamic
 from ptq_tdq.scheme import QType
@@ -77,12 +77,6 @@ def test_a_network_starts_with_less_error_than_the_static_interval(method: str, 
         return (fake_quantize(x, scale[:, None], zero[:, None], QType(6)) - x).square().mean().item()
 
     assert error(*started) < 0.9 * error(*static)
-
-
-def test_a_network_knows_the_end_of_its_axis() -> None:
-    for t in (-1.0, 1000.0):
-        with pytest.raises(TimestepError, match="0 to 999"):
-            build("dynamic-statistics-time")(torch.tensor([t]), torch.ones(1, 5))
 
 
 def test_with_zero_weights_a_network_starts_as_the_static_interval() -> None:

@@ -100,7 +100,7 @@ def test_initial_weights_have_the_named_distribution(weights: str) -> None:
 def test_with_zero_weights_the_module_starts_as_the_static_interval() -> None:
     """The last bias is softplus^-1 of the static interval (method section 2)."""
     observed = observe(start="as-is", weights="zero")
-    torch.testing.assert_close(scales(build("tdq", observed)), observed.static.scale.expand(T))
+    torch.testing.assert_close(scales(build("tdq", observed)), observed.static.scale.expand(T + 1))
 
 
 @pytest.mark.parametrize(("method", "options"), MODULES)

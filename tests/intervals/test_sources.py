@@ -53,7 +53,7 @@ def test_s_n_is_constant_in_each_nth_of_the_time_axis(bins: int) -> None:
     assert owner.value.shape == (bins,)
     with torch.no_grad():
         owner.value.copy_(torch.arange(1.0, bins + 1).log())
-    expected = [t * bins // T + 1 for t in range(T)]
+    expected = [min(t * bins // T, bins - 1) + 1 for t in range(T + 1)]  # t = T belongs to the last bin
     torch.testing.assert_close(scales(source), torch.tensor(expected, dtype=torch.float32))
 
 
@@ -75,7 +75,7 @@ def test_each_bin_is_the_search_over_its_own_samples_and_an_unseen_one_copies_it
 @pytest.mark.parametrize("zero_point", ["fixed", "step"])
 def test_step_sources_hold_the_steps_and_are_linear_in_between(method: str, zero_point: str) -> None:
     observed = observe(zero_point=zero_point, drift=2.0)
-    expected = np.interp(np.arange(T), STEPS.numpy(), observed.steps.scale.numpy())
+    expected = np.interp(np.arange(T + 1), STEPS.numpy(), observed.steps.scale.numpy())
     scale, zero = build(method, observed).table(T)
     np.testing.assert_allclose(scale.numpy(), expected, rtol=1e-5)
     at_steps = observed.steps.zero_point if zero_point == "step" else observed.static.zero_point.expand(len(STEPS))
@@ -100,7 +100,7 @@ ALL = [*((m, {}) for m in QUICK), ("tdq", {"start": "as-is"}), ("tdq-thin", {"st
 @pytest.mark.parametrize("zero_point", ["fixed", "step"])
 def test_each_sample_of_a_batch_has_its_own_time_step(method: str, options: dict[str, str], zero_point: str) -> None:
     source = build(method, observe(zero_point=zero_point, **options))
-    t = torch.tensor([999.0, 3.0, 3.0, 500.0, 0.0])
+    t = torch.tensor([1000.0, 3.0, 3.0, 500.0, 0.0])
     scale, zero = source(t, torch.empty(5, 0))
     table = source.table(T)
     torch.testing.assert_close(scale.detach(), table[0][t.long()])
@@ -111,7 +111,7 @@ def test_each_sample_of_a_batch_has_its_own_time_step(method: str, options: dict
 @pytest.mark.parametrize("parameter", ["raw", "log"])
 def test_gradients_reach_each_learned_parameter(method: str, options: dict[str, str], parameter: str) -> None:
     source = build(method, observe(parameter=parameter, **options))
-    scale, _ = source(torch.arange(T), torch.empty(T, 0))
+    scale, _ = source(torch.arange(T + 1), torch.empty(T + 1, 0))
     scale.sum().backward()
     learned = list(source.parameters())
     assert learned and all(p.grad is not None and bool((p.grad != 0).any()) for p in learned)

@@ -53,7 +53,7 @@ def integers(draw: st.DrawFn, high: int, dtype: torch.dtype, *shape: int) -> tor
 
 @st.composite
 def artifacts(draw: st.DrawFn) -> Artifact:
-    steps = draw(st.integers(1, 5))
+    steps = draw(st.integers(2, 6))
     layers, tables = [], {}
     codes, scale, zero_point = {}, {}, {}
     for name in draw(st.lists(names, max_size=3, unique=True)):
@@ -85,7 +85,7 @@ def artifacts(draw: st.DrawFn) -> Artifact:
         "method": "tdq",
         "preset": "default",
         "choices": draw(st.dictionaries(st.text(), json_values, max_size=2)),
-        "time_axis": {"num_train_timesteps": steps},
+        "time_axis": {"argument": "t", "num_train_timesteps": steps - 1, "scale": 1.0, "offset": 0.0},
         "calibration_set": {"sha256": "b" * 64},
         "seed": draw(st.integers()),
         "versions": draw(st.dictionaries(st.text(), st.text(), max_size=2)),
@@ -110,7 +110,7 @@ def files() -> dict[str, bytes]:
         "method": "tdq",
         "preset": "default",
         "choices": {"p": 2.4},
-        "time_axis": {"num_train_timesteps": 2},
+        "time_axis": {"argument": "t", "num_train_timesteps": 1, "scale": 1.0, "offset": 0.0},
         "calibration_set": {"sha256": "b" * 64},
         "seed": 0,
         "versions": {"torch": "2"},

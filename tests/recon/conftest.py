@@ -1,18 +1,16 @@
-"""A quantized U-Net with samples at three time steps, small enough for whole runs of the engine."""
+"""A quantized U-Net with calls at three time steps, small enough for whole runs of the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 
+from ptq_tdq import Calls, QuantizedModel, record
 from ptq_tdq.config import Config, preset
 from ptq_tdq.plan import make_plan
-from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon import Samples
 
 
 @pytest.fixture
@@ -27,17 +25,20 @@ def unet(tiny_unet: Callable[..., UNet2DModel]) -> UNet2DModel:
 
 
 @pytest.fixture
-def samples() -> Samples:
+def calls(unet: UNet2DModel) -> Calls:
+    """12 rows, t = 999, 500 and 1 in turn."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(12, 3, 4, 4, generator=generator)
-    return Samples(x, torch.tensor([999.0, 500.0, 1.0]).repeat(4), torch.arange(12) % 3)
+    with record(unet) as recorded, torch.no_grad():
+        unet(x, torch.tensor([999.0, 500.0, 1.0]).repeat(4), class_labels=torch.arange(12) % 3)
+    return recorded
 
 
 @pytest.fixture
 def choose() -> Callable[..., Config]:
     """Build a config of few iterations, with everything quantized."""
 
-    def make(**choices: Any) -> Config:
+    def make(**choices: object) -> Config:
         few = {"weight_iterations": 4, "activation_iterations": 4, "batch_size": 6, "compute_dtype": "float32"}
         return preset("qdiff", **{"method": "S_2", "scheme": "W3A4", "weight_lr": 1e-2, **few, **choices})
 
@@ -45,11 +46,10 @@ def choose() -> Callable[..., Config]:
 
 
 @pytest.fixture
-def wrap(unet: UNet2DModel, samples: Samples) -> Callable[[Config], QuantizedModel]:
+def wrap(unet: UNet2DModel, calls: Calls) -> Callable[[Config], QuantizedModel]:
     """Build a quantized copy of the U-Net."""
 
     def make(config: Config) -> QuantizedModel:
-        plan = make_plan(unet, config, lambda: unet(**samples.inputs(slice(0, 2))))
-        return QuantizedModel.copy_of(unet, plan)
+        return QuantizedModel.copy_of(unet, calls.axis, make_plan(unet, config, calls).layers)
 
     return make

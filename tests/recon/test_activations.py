@@ -6,26 +6,48 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
+from ptq_tdq import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon import Samples
-from ptq_tdq.recon.activations import _chances, _draw
+from ptq_tdq.recon.activations import _chances
+from ptq_tdq.recon.parts import Part, Parts, Place
 from ptq_tdq.recon.unit import Unit
+
+
+def outputs(x: Tensor) -> Parts:
+    return Parts((Part.of(x, slice(0, len(x)), (Place(0, 1),)),))
 
 
 @pytest.mark.parametrize("power", [1.5, 2.4])
 def test_relative_loss_weights_make_up_for_the_size_of_a_step(
-    power: float, wrap: Callable[[Config], QuantizedModel], choose: Callable[..., Config], samples: Samples
+    power: float, wrap: Callable[[Config], QuantizedModel], choose: Callable[..., Config], calls: Calls
 ) -> None:
     quantized = wrap(choose())
-    unit = Unit("conv_in", quantized.model.get_submodule("conv_in"), quantized.clock, samples.t)
+    unit = Unit("conv_in", quantized.model.get_submodule("conv_in"), calls.t)
     size = torch.tensor([4.0, 2.0, 1.0]).repeat(4)  # at t = 999, 500, 1
-    chances = _chances(unit, size.view(-1, 1, 1, 1).expand(-1, 3, 4, 4), power)
+    chances = _chances(unit, outputs(size.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)), power)
     torch.testing.assert_close(chances * size**power, torch.full((12,), chances[0] * size[0] ** power))
-    drawn = _draw(12, chances, 6000, torch.Generator().manual_seed(0))
+    drawn = unit.draw(6000, torch.Generator().manual_seed(0), chances)
     counts = torch.bincount(drawn % 3, minlength=3).double()
     expected = torch.tensor([4.0, 2.0, 1.0]).double() ** -power
     torch.testing.assert_close(counts / counts.sum(), expected / expected.sum(), rtol=0, atol=0.03)
-    everything_zero = _chances(unit, torch.zeros(12, 3, 4, 4), power)
+    everything_zero = _chances(unit, outputs(torch.zeros(12, 3, 4, 4)), power)
     assert bool(torch.isfinite(everything_zero).all()) and everything_zero.unique().numel() == 1
+
+
+def test_samples_are_drawn_from_one_cell(calls: Calls) -> None:
+    """Rows of two groups, of a unit that takes one time step at a time: each draw is of one group and one t."""
+    generator = torch.Generator().manual_seed(0)
+    spans = (slice(0, 5), slice(5, 12))
+    unit = Unit("a", torch.nn.Identity(), calls.t, spans, single=True)
+    drawn = [unit.draw(6, generator) for _ in range(300)]
+    assert all(len(index) == 6 for index in drawn)
+    for index in drawn:
+        assert len(calls.t[index].unique()) == 1 and len((index < 5).unique()) == 1
+    counts = torch.bincount(torch.cat(drawn), minlength=12) / (6 * len(drawn))
+    torch.testing.assert_close(counts, torch.full((12,), 1 / 12), rtol=0, atol=0.05)
+    batches = [torch.arange(12)[index] for index in unit.batches()]
+    assert torch.cat(batches).sort().values.tolist() == list(range(12))
+    assert all(len(calls.t[index].unique()) == 1 and len((index < 5).unique()) == 1 for index in batches)

@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ptq_tdq.calib_data import CalibrationSet
 from ptq_tdq.calibrate import calibrate
 from ptq_tdq.config import preset
 from ptq_tdq.errors import ResumeError
@@ -27,19 +26,16 @@ FEW = {"scheme": "W4A8", "method": "dynamic-statistics", "activation_iterations"
 class Case:
     """A finished run's folder, its result, and the way to go on from a changed copy."""
 
-    def __init__(self, unet: Any, samples: Any, folder: Path, **choices: Any) -> None:
+    def __init__(self, unet: Any, calls: Any, folder: Path, **choices: Any) -> None:
         self.unet, self.folder = unet, folder
-        recipe = {"num_train_timesteps": 1000}
-        self.calibration_set = CalibrationSet(samples.x, samples.t, samples.class_labels, recipe)
+        self.calls = calls
         self.config = preset("default", compute_dtype="float32", **{**FEW, **choices})
         self.expected, notices = self.run(folder)
         assert notices == []
 
     def run(self, folder: Path) -> tuple[dict[str, bytes], list[str]]:
         notices: list[str] = []
-        quantized = calibrate(
-            self.unet, self.config, self.calibration_set, run_directory=folder, on_notice=notices.append
-        )
+        quantized = calibrate(self.unet, self.config, self.calls, run_directory=folder, on_notice=notices.append)
         quantized.save_pretrained(folder / "out")
         found = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
         shutil.rmtree(folder / "out")
@@ -55,8 +51,8 @@ class Case:
 
 
 @pytest.fixture
-def case(unet: Any, samples: Any, tmp_path: Path) -> Case:
-    return Case(unet, samples, tmp_path / "run")
+def case(unet: Any, calls: Any, tmp_path: Path) -> Case:
+    return Case(unet, calls, tmp_path / "run")
 
 
 @pytest.fixture
@@ -200,15 +196,15 @@ def test_a_file_that_may_not_be_read_is_done_again(case: Case, copied: Callable[
     case.check(copy, "weights-0001.safetensors")
 
 
-def test_shared_weights_are_checked_alike(unet: Any, samples: Any, tmp_path: Path) -> None:
-    case = Case(unet, samples, tmp_path / "alone")
+def test_shared_weights_are_checked_alike(unet: Any, calls: Any, tmp_path: Path) -> None:
+    case = Case(unet, calls, tmp_path / "alone")
     runs = {"run_directory": tmp_path / "a", "weights_directory": tmp_path / "shared"}
-    calibrate(unet, case.config, case.calibration_set, **runs)
+    calibrate(unet, case.config, case.calls, **runs)
     damaged = tmp_path / "shared" / "weights-0002.safetensors"
     flip(damaged, 8 * damaged.stat().st_size - 1)
     notices: list[str] = []
     runs["run_directory"] = tmp_path / "b"
-    quantized = calibrate(unet, case.config, case.calibration_set, **runs, on_notice=notices.append)
+    quantized = calibrate(unet, case.config, case.calls, **runs, on_notice=notices.append)
     quantized.save_pretrained(tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == case.expected
     assert len(notices) == 1 and str(damaged) in notices[0]
@@ -219,5 +215,5 @@ def test_without_a_callback_a_notice_is_logged(
 ) -> None:
     copy = copied()
     (copy / "weights-0000.safetensors").write_bytes(b"")
-    calibrate(case.unet, case.config, case.calibration_set, run_directory=copy)
+    calibrate(case.unet, case.config, case.calls, run_directory=copy)
     assert "weights-0000.safetensors is damaged; the unit is done again." in caplog.text

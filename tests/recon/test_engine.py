@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from unit_calls import call_of
 
+from ptq_tdq import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError, ResumeError
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon import RunDirectory, Samples, UnitReport, reconstruct
-from ptq_tdq.recon.streams import UnitCall
+from ptq_tdq.recon import RunDirectory, UnitReport, reconstruct
+from ptq_tdq.recon.parts import Store
 from ptq_tdq.recon.unit import Unit, reconstruction_loss
 from ptq_tdq.recon.weights import LOSS_POWER, reconstruct_weights
 
@@ -25,9 +27,9 @@ Wrap = Callable[[Config], QuantizedModel]
 Choose = Callable[..., Config]
 
 
-def run(quantized: QuantizedModel, samples: Samples, config: Config, **options: Any) -> list[UnitReport]:
+def run(quantized: QuantizedModel, calls: Calls, config: Config, **options: Any) -> list[UnitReport]:
     reports: list[UnitReport] = []
-    quantized.static = reconstruct(quantized, samples, config, T, on_unit=reports.append, **options)
+    quantized.static = reconstruct(quantized, calls, config, on_unit=reports.append, **options)
     return reports
 
 
@@ -71,10 +73,10 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     ],
     ids=lambda c: c["method"],
 )
-def test_no_unit_ends_worse_than_it_began(wrap: Wrap, choose: Choose, samples: Samples, choices: Any) -> None:
+def test_no_unit_ends_worse_than_it_began(wrap: Wrap, choose: Choose, calls: Calls, choices: Any) -> None:
     config = choose(**choices)
     quantized = wrap(config)
-    reports = run(quantized, samples, config)
+    reports = run(quantized, calls, config)
     units = quantized.units()
     assert [r.unit for r in reports] == units * 2
     assert [r.index for r in reports] == [*range(len(units))] * 2
@@ -91,37 +93,37 @@ def test_no_unit_ends_worse_than_it_began(wrap: Wrap, choose: Choose, samples: S
         else:
             assert isinstance(quantizer.source, TableSource)
             scale, zero_point = quantizer.source.scale, quantizer.source.zero_point
-            assert scale.shape == zero_point.shape == (T,) and bool((scale > 0).all() and scale.isfinite().all())
+            assert scale.shape == zero_point.shape == (T + 1,) and bool((scale > 0).all() and scale.isfinite().all())
             assert zero_point.min() >= 0 and zero_point.max() <= quantizer.qtype.qmax
-    output = quantized(**samples.inputs(slice(0, 12))).sample
+    output = quantized(**calls.inputs(slice(0, 12))).sample
     assert bool(output.isfinite().all())
 
 
-def test_learning_helps_against_nearest_rounding(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+def test_learning_helps_against_nearest_rounding(wrap: Wrap, choose: Choose, calls: Calls) -> None:
     """Same data for learning and for the loss: the sum over all units must fall."""
     config = choose(
         weight_iterations=20, weight_lr=0.1, activation_iterations=16, interval_lr=2e-2, interval_parameter="log"
     )
-    reports = run(wrap(config), samples, config)
+    reports = run(wrap(config), calls, config)
     for phase in ("weights", "activations"):
         mine = [r for r in reports if r.phase == phase]
         assert sum(r.after < r.before for r in mine) > len(mine) / 2
 
 
-def test_closed_form_rounding_helps_against_nearest_rounding(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+def test_closed_form_rounding_helps_against_nearest_rounding(wrap: Wrap, choose: Choose, calls: Calls) -> None:
     """It sees the correlations of the inputs, and what the layers before have lost."""
     config = choose(rounding="gptq", activation_iterations=0, bias_lr=1e-3, weight_granularity="per_channel")
-    reports = [r for r in run(wrap(config), samples, config) if r.phase == "weights"]
+    reports = [r for r in run(wrap(config), calls, config) if r.phase == "weights"]
     assert sum(r.after for r in reports) < 0.7 * sum(r.before for r in reports)
     assert sum(r.after < r.before for r in reports) > 0.8 * len(reports)
 
 
-def test_the_reported_weight_loss_is_that_of_the_quantized_prefix(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+def test_the_reported_weight_loss_is_that_of_the_quantized_prefix(wrap: Wrap, choose: Choose, calls: Calls) -> None:
     """The last layer's loss, recomputed by plain forward passes: its target is the full-precision model's output."""
     config = choose(rounding="nearest")
     quantized = wrap(config)
-    reports = run(quantized, samples, config)
-    inputs = samples.inputs(slice(0, 12))
+    reports = run(quantized, calls, config)
+    inputs = calls.inputs(slice(0, 12))
     quantized.quantize(weights=False, activations=False)
     target = quantized(**inputs).sample
     quantized.quantize(weights=True, activations=False)
@@ -132,12 +134,12 @@ def test_the_reported_weight_loss_is_that_of_the_quantized_prefix(wrap: Wrap, ch
 
 @pytest.mark.parametrize(("symmetric", "bits"), [("never", set()), ("8-bit", {8}), ("always", {4, 8})])
 def test_symmetric_weights_have_the_middle_code_as_zero_point(
-    wrap: Wrap, choose: Choose, samples: Samples, symmetric: str, bits: set[int]
+    wrap: Wrap, choose: Choose, calls: Calls, symmetric: str, bits: set[int]
 ) -> None:
     layers = {"eight_bit_layers": "first,last", "weight_symmetric": symmetric}
     config = choose(scheme="W4A8", rounding="nearest", method="step-table", **layers)
     quantized = wrap(config)
-    run(quantized, samples, config)
+    run(quantized, calls, config)
     found: dict[int, set[int]] = {4: set(), 8: set()}
     for layer in quantized.layers().values():
         for weight in layer.weight_quantizers():
@@ -150,12 +152,12 @@ def test_symmetric_weights_have_the_middle_code_as_zero_point(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_in_an_activation_names_the_layer_and_t(wrap: Wrap, choose: Choose, samples: Samples, bad: float) -> None:
+def test_nan_in_an_activation_names_the_layer_and_t(wrap: Wrap, choose: Choose, calls: Calls, bad: float) -> None:
     config = choose()
-    x = samples.x.clone()
-    x[4, 0, 1, 2] = bad  # sample 4 has t = 500
+    quantized = wrap(config)
+    calls.groups[0].leaf("sample")[4, 0, 1, 2] = bad  # row 4 has t = 500
     with pytest.raises(NonFiniteError, match=r"conv_in .*t = 500\b"):
-        run(wrap(config), Samples(x, samples.t, samples.class_labels), config)
+        run(quantized, calls, config)
 
 
 class Stop(Exception):
@@ -164,12 +166,12 @@ class Stop(Exception):
 
 @pytest.mark.parametrize(("method", "fraction"), [("S_2", 0.3), ("tdq-thin", 1.4), ("dynamic-statistics", 1.6)])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    wrap: Wrap, choose: Choose, samples: Samples, tmp_path: Path, method: str, fraction: float
+    wrap: Wrap, choose: Choose, calls: Calls, tmp_path: Path, method: str, fraction: float
 ) -> None:
     rounding = "gptq" if method == "tdq-thin" else "adaround"
     config = choose(method=method, weight_iterations=2, activation_iterations=2, bias_lr=1e-3, rounding=rounding)
     whole = wrap(config)
-    expected = run(whole, samples, config)
+    expected = run(whole, calls, config)
     total = len(whole.units())
     stop_after = int(fraction * total)
     seen: list[UnitReport] = []
@@ -181,21 +183,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
     identity = {"model": "m", "scheme": config.scheme}
     with pytest.raises(Stop):
-        reconstruct(wrap(config), samples, config, T, run=RunDirectory(tmp_path, identity), on_unit=on_unit)
+        reconstruct(wrap(config), calls, config, run=RunDirectory(tmp_path, identity), on_unit=on_unit)
     resumed = wrap(config)
-    reports = run(resumed, samples, config, run=RunDirectory(tmp_path, identity))
+    reports = run(resumed, calls, config, run=RunDirectory(tmp_path, identity))
     assert [r.seconds == 0 for r in reports] == [True] * stop_after + [False] * (2 * total - stop_after)
     assert [(r.unit, r.before, r.after) for r in reports] == [(r.unit, r.before, r.after) for r in expected]
     assert_same(state(resumed), state(whole))
 
 
-def test_two_runs_are_equal_and_another_seed_is_not(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+def test_two_runs_are_equal_and_another_seed_is_not(wrap: Wrap, choose: Choose, calls: Calls) -> None:
     found = []
     for seed in (0, 0, 1):
         config = choose(seed=seed, weight_iterations=6, weight_lr=0.3, skip="mid_block.*,down_blocks.*")
         quantized = wrap(config)
         torch.manual_seed(len(found))  # the run owes nothing to the global generator
-        run(quantized, samples, config)
+        run(quantized, calls, config)
         found.append(state(quantized))
     assert_same(found[0], found[1])
     assert any(not torch.equal(found[0][k], found[2][k]) for k in found[0])
@@ -211,7 +213,7 @@ def test_another_run_in_the_folder_is_an_error_that_names_the_key(tmp_path: Path
     RunDirectory(tmp_path, before)
 
 
-def test_rounding_is_learned_in_both_halves_of_a_split_shortcut(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+def test_rounding_is_learned_in_both_halves_of_a_split_shortcut(wrap: Wrap, choose: Choose, calls: Calls) -> None:
     """The public Q-Diffusion code forgets the second half (method section 3.7)."""
     config = choose(
         weight_iterations=200, weight_lr=3e-2, rounding_warmup=0.0, rounding_loss=1.0, weight_granularity="per_channel"
@@ -222,8 +224,9 @@ def test_rounding_is_learned_in_both_halves_of_a_split_shortcut(wrap: Wrap, choo
     assert len(layer.ranges) == 2
     shape = (12, layer.ranges[-1][1], 4, 4)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    unit = Unit(name, layer, quantized.clock, samples.t)
-    target = layer(x)
+    unit = Unit(name, layer, calls.t)
+    call = call_of(name, x)
+    target = unit.outputs(call, Store(False))
     began: list[list[Tensor]] = []
     decided: list[list[Tensor]] = []
 
@@ -235,7 +238,6 @@ def test_rounding_is_learned_in_both_halves_of_a_split_shortcut(wrap: Wrap, choo
             decided[:] = [[r.h().detach().clone() for r in roundings if r is not None]]
 
     handle = layer.register_forward_hook(watch)
-    call = UnitCall(name, (x,), {})
     before, after = reconstruct_weights(unit, call, call, target, config, torch.Generator().manual_seed(0))
     handle.remove()
     assert after <= before
@@ -252,39 +254,39 @@ def test_the_loss_sums_over_channels_and_averages_the_rest(power: float) -> None
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     expected = sum(value**power for value in (a - b).abs().flatten().tolist())
-    assert reconstruction_loss(a, b, power).item() == pytest.approx(expected / (2 * 4 * 5), rel=1e-5)
+    assert reconstruction_loss([a], [b], power).item() == pytest.approx(expected / (2 * 4 * 5), rel=1e-5)
     assert LOSS_POWER == 2.0
-    a, b = a.double().requires_grad_(), b.double()
-    assert torch.autograd.gradcheck(lambda x: reconstruction_loss(x, b, power), (a,))
+    both = reconstruction_loss([a, a], [b, 2 * b], power)
+    torch.testing.assert_close(both, sum(reconstruction_loss([a], [other], power) for other in (b, 2 * b)))
 
 
-def test_published_presets_keep_the_biases(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+def test_published_presets_keep_the_biases(wrap: Wrap, choose: Choose, calls: Calls) -> None:
     quantized = wrap(choose())
     original = {name: layer.bias.clone() for name, layer in quantized.layers().items() if layer.bias is not None}
-    run(quantized, samples, choose())
+    run(quantized, calls, choose())
     quantized.finalize()
     assert original and all(torch.equal(quantized.layers()[name].bias, bias) for name, bias in original.items())
 
 
-def test_learned_biases_are_part_of_the_final_layer(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+def test_learned_biases_are_part_of_the_final_layer(wrap: Wrap, choose: Choose, calls: Calls) -> None:
     config = choose(bias_lr=1e-3, weight_iterations=20)
     quantized = wrap(config)
     original = {name: layer.bias.clone() for name, layer in quantized.layers().items() if layer.bias is not None}
-    run(quantized, samples, config)
+    run(quantized, calls, config)
     shift = {name: layer.shift.detach().clone() for name, layer in quantized.layers().items() if name in original}
-    before = quantized(**samples.inputs(slice(0, 4))).sample
+    before = quantized(**calls.inputs(slice(0, 4))).sample
     quantized.finalize()
     assert any(bool(value.any()) for value in shift.values())
     for name, bias in original.items():
         assert torch.equal(quantized.layers()[name].bias, bias + shift[name])
-    assert torch.equal(quantized(**samples.inputs(slice(0, 4))).sample, before)
+    assert torch.equal(quantized(**calls.inputs(slice(0, 4))).sample, before)
 
 
-def test_blocks_of_phase_a_see_the_inputs_that_were_asked_for(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+def test_blocks_of_phase_a_see_the_inputs_that_were_asked_for(wrap: Wrap, choose: Choose, calls: Calls) -> None:
     found: dict[str, dict[str, Tensor]] = {}
     for inputs in ("quantized", "full-precision"):
         config = choose(activation_inputs=inputs, method="static", activation_iterations=0)
-        run(quantized := wrap(config), samples, config)
+        run(quantized := wrap(config), calls, config)
         found[inputs] = {name: static.scale for name, static in quantized.static.items()}
     mine, full = found["quantized"], found["full-precision"]
     first, *_, last = mine
@@ -292,10 +294,10 @@ def test_blocks_of_phase_a_see_the_inputs_that_were_asked_for(wrap: Wrap, choose
     assert not torch.equal(mine[last], full[last])
 
 
-def test_relative_loss_weights_change_what_is_learned(wrap: Wrap, choose: Choose, samples: Samples) -> None:
+def test_relative_loss_weights_change_what_is_learned(wrap: Wrap, choose: Choose, calls: Calls) -> None:
     found = []
     for weights in ("uniform", "relative"):
         config = choose(loss_weights=weights)
-        run(quantized := wrap(config), samples, config)
+        run(quantized := wrap(config), calls, config)
         found.append(state(quantized))
     assert any(not torch.equal(found[0][key], found[1][key]) for key in found[0])

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DModel
+from recorded import calls_of
 from torch import Tensor
 
 from ptq_tdq.artifacts import encode_artifact
-from ptq_tdq.calib_data import CalibrationSet
 from ptq_tdq.calibrate import calibrate
 from ptq_tdq.config import preset
 from ptq_tdq.errors import NonFiniteError
@@ -70,7 +70,7 @@ def hostile(tiny_unet: Callable[..., UNet2DModel]) -> Callable[[Change, str], An
         t = torch.tensor([999.0, 1.0]).repeat_interleave(4)
         change(model, x)
         config = preset(name, compute_dtype="float32", activation_iterations=2, batch_size=4, **PRESETS[name])
-        return calibrate(model, config, CalibrationSet(x, t, None, {"num_train_timesteps": 1000}))
+        return calibrate(model, config, calls_of(model, x, t))
 
     return run
 
@@ -109,10 +109,9 @@ def test_a_weight_whose_range_overflows_names_its_layer(hostile: Any) -> None:
 def test_a_tensor_that_calibration_never_visits_is_checked_too(tiny_unet: Callable[..., UNet2DModel]) -> None:
     model = tiny_unet(num_class_embeds=3)
     model.class_embedding.weight[2, 0] = torch.nan
-    x, labels = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
-    calibration_set = CalibrationSet(x, torch.zeros(2), labels, {"num_train_timesteps": 10})
+    calls = calls_of(model, torch.zeros(2, 3, 8, 8), torch.zeros(2), class_labels=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(NonFiniteError, match=r"'class_embedding\.weight' has NaN or Inf"):
-        calibrate(model, preset("default"), calibration_set)
+        calibrate(model, preset("default"), calls)
 
 
 def test_activations_whose_range_overflows_name_layer_and_t() -> None:

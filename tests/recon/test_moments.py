@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from unit_calls import call_of
 
 from ptq_tdq.modules import QuantLayer, layer_kind
 from ptq_tdq.recon.moments import moments
-from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.records import LayerRecord, QuantizerRecord
-from ptq_tdq.timeaxis import Clock
 
 N = 9
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -22,6 +21,11 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv2d-same": (nn.Conv2d(6, 4, (3, 1), dilation=(2, 1), padding="same"), (6, 4, 4)),
     "conv2d-circular": (nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular", bias=False), (6, 5, 5)),
     "conv2d-groups": (nn.Conv2d(6, 4, 3, groups=2), (6, 4, 5)),
+    "conv3d": (nn.Conv3d(6, 4, (1, 3, 2), padding=1), (6, 2, 4, 3)),
+    "transposed-1d": (nn.ConvTranspose1d(6, 4, 4, stride=3, padding=1, output_padding=2, dilation=2), (6, 5)),
+    "transposed-2d": (nn.ConvTranspose2d(6, 4, (4, 3), stride=2, padding=(1, 0), bias=False), (6, 4, 3)),
+    "transposed-2d-groups": (nn.ConvTranspose2d(6, 4, 2, groups=2, padding=1), (6, 4, 3)),
+    "transposed-3d": (nn.ConvTranspose3d(6, 4, 2, stride=(1, 2, 2)), (6, 2, 3, 2)),
 }
 
 
@@ -34,12 +38,12 @@ def test_moments_of_the_inputs_give_those_of_the_outputs(name: str, centred: boo
     kind = layer_kind(layer)
     assert kind is not None
     record = LayerRecord("a", kind, "a", (0, 6), 4, (QuantizerRecord("a", 4, "static", "mse"),))
-    wrapped = QuantLayer(layer, record, Clock())
-    unit = Unit("a", wrapped, Clock(), torch.zeros(N))
+    wrapped = QuantLayer(layer, record)
+    unit = Unit("a", wrapped, torch.zeros(N))
     torch.manual_seed(0)
     full = torch.randn(N, *shape) + 1
     seen = full + 0.2 * torch.randn(N, *shape)
-    calls = [UnitCall("a", (value,), {}) for value in (full, seen)]
+    calls = [call_of("a", value) for value in (full, seen)]
     found = moments(unit, wrapped, *calls, torch.Generator().manual_seed(0), centred=centred)
 
     def outputs(x: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ def test_moments_of_the_inputs_give_those_of_the_outputs(name: str, centred: boo
     y, lost = outputs(seen), outputs(full) - outputs(seen)
     about = (y.mean(0), lost.mean(0)) if centred else (torch.zeros(4), torch.zeros(4))
     groups = len(found)
-    weights = layer.weight.flatten(1).double().chunk(groups)
+    weights = wrapped.weight.flatten(1).double().chunk(groups)
     parts = zip(found, weights, y.chunk(groups, 1), lost.chunk(groups, 1), strict=True)
     for i, (m, weight, a, d) in enumerate(parts):
         mean_a, mean_d = (value.chunk(groups)[i] for value in about)
@@ -68,12 +72,12 @@ def test_moments_of_hostile_inputs_are_finite_and_semidefinite(size: float, cent
     """Constant, dead and repeated channels, a mean far above the deviation, and squares beyond float32."""
     layer = nn.Linear(6, 4).requires_grad_(False)
     record = LayerRecord("a", "linear", "a", (0, 6), 4, (QuantizerRecord("a", 4, "static", "mse"),))
-    wrapped = QuantLayer(layer, record, Clock())
+    wrapped = QuantLayer(layer, record)
     torch.manual_seed(0)
     full = torch.rand(200, 6)
     full[:, 0], full[:, 1], full[:, 3], full[:, 4] = 0.0, 0.7, full[:, 2], 1 + 1e-6 * full[:, 4]
-    unit = Unit("a", wrapped, Clock(), torch.zeros(200))
-    calls = [UnitCall("a", (value * size,), {}) for value in (full, 0.9 * full)]
+    unit = Unit("a", wrapped, torch.zeros(200))
+    calls = [call_of("a", value * size) for value in (full, 0.9 * full)]
     (found,) = moments(unit, wrapped, *calls, torch.Generator().manual_seed(0), centred=centred)
     assert all(bool(value.isfinite().all()) for value in (found.hessian, found.cross, found.mean, found.lost))
     assert bool((found.hessian[0] == 0).all()) and (not centred or bool((found.hessian[1] == 0).all()))

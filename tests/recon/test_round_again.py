@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from ptq_tdq import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon import Samples, UnitReport, reconstruct, weights
+from ptq_tdq.recon import UnitReport, reconstruct, weights
 
 CHOICES = {"rounding": "gptq", "bias_lr": 1e-3}
 
 
-def run(wrap: Any, config: Config, samples: Samples) -> tuple[QuantizedModel, list[UnitReport]]:
+def run(wrap: Any, config: Config, calls: Calls) -> tuple[QuantizedModel, list[UnitReport]]:
     quantized, reports = wrap(config), list[UnitReport]()
-    reconstruct(quantized, samples, config, 1000, on_unit=reports.append)
+    reconstruct(quantized, calls, config, on_unit=reports.append)
     return quantized, [r for r in reports if r.phase == "activations"]
 
 
@@ -26,19 +27,19 @@ def codes(quantized: QuantizedModel) -> dict[str, torch.Tensor]:
             for name, layer in quantized.layers().items()}  # fmt: skip
 
 
-def test_it_changes_codes_and_lowers_the_loss(wrap: Any, choose: Callable[..., Config], samples: Samples) -> None:
-    once, before = run(wrap, choose(**CHOICES), samples)
-    twice, after = run(wrap, choose(**CHOICES, round_again=True), samples)
+def test_it_changes_codes_and_lowers_the_loss(wrap: Any, choose: Callable[..., Config], calls: Calls) -> None:
+    once, before = run(wrap, choose(**CHOICES), calls)
+    twice, after = run(wrap, choose(**CHOICES, round_again=True), calls)
     assert any(not torch.equal(a, b) for a, b in zip(codes(once).values(), codes(twice).values(), strict=True))
     assert all(r.after <= r.before for r in after)
     assert sum(r.after for r in after) < sum(r.after for r in before)
 
 
 def test_a_rounding_that_raises_the_loss_is_undone(
-    wrap: Any, choose: Callable[..., Config], samples: Samples, monkeypatch: pytest.MonkeyPatch
+    wrap: Any, choose: Callable[..., Config], calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = choose(**CHOICES)
-    expected, _ = run(wrap, config, samples)
+    expected, _ = run(wrap, config, calls)
     honest = weights.round_unit
 
     def wreck(unit: Any, *rest: Any) -> None:
@@ -48,7 +49,7 @@ def test_a_rounding_that_raises_the_loss_is_undone(
                 layer.shift += 100
 
     monkeypatch.setattr(weights, "round_unit", wreck)
-    found, _ = run(wrap, config.changed({"round_again": True}), samples)
+    found, _ = run(wrap, config.changed({"round_again": True}), calls)
     mine, theirs = codes(found), codes(expected)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     for a, b in zip(found.layers().values(), expected.layers().values(), strict=True):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from ptq_tdq.calib_data import CalibrationSet
 from ptq_tdq.calibrate import calibrate
 from ptq_tdq.config import preset
 from ptq_tdq.errors import ResumeError
@@ -17,14 +16,10 @@ from ptq_tdq.recon import UnitReport
 FEW = {"weight_iterations": 3, "activation_iterations": 3, "batch_size": 6, "weight_lr": 0.01}
 
 
-def make(unet: Any, samples: Any, run: Path | None, weights: Path | None, **choices: Any) -> tuple[Any, list[Any]]:
+def make(unet: Any, calls: Any, run: Path | None, weights: Path | None, **choices: Any) -> tuple[Any, list[Any]]:
     reports: list[UnitReport] = []
-    recipe = {"num_train_timesteps": 1000}
-    calibration_set = CalibrationSet(samples.x, samples.t, samples.class_labels, recipe)
     config = preset("default", **{"scheme": "W4A8", "method": "static", **FEW, **choices})
-    found = calibrate(
-        unet, config, calibration_set, run_directory=run, weights_directory=weights, on_unit=reports.append
-    )
+    found = calibrate(unet, config, calls, run_directory=run, weights_directory=weights, on_unit=reports.append)
     return found, reports
 
 
@@ -44,12 +39,12 @@ def tensors(quantized: Any) -> dict[str, torch.Tensor]:
     ],
 )
 def test_shared_weights_give_the_same_model_without_learning_them_again(
-    unet: Any, samples: Any, tmp_path: Path, other: dict[str, Any]
+    unet: Any, calls: Any, tmp_path: Path, other: dict[str, Any]
 ) -> None:
     shared = tmp_path / "weights"
-    make(unet, samples, tmp_path / "first", shared)
-    found, reports = make(unet, samples, tmp_path / "second", shared, **other)
-    expected, _ = make(unet, samples, None, None, **other)
+    make(unet, calls, tmp_path / "first", shared)
+    found, reports = make(unet, calls, tmp_path / "second", shared, **other)
+    expected, _ = make(unet, calls, None, None, **other)
     assert all((r.seconds == 0) == (r.phase == "weights") for r in reports)
     mine, theirs = tensors(found), tensors(expected)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
@@ -57,7 +52,7 @@ def test_shared_weights_give_the_same_model_without_learning_them_again(
 
 
 @pytest.mark.parametrize("other", [{"scheme": "W3A8"}, {"weight_iterations": 4}, {"seed": 1}, {"bias_lr": 0.0}])
-def test_weights_of_other_choices_are_refused(unet: Any, samples: Any, tmp_path: Path, other: dict[str, Any]) -> None:
-    make(unet, samples, tmp_path / "first", tmp_path / "weights")
+def test_weights_of_other_choices_are_refused(unet: Any, calls: Any, tmp_path: Path, other: dict[str, Any]) -> None:
+    make(unet, calls, tmp_path / "first", tmp_path / "weights")
     with pytest.raises(ResumeError, match="another choice"):
-        make(unet, samples, tmp_path / "second", tmp_path / "weights", **other)
+        make(unet, calls, tmp_path / "second", tmp_path / "weights", **other)

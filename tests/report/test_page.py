@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from ptq_tdq.artifacts import Artifact
+from ptq_tdq.calib_data import LoadedModel, LoopSampler, Sampled
 from ptq_tdq.errors import ArtifactMismatchError
 from ptq_tdq.evaluate.trajectories import Reference
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.report.data import clipped, correlation, report_data
 from ptq_tdq.report.findings import checks, findings, lowest, seeds, spread, worst_layers
 from ptq_tdq.report.page import render_page
-from ptq_tdq.report.survey import Subject, Survey, survey
+from ptq_tdq.report.survey import PICTURES, Subject, Survey, sheet, survey, thumbnails
+from ptq_tdq.report.write import samples_of
 from ptq_tdq.search import Histogram
 
 Json = dict[str, Any]
@@ -79,6 +81,7 @@ def alone(artifact: Artifact, *names: str) -> Json:
 def test_the_numbers_are_json_in_the_order_of_t(data: Json, quantized: QuantizedModel) -> None:
     json.dumps(data, allow_nan=False)
     assert data["steps"] == sorted(data["steps"]) and len(data["steps"]) == 3
+    assert data["num_train_timesteps"] == 1000 and data["groups"] == ["class 0", "class 1", "class 2"]
     (artifact,) = data["artifacts"]
     assert [layer["name"] for layer in artifact["layers"]] == [record.name for record in quantized.plan]
     assert all(len(artifact["errors"][key]) == len(quantized.plan) for key in ("inputs", "own", "accumulated"))
@@ -127,19 +130,70 @@ def test_the_worst_come_first(data: Json) -> None:
     assert any(ranked[0][0] in sentence for sentence in answers["What is lost, and where?"])
 
 
+def test_what_stays_in_floating_point_is_said(quantized: QuantizedModel) -> None:
+    metrics = {"coverage": 0.875, "notices": ["In floating point: conv_in, since it is so.", "No attention products."]}
+    artifact = replace(quantized.to_artifact(), metrics=metrics)
+    shown = alone(artifact, "mine")
+    sentences = dict(findings(shown, shown["artifacts"][0]))["What is quantized?"]
+    assert sentences[0].startswith("Quantized layers do 87.5% of the multiply-accumulates")
+    products = sum(record.kind == "product" for record in quantized.plan)
+    assert f"{products} attention product is quantized." in sentences and products == 1
+    assert sentences[-2:] == metrics["notices"]
+    reader, _ = read(render_page(shown, {}))
+    assert all(text in reader.text for text in metrics["notices"])
+    for damaged in ({"coverage": "all", "notices": {"a": 1}}, {"notices": [1, None]}, {}):
+        shown = alone(replace(artifact, metrics=damaged), "mine")
+        assert "multiply-accumulates" not in str(findings(shown, shown["artifacts"][0]))
+
+
+def test_the_time_axis_is_shown_as_an_equation(quantized: QuantizedModel) -> None:
+    artifact = quantized.to_artifact()
+    for (scale, offset), expected in {
+        (1.0, 0.0): "t = 'timestep'",
+        (1000.0, 0.0): "t = 1000 \u00d7 'timestep'",
+        (-1000.0, 1000.0): "t = 1000 \u2212 1000 \u00d7 'timestep'",
+        (125.5, 250.0): "t = 125.5 \u00d7 'timestep' + 250",
+    }.items():
+        axis = replace(artifact.time_axis, scale=scale, offset=offset)
+        shown = alone(replace(artifact, config=artifact.config | {"time_axis": axis.to_dict()}), "mine")
+        reader, _ = read(render_page(shown, {}))
+        assert f"{expected}, from 0 to 1000" in reader.text
+
+
+def test_the_calibration_set_is_described_without_its_prompts(quantized: QuantizedModel) -> None:
+    artifact = quantized.to_artifact()
+    said = {"prompts": [LONG] * 48, "call": {"guidance_scale": 6.5}, "classes": None, "rows": 9}
+    made = {"calibration_set": artifact.config["calibration_set"] | said}
+    reader, _ = read(render_page(alone(replace(artifact, config=artifact.config | made), "a"), {}))
+    assert "prompts48" in reader.text and "guidance_scale6.5" in reader.text and "rows9" in reader.text
+    assert LONG not in reader.text
+
+
 def test_checks_say_what_is_wrong(data: Json) -> None:
     artifact = copy.deepcopy(data["artifacts"][0])
+    (layer,) = (layer for layer in artifact["layers"] if "first" in layer["roles"])
+    assert layer["name"] == "conv_in"
     first = artifact["tables"]["conv_in"]["clipped"]
     first[:] = [0.0] * len(first)
     assert {state for state, _ in checks(data, artifact)} == {"ok", "unknown"}  # it was not measured at calibration
     first[0] = 0.25
-    (layer,) = (layer for layer in artifact["layers"] if layer["name"] == "conv_in")
     others = [other for other in artifact["layers"] if other is not layer]
     for layers in ([{**layer, "quantizers": []}, *others], others):  # weights alone, or skipped
         assert any("x_t is not quantized" in text for _, text in checks(data, {**artifact, "layers": layers}))
+    unseen = [{**other, "roles": []} for other in artifact["layers"]]
+    assert not any("x_t" in text for _, text in checks(data, {**artifact, "layers": unseen}))
     artifact["reconstruction"] = {"weights": [{"unit": "u", "before": 1.0, "after": 2.0}]}
     warnings = " ".join(text for state, text in checks(data, artifact) if state == "warn")
     assert "clipped (up to 25.00%" in warnings and "higher loss than they began with: u" in warnings
+
+
+def test_a_measurement_from_calibration_is_compared(data: Json) -> None:
+    for there, state in ((1.0, "ok"), (9.0, "warn")):
+        artifact = copy.deepcopy(data["artifacts"][0])
+        here = artifact["latent_sqnr_db"]
+        artifact["stored"] = {"samples": 7, "learned": {"latent_sqnr_db": here + there}, "static": None}
+        (found,) = (check for check in checks(data, artifact) if "at calibration" in check[1])
+        assert found[0] == state and f"{here:.1f} dB here on 4 samples, {here + there:.1f} dB" in found[1]
 
 
 def test_the_page_asks_nothing_of_a_network(data: Json) -> None:
@@ -180,6 +234,59 @@ def test_seeds_are_artifacts_that_differ_in_nothing_else(quantized: QuantizedMod
     assert seeds(data) == [[0, 2, 3]]
     assert "deviates by 0.0%" in str(spread(data))  # the tables are the same
     assert seeds(alone(artifact, "a", "b")) == [] and spread(alone(artifact, "a", "b")) is None
+
+
+class Sounds(LoopSampler):
+    """The same samples, but nothing that one could look at; they have prompts instead of classes."""
+
+    def conditions(self, count: int) -> list[Any]:
+        return [LONG if i % 2 else "A short one" for i in range(count)]
+
+    def run(self, denoiser: Any, conditions: Any, *rest: Any) -> Sampled:
+        classes = [len(text) % 3 for text in conditions]
+        return Sampled(super().run(denoiser, classes, *rest).latents, None)
+
+
+class Videos(LoopSampler):
+    """The same samples as videos of one frame."""
+
+    def run(self, *args: Any) -> Sampled:
+        sampled = super().run(*args)
+        return Sampled(sampled.latents[:, :, None], sampled.images)
+
+
+LONG = "A cellist on an empty stage, seen from the last row of a theatre by candlelight"
+
+
+def test_sounds_have_no_pictures_and_prompts_are_shortened(
+    quantized: QuantizedModel, model: LoadedModel, folder: Path
+) -> None:
+    sounds = replace(model, sampler=Sounds(model.denoiser, model.scheduler))
+    found = survey([Subject("mine", folder, quantized.to_artifact())], sounds, samples=4, num_inference_steps=2)
+    data = report_data(found)
+    assert data["condition"] == "prompt" and data["end"] == "latents" and data["artifacts"][0]["image_psnr_db"] is None
+    short, cut = data["groups"]
+    assert short == "A short one" and cut.endswith("\u2026") and LONG.startswith(cut[:-1]) and 20 < len(cut) <= 40
+    assert samples_of(found) == {}
+    reader, _ = read(render_page(data, {}))
+    assert "no sample pictures" in reader.text and "img" not in reader.tags and "Final latents" in reader.text
+
+
+def test_of_a_video_the_first_frame_is_shown(quantized: QuantizedModel, model: LoadedModel, folder: Path) -> None:
+    videos = replace(model, sampler=Videos(model.denoiser, model.scheduler))
+    found = survey([Subject("mine", folder, quantized.to_artifact())], videos, samples=3, num_inference_steps=2)
+    assert any("of each its first frame" in text for text in found.notices)
+    images = samples_of(found)
+    assert list(images) == ["full precision", "mine"] and images["mine"].shape == (3, 3, 8, 8)
+
+
+def test_large_pictures_are_made_smaller_and_small_ones_are_left_alone() -> None:
+    small = torch.rand(3, 3, 32, 20) * 2 - 1
+    assert torch.equal(thumbnails(small), small)
+    large = torch.full((PICTURES + 5, 1, 320, 640), 0.25)
+    shown = thumbnails(large)
+    assert shown.shape == (PICTURES, 1, 80, 160) and torch.allclose(shown, torch.tensor(0.25))
+    assert sheet(shown, ["a prompt"] * PICTURES).height > sheet(shown, [None] * PICTURES).height  # words above
 
 
 def test_artifacts_of_different_models_are_not_compared(quantized: QuantizedModel) -> None:

@@ -78,21 +78,44 @@ def test_native_norm_gives_the_reference_codes_but_for_ties(
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["one t", "mixed t"])
-@pytest.mark.parametrize(("tokens", "heads", "depth"), [(64, 2, 64), (16, 1, 8), (37, 3, 20)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "key_heads", "depth", "value_depth"),
+    [(64, 64, 2, 2, 64, 64), (16, 16, 1, 1, 8, 8), (37, 21, 3, 3, 20, 20), (5, 70, 6, 2, 12, 33), (1, 1, 2, 1, 4, 4)],
+)
+@pytest.mark.parametrize("mask", ["none", "for each sample", "for each row", "for all", "nothing to see"])
 def test_native_attention_equals_the_reference(
-    library: ctypes.CDLL, mixed: bool, tokens: int, heads: int, depth: int
+    library: ctypes.CDLL,
+    mixed: bool,
+    queries: int,
+    keys: int,
+    heads: int,
+    key_heads: int,
+    depth: int,
+    value_depth: int,
+    mask: str,
 ) -> None:
     torch.manual_seed(1)
-    q, k, v = torch.randn(3, 2, tokens, heads, depth).unbind()
+    q = torch.randn(2, queries, heads, depth).transpose(1, 2)
+    k, v = (torch.randn(2, key_heads, keys, size) for size in (depth, value_depth))
     rows = 2 if mixed else 1
     scale = torch.tensor([[0.03], [0.025], [0.02], [1 / 255]]) * torch.linspace(1, 1.5, rows)
     zero_point = torch.tensor([[128], [120], [131], [0]], dtype=torch.int32).expand(4, rows).contiguous()
+    shapes = {"for each sample": (2, 1, 1, keys), "for each row": (heads, queries, keys), "for all": (1, keys)}
+    added = torch.randn(shapes[mask]) * 3 if mask in shapes else None
+    if added is not None and keys > 1:
+        added[..., ::3] = -torch.inf
+    elif mask == "nothing to see":
+        added = torch.zeros(2, 1, queries, keys)
+        added[1, :, 0] = -torch.inf
 
     def find(index: int, x: torch.Tensor) -> Interval:
         return Interval(scale[index], zero_point[index])
 
-    arguments = (q, k, v, find, [8, 8, 8, 8], depth**-0.5)
+    arguments = (q, k, v, find, [8, 8, 8, 8], depth**-0.5, added)
     expected, found = reference_attend(*arguments), native_attend(library)(*arguments)
+    assert found.shape == expected.shape == (2, heads, queries, value_depth)
+    if mask == "nothing to see":
+        assert not found[1, :, 0].any()
     # a softmax value on a tie may take the other code: one level of one token's value at most
     assert (found - expected).abs().max() < 1.5 * float(scale[3].max() * scale[2].max()) * 130
     assert (found - expected).abs().mean() < 1e-4 * expected.abs().mean()

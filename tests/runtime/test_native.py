@@ -201,17 +201,18 @@ def test_any_x_is_quantized_as_float32(library: Any, x: torch.Tensor, norm: Norm
     assert difference.max() <= (0 if norm is None else 1)
 
 
-@pytest.mark.parametrize("change", ["k", "v", "scale"])
+@pytest.mark.parametrize("change", ["k", "v", "scale", "mask"])
 def test_attention_of_another_form_is_refused(library: Any, change: str) -> None:
-    q = torch.randn(2, 5, 2, 4)
-    k, v = (q[:, :3] if change == name else q for name in "kv")
+    q = torch.randn(2, 2, 5, 4)
+    k, v = (q[..., :3] if change == "k" else q), (q[:, :, :3] if change == "v" else q)
+    mask = torch.zeros(5, 4) if change == "mask" else None
     rows = {0: 1, 1: 2} if change == "scale" else {}
 
     def find(index: int, x: torch.Tensor) -> Interval:
         return Interval(torch.ones(rows.get(index, 1)), torch.zeros(rows.get(index, 1), dtype=torch.int32))
 
-    with pytest.raises(RuntimeUnsupportedError, match="integer kernels take"):
-        native_attend(library)(q, k, v, find, [8] * 4, 1.0)
+    with pytest.raises(RuntimeUnsupportedError if change != "mask" else RuntimeError):
+        native_attend(library)(q, k, v, find, [8] * 4, 1.0, mask)
 
 
 def test_products_of_another_form_are_refused() -> None:

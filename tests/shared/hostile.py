@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from recorded import calls_of, images
 
-from ptq_tdq import CalibrationSet, calibrate, preset
+from ptq_tdq import calibrate, preset
 from ptq_tdq.artifacts import Artifact
 
 STEPS = 10
@@ -38,9 +39,8 @@ def small_unet(**changes: Any) -> UNet2DModel:
 @functools.cache
 def small_artifact() -> Artifact:
     """W4A8 of :func:`small_unet` everywhere, so that it runs in integers on any processor; not to be changed."""
-    generator = torch.Generator().manual_seed(0)
-    x, t, labels = torch.randn(4, 3, 8, 8, generator=generator), torch.tensor([0.0, 3.0, 6.0, 9.0]), torch.arange(4) % 3
-    samples = CalibrationSet(x, t, labels, {"num_train_timesteps": STEPS})
+    model, t, labels = small_unet(), torch.tensor([0.0, 3.0, 6.0, 9.0]), torch.arange(4) % 3
+    calls = calls_of(model, images(4), t, class_labels=labels, num_train_timesteps=STEPS)
     config = preset(
         "default",
         method="static",
@@ -51,7 +51,7 @@ def small_artifact() -> Artifact:
         weight_range="minmax",
         activation_range="minmax",
     )
-    return calibrate(small_unet(), config, samples).to_artifact()
+    return calibrate(model, config, calls).to_artifact()
 
 
 def with_layer(artifact: Artifact, name: str, /, **changes: Any) -> Artifact:

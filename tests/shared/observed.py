@@ -44,9 +44,9 @@ def scales(source: IntervalSource) -> Tensor:
 
 
 def check_table(source: IntervalSource) -> None:
-    """A finite, positive scale and a 4-bit zero point at each time step."""
+    """A finite, positive scale and a 4-bit zero point at each time step from 0 to T."""
     scale, zero_point = source.table(T)
-    assert scale.shape == zero_point.shape == (T,)
+    assert scale.shape == zero_point.shape == (T + 1,)
     assert scale.dtype == torch.float32 and zero_point.dtype == torch.int32
     assert bool(torch.isfinite(scale).all() and (scale > 0).all())
     assert bool(((zero_point >= 0) & (zero_point <= 15)).all())

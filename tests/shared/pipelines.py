@@ -98,10 +98,11 @@ def t5_options(tokenizer: T5Tokenizer) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer), "d_model": T5_WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
 
 
-def image_vae(channels: int = 4) -> diffusers.AutoencoderKL:
+def image_vae(**options: Any) -> diffusers.AutoencoderKL:
     """Halves each side of an image."""
     return diffusers.AutoencoderKL(
-        latent_channels=channels,
+        latent_channels=4,
+        **options,
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -187,7 +188,7 @@ def stable_diffusion_3() -> dict[str, Any]:
             dual_attention_layers=(0,),  # as in 3.5
             qk_norm="rms_norm",
         ),
-        "vae": image_vae(),
+        "vae": image_vae(shift_factor=0.1),
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
 
@@ -210,7 +211,7 @@ def flux() -> dict[str, Any]:
             guidance_embeds=True,  # as in FLUX.1-dev
             axes_dims_rope=(4, 6, 6),
         ),
-        "vae": image_vae(),
+        "vae": image_vae(shift_factor=0.1),
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     }
 

@@ -87,6 +87,13 @@ def test_another_model_in_the_file_is_refused() -> None:
         unfinished(make(), [line(cell) for cell in make()], "other")
 
 
+def test_other_prompts_in_the_file_are_refused_where_lines_know_theirs() -> None:
+    lines = [line(cell, sampling_sha256="p") for cell in make()]
+    assert unfinished(make(), lines, "m", "p") == [] == unfinished(make(), [line(cell) for cell in make()], "m", "q")
+    with pytest.raises(UsageError, match="other prompts"):
+        unfinished(make(), lines, "m", "q")
+
+
 @pytest.mark.parametrize("text", ["{}\n", "[1]\n", "text\n", "\0\n", '{"choices": {}}\n'])
 def test_a_file_of_anything_else_is_one_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.jsonl"

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from ptq_tdq.artifacts import Artifact, write_atomic
+from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError, UsageError
 from ptq_tdq.export.onnx.floating import Floating
 from ptq_tdq.export.onnx.lowering import lower
@@ -23,12 +24,15 @@ FORMS: dict[str, type[Portable]] = {"portable": Portable, "onnxruntime": OnnxRun
 METADATA = "ptq_tdq"
 
 
-def export_onnx(artifact: Artifact, file: str | Path, runtime: str = "portable") -> None:
+def export_onnx(artifact: Artifact, file: str | Path, runtime: str, calls: Calls) -> None:
     """Write ``artifact`` as one ONNX graph for one of :data:`FORMS`.
 
-    Inputs: ``sample`` float32 [batch, C, height, width], ``timestep`` float32 [batch] or [1] and, for class-conditional
-    models, ``class_labels`` int64 [batch]. Output: ``out_sample``, of the shape of ``sample``. The tensor
-    ``<quantizer>.codes`` holds the integers of each quantizer, ``<layer>`` the output of each quantized layer.
+    ``calls`` are recorded calls of the model, of which one is enough: the graph's inputs are the tensors of its
+    arguments, by name (``sample``, ``added_cond_kwargs.text_embeds``), in float32 where they are real; plain values
+    are part of the graph. The batch may vary, and so may the size of images where the model takes others; all other
+    sizes (tokens of a prompt, say) are those of ``calls``. The outputs are the tensors that the model returns, ``out_``
+    and the name of their field. The tensor ``<quantizer>.codes`` holds the integers of each quantizer, ``<layer>`` the
+    output of each quantized layer.
 
     Raises :class:`UsageError` for an unknown runtime, :class:`ModelError` for a model that cannot be expressed and
     :class:`~ptq_tdq.errors.OutputError` when the file cannot be written.
@@ -40,10 +44,10 @@ def export_onnx(artifact: Artifact, file: str | Path, runtime: str = "portable")
             f"The quantizer '{name}' asks a network for its interval at run time, which has no ONNX form; "
             "choose an artifact with another method."
         )
-    write_atomic(file, encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact), runtime))
+    write_atomic(file, encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls), runtime))
 
 
-def export_onnx_float(artifact: Artifact, file: str | Path) -> Path:
+def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls) -> Path:
     """Write the graph in floating point, with the names of the interval table, and the table as CSV beside it.
 
     :mod:`ptq_tdq.export.onnx.floating` says how the two belong together. Returns the path of the table: that of
@@ -54,7 +58,7 @@ def export_onnx_float(artifact: Artifact, file: str | Path) -> Path:
     if table == Path(file):
         raise UsageError(f"The interval table goes to '{table}'; name the graph '{table.stem}.onnx' instead.")
     interval_frame(artifact)  # the cheap reason to refuse comes first
-    graph = encode_onnx(artifact, Floating, make_skeleton(artifact), "float")
+    graph = encode_onnx(artifact, Floating, make_skeleton(artifact, calls), "float")
     export_tables(artifact, table, "csv")
     write_atomic(file, graph)
     return table
@@ -63,20 +67,25 @@ def export_onnx_float(artifact: Artifact, file: str | Path) -> Path:
 def encode_onnx(artifact: Artifact, form: type[Portable], skeleton: Skeleton, runtime: str) -> bytes:
     """The file's bytes; ``skeleton`` is of the same artifact, ``runtime`` what the file says that it is for."""
     model = lower(skeleton, artifact, form)
-    model.metadata_props[METADATA] = json.dumps(_facts(artifact, runtime), sort_keys=True)
+    model.metadata_props[METADATA] = json.dumps(_facts(artifact, skeleton, runtime))
     proto = ir.to_proto(model)
     try:
         data: bytes = proto.SerializeToString(deterministic=True)
     except ValueError as error:
         raise ModelError(f"The model does not fit into the 2 GB of an ONNX file ({error}).") from error
-    onnx.checker.check_model(data, full_check=True)
+    try:
+        onnx.checker.check_model(data, full_check=True)
+    except Exception as error:  # of several unrelated types, from C++
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ModelError(f"torch has exported the model to a graph that is not valid ONNX ({reason}).") from error
     return data
 
 
-def _facts(artifact: Artifact, runtime: str) -> dict[str, Any]:
-    keys = ("base_model", "model_config", "scheme", "method", "versions")
+def _facts(artifact: Artifact, skeleton: Skeleton, runtime: str) -> dict[str, Any]:
+    keys = ("base_model", "model_config", "scheme", "method", "versions", "time_axis")
     return {
         "runtime": runtime,
-        "num_train_timesteps": artifact.num_train_timesteps,
+        "call": skeleton.signature.to_dict(),
+        "free_sizes": skeleton.free,
         **{key: artifact.config[key] for key in keys},
     }

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from ptq_tdq.errors import ModelError
-from ptq_tdq.modules import layer_kind
+from ptq_tdq.modules.layers import find_kind, weight_groups
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether channels are the last axis."""
-    return layer_kind(module) == "linear"
+    return isinstance(module, nn.Linear)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the layer is a transposed convolution, which integer operators do not have."""
+    kind = find_kind(module)
+    return kind is not None and kind.transposed
 
 
 def is_dense(module: nn.Module) -> bool:
@@ -21,35 +32,46 @@ def is_dense(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == 1 and any(size > 1 for size in module.kernel_size)
 
 
-def require_one_group(module: nn.Module, weight: str) -> None:
-    """Raise :class:`ModelError` for a grouped convolution, whose outputs an output channel of ones would not suit."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1:
-        raise ModelError(
-            f"'{weight}' is of a grouped convolution and has affine 8-bit codes, which integer kernels do not take; "
-            'calibrate with weight_symmetric = "8-bit" or export with --runtime portable.'
-        )
+def is_grouped(module: nn.Module) -> bool:
+    """Whether an output channel of ones would not be the sum over all input channels."""
+    return weight_groups(module) > 1
+
+
+def unpadded(module: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The layer with zeros as its only padding, and what is to be done to its input first.
+
+    Other kinds of padding (reflected, circular, "same") become a step of their own: they only repeat values of the
+    input, so quantizing comes to the same before and behind them.
+    """
+    if not isinstance(module, CONVS) or (module.padding_mode == "zeros" and not isinstance(module.padding, str)):
+        return module, _identity
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    amounts: list[int] = module._reversed_padding_repeated_twice
+    plain = copy.copy(module)
+    plain.padding_mode, plain.padding = "zeros", (0,) * len(module.kernel_size)
+    return plain, lambda x: functional.pad(x, amounts, mode=mode)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 def conv_attributes(module: nn.Module, pads: bool = True) -> dict[str, Any]:
-    """The attributes of Conv and ConvInteger."""
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+    """The attributes of Conv, ConvInteger and ConvTranspose."""
+    assert isinstance(module, (*CONVS, *TRANSPOSED))
     pad = padding(module) if pads else [0] * len(module.stride)
     return {
         "strides": list(module.stride),
         "pads": [*pad, *pad],
         "dilations": list(module.dilation),
         "group": module.groups,
+        **({"output_padding": list(module.output_padding)} if is_transposed(module) else {}),
     }
 
 
 def padding(module: nn.Module) -> list[int]:
-    """Zeros in front of and behind each spatial axis; raises :class:`ModelError` for any other kind of padding."""
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise ModelError(
-            f"A convolution pads its input in a way that is not exported ({module.padding_mode}, {module.padding}); "
-            "keep it in float with a skip pattern or pad with a number of zeros."
-        )
+    """Zeros in front of and behind each spatial axis of an :func:`unpadded` layer."""
+    assert isinstance(module, (*CONVS, *TRANSPOSED)) and not isinstance(module.padding, str)
     return list(module.padding)
 
 
@@ -57,12 +79,15 @@ def output_shape(layer: nn.Module, x: Tensor) -> list[int | torch.SymInt]:
     """The shape of ``layer(x)``, in terms as simple as the exporter's symbolic algebra is slow."""
     if isinstance(layer, nn.Linear):
         return [*x.shape[:-1], layer.out_features]
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    assert isinstance(layer, (*CONVS, *TRANSPOSED))
     sizes: list[int | torch.SymInt] = []
-    for size, kernel, stride, pad, dilation in zip(
-        x.shape[2:], layer.kernel_size, layer.stride, padding(layer), layer.dilation, strict=True
+    for size, kernel, stride, pad, dilation, more in zip(
+        x.shape[2:], layer.kernel_size, layer.stride, padding(layer), layer.dilation, layer.output_padding, strict=True
     ):
         change = 2 * pad - dilation * (kernel - 1)
-        same = stride == 1 and change == 0
-        sizes.append(size if same else (size + change - 1) // stride + 1)
+        if is_transposed(layer):
+            sizes.append((size - 1) * stride - change + more + 1)
+        else:
+            same = stride == 1 and change == 0
+            sizes.append(size if same else (size + change - 1) // stride + 1)
     return [x.shape[0], layer.out_channels, *sizes]

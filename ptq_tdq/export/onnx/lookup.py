@@ -1,8 +1,9 @@
 """Interval tables inside the graph: two initializers, read once per run at each sample's t.
 
-``scale_table`` and ``zero_point_table`` float32 [T, Q] have a column for each of the Q quantizers whose interval
-depends on t; what does not is a constant. The rules are those of :func:`ptq_tdq.timeaxis.lookup`: integer t exact,
-fractional t linear between neighbours.
+``scale_table`` and ``zero_point_table`` float32 [T + 1, Q] have a column for each of the Q quantizers whose interval
+depends on t; what does not is a constant. The rules are those of :mod:`ptq_tdq.timeaxis`: t from the model's own time
+argument, integer t exact, fractional t linear between neighbours, and a tensor that holds k rows of each sample takes
+each t k times.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.export.onnx.nodes import Builder, axes
 from ptq_tdq.scheme import QType
+from ptq_tdq.timeaxis import NEAR, TimeAxis
 
 SCALES, ZERO_POINTS = "scale_table", "zero_point_table"
-RANKS = (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,27 @@ class Interval:
 class Lookup:
     """Builds the lookup at the start of the graph.
 
-    ``batch`` int64 [1], ``t`` float32 [batch], ``scales`` and ``zero_points`` float32 [batch, Q] are values of the
-    graph, the last two None for Q = 0.
+    ``time`` is the input that holds the time argument [batch, ...], ``batch`` what its first size is called in the
+    shapes of the graph (None: the graph is of one sample). ``scales`` and ``zero_points`` float32 [batch, Q] are values
+    of the graph, None for Q = 0.
     """
 
-    def __init__(self, b: Builder, artifact: Artifact, sample: ir.Value, timestep: ir.Value) -> None:
+    def __init__(self, b: Builder, artifact: Artifact, time: ir.Value, batch: str | None) -> None:
         b.prefix = "lookup"
-        self.b = b
-        self.batch = b("Shape", sample, start=0, end=1)
-        self.t = b("Expand", timestep, self.batch, name="timestep_of_each_sample")  # [1] or [batch] -> [batch]
-        timed = {name: table for name, table in artifact.tables.items() if table.scale is not None}
+        self.b, self.symbol = b, batch
+        self.batch = b("Shape", time, start=0, end=1)
+        tables = {q.name: artifact.tables[q.name] for q in artifact.quantizers}  # in execution order
+        timed = {name: table for name, table in tables.items() if table.scale is not None}
         self.columns = [n for n, t in timed.items() if not (_constant(t.scale) and _constant(t.zero_point))]
         self.intervals = {q.name: self._interval(artifact, q.name, q.bits) for q in artifact.quantizers}
         self.scales = self.zero_points = None
         if not self.columns:
             return
-        below = b("Floor", self.t)
+        t = self._t(time, artifact.time_axis)
+        below = b("Floor", t)
         low = b("Cast", below, to=ir.DataType.INT64)
-        high = b("Min", b("Add", low, np.int64(1)), np.int64(artifact.num_train_timesteps - 1))
-        fraction = b("Unsqueeze", b("Sub", self.t, below), axes(1))
+        high = b("Min", b("Add", low, np.int64(1)), np.int64(artifact.time_axis.num_train_timesteps))
+        fraction = b("Unsqueeze", b("Sub", t, below), axes(1))
 
         def read(name: str, columns: list[Tensor | None]) -> ir.Value:
             table = b.initializer(name, torch.stack([c for c in columns if c is not None], 1).float().numpy())
@@ -67,17 +70,26 @@ class Lookup:
         self.scales = read(SCALES, [timed[name].scale for name in self.columns])
         self.zero_points = b("Round", read(ZERO_POINTS, [timed[name].zero_point for name in self.columns]))
 
-    def split(self, matrix: ir.Value | None) -> dict[int, tuple[ir.Value, ...]]:
-        """The columns of ``matrix`` [batch, Q] as values [batch, 1, ...] of 2, 3 and 4 axes."""
-        b, count, found = self.b, len(self.columns), {}
-        for rank in RANKS if matrix is not None else ():
-            wide = matrix if rank == 2 else b("Unsqueeze", matrix, axes(*range(2, rank)))
-            parts = b.many("Split", wide, count=count, axis=1, num_outputs=count) if count > 1 else (wide,)
-            found[rank] = tuple(part for part in parts if part is not None)
-        return found
+    def table(self, matrix: ir.Value | None) -> Columns:
+        """The columns of ``matrix`` [batch, Q]."""
+        return Columns(self, matrix)
+
+    def lead(self, x: ir.Value) -> str | None:
+        """What the first size of ``x`` is called; None where it is the same for any batch."""
+        size = None if x.shape is None else x.shape[0]
+        if isinstance(size, int):
+            return None
+        name = getattr(size, "value", None)
+        if isinstance(name, str) and name.isdecimal():
+            return None
+        return f"rows of {x.name}" if name is None else str(name)
+
+    def length(self, x: ir.Value) -> ir.Value:
+        """The first size of ``x`` as int64 [1]."""
+        return self.batch if self.lead(x) == self.symbol is not None else self.b("Shape", x, start=0, end=1)
 
     def dynamic(self, interval: Interval, x: ir.Value, rank: int) -> ir.Value:
-        """The scale [batch, 1, ...] that clips no value of the sample x.
+        """The scale [rows, 1, ...] that clips no value of each row of x.
 
         See :class:`ptq_tdq.intervals.dynamic.Dynamic`.
         """
@@ -94,6 +106,19 @@ class Lookup:
         assert isinstance(scale, ir.Value)
         return scale
 
+    def _t(self, time: ir.Value, axis: TimeAxis) -> ir.Value:
+        """The scheduler's time step of each sample, float32 [batch], as :meth:`TimeAxis.t` finds it."""
+        b = self.b
+        rank = 1 if time.shape is None else time.shape.rank()
+        value = b("Cast", time, to=ir.DataType.FLOAT)
+        if rank > 1:  # a time for each token: the largest counts
+            value = b("ReduceMax", value, axes(*range(1, rank)), keepdims=0)
+        if (axis.scale, axis.offset) != (1, 0):
+            value = b("Add", b("Mul", value, np.float32(axis.scale)), np.float32(axis.offset))
+        nearest = b("Round", value)
+        near = b("Less", b("Abs", b("Sub", value, nearest)), np.float32(NEAR))
+        return b("Where", near, nearest, value, name="t")
+
     def _interval(self, artifact: Artifact, name: str, bits: int) -> Interval:
         table = artifact.tables[name]
         column = self.columns.index(name) if name in self.columns else None
@@ -104,6 +129,45 @@ class Lookup:
             int(table.zero_point[0]) if _constant(table.zero_point) else None,
             column,
         )
+
+
+class Columns:
+    """The columns of a matrix [batch, Q] in shapes that fit the tensors of the graph."""
+
+    def __init__(self, lookup: Lookup, matrix: ir.Value | None) -> None:
+        self.lookup, self.matrix = lookup, matrix
+        self._rows: dict[str | None, ir.Value] = {}
+        self._split: dict[tuple[str | None, int], tuple[ir.Value, ...]] = {}
+
+    def of(self, column: int, x: ir.Value, rank: int) -> ir.Value:
+        """A column as [rows of x, 1, ...] of ``rank`` axes; [1, 1, ...] for an x that is the same for any batch."""
+        b, key = self.lookup.b, (self.lookup.lead(x), rank)
+        if key not in self._split:
+            before, b.prefix = b.prefix, "lookup"
+            wide = self._of_rows(x)
+            if rank > 2:
+                wide = b("Unsqueeze", wide, axes(*range(2, rank)))
+            count = len(self.lookup.columns)
+            parts = b.many("Split", wide, count=count, axis=1, num_outputs=count) if count > 1 else (wide,)
+            self._split[key] = parts
+            b.prefix = before
+        return self._split[key][column]
+
+    def _of_rows(self, x: ir.Value) -> ir.Value:
+        """The matrix with a row for each row of x."""
+        b, lead, matrix = self.lookup.b, self.lookup.lead(x), self.matrix
+        assert matrix is not None
+        if lead not in self._rows:
+            if lead is None:
+                self._rows[lead] = b("Gather", matrix, axes(0), axis=0)
+            elif lead == self.lookup.symbol:
+                self._rows[lead] = matrix
+            else:
+                times = b("Div", self.lookup.length(x), self.lookup.batch)
+                shape = b("Concat", self.lookup.batch, times, axes(len(self.lookup.columns)), axis=0)
+                each = b("Expand", b("Unsqueeze", matrix, axes(1)), shape)
+                self._rows[lead] = b("Reshape", each, axes(-1, len(self.lookup.columns)))
+        return self._rows[lead]
 
 
 def _constant(table: Tensor | None) -> bool:

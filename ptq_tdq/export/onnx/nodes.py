@@ -24,7 +24,8 @@ class Builder:
         self.graph = graph
         self.prefix = ""
         self._nodes: list[ir.Node] = []
-        self._names: Counter[str] = Counter()
+        self._names: Counter[str] = Counter()  # of nodes,
+        self._replaced: Counter[str] = Counter()  # and of what took a node's place: a layer may run twice in a call
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
 
     def __call__(self, op: str, *operands: Operand, name: str | None = None, **attributes: Any) -> ir.Value:
@@ -35,7 +36,7 @@ class Builder:
         self, op: str, *operands: Operand, count: int, name: str | None = None, **attributes: Any
     ) -> tuple[ir.Value, ...]:
         """One node with ``count`` outputs."""
-        name = name or self._unique(op)
+        name = _numbered(self._names, name or (f"{self.prefix}/{op}" if self.prefix else op))
         inputs = [self.constant(o) if isinstance(o, np.ndarray | np.generic) else o for o in operands]
         names = [name] if count == 1 else [f"{name}:{i}" for i in range(count)]
         outputs = [ir.Value(name=n) for n in names]
@@ -43,7 +44,9 @@ class Builder:
         return tuple(outputs)
 
     def initializer(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """A named array, stored in the file."""
+        """A named array, stored in the file; a layer that runs twice in a call asks for its own again."""
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
         tensor = ir.tensor(np.array(array, order="C"), name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
@@ -73,14 +76,15 @@ class Builder:
         """Put what was built in the place of ``node``, whose only output becomes ``value`` under the given name."""
         self.flush(node)
         old = node.outputs[0]
-        value.shape, value.type, value.name = old.shape, old.type, old.name if old.is_graph_output() else name
+        value.shape, value.type = old.shape, old.type
+        value.name = old.name if old.is_graph_output() else _numbered(self._replaced, name)
         ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
 
-    def _unique(self, op: str) -> str:
-        stem = f"{self.prefix}/{op}" if self.prefix else op
-        self._names[stem] += 1
-        return stem if self._names[stem] == 1 else f"{stem}_{self._names[stem] - 1}"
+
+def _numbered(known: Counter[str], stem: str) -> str:
+    known[stem] += 1
+    return stem if known[stem] == 1 else f"{stem}_{known[stem] - 1}"
 
 
 def axes(*values: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from ptq_tdq.export.onnx.geometry import conv_attributes, is_linear, padding, require_one_group
+from ptq_tdq.export.onnx.geometry import is_grouped, is_linear, is_transposed
 from ptq_tdq.export.onnx.nodes import axes
 from ptq_tdq.export.onnx.portable import Portable
 from ptq_tdq.export.onnx.weights import RangeWeight, along_channels, along_rows, store_signed
@@ -26,30 +26,26 @@ class OpenVINO(Portable):
     signed_right = True
 
     def part(self, q: QuantizerRecord, module: nn.Module, x: ir.Value, weight: RangeWeight, rank: int) -> ir.Value:
+        if is_transposed(module) or (weight.rest is not None and is_grouped(module)):
+            return super().part(q, module, x, weight, rank)
         b, linear = self.b, is_linear(module)
         codes = self.codes(q, x, rank)
-        y = self.operation(module, codes.values, self.weight(module, weight))
+        y = self.operation(module, codes.values, self.signed_weight(module, weight))
         if codes.zeros is not None:
             y = b("Sub", y, b("Mul", codes.zeros, self.weight_sums(module, weight, x, rank)))
         if weight.rest is not None:
-            require_one_group(module, weight.name)
             main, ones = b.many("Split", y, axes(len(weight.scale), 1), count=2, axis=rank - 1 if linear else 1)
             rest = along_channels(weight.rest.astype(np.float32) * weight.scale, rank, linear)
             y = b("Sub", main, b("Mul", ones, rest))
         return y if codes.scale is None else b("Mul", y, codes.scale)
 
-    def weight(self, module: nn.Module, weight: RangeWeight) -> ir.Value:
+    def signed_weight(self, module: nn.Module, weight: RangeWeight) -> ir.Value:
+        """The real weight behind signed codes, with an output channel of ones where they need it."""
         b, linear = self.b, is_linear(module)
         scale = b.initializer(f"{weight.name}_scale", weight.signed_scale)
         return b("DequantizeLinear", store_signed(b, weight, 0, linear), scale, axis=1 if linear else 0)
 
     def weight_sums(self, module: nn.Module, weight: RangeWeight, x: ir.Value, rank: int) -> ir.Value:
-        """E: the sum of each output channel's weights, [O] or [1, O, ...] where padding leaves some of them out."""
-        b, linear = self.b, is_linear(module)
+        """E: the sum of each output channel's signed weights."""
         kernel = weight.signed.sum(1, keepdims=True) * along_rows(weight.signed_scale, weight.signed.ndim)
-        if linear or not any(padding(module)):
-            sums = kernel.reshape(len(kernel), -1).sum(1)
-            return b.constant(along_channels(sums.astype(np.float32), rank, linear))
-        # A convolution of a single channel of ones: C times less work than the layer's, and once for the whole batch.
-        ones = b("Expand", np.ones((1,) * rank, np.float32), b("Concat", axes(1, 1), b("Shape", x, start=2), axis=0))
-        return b("Conv", ones, kernel.astype(np.float32), **{**conv_attributes(module), "group": 1})
+        return self.sums_inside(module, kernel.astype(np.float32), x, rank)

@@ -1,6 +1,6 @@
 """A convolution's patches as rows of a matrix (im2col), with one Gather over the pixels.
 
-The image [batch, C, H, W] becomes pixels [batch, H W, C] with one more behind them, which holds the codes of 0; an
+The image [rows, C, H, W] becomes pixels [rows, H W, C] with one more behind them, which holds the codes of 0; an
 index per (output pixel, place in the kernel) says which pixel goes there. The index depends on the image's size alone,
 is computed in the graph and shared by all layers of the same geometry and size.
 """
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from torch import nn
 
 from ptq_tdq.export.onnx.geometry import padding
+from ptq_tdq.export.onnx.lookup import Lookup
 from ptq_tdq.export.onnx.nodes import Builder, axes
 
 
@@ -27,7 +28,7 @@ class Size:
 
     @classmethod
     def of(cls, x: ir.Value) -> Size:
-        """The size of ``x`` [batch, C, H, W] as the exporter knows it; one that it does not know is like no other."""
+        """The size of ``x`` [rows, C, H, W] as the exporter knows it; one that it does not know is like no other."""
         lengths = [] if x.shape is None else [str(getattr(d, "value", d)) for d in x.shape.dims[2:]]
         return cls(x, str(x.name) if not lengths or "None" in lengths else " x ".join(lengths))
 
@@ -35,25 +36,26 @@ class Size:
 class Patches:
     """Builds patches and remembers the indices that it has built."""
 
-    def __init__(self, b: Builder, batch: ir.Value) -> None:
-        self.b, self.batch = b, batch
+    def __init__(self, b: Builder, lookup: Lookup) -> None:
+        self.b, self.lookup = b, lookup
         self._indices: dict[Any, tuple[ir.Value, ir.Value]] = {}
-        self._borders: dict[int, ir.Value] = {}
+        self._borders: dict[tuple[int, str | None], ir.Value] = {}
 
     def gather(self, module: nn.Module, size: Size, codes: ir.Value, channels: int, zero: ir.Value) -> ir.Value:
-        """``codes`` [batch, C, H, W] -> [batch, pixels, kH kW C]; ``zero`` [batch, 1, 1] or [] of the codes' type."""
+        """``codes`` [rows, C, H, W] -> [rows, pixels, kH kW C]; ``zero`` [rows, 1, 1] or [] of the codes' type."""
         assert isinstance(module, nn.Conv2d)
         b, places = self.b, module.kernel_size[0] * module.kernel_size[1]
         pixels = b("Transpose", b("Reshape", codes, axes(0, channels, -1)), perm=[0, 2, 1])
         if any(padding(module)):
-            if channels not in self._borders:
-                self._borders[channels] = b("Concat", self.batch, axes(1, channels), axis=0)
-            pixels = b("Concat", pixels, b("Expand", zero, self._borders[channels]), axis=1)
+            key = (channels, self.lookup.lead(size.image))
+            if key not in self._borders or key[1] is None:
+                self._borders[key] = b("Concat", self.lookup.length(size.image), axes(1, channels), axis=0)
+            pixels = b("Concat", pixels, b("Expand", zero, self._borders[key]), axis=1)
         index, _ = self.index(module, size)
         return b("Reshape", b("Gather", pixels, index, axis=1), axes(0, -1, places * channels))
 
     def image(self, module: nn.Module, size: Size, rows: ir.Value) -> ir.Value:
-        """[batch, pixels, O] -> [batch, O, H, W] of the layer's output."""
+        """[rows, pixels, O] -> [rows, O, H, W] of the layer's output."""
         _, shape = self.index(module, size)
         return self.b("Reshape", self.b("Transpose", rows, perm=[0, 2, 1]), shape)
 

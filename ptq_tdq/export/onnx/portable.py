@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.export.onnx.geometry import conv_attributes, is_linear
+from ptq_tdq.export.onnx.geometry import TRANSPOSED, conv_attributes, is_linear, is_transposed, padding
 from ptq_tdq.export.onnx.lookup import Interval, Lookup
 from ptq_tdq.export.onnx.nodes import Builder, axes
 from ptq_tdq.export.onnx.weights import RangeWeight, along_channels, along_rows, range_weights, store_codes
+from ptq_tdq.modules.layers import weight_groups
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 
 ONE = np.float32(1)
@@ -45,9 +46,9 @@ class Portable:
     def __init__(self, b: Builder, lookup: Lookup, artifact: Artifact) -> None:
         """Builds what all layers share, at the start of the graph."""
         self.b, self.lookup, self.artifact = b, lookup, artifact
-        self.scales, self.zero_points = lookup.split(lookup.scales), lookup.split(lookup.zero_points)
+        self.scales, self.zero_points = lookup.table(lookup.scales), lookup.table(lookup.zero_points)
         shifted = None if lookup.zero_points is None else b("Sub", lookup.zero_points, np.float32(128))
-        self.signed_zero_points = lookup.split(shifted)
+        self.signed_zero_points = lookup.table(shifted)
 
     # What the skeleton asks for.
 
@@ -63,22 +64,24 @@ class Portable:
         bias = self.bias(record)
         return y if bias is None else self.b("Add", y, along_channels(bias, rank, is_linear(module)))
 
-    def product(self, a: QuantizerRecord, x: ir.Value, b: QuantizerRecord, y: ir.Value, transposed: bool) -> ir.Value:
-        """``x @ y`` of two quantized operands [batch, heads, N, d]; ``transposed``: of x and y's transpose.
+    def product(
+        self, a: QuantizerRecord, x: ir.Value, b: QuantizerRecord, y: ir.Value, transposed: bool, rank: int
+    ) -> ir.Value:
+        """``x @ y`` of two quantized operands [rows, ..., N, d]; ``transposed``: of x and y's transpose.
 
         ``(A - za) (B - zb) = A B - za sum(B) - zb sum(A - za)``, sums along the contracted axis.
         """
-        make, left, right = self.b, self.bare_codes(a, x, 4), self.bare_codes(b, y, 4, self.signed_right)
+        make, left, right = self.b, self.bare_codes(a, x, rank), self.bare_codes(b, y, rank, self.signed_right)
         rows, columns = left.values, right.values
         if transposed:
-            columns = make("Transpose", columns, perm=[0, 1, 3, 2])
+            columns = make("Transpose", columns, perm=swapped(rank))
         result = make("MatMul", rows, columns)
         if left.zeros is not None:
-            sums = make("ReduceSum", columns, axes(2), keepdims=1)
+            sums = make("ReduceSum", columns, axes(rank - 2), keepdims=1)
             result = make("Sub", result, make("Mul", left.zeros, sums))
             rows = make("Sub", rows, left.zeros)
         if right.zeros is not None:
-            sums = make("ReduceSum", rows, axes(3), keepdims=1)
+            sums = make("ReduceSum", rows, axes(rank - 1), keepdims=1)
             result = make("Sub", result, make("Mul", right.zeros, sums))
         scales = [scale for scale in (left.scale, right.scale) if scale is not None]
         if len(scales) == 2:
@@ -128,7 +131,7 @@ class Portable:
         u, zeros = b("Div", x, scale), None
         if interval.zero_point is None:
             assert interval.column is not None
-            zeros = (self.signed_zero_points if signed else self.zero_points)[rank][interval.column]
+            zeros = (self.signed_zero_points if signed else self.zero_points).of(interval.column, x, rank)
         elif interval.zero_point != offset:
             zeros = b.constant(np.float32(interval.zero_point - offset))
         u = u if zeros is None else b("Add", u, zeros)
@@ -139,12 +142,12 @@ class Portable:
         return Codes(b("DequantizeLinear", codes, ONE, zero), scale, zeros)
 
     def scale_of(self, interval: Interval, x: ir.Value, rank: int) -> ir.Value | None:
-        """The scale for each sample of x, [batch, 1, ...] of ``rank`` axes; None where it is a constant."""
+        """The scale for each row of x, [rows, 1, ...] of ``rank`` axes; None where it is a constant."""
         if interval.scale is not None:
             return None
         if interval.column is None:
             return self.lookup.dynamic(interval, x, rank)
-        return self.scales[rank][interval.column]
+        return self.scales.of(interval.column, x, rank)
 
     def weight(self, module: nn.Module, weight: RangeWeight) -> ir.Value:
         """The real weight [O, C, ...], or [C, O] of a Linear."""
@@ -157,11 +160,37 @@ class Portable:
         real = b("Cast", centred, to=ir.DataType.FLOAT)
         return b("Mul", real, b.initializer(f"{weight.name}_scale", scale))
 
-    def operation(self, module: nn.Module, x: ir.Value, weight: ir.Value) -> ir.Value:
-        """The layer's own operation without a bias."""
+    def operation(
+        self, module: nn.Module, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None, name: str | None = None
+    ) -> ir.Value:
+        """The layer's own operation, ``name`` being that of its node; a Linear takes no bias here."""
+        b = self.b
         if is_linear(module):
-            return self.b("MatMul", x, weight)
-        return self.b("Conv", x, weight, **conv_attributes(module))
+            return b("MatMul", x, weight, name=name)
+        if not is_transposed(module):
+            return b("Conv", x, weight, bias, name=name, **conv_attributes(module))
+        return b("ConvTranspose", x, self.inputs_first(module, weight), bias, name=name, **conv_attributes(module))
+
+    def inputs_first(self, module: nn.Module, weight: ir.Value) -> ir.Value:
+        """[O, C / groups, ...] as [C, O / groups, ...], the form of a transposed convolution."""
+        b, groups = self.b, weight_groups(module)
+        assert isinstance(module, TRANSPOSED)
+        sizes = list(module.kernel_size)
+        channels, outputs = module.in_channels // groups, module.out_channels // groups
+        order = [0, 2, 1, *range(3, 3 + len(sizes))]
+        grouped = b("Transpose", b("Reshape", weight, axes(groups, outputs, channels, *sizes)), perm=order)
+        return b("Reshape", grouped, axes(module.in_channels, outputs, *sizes))
+
+    def sums_inside(self, module: nn.Module, kernel: NDArray[np.float32], x: ir.Value, rank: int) -> ir.Value:
+        """``kernel`` [O, 1, ...], sums over channels, summed over its places: [O], or [1, O, ...] where padding leaves
+        some of them outside of the image.
+        """
+        b, linear = self.b, is_linear(module)
+        if linear or not any(padding(module)):
+            return b.constant(along_channels(kernel.reshape(len(kernel), -1).sum(1), rank, linear))
+        # A convolution of a single channel of ones: C times less work than the layer's, and once for the whole batch.
+        ones = b("Expand", np.ones((1,) * rank, np.float32), b("Concat", axes(1, 1), b("Shape", x, start=2), axis=0))
+        return b("Conv", ones, kernel, **{**conv_attributes(module), "group": 1})
 
     def bias(self, record: LayerRecord) -> NDArray[np.float32] | None:
         """The layer's bias [O], if it has one."""
@@ -174,4 +203,12 @@ class Portable:
             return [x]
         sizes = axes(*np.diff(record.splits).tolist())
         axis = rank - 1 if record.kind == "linear" else 1
-        return list(self.b.many("Split", x, sizes, count=len(sizes), axis=axis))
+        parts = self.b.many("Split", x, sizes, count=len(sizes), axis=axis)
+        for part in parts:
+            part.shape = None if x.shape is None else ir.Shape([x.shape[0], *[None] * (rank - 1)])
+        return list(parts)
+
+
+def swapped(rank: int) -> list[int]:
+    """The order of axes that swaps the last two."""
+    return [*range(rank - 2), rank - 1, rank - 2]

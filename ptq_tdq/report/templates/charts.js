@@ -61,7 +61,7 @@ function draw(parent, s, x, y) {
   else parent.append(node("path", { d: path(s.t, s.v, x, y), style: `fill:none;stroke:${color};stroke-width:${s.width || 1.8};opacity:${s.opacity || 1};stroke-linejoin:round${s.dash ? ";stroke-dasharray:4 3" : ""}` }));
 }
 
-// A chart in `parent`, as wide as it is. options: {series, last (T - 1), height, zero (y from 0), unit}
+// A chart in `parent`, as wide as it is. options: {series, last (T), height, zero (y from 0), unit}
 function chart(parent, options) {
   const width = Math.max(parent.clientWidth, 220), height = options.height || 170;
   const left = 42, right = 8, top = 8, bottom = 22;
@@ -76,7 +76,7 @@ function chart(parent, options) {
     svg.append(node("line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) }));
     svg.append(node("text", { x: left - 6, y: y(v) + 3.5, "text-anchor": "end" }, format(v)));
   }
-  for (const t of ticks(0, options.last, width > 500 ? 8 : 4)) svg.append(node("text", { x: x(t), y: height - 6, "text-anchor": t === 0 ? "start" : "middle" }, t === 0 ? "t = 0" : t));
+  for (const t of ticks(0, options.last, width > 500 ? 8 : 4)) svg.append(node("text", { x: x(t), y: height - 6, "text-anchor": t === 0 ? "start" : t === options.last ? "end" : "middle" }, t === 0 ? "t = 0" : t));
   options.series.forEach((s) => draw(svg, s, x, y));
   const cross = node("line", { class: "cross", y1: top, y2: height - bottom, visibility: "hidden" });
   svg.append(cross);

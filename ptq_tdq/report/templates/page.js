@@ -1,10 +1,10 @@
 // The page: one state (which artifact, which error, which order), drawn from the embedded data.
 const data = JSON.parse(document.getElementById("data").textContent);
-const last = Math.max(1, data.num_train_timesteps - 1), steps = data.steps;
+const last = data.num_train_timesteps, steps = data.steps;
 const state = { artifact: 0, mode: "own", sort: null, down: false, query: "", open: new Set() };
 const byId = (id) => document.getElementById(id);
 const current = () => data.artifacts[state.artifact];
-const classColor = (i) => `c${i % 10}`;
+const groupColor = (i) => `c${i % 10}`;
 const artifactColor = (i) => `c${2 + (i % 8)}`; // without those of the intervals and of the best ones
 
 function element(name, properties, ...children) {
@@ -17,7 +17,7 @@ const mean = (values) => { const v = (values || []).filter(known); return v.leng
 const greatest = (values) => { const v = (values || []).filter(known); return v.length ? Math.max(...v) : null; };
 const db = (v) => (known(v) ? v.toFixed(1) : "–");
 const percent = (v) => (!known(v) ? "–" : v === 0 ? "0" : v < 0.001 ? "<0.1%" : `${(100 * v).toFixed(v < 0.1 ? 1 : 0)}%`);
-const brief = (name) => name.replace(/_blocks?\b/g, "").replace(/resnets/g, "res").replace(/attentions/g, "attn").replace(/samplers\.0\.conv/g, "sample").replace(/conv_shortcut/g, "shortcut");
+const brief = (name) => name.replace(/_blocks?\b/g, "");
 
 // A layer's name that may break after its dots.
 function breakable(name) {
@@ -53,7 +53,7 @@ const shown = columns.filter((c) => measured || !c.measured);
 
 function sorted() {
   const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
-  const found = rows().filter(({ layer }) => words.every((w) => `${layer.name} ${layer.kind} ${layer.unit} w${layer.weight_bits}`.toLowerCase().includes(w)));
+  const found = rows().filter(({ layer }) => words.every((w) => `${layer.name} ${layer.kind} ${layer.unit} w${layer.weight_bits} ${layer.roles.join(" ")}`.toLowerCase().includes(w)));
   const sign = state.down ? -1 : 1;
   return found.sort((a, b) => (known(a[state.sort]) ? (known(b[state.sort]) ? sign * (a[state.sort] - b[state.sort]) : -1) : known(b[state.sort]) ? 1 : 0) || a.i - b.i);
 }
@@ -90,7 +90,7 @@ function line(r) {
   const toggle = () => { state.open.has(layer.name) ? state.open.delete(layer.name) : state.open.add(layer.name); table(); };
   const name = element("button", { type: "button", className: "name" }, ...breakable(layer.name));
   name.setAttribute("aria-expanded", open);
-  const tags = [layer.kind, layer.shape ? layer.shape.join("×") : "product", layer.weight_bits ? `W${layer.weight_bits} ${bits}` : bits].join(" · ");
+  const tags = [layer.kind, layer.shape ? layer.shape.join("×") : "of attention", layer.weight_bits ? `W${layer.weight_bits} ${bits}` : bits, ...layer.roles.map((role) => role.replace("_", " "))].join(" · ");
   const row = element("tr", { className: `row${open ? " open" : ""}`, onclick: toggle }, element("td", {}, name, element("span", { className: "tags", textContent: tags })));
   row.dataset.layer = layer.name;
   for (const c of shown) {
@@ -130,18 +130,18 @@ function intervalSeries(name) {
   });
   if (seen && t.scale) {
     const to = mean(t.scale.t.length > 2 ? steps.map((at) => value(t.scale.t, t.scale.v, at)) : t.scale.v) / mean(seen.magnitude);
-    series.push({ t: steps, v: seen.magnitude.map((v) => v * to), times: 1 / to, color: "magnitude", dash: true, width: 1.4, label: "mean |x|, scaled" });
+    series.push({ t: steps, v: seen.magnitude.map((v) => (known(v) ? v * to : null)), times: 1 / to, color: "magnitude", dash: true, width: 1.4, label: "mean |x|, scaled" });
   }
   if (t.best) series.push({ type: "dots", t: steps, v: t.best, color: "best", label: "best at each step" });
   if (t.scale) series.push({ ...t.scale, color: "learned", width: 2.2, label: `interval s(t)${data.artifacts.length > 1 ? ` of ${artifact.name}` : ""}` });
   return series;
 }
 
-function classSeries(name) {
+function groupSeries(name) {
   const seen = data.activations[name], series = [];
-  if (!seen || !seen.by_class || seen.by_class.low.length < 2) return series;
-  seen.by_class.low.forEach((low, c) => series.push(
-    { t: steps, v: seen.by_class.high[c], color: classColor(c), width: 1.2, label: `class ${c}` }, { t: steps, v: low, color: classColor(c), width: 1.2 }));
+  if (!seen || !seen.by_group || seen.by_group.low.length < 2) return series;
+  seen.by_group.low.forEach((low, g) => series.push(
+    { t: steps, v: seen.by_group.high[g], color: groupColor(g), width: 1.2, label: data.groups[g] }, { t: steps, v: low, color: groupColor(g), width: 1.2 }));
   return series;
 }
 
@@ -156,7 +156,7 @@ function fill(r) {
   const cell = document.querySelector(`tr[data-detail="${CSS.escape(r.layer.name)}"] > td`), jobs = [];
   const panel = (title, series, options) => {
     const place = element("div", { className: "chart" }), key = element("div", { className: "legend" });
-    jobs.push(() => { legend(key, series.length > 14 ? [] : series); chart(place, { series, last, label: `${title} of ${r.layer.name}`, ...options }); });
+    jobs.push(() => { legend(key, series); chart(place, { series, last, label: `${title} of ${r.layer.name}`, ...options }); });
     return element("div", { className: "panel" }, element("p", { className: "title", textContent: title }), key, place);
   };
   const errors = current().errors;
@@ -164,7 +164,7 @@ function fill(r) {
     const t = current().tables[name], panels = [];
     if (rangeSeries(name).length) panels.push(panel("Activation inside its range", rangeSeries(name), {}));
     if (intervalSeries(name).length) panels.push(panel("Interval against activation magnitude", intervalSeries(name), { zero: true }));
-    if (classSeries(name).length) panels.push(panel("Middle 98% of values, one line for each class", classSeries(name), {}));
+    if (groupSeries(name).length) panels.push(panel(`Middle 98% of values, one line for each ${data.condition}`, groupSeries(name), {}));
     const facts = [`${t.method}, ${t.bits} bits`, t.scale ? null : "interval found at run time", known(t.follows) ? `correlation with the best interval ${t.follows.toFixed(2)}` : null, known(t.off) ? `${percent(t.off)} off it` : null];
     return [element("h4", {}, `${name} `, element("small", { textContent: facts.filter(Boolean).join(" · ") })), element("div", { className: "multiples" }, ...panels)];
   }).flat();
@@ -271,7 +271,7 @@ function stepsChart() {
   const stored = current().stored;
   if (stored) series.unshift({ ...stored.static, color: "best", dash: true, width: 1.6, label: "best static intervals, not learned" });
   legend(document.querySelector('[data-legend="steps"]'), series);
-  chart(place, { series, last, height: 260, unit: " dB", label: "SQNR of the predicted noise over t" });
+  chart(place, { series, last, height: 260, unit: " dB", label: "SQNR of the prediction over t" });
 }
 
 function seedCharts() {

@@ -1,0 +1,62 @@
+"""Notices a denoiser that gives NaN or Inf while somebody samples with it, and finds the layer where that began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.calls import bind, tensors_of
+from ptq_tdq.errors import NonFiniteError
+from ptq_tdq.timeaxis import time_argument, time_values
+
+
+@contextmanager
+def finite_outputs(model: nn.Module) -> Iterator[None]:
+    """Raise :class:`NonFiniteError` naming the layer and the model's own time value, in place of a broken output."""
+    name = time_argument(model)
+    looking = False
+
+    def check(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal looking
+        if looking or _finite(output):
+            return
+        looking = True
+        t = float(time_values(bind(module, args, kwargs).get(name), name).float().mean())
+        raise NonFiniteError(
+            f"The denoiser gave NaN or Inf at {name} = {t:g}{_first_layer(module, args, kwargs)}; "
+            "check its weights and dtype."
+        )
+
+    handle = model.register_forward_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _finite(output: Any) -> bool:
+    return all(bool(torch.isfinite(x).all()) for x in tensors_of(output) if x.is_floating_point())
+
+
+def _first_layer(model: nn.Module, args: Any, kwargs: Any) -> str:
+    """Name the layer whose output was the first to have NaN or Inf, as a part of a sentence; empty if none had."""
+    found: list[str] = []
+
+    def watch(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+            found.append(name)
+
+    leaves = [(name, m) for name, m in model.named_modules() if name and not any(m.children())]
+    handles = [module.register_forward_hook(partial(watch, name)) for name, module in leaves]
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f", first in {found[0]}" if found else ""

@@ -1,0 +1,176 @@
+"""The plain sampling loop: any diffusers scheduler around a denoiser of x, t and, at most, a class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.calib_data.sampler import Sampled, Sampler, check_classes, spread_classes
+from ptq_tdq.calls import main_argument_name, prediction
+from ptq_tdq.calls.arguments import REFUSALS
+from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
+from ptq_tdq.timeaxis import time_argument
+
+LABELS = "class_labels"
+_CLASS_COUNTS = ("num_class_embeds", "num_embeds_ada_norm")  # entries of a configuration
+
+
+class LoopSampler(Sampler):
+    """Samples from standard normal noise by the scheduler's steps, and decodes with the VAE where there is one."""
+
+    batch = 64
+
+    def __init__(
+        self, model: nn.Module, scheduler: Any, vae: Any | None = None, classes: Sequence[int] | None = None
+    ) -> None:
+        """``classes`` are those to sample; by default all, in turn.
+
+        Raises :class:`ModelError` for a denoiser that needs more than x, t and a class.
+        """
+        self.scheduler, self.vae = scheduler, vae
+        _check_interface(scheduler)
+        self.names = main_argument_name(model), time_argument(model)
+        self.num_classes = _count_classes(model)
+        self.shape = _shape_of_x(model)
+        if classes is not None and not self.num_classes:
+            raise ConfigError("The model has no classes; leave out --classes.")
+        if classes is not None:
+            check_classes(classes, self.num_classes)
+        self.classes = None if classes is None else list(classes)
+
+    def limited(self, num_classes: int) -> LoopSampler:
+        """The sampler itself with fewer classes: the last embedding of some models means "no class"."""
+        self.num_classes = num_classes
+        return self
+
+    def conditions(self, count: int) -> list[Any]:
+        if self.classes is not None:
+            return [self.classes[i % len(self.classes)] for i in range(count)]
+        return list(spread_classes(count, self.num_classes)) if self.num_classes else [None] * count
+
+    def recipe(self) -> dict[str, Any]:
+        return {"sampler": "loop", "num_classes": self.num_classes, "classes": self.classes}
+
+    @torch.no_grad()
+    def run(
+        self,
+        denoiser: nn.Module,
+        conditions: Sequence[Any],
+        generators: Sequence[torch.Generator],
+        num_inference_steps: int,
+        schedule: Any,
+    ) -> Sampled:
+        """As the base says. Raises :class:`ConfigError` for a number of steps that the scheduler cannot run."""
+        device, dtype = getattr(denoiser, "device", torch.device("cpu")), getattr(denoiser, "dtype", torch.float32)
+        start_schedule(schedule, num_inference_steps, device)
+        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
+        labels = {} if conditions[0] is None else {LABELS: torch.tensor(conditions, device=device)}
+        latents = step_through(
+            lambda x, t: self._predict(denoiser, x.to(dtype), t, labels), noise.to(device), schedule, generators
+        )
+        latents = latents.float().cpu()
+        return Sampled(latents, self._decode(latents))
+
+    def _predict(self, denoiser: nn.Module, x: Tensor, t: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        main, time = self.names
+        # a 0-dim t serves U-Nets, transformers of the field want one t per sample
+        arguments = {main: x, time: t.expand(len(x)).to(x.device), **labels}
+        try:
+            return prediction(denoiser(**arguments)).float()[:, : x.shape[1]]  # without a learned variance
+        except (ConfigError, ModelError, NonFiniteError):
+            raise
+        except REFUSALS as error:
+            raise ModelError(
+                f"{type(denoiser).__name__} cannot be called with x, t{' and a class' if labels else ''} alone "
+                f"({str(error).splitlines()[0][:150] if str(error) else type(error).__name__}); pass the folder of its "
+                "pipeline, or record calls of it."
+            ) from error
+
+    def _decode(self, latents: Tensor) -> Tensor | None:
+        if latents.ndim != 4 or (self.vae is None and latents.shape[1] not in (1, 3)):
+            return None
+        if self.vae is None:
+            return latents.clamp(-1, 1)
+        scaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        shift = getattr(self.vae.config, "shift_factor", None)
+        decoded: Tensor = self.vae.decode(scaled + shift if shift else scaled).sample
+        return decoded.float().clamp(-1, 1).cpu()
+
+
+def step_through(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    schedule: Any,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """From standard normal ``noise`` [B, ...] to the final x of the same shape, by the steps of ``schedule``.
+
+    ``predict(x, t)`` is the denoiser, x scaled as the schedule wants it, t a scalar. x itself stays float32: steps are
+    small. ``generators``, one per sample, feed schedules that add noise.
+    """
+    noisy = generators is not None and "generator" in inspect.signature(schedule.step).parameters
+    options = {"generator": list(generators)} if noisy and generators is not None else {}
+    x = noise * getattr(schedule, "init_noise_sigma", 1.0)
+    for t in schedule.timesteps:
+        scaled = schedule.scale_model_input(x, t) if hasattr(schedule, "scale_model_input") else x
+        x = schedule.step(predict(scaled, t), t, x, return_dict=False, **options)[0]
+    return x
+
+
+def start_schedule(schedule: Any, num_inference_steps: int, device: torch.device | str = "cpu") -> None:
+    """Set a scheduler to ``num_inference_steps``; raises :class:`ConfigError` for what it cannot run."""
+    if num_inference_steps < 1:
+        raise ConfigError(f"The number of inference steps must be at least 1. Got {num_inference_steps} instead.")
+    try:
+        schedule.set_timesteps(num_inference_steps, device=device)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"{type(schedule).__name__} cannot run {num_inference_steps} inference steps; "
+            f"choose another number ({error})."
+        ) from error
+
+
+def _check_interface(scheduler: Any) -> None:
+    missing = [name for name in ("set_timesteps", "step") if not hasattr(scheduler, name)]
+    if not missing:
+        parameters = list(inspect.signature(scheduler.step).parameters.values())
+        named = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        missing = [] if named == ["model_output", "timestep", "sample"] else ["step(model_output, timestep, sample)"]
+    if missing:
+        raise ConfigError(
+            f"{type(scheduler).__name__} does not sample with one prediction per step (it has no {missing[0]}); "
+            "use one such as DDIMScheduler."
+        )
+
+
+def _count_classes(model: nn.Module) -> int:
+    if LABELS not in inspect.signature(model.forward).parameters:
+        return 0
+    config = getattr(model, "config", None)
+    kind = getattr(config, "class_embed_type", None)
+    if kind is not None:
+        raise ModelError(
+            f"Class embeddings of type '{kind}' take no class numbers; pass the folder of the model's pipeline, or "
+            "record calls of it."
+        )
+    return next((int(n) for name in _CLASS_COUNTS if (n := getattr(config, name, None))), 0)
+
+
+def _shape_of_x(model: nn.Module) -> tuple[int, ...]:
+    """Channels and sizes of one sample, from the configuration and the dimensions of the first convolution."""
+    config = getattr(model, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
+    dims = len(first.kernel_size) if first is not None else 2
+    given = list(size) if isinstance(size, list | tuple) else [size] * dims
+    sizes = [n for n in given if isinstance(n, int) and n > 0]
+    if channels is None or not len(sizes) == len(given) == dims:
+        raise ModelError(
+            f"The configuration of {type(model).__name__} does not say the shape of its samples "
+            "(in_channels, sample_size); pass the folder of its pipeline, or record calls of it."
+        )
+    return (int(channels), *sizes)

@@ -1,0 +1,153 @@
+"""A pipeline of diffusers as a sampler: prompts or classes, guidance, its own scheduler and everything around it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.calib_data.prompts import DEFAULT_PROMPTS
+from ptq_tdq.calib_data.sampler import Sampled, Sampler, check_classes, spread_classes, takes
+from ptq_tdq.errors import ConfigError, ModelError, PtqTdqError
+
+PROMPT, LABELS = "prompt", "class_labels"
+OWN = ("generator", "num_inference_steps", "output_type", "return_dict", "num_images_per_prompt", PROMPT, LABELS)
+
+
+class PipelineSampler(Sampler):
+    """Runs ``pipe`` with another denoiser in the place of its ``component``.
+
+    ``call`` are further arguments of the pipeline (guidance_scale, height, width, num_frames, ...).
+    """
+
+    batch = 4
+
+    def __init__(
+        self,
+        pipe: Any,
+        component: str,
+        prompts: Sequence[str] | None = None,
+        classes: Sequence[int] | None = None,
+        call: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raises :class:`ConfigError` for prompts, classes or arguments that the pipeline does not take."""
+        self.pipe, self.component, self.call = pipe, component, dict(call or {})
+        self.scheduler = pipe.scheduler
+        name, parameters = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+        self.condition = next((key for key in (PROMPT, LABELS) if key in parameters), None)
+        if prompts is not None and self.condition != PROMPT:
+            raise ConfigError(f"{name} takes no prompts; leave out --prompts.")
+        if classes is not None and self.condition != LABELS:
+            raise ConfigError(f"{name} takes no classes; leave out --classes.")
+        for key in self.call:
+            if key not in parameters or key in OWN:
+                known = [p for p in parameters if p not in OWN and p not in ("self", "args", "kwargs")]
+                raise ConfigError(f"{name} takes no argument {key!r} here; it takes {', '.join(known)}.")
+        missing = [
+            p.name
+            for p in parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            and p.name not in (*self.call, self.condition)
+        ]  # fmt: skip
+        if missing:
+            raise ConfigError(f"{name} needs {missing[0]}, which is more than a prompt or a class; record calls of it.")
+        config = getattr(pipe, component).config
+        if self.condition == LABELS:
+            self.num_classes = int(getattr(config, "num_embeds_ada_norm", None) or config.num_class_embeds)
+        self.prompts = list(DEFAULT_PROMPTS if prompts is None else prompts)
+        if not self.prompts:
+            raise ConfigError("There is no prompt; give at least one.")
+        if classes is not None:
+            check_classes(classes, self.num_classes)
+        self.classes = None if classes is None else list(classes)
+
+    def conditions(self, count: int) -> list[Any]:
+        if self.condition == PROMPT:
+            return [self.prompts[i % len(self.prompts)] for i in range(count)]
+        if self.condition is None:
+            return [None] * count
+        if self.classes is not None:
+            return [self.classes[i % len(self.classes)] for i in range(count)]
+        return list(spread_classes(count, self.num_classes))
+
+    def recipe(self) -> dict[str, Any]:
+        of_condition: dict[str, dict[str, Any]] = {PROMPT: {"prompts": self.prompts}, LABELS: {"classes": self.classes}}
+        return {"sampler": type(self.pipe).__name__, "call": self.call, **of_condition.get(self.condition or "", {})}
+
+    @torch.no_grad()
+    def run(
+        self,
+        denoiser: nn.Module,
+        conditions: Sequence[Any],
+        generators: Sequence[torch.Generator],
+        num_inference_steps: int,
+        schedule: Any,
+    ) -> Sampled:
+        """As the base says. Raises :class:`ModelError` with the pipeline's own words for a call that it refuses."""
+        pipe = copy.copy(self.pipe)
+        setattr(pipe, self.component, denoiser)
+        pipe.scheduler = schedule
+        pipe.set_progress_bar_config(disable=True)
+        call: dict[str, Any] = {**self.call, "generator": list(generators), "return_dict": False}
+        call |= {self.condition: list(conditions)} if self.condition else {}
+        for key, value in (("num_inference_steps", num_inference_steps), ("output_type", "np")):
+            call |= {key: value} if takes(pipe.__call__, key) else {}
+        if self.condition is None and takes(pipe.__call__, "batch_size"):
+            call["batch_size"] = len(conditions)
+        with _refusals(pipe), _decoded(pipe) as latents:
+            made = torch.as_tensor(pipe(**call)[0])
+        count = len(conditions)
+        if not latents or sum(map(len, latents)) % count:
+            return Sampled(made.float().cpu(), _images(made))
+        joined = torch.cat(latents).float().cpu()
+        return Sampled(joined.reshape(count, -1, *joined.shape[1:]).squeeze(1), _images(made))
+
+
+@contextmanager
+def _refusals(pipe: Any) -> Iterator[None]:
+    """One sentence for whatever a pipeline says of its call."""
+    try:
+        yield
+    except PtqTdqError:
+        raise
+    except Exception as error:  # of any type, from the pipeline or a library behind it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ModelError(
+            f"{type(pipe).__name__} cannot sample so ({reason}); change its arguments (height, width, ...) or record "
+            "calls of it."
+        ) from error
+
+
+@contextmanager
+def _decoded(pipe: Any) -> Iterator[list[Tensor]]:
+    """What the pipeline hands to its VAE to decode, while it is open."""
+    seen: list[Tensor] = []
+    vae = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    if vae is None:
+        yield seen
+        return
+    original = vae.decode
+
+    def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(z.detach())
+        return original(z, *args, **kwargs)
+
+    vae.decode = decode
+    try:
+        yield seen
+    finally:
+        del vae.decode
+
+
+def _images(made: Tensor) -> Tensor | None:
+    """What a pipeline gives as "np", [B, (frames,) H, W, C] in [0, 1], as images; None for sounds."""
+    if made.ndim == 5:
+        made = made[:, 0]
+    if made.ndim != 4 or made.shape[-1] not in (1, 3):
+        return None
+    return (made.permute(0, 3, 1, 2).float().cpu() * 2 - 1).clamp(-1, 1)

@@ -1,0 +1,300 @@
+"""The arguments of a call as a tree, whose leaves are told apart by looking.
+
+A leaf has one row per sample (latents, text embeddings, masks) or is shared by all samples (position ids, flags). So
+prompts, guidance, pooled embeddings and whatever else a pipeline hands to its denoiser come along without being named.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.timeaxis import time_argument
+
+Rows = slice | Tensor
+SAME = 0.05  # relative difference of one row computed alone and among others; precision allows it
+MOST_ODD = 3  # leaves whose length does not tell what they are
+# What a denoiser raises when it is called with arguments that do not belong together.
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Each:
+    """A list argument with one tensor per sample, whose shapes may differ (ZImage's latents and captions)."""
+
+    items: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, rows: Rows) -> Each:
+        if isinstance(rows, slice):
+            return Each(self.items[rows])
+        return Each(tuple(self.items[i] for i in rows.tolist()))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a leaf with rows stands in a tree.
+
+    In a call its rows lie along ``dim``; with ``several`` of each sample, [n, k, ...] becomes [n * k, ...].
+    """
+
+    index: int
+    dim: int = 0
+    several: bool = False
+
+    def leaf(self, rows: Tensor) -> Tensor:
+        """What a call gets, from some rows [n, ...]."""
+        return (rows.flatten(0, 1) if self.several else rows).movedim(0, self.dim)
+
+    def rows(self, leaf: Tensor, count: int) -> Tensor:
+        """Inverse of :meth:`leaf`."""
+        rows = leaf.detach().movedim(self.dim, 0)
+        return rows.unflatten(0, (count, -1)) if self.several else rows
+
+
+@dataclass
+class Group:
+    """Calls that differ in nothing but their rows: the tree of their arguments, and each row leaf [n, ...] by place."""
+
+    tree: Any  # arguments with a Place for each leaf that has rows; other leaves as they are
+    rows: list[Tensor | Each]
+    device: torch.device | None = None  # of the arguments, where that is not the device of the rows
+
+    def __len__(self) -> int:
+        return len(self.rows[0])
+
+    def arguments(self, index: Rows) -> dict[str, Any]:
+        """Keyword arguments of one call with some of the rows."""
+
+        def fill(leaf: Any) -> Any:
+            if not isinstance(leaf, Place):
+                return leaf.to(self.device) if isinstance(leaf, Tensor) else leaf
+            part = self.rows[leaf.index][index]
+            if isinstance(part, Each):
+                return [item.to(self.device) for item in part.items]
+            return leaf.leaf(part).to(self.device)
+
+        filled: dict[str, Any] = pytree.tree_map(fill, self.tree)
+        return filled
+
+    def take(self, index: Rows) -> Group:
+        """Some of the rows as a group of their own."""
+        return Group(self.tree, [leaf[index] for leaf in self.rows], self.device)
+
+    def leaf(self, name: str) -> Tensor:
+        """The rows of an argument that is one tensor."""
+        found = self.rows[self.tree[name].index]
+        assert isinstance(found, Tensor)
+        return found
+
+    def joinable(self, other: Group) -> bool:
+        """Whether calls of both groups could have been one call with more rows."""
+        mine, spec = pytree.tree_flatten(self.tree)
+        others, other_spec = pytree.tree_flatten(other.tree)
+        return (
+            spec == other_spec
+            and all(map(_same, mine, others))
+            and all(_form(x) == _form(y) for x, y in zip(self.rows, other.rows, strict=True))
+        )
+
+
+def join(groups: Sequence[Group]) -> Group:
+    """Joinable groups as one."""
+    rows = [_cat(leaves) for leaves in zip(*(group.rows for group in groups), strict=True)]
+    return Group(groups[0].tree, rows, groups[0].device)
+
+
+def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of ``model`` by name; what a ``**kwargs`` parameter takes stands beside the others."""
+    signature = inspect.signature(model.forward)
+    bound = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    return bound
+
+
+def main_argument_name(model: nn.Module) -> str:
+    """The parameter of ``model.forward`` that takes what is denoised: the first one beside the time."""
+    time = time_argument(model)
+    return next(name for name in inspect.signature(model.forward).parameters if name != time)
+
+
+def main_argument(arguments: dict[str, Any], time: str) -> str:
+    """The argument that is denoised: the first one, beside the time, that holds tensors."""
+    for name, value in arguments.items():
+        if name != time and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            return name
+    raise CalibrationSetError("A recorded call has no tensor beside its time step; record calls of the denoiser.")
+
+
+def count_rows(arguments: dict[str, Any], time: str) -> int:
+    """Samples in one call: the first dimension of what is denoised, or the length of a list of them."""
+    return len(arguments[main_argument(arguments, time)])
+
+
+Odd = frozenset[tuple[int, int, bool]]
+"""Leaves, by number, that are not what their length says: with rows along a dimension, several of each sample or one;
+along dimension -1 with none at all."""
+
+
+def split_rows(arguments: dict[str, Any], time: str, odd: Odd = frozenset()) -> Group:
+    """Tell the leaves that have rows of samples from those that all samples share.
+
+    A leaf whose first dimension is the number of samples has one row of each, any other is shared, but for those in
+    ``odd``: position ids that happen to be as long, or one text for each frame of a video.
+    """
+    count, main = count_rows(arguments, time), main_argument(arguments, time)
+    number, forms = iter(range(1 << 30)), {leaf: (dim, several) for leaf, dim, several in odd}
+    lists = isinstance(arguments[main], list)
+    rows: list[Tensor | Each] = []
+
+    def place(value: Tensor | Each, dim: int = 0, several: bool = False) -> Place:
+        found = Place(len(rows), dim, several)
+        rows.append(value if isinstance(value, Each) else found.rows(value, count))
+        return found
+
+    def walk(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: walk(item, key) for key, item in value.items()}
+        if lists and isinstance(value, list) and len(value) == count and all(isinstance(x, Tensor) for x in value):
+            return place(Each(tuple(x.detach() for x in value)))
+        if isinstance(value, list | tuple):
+            return type(value)(walk(item) for item in value)
+        if name == time:
+            return place(_time_rows(value, count))
+        return leaf(value.detach(), name == main) if isinstance(value, Tensor) else value
+
+    def leaf(value: Tensor, is_main: bool) -> Any:
+        own = value.ndim > 0 and len(value) == count
+        dim, several = (0 if own else -1, False) if is_main else forms.get(next(number), (0 if own else -1, False))
+        return place(value, dim, several) if dim >= 0 else value
+
+    return Group({name: walk(value, name) for name, value in arguments.items()}, rows)
+
+
+def _odd_forms(leaf: Tensor, count: int) -> Iterator[tuple[int, bool]]:
+    """What else a leaf may be; see :data:`Odd`."""
+    if leaf.ndim > 1 and leaf.shape[1] == count:
+        yield (1, False)
+    if leaf.ndim and len(leaf) == count:
+        yield (-1, False)
+    elif leaf.ndim and len(leaf) and len(leaf) % count == 0:
+        yield (0, True)
+
+
+def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
+    """Which leaves are not what their length says.
+
+    Found by calling the model with the last row alone and with that row once more: with the right split it comes out as
+    in the whole call. (The first row will not do: of a shared leaf whose first row is its own it says nothing.)
+    """
+    count, main = count_rows(arguments, time), main_argument(arguments, time)
+    lists = isinstance(arguments[main], list)
+    leaves = [x for name, value in arguments.items() if name not in (time, main) for x in _single(value, lists, count)]
+    candidates = [(i, *form) for i, leaf in enumerate(leaves) for form in _odd_forms(leaf, count)]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        expected = _last_row(model(**arguments))
+        works: list[Odd] = []
+        for odd in _subsets(candidates):
+            group = split_rows(arguments, time, odd)
+            errors = [
+                _error(model, group.arguments(torch.tensor(index)), expected)
+                for index in ([count - 1], [*range(count), count - 1])
+            ]
+            if max(errors) < math.inf:
+                works.append(odd)
+            if max(errors) < SAME:
+                return odd
+    return works[0] if works else frozenset()
+
+
+def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:
+    """Relative error of the last row; infinite where the model refuses the arguments."""
+    try:
+        found = _last_row(model(**arguments))
+        size = expected.float().norm().clamp(min=1e-12)
+        return float((found - expected).float().norm() / size) if found.shape == expected.shape else math.inf
+    except REFUSALS:
+        return math.inf
+
+
+def _single(value: Any, lists: bool, count: int) -> Iterator[Tensor]:
+    """The tensors of one argument but for lists of one for each sample, in the order of :func:`split_rows`."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _single(item, lists, count)
+    elif isinstance(value, list | tuple):
+        of_samples = lists and isinstance(value, list) and len(value) == count
+        if not (of_samples and all(isinstance(x, Tensor) for x in value)):
+            for item in value:
+                yield from _single(item, lists, count)
+
+
+def _subsets(candidates: Sequence[tuple[int, int, bool]]) -> Iterator[Odd]:
+    """Subsets of few forms, small ones first, none with two forms of one leaf."""
+    for size in range(min(len(candidates), MOST_ODD) + 1):
+        for some in combinations(candidates, size):
+            if len({leaf for leaf, *_ in some}) == size:
+                yield frozenset(some)
+
+
+def _time_rows(value: Any, count: int) -> Tensor:
+    """The time argument with one row per sample, in its own dtype."""
+    t = torch.as_tensor(value).detach()
+    return t.reshape(1).expand(count) if t.numel() == 1 else t
+
+
+def _form(leaf: Tensor | Each) -> tuple[Any, ...]:
+    return ("each",) if isinstance(leaf, Each) else (leaf.dtype, leaf.shape[1:])
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _cat(leaves: Sequence[Tensor | Each]) -> Tensor | Each:
+    if len(leaves) == 1:
+        return leaves[0]
+    if isinstance(leaves[0], Each):
+        return Each(tuple(item for leaf in leaves if isinstance(leaf, Each) for item in leaf.items))
+    return torch.cat([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors of a denoiser's output (a tensor, tuple, dict or diffusers output), the prediction first."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def prediction(output: Any) -> Tensor:
+    """What a denoiser predicts: the first tensor of its output, or its list with one tensor per row, stacked."""
+    found = _first(output)
+    return found if isinstance(found, Tensor) else torch.stack(found)
+
+
+def _last_row(output: Any) -> Tensor:
+    return _first(output)[-1]
+
+
+def _first(output: Any) -> Tensor | list[Tensor]:
+    """The first tensor of a denoiser's output, or its first list with one tensor per row, whose sizes may differ."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, list) and all(isinstance(x, Tensor) for x in output):
+            return output
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output

@@ -1,0 +1,121 @@
+"""The file of a calibration set: safetensors, with the trees of the arguments and a hash of everything in its header.
+
+A tree in JSON: ``{"dict": {...}}``, ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"each": [tensor, ...]}``,
+``{"rows": tensor, "dim": where, "several": bool}``, ``{"tensor": tensor}``, or ``{"value": plain}``; tensors are named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ptq_tdq.calls.arguments import Each, Group, Place
+from ptq_tdq.errors import CalibrationSetError
+
+FOREIGN = "The file '{}' is no calibration set of ptq-tdq, or its header was altered; record it again."
+_METADATA_KEY = "ptq_tdq_calls"  # one key: safetensors writes several in random order
+
+
+def digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Hash of every tensor (name, type, shape, bytes) and of the header."""
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def encode(header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    """The file's bytes; equal sets give equal bytes."""
+    metadata = json.dumps({**header, "sha256": digest(header, tensors)})  # in the order of the arguments
+    data: bytes = save(tensors, metadata={_METADATA_KEY: metadata})
+    return data
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file, verified; raises :class:`CalibrationSetError`."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = json.loads((opened.metadata() or {})[_METADATA_KEY])
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        intact = header.pop("sha256") == digest(header, tensors)
+    except FileNotFoundError as error:
+        raise CalibrationSetError(f"There is no calibration set at '{path}'; check the path.") from error
+    except (OSError, SafetensorError) as error:
+        raise CalibrationSetError(
+            f"The calibration set '{path}' is truncated or is no safetensors file; record it again ({error})."
+        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+        raise CalibrationSetError(FOREIGN.format(path)) from error
+    if not intact:
+        raise CalibrationSetError(
+            f"The calibration set '{path}' was altered: its content does not match its hash; record it again."
+        )
+    return header, tensors
+
+
+def pack(number: int, group: Group, tensors: dict[str, Tensor]) -> Any:
+    """The tree of a group as JSON; its tensors are added to ``tensors``."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {"dict": {key: walk(item) for key, item in value.items()}}
+        if isinstance(value, list | tuple):
+            return {"list" if isinstance(value, list) else "tuple": [walk(item) for item in value]}
+        if isinstance(value, Place):
+            return _pack_rows(f"{number}.{value.index}", value, group.rows[value.index], tensors)
+        if isinstance(value, Tensor):
+            name = f"{number}.shared.{len(tensors)}"
+            tensors[name] = value
+            return {"tensor": name}
+        if value is None or isinstance(value, bool | int | float | str):
+            return {"value": value}
+        raise CalibrationSetError(
+            f"A call has an argument of type {type(value).__name__}, which a calibration set cannot hold in a file; "
+            "call the denoiser with tensors and plain values."
+        )
+
+    return walk(group.tree)
+
+
+def _pack_rows(name: str, place: Place, rows: Tensor | Each, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(rows, Tensor):
+        tensors[name] = rows
+        return {"rows": name, "dim": place.dim, "several": place.several}
+    names = [f"{name}.{i}" for i in range(len(rows))]
+    tensors.update(zip(names, rows.items, strict=True))
+    return {"each": names}
+
+
+def unpack(packed: Any, tensors: dict[str, Tensor]) -> Group:
+    """Inverse of :func:`pack`; raises KeyError, TypeError or ValueError for what it has not written."""
+    rows: list[Tensor | Each] = []
+
+    def place(value: Tensor | Each, dim: int = 0, several: bool = False) -> Place:
+        rows.append(value)
+        return Place(len(rows) - 1, dim, several)
+
+    def walk(value: dict[str, Any]) -> Any:
+        if "rows" in value:
+            name, dim, several = value["rows"], value["dim"], value["several"]
+            if len(value) != 3 or type(dim) is not int or type(several) is not bool or dim < 0:
+                raise ValueError
+            return place(tensors[name], dim, several)
+        ((kind, content),) = value.items()
+        if kind == "dict":
+            return {key: walk(item) for key, item in content.items()}
+        if kind in ("list", "tuple"):
+            items = [walk(item) for item in content]
+            return items if kind == "list" else tuple(items)
+        if kind == "each":
+            return place(Each(tuple(tensors[name] for name in content)))
+        return tensors[content] if kind == "tensor" else content
+
+    return Group(walk(packed), rows)

@@ -1,0 +1,139 @@
+"""Listens to a denoiser while somebody samples with it, and keeps the calls that are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ptq_tdq.calls.arguments import Each, Odd, bind, count_rows, find_odd, split_rows
+from ptq_tdq.calls.calls import Calls
+from ptq_tdq.timeaxis import TimeAxis, find_axis, time_argument, time_values
+
+Wanted = Callable[[int], Tensor]
+"""Step index -> bool [samples]: whose calls at that step are kept."""
+
+
+@contextmanager
+def record(model: nn.Module, *, time: str | None = None, num_train_timesteps: int | None = None) -> Iterator[Calls]:
+    """Record the calls that a loop or a pipeline makes of ``model`` inside a ``with`` block.
+
+    ``time`` names the argument that holds the time step, where it is none of the usual ones; ``num_train_timesteps``
+    is the length of the scheduler's axis, where calls alone do not tell it. Outputs are left as they are::
+
+        with ptq_tdq.record(unet) as calls:
+            pipe(prompt, num_inference_steps=20)
+
+    Raises :class:`~ptq_tdq.errors.ModelError` for a model without a time argument.
+    """
+    recorder = Recorder(model, time)
+    calls = Calls(TimeAxis(recorder.argument))
+    with recorder.listening():
+        yield calls
+    found = recorder.calls(find_axis(recorder.argument, recorder.seen, total=num_train_timesteps))
+    calls.axis, calls.groups, calls.trajectory = found.axis, found.groups, found.trajectory
+
+
+class Recorder:
+    """Hears of every call of a model while :meth:`listening`, and keeps copies of their arguments on the CPU.
+
+    ``seen`` are the values of the time argument, one per call; ``step`` is the index of the present step: calls that
+    follow each other with one time value (guidance in two calls) belong to one.
+    """
+
+    def __init__(self, model: nn.Module, time: str | None = None) -> None:
+        self.model, self.argument = model, time_argument(model, time)
+        self.seen: list[float] = []
+        self.step = -1
+        self._wanted: Wanted | None = None
+        self._on_step: Callable[[int], None] = lambda step: None
+        self._samples: int | None = None  # of the trajectories that run now, where they are known
+        self._first_trajectory, self._rows, self._began = 0, 0, 0
+        self._parts: list[Calls] = []
+        self._odd: dict[Any, Odd] = {}  # of each form of call
+        self._looking = False
+
+    def calls(self, axis: TimeAxis, recipe: dict[str, Any] | None = None) -> Calls:
+        """What was recorded."""
+        return Calls.join(self._parts, axis, recipe)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        handle = self.model.register_forward_pre_hook(self._hear, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def begin(
+        self,
+        first: int | None = None,
+        samples: int | None = None,
+        wanted: Wanted | None = None,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """What follows are new trajectories, numbered from ``first``.
+
+        Where it is known how many ``samples`` run at once, row i of a call belongs to sample i modulo that number
+        (guidance repeats the samples); else each row is a sample. Only ``wanted`` calls are kept, by default all;
+        ``on_step`` hears of each call's step.
+        """
+        self._first_trajectory = self._first_trajectory + self._rows if first is None else first
+        self._samples, self._wanted, self._on_step = samples, wanted, on_step
+        self._rows, self._began, self.step = 0, len(self.seen), -1
+
+    def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._looking:
+            return
+        arguments, name = bind(module, args, kwargs), self.argument
+        value = float(time_values(arguments.get(name), name).float().mean())
+        before = self.seen[self._began :]
+        if self._samples is None and len(before) > 1 and value == before[0] != before[-1]:
+            self.begin()  # the sampler has come back to its first step
+            before = []
+        if not before or value != before[-1]:
+            self.step += 1
+        self.seen.append(value)
+        self._on_step(self.step)
+        rows = count_rows(arguments, name)
+        self._rows = max(self._rows, self._samples or rows)
+        sample = torch.arange(rows) % (self._samples or rows)
+        index = self._wanted(self.step)[sample].nonzero().flatten() if self._wanted else torch.arange(rows)
+        if len(index):
+            group = split_rows(arguments, name, self._find_odd(arguments))
+            kept = Calls(
+                TimeAxis(name), [group.take(index.to(_device(arguments)))], {}, sample[index] + self._first_trajectory
+            )
+            self._parts.append(_copied(kept))
+
+    def _find_odd(self, arguments: dict[str, Any]) -> Odd:
+        leaves, spec = pytree.tree_flatten(arguments)
+        form = (str(spec), tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves))
+        if form not in self._odd:
+            self._looking = True
+            try:
+                self._odd[form] = find_odd(self.model, arguments, self.argument)
+            finally:
+                self._looking = False
+        return self._odd[form]
+
+
+def _device(arguments: dict[str, Any]) -> torch.device:
+    return next((x.device for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)), torch.device("cpu"))
+
+
+def _copied(calls: Calls) -> Calls:
+    """On the CPU, and in memory that the sampler cannot write to."""
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, Each):
+            return Each(tuple(map(copied, leaf.items)))
+        return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
+
+    for group in calls.groups:
+        group.tree, group.rows = pytree.tree_map(copied, group.tree), [copied(leaf) for leaf in group.rows]
+    return calls

@@ -1,0 +1,224 @@
+"""An exported file as a denoiser: what a diffusers pipeline needs of ``pipe.unet`` or ``pipe.transformer``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ptq_tdq.errors import ModelError, RuntimeUnsupportedError, UsageError
+from ptq_tdq.export.onnx.file import METADATA
+from ptq_tdq.export.onnx.runtimes import RUNTIMES
+from ptq_tdq.export.onnx.signature import RETURN_DICT, Leaf, Signature
+from ptq_tdq.export.onnx.skeleton import BATCH
+from ptq_tdq.processor import instruction_set, sums_eight_bits
+from ptq_tdq.timeaxis import TimeAxis
+
+Feed = dict[str, NDArray[Any]]
+
+
+class Config(dict[str, Any]):
+    """The model's configuration; entries are attributes too, as those of diffusers are."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class DenoiserOutput(dict[str, Any]):
+    """What a denoiser returns: tensors by name, as attributes, or by their place."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __getitem__(self, key: Any) -> Any:
+        return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
+
+
+class OnnxDenoiser(nn.Module):
+    """``pipe.unet = OnnxDenoiser("model.onnx")``: runs a file of :func:`ptq_tdq.export.onnx.export_onnx` on the CPU.
+
+    It is called as the model that the file was made from, and returns what that returns. ``runtime`` is "onnxruntime"
+    or "openvino"; by default the one that the file was made for (onnxruntime for portable files). ``threads`` 0 leaves
+    their number to the runtime. Any scheduler, step count and batch size will do, and the time steps of a batch may
+    differ; ``facts["free_sizes"]`` says which other sizes may. OpenVINO compiles the graph once for each shape.
+
+    Raises :class:`ModelError` for a file that is none of ours or is for another runtime, :class:`UsageError` for a
+    runtime that is unknown or not installed, and :class:`RuntimeUnsupportedError` for a file that this processor does
+    not compute exactly.
+    """
+
+    def __init__(self, file: str | Path, *, runtime: str | None = None, threads: int = 0) -> None:
+        super().__init__()
+        graph, facts = _read(Path(file))
+        made_for = str(facts["runtime"])
+        chosen = runtime or (made_for if made_for in RUNTIMES else "onnxruntime")
+        if chosen not in RUNTIMES:
+            raise UsageError(f"The runtime must be one of {', '.join(RUNTIMES)}. Got {chosen!r} instead.")
+        if made_for not in ("portable", "float", chosen):
+            raise ModelError(f"'{file}' was exported for {made_for}; export it for {chosen}.")
+        if made_for in RUNTIMES and not sums_eight_bits():
+            raise RuntimeUnsupportedError(
+                f"'{file}' has 8-bit products, whose sums {made_for} lets saturate on this processor "
+                f"({instruction_set()}, no VNNI); export it with --runtime portable."
+            )
+        self.facts, self.runtime = facts, chosen
+        self.config = Config(facts["model_config"])
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.call = Signature.from_dict(facts["call"])
+        self.axis = TimeAxis.from_dict(facts["time_axis"])
+        self._inputs = {value.name: value.type.tensor_type for value in graph.input}
+        self._signature = inspect.Signature([_parameter(p) for p in self.call.parameters])
+        self._run = RUNTIMES[chosen](Path(file), threads)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own forward.
+
+        Raises :class:`~ptq_tdq.errors.TimestepError` for a time step outside the interval tables, and
+        :class:`ModelError` for arguments other than those of the recorded calls.
+        """
+        arguments = self._bind(args, kwargs)
+        return_dict = arguments.pop(RETURN_DICT, False)
+        feed: Feed = {}
+        self._fill(self.call.arguments, arguments, "", feed)
+        self.axis.t(feed[self.call.time])  # refuses what the tables do not cover
+        main = pytree.tree_leaves(arguments[self.call.main])[0]
+        results = [torch.from_numpy(result).to(main.device, main.dtype) for result in self._rows(feed)]
+        return self._returned(results, bool(return_dict))
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Some pipelines name the calls of one step, for caches that a file does not have."""
+        return nullcontext()
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by name, with defaults for what is left out."""
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise ModelError(f"The graph is called as its model, which takes other arguments ({error}).") from None
+        bound.apply_defaults()
+        found: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                found |= value
+            else:
+                found[name] = value
+        for name, value in found.items():
+            recorded = name in self.call.arguments or name == RETURN_DICT
+            default = getattr(self._signature.parameters.get(name), "default", None)
+            if not recorded and not _same(value, default):
+                raise ModelError(f"The graph takes no {name}; export it with calls that have one.")
+        return found
+
+    def _fill(self, tree: Any, value: Any, name: str, feed: Feed) -> None:
+        """Put the tensors of ``value`` into ``feed`` by the names that ``tree`` has for them."""
+        if isinstance(tree, Leaf):
+            feed[tree.name] = self._array(tree, value)
+        elif isinstance(tree, dict):
+            given = value if isinstance(value, dict) else {}
+            for key, inner in tree.items():
+                self._fill(inner, given.get(key), f"{name}.{key}" if name else key, feed)
+        elif isinstance(tree, list | tuple):
+            if not isinstance(value, list | tuple) or len(value) != len(tree):
+                raise ModelError(f"The graph needs {name} with {len(tree)} entries, as in the calls of its export.")
+            for i, inner in enumerate(tree):
+                self._fill(inner, value[i], f"{name}.{i}", feed)
+        elif not _same(value, tree):
+            raise ModelError(
+                f"The graph was exported with {name} = {tree!r}. Got {value!r}; export it with such calls."
+            )
+
+    def _array(self, leaf: Leaf, value: Any) -> Any:
+        """The tensor of one input in its dtype; of a list with one for each sample, a list."""
+        if value is None:
+            raise ModelError(f"The graph needs {leaf.name}; call it as the model that it was made from.")
+        if leaf.kind == "each":
+            return [self._array(Leaf(leaf.name, "shared"), item) for item in value]
+        kind = self._inputs[leaf.name]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        tensor = torch.as_tensor(value).detach().cpu()
+        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy().astype(dtype)
+        if leaf.name == self.call.time and array.ndim < 2:
+            return array.reshape(-1)
+        sizes = [dim.dim_value for dim in kind.shape.dim]
+        if leaf.kind == "rows":
+            sizes[leaf.dim] = 0
+        if array.ndim != len(sizes) or any(size and size != n for size, n in zip(sizes, array.shape, strict=True)):
+            wanted = ", ".join(str(size or "any") for size in sizes)
+            raise ModelError(
+                f"The graph takes {leaf.name} in the shape [{wanted}]. Got {list(array.shape)}; export it with "
+                "such calls."
+            )
+        return array
+
+    def _rows(self, feed: Feed) -> list[NDArray[Any]]:
+        """The outputs for all samples, at once or, where the graph is of one, one by one."""
+        leaves, time = self.call.leaves(), self.call.time
+        main = next(leaf.name for leaf in leaves if leaf.name.partition(".")[0] == self.call.main)
+        count = len(feed[main])
+        if len(feed[time]) == 1:
+            feed = feed | {time: np.repeat(feed[time], count, 0)}
+        if BATCH in self.facts["free_sizes"]:
+            return self._run(feed)
+        parts = [self._run({leaf.name: leaf.one(feed[leaf.name], i, count) for leaf in leaves}) for i in range(count)]
+        return [np.concatenate(results) for results in zip(*parts, strict=True)]
+
+    def _returned(self, results: list[Tensor], return_dict: bool) -> Any:
+        """The results in the tree that the model returns."""
+        found = dict(zip(self.call.output_names(), results, strict=True))
+        lists = any(leaf.kind == "each" for leaf in self.call.leaves())
+
+        def fill(tree: Any) -> Any:
+            if isinstance(tree, Leaf):
+                return found[tree.name]
+            if isinstance(tree, list) and lists and len(tree) == 1:  # one tensor for each sample
+                return list(fill(tree[0]))
+            if isinstance(tree, list | tuple):
+                return type(tree)(map(fill, tree))
+            return {key: fill(item) for key, item in tree.items()} if isinstance(tree, dict) else tree
+
+        returned = fill(self.call.outputs)
+        if return_dict and self.call.fields:
+            return DenoiserOutput(zip(self.call.fields, returned, strict=False))
+        return returned
+
+
+def _same(given: Any, recorded: Any) -> bool:
+    """Whether a plain value is the one that was recorded; an empty dictionary is none."""
+    if isinstance(given, Tensor):
+        return False
+    empty: tuple[Any, ...] = (None, {})
+    return bool(given == recorded or (given in empty and recorded in empty))
+
+
+def _parameter(stored: dict[str, Any]) -> inspect.Parameter:
+    kind = getattr(inspect.Parameter, stored["kind"])
+    default = stored.get("default", inspect.Parameter.empty)
+    return inspect.Parameter(stored["name"], kind, default=default)
+
+
+def _read(file: Path) -> tuple[onnx.GraphProto, dict[str, Any]]:
+    """The graph and what the file says of itself."""
+    try:
+        model = onnx.load(file, load_external_data=False)
+        facts: dict[str, Any] = json.loads({p.key: p.value for p in model.metadata_props}[METADATA])
+    except OSError as error:
+        reason = error.strerror or error
+        raise ModelError(f"'{file}' cannot be read ({reason}); give the path of an ONNX file.") from error
+    except Exception as error:  # protobuf's own type of error is private
+        raise ModelError(f"'{file}' is not an ONNX file that `ptq-tdq export` has written.") from error
+    return model.graph, facts

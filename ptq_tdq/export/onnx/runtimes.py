@@ -1,0 +1,55 @@
+"""The runtimes that run a file on the CPU, each as a function from a graph's inputs to its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq_tdq.export.extras import need
+
+Run = Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]]
+
+
+def open_onnxruntime(file: Path, threads: int) -> Run:
+    """Run ``file`` with onnxruntime; ``threads`` 0 leaves their number to it."""
+    ort = need("onnxruntime", "onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    known = {value.name for value in session.get_inputs()}
+
+    def run(feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        results: list[NDArray[Any]] = session.run(None, {k: v for k, v in feed.items() if k in known})
+        return results
+
+    return run
+
+
+def open_openvino(file: Path, threads: int) -> Run:
+    """Run ``file`` with OpenVINO, which compiles the graph once for each shape of its inputs."""
+    ov = need("openvino", "openvino")
+    core = ov.Core()
+    compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
+    # float32 between the integer layers, as in the simulated model; OpenVINO would choose bfloat16 where the CPU has it
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = str(threads)
+
+    def run(feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        shapes = tuple(value.shape for value in feed.values())
+        if shapes not in compiled:
+            model = core.read_model(str(file))
+            model.reshape({name: list(value.shape) for name, value in feed.items()})
+            compiled[shapes] = core.compile_model(model, "CPU", options)
+        # copies: the results are views of memory that the next call writes to
+        return [np.array(result) for result in compiled[shapes](feed).values()]
+
+    return run
+
+
+RUNTIMES: dict[str, Callable[[Path, int], Run]] = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}

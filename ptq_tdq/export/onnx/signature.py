@@ -1,0 +1,233 @@
+"""What a graph is called with: the leaves of one recorded call, by name, and the tree that they belong to.
+
+The names of the graph's inputs are those of the model's arguments; what is nested has dots in between
+(``added_cond_kwargs.text_embeds``). A plain value (a flag, None) is not an input: it is part of the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ptq_tdq.calls import Calls, Each, Group, Place, main_argument
+from ptq_tdq.errors import ModelError
+from ptq_tdq.timed_model import TimedModel, in_float32
+
+Kind = Literal["rows", "each", "shared"]
+RETURN_DICT = "return_dict"
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor's place in the tree of a call.
+
+    ``kind`` is "rows" (of samples, along ``dim``, with ``several`` of each sample or one), "each" (the place of a list
+    with one tensor per sample) or "shared".
+    """
+
+    name: str
+    kind: Kind
+    dim: int = 0
+    several: bool = False
+
+    def one(self, value: Any, index: int, count: int) -> NDArray[Any]:
+        """The part of one of ``count`` samples."""
+        if self.kind == "each":
+            array: NDArray[Any] = value[index]
+        elif self.kind == "shared":
+            array = value
+        else:
+            array = np.split(value, count, self.dim)[index]
+        return array
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the model is called, and what it returns.
+
+    ``arguments`` is the tree of its arguments by name, ``parameters`` are those of its ``forward`` (name, kind and, if
+    there is one, the default), ``main`` is the argument that is denoised, ``time`` the one that holds the time step.
+    ``outputs`` is the tree of what it returns (a tuple, if it takes ``return_dict``), ``fields`` are the names of the
+    tuple's items in the object that it returns otherwise.
+    """
+
+    arguments: dict[str, Any]
+    parameters: tuple[dict[str, Any], ...]
+    main: str
+    time: str
+    outputs: Any
+    fields: tuple[str, ...]
+
+    def leaves(self) -> list[Leaf]:
+        """The graph's inputs, in order."""
+        return [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Leaf)]
+
+    def output_names(self) -> list[str]:
+        """The graph's outputs, in order."""
+        return [leaf.name for leaf in pytree.tree_leaves(self.outputs) if isinstance(leaf, Leaf)]
+
+    def fill(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments of the model from the graph's inputs; a list has the one tensor of a single sample."""
+
+        def one(leaf: Any) -> Any:
+            if not isinstance(leaf, Leaf):
+                return leaf
+            return [tensors[leaf.name]] if leaf.kind == "each" else tensors[leaf.name]
+
+        filled: dict[str, Any] = pytree.tree_map(one, self.arguments)
+        return filled | self.as_tuple()
+
+    def as_tuple(self) -> dict[str, Any]:
+        """The argument that asks for a tuple, where the model has one."""
+        return {RETURN_DICT: False} if any(p["name"] == RETURN_DICT for p in self.parameters) else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "arguments": _pack(self.arguments),
+            "parameters": list(self.parameters),
+            "main": self.main,
+            "time": self.time,
+            "outputs": _pack(self.outputs),
+            "fields": list(self.fields),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Signature:
+        """Inverse of :meth:`to_dict`; raises TypeError, ValueError or KeyError for other data."""
+        return cls(
+            _unpack(data["arguments"]),
+            tuple(data["parameters"]),
+            data["main"],
+            data["time"],
+            _unpack(data["outputs"]),
+            tuple(data["fields"]),
+        )
+
+
+def describe(model: TimedModel, calls: Calls) -> tuple[Signature, Callable[[int], dict[str, Tensor]]]:
+    """The signature of ``model`` as ``calls`` use it, and a function that gives the inputs of a call with some rows.
+
+    ``model`` is run once or twice, to see what it returns. The time is a float where the model takes it as one, so that
+    schedulers with fractional steps work. Raises :class:`ModelError` for an argument that no graph has.
+    """
+    if not len(calls):
+        raise ModelError("There is no recorded call to export the model with; record at least one.")
+    group, time = max(calls.groups, key=len), calls.axis.argument
+    tree = {name: value for name, value in group.tree.items() if name != RETURN_DICT}
+    arguments = {name: _named(value, name, group) for name, value in tree.items()}
+    tensors = dict(_tensors(arguments, tree, group))
+    one = in_float32(group.arguments(slice(0, 1)))
+    parameters = tuple(_parameter(p) for p in inspect.signature(model.model.forward).parameters.values())
+    outputs, fields = _outputs(model, one, any(p["name"] == RETURN_DICT for p in parameters))
+    if not tensors[time].is_floating_point() and _takes_float(model, one, time):
+        tensors[time] = tensors[time].float()
+
+    def rows(count: int) -> dict[str, Tensor]:
+        found = {}
+        for leaf in pytree.tree_leaves(arguments):
+            if isinstance(leaf, Leaf):
+                value = tensors[leaf.name]
+                if leaf.kind == "rows":
+                    value = Place(0, leaf.dim, leaf.several).leaf(value[torch.arange(count) % len(value)])
+                found[leaf.name] = value
+        return found
+
+    return Signature(arguments, parameters, main_argument(one, time), time, outputs, fields), rows
+
+
+def _named(value: Any, name: str, group: Group) -> Any:
+    """A tree of leaves in the place of a tree of rows and tensors."""
+    if isinstance(value, dict):
+        return {key: _named(item, f"{name}.{key}", group) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_named(item, f"{name}.{i}", group) for i, item in enumerate(value))
+    if isinstance(value, Place):
+        if isinstance(group.rows[value.index], Each):
+            return Leaf(name, "each")
+        return Leaf(name, "rows", value.dim, value.several)
+    if isinstance(value, Tensor):
+        return Leaf(name, "shared")
+    if not isinstance(value, _PLAIN):
+        raise ModelError(f"The model is called with {name} of type {type(value).__name__}, which no graph can have.")
+    return value
+
+
+def _tensors(arguments: Any, tree: Any, group: Group) -> Iterator[tuple[str, Tensor]]:
+    """The recorded tensors by their leaves' names; of a list with a tensor per sample, that of the first one."""
+    leaves, spec = pytree.tree_flatten(arguments)
+    for leaf, value in zip(leaves, spec.flatten_up_to(tree), strict=True):
+        if isinstance(leaf, Leaf):
+            recorded = group.rows[value.index] if isinstance(value, Place) else value
+            tensor = recorded.items[0] if isinstance(recorded, Each) else recorded
+            assert isinstance(tensor, Tensor)
+            yield leaf.name, tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _parameter(parameter: inspect.Parameter) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": parameter.name, "kind": parameter.kind.name}
+    if parameter.default is not parameter.empty:
+        found["default"] = parameter.default if isinstance(parameter.default, _PLAIN) else None
+    return found
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, arguments: dict[str, Any], return_dict: bool) -> tuple[Any, tuple[str, ...]]:
+    """The tree of what ``model`` returns, and the names of the fields of its object."""
+    fields: tuple[str, ...] = ()
+    if return_dict:
+        whole = model(**{**arguments, RETURN_DICT: True})
+        fields = tuple(getattr(whole, "keys", lambda: vars(whole))())
+        arguments = {**arguments, RETURN_DICT: False}
+    returned = model(**arguments)
+    leaves, spec = pytree.tree_flatten(returned)
+    tensors = sum(isinstance(leaf, Tensor) for leaf in leaves)
+    names = iter(fields if len(fields) == tensors else map(str, range(tensors)))
+    return (
+        pytree.tree_unflatten(
+            [Leaf(f"out_{next(names)}", "rows") if isinstance(x, Tensor) else x for x in leaves], spec
+        ),
+        fields,
+    )
+
+
+@torch.no_grad()
+def _takes_float(model: nn.Module, arguments: dict[str, Any], time: str) -> bool:
+    """Whether the model returns the same for a time step of floating point."""
+    expected = pytree.tree_leaves(model(**arguments))
+    try:
+        found = pytree.tree_leaves(model(**{**arguments, time: arguments[time].float()}))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    return all(torch.equal(x, y) for x, y in zip(expected, found, strict=True) if isinstance(x, Tensor))
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, Leaf):
+        return {"input": [value.name, value.kind, value.dim, value.several]}
+    if isinstance(value, dict):
+        return {"dict": {key: _pack(item) for key, item in value.items()}}
+    if isinstance(value, list | tuple):
+        return {"list" if isinstance(value, list) else "tuple": [_pack(item) for item in value]}
+    return {"value": value}
+
+
+def _unpack(packed: dict[str, Any]) -> Any:
+    ((kind, content),) = packed.items()
+    if kind == "input":
+        return Leaf(*content)
+    if kind == "dict":
+        return {key: _unpack(item) for key, item in content.items()}
+    if kind in ("list", "tuple"):
+        items = [_unpack(item) for item in content]
+        return items if kind == "list" else tuple(items)
+    return content

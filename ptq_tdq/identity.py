@@ -1,0 +1,43 @@
+"""What a model is: its configuration, and a hash of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from typing import Any
+
+import torch
+
+
+def base_config(model: Any) -> dict[str, Any]:
+    """A model's configuration as plain JSON data; of a module that is not diffusers' own, its class name."""
+    if not hasattr(model, "to_json_string"):
+        return {"_class_name": type(model).__name__}
+    config: dict[str, Any] = json.loads(model.to_json_string())
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def model_sha256(model: Any) -> str:
+    """Hash the weights (as float32) and the configuration of a model.
+
+    Configuration entries at their default are left out, so a newer diffusers with more entries gives the same hash.
+    """
+    defaults = inspect.signature(type(model).__init__).parameters
+    config = {
+        name: value
+        for name, value in dict(getattr(model, "config", None) or {}).items()
+        if not name.startswith("_") and not (name in defaults and _same(value, defaults[name].default))
+    }
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        values = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
+        digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _same(value: Any, default: Any) -> bool:
+    # JSON makes lists of tuples
+    value, default = (list(x) if isinstance(x, tuple) else x for x in (value, default))
+    return bool(value == default)

@@ -1,0 +1,130 @@
+"""Attention products with quantizers of their own on q, k, v and the softmax output (method section 3.8).
+
+A product is quantized where ``scaled_dot_product_attention`` is called, inside whatever module calls it: joint, cross,
+rotary, masked or grouped attention and any processor of diffusers are alike here.
+"""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from functools import cache
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ptq_tdq.modules.activation import ActivationQuantizer
+from ptq_tdq.records import LayerRecord
+
+OPERANDS = ("q", "k", "v", "softmax")
+ATTRIBUTE = "products"  # of the module that computes them; `<module>.products.<i>` is the i-th in its forward pass
+
+
+def owner_of(name: str) -> tuple[str, int]:
+    """The module that computes the product of this name, and the product's number in its forward pass (-1: none)."""
+    owner, _, number = name.rpartition(f".{ATTRIBUTE}.")
+    return owner, int(number) if number.isdecimal() and number.isascii() else -1
+
+
+class QuantProduct(nn.Module):
+    """softmax(q k^T scale + mask) v with quantizers; with all of them off, torch's own function, bit for bit."""
+
+    def __init__(self, record: LayerRecord) -> None:
+        super().__init__()
+        self.record = record
+        self.inputs = nn.ModuleList(ActivationQuantizer(q) for q in record.inputs)
+
+    def quantizers(self) -> list[ActivationQuantizer]:
+        return [q for q in self.inputs if isinstance(q, ActivationQuantizer)]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """As ``torch.nn.functional.scaled_dot_product_attention``: query [B, heads, N, d], key and value [.., M, d]."""
+        quantizers = self.quantizers()
+        if not any(q.enabled or q.observer for q in quantizers):
+            return functional.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        on_query, on_key, on_value, on_softmax = quantizers
+        # half precision overflows where torch's own function, which sums in float32, does not
+        q, k, v = on_query(query).float(), on_key(key).float(), on_value(value).float()
+        if enable_gqa:
+            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        if is_causal:
+            scores = scores + torch.full(scores.shape[-2:], -torch.inf, device=q.device, dtype=q.dtype).triu(1)
+        if attn_mask is not None:
+            blocked = attn_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if blocked else scores + attn_mask
+        # a row that may look at nothing gives zeros, as torch's own function does
+        probabilities = scores.softmax(-1).nan_to_num(0.0) if attn_mask is not None else scores.softmax(-1)
+        out: Tensor = on_softmax(probabilities) @ v
+        return out.to(query.dtype)
+
+
+class _Intercept(TorchFunctionMode):
+    """Hands the calls of scaled_dot_product_attention inside one module to its products, in order.
+
+    Calls beyond them begin with the first one again: a module may go through its samples one by one.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.owner = owner
+        self.next = cycle(products_of(owner))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not functional.scaled_dot_product_attention or _computing.get():
+            return func(*args, **(kwargs or {}))
+        token = _computing.set(True)
+        try:
+            return next(self.next)(*args, **(kwargs or {}))
+        finally:
+            _computing.reset(token)
+
+
+# torch's own function, where a product calls it, is not one of the products of a module around
+_computing: ContextVar[bool] = ContextVar("whether a product is being computed", default=False)
+
+
+def products_of(owner: nn.Module) -> list[Any]:
+    """What computes the products of a module, in the order of its forward pass."""
+    products = owner._modules.get(ATTRIBUTE)
+    return list(products) if isinstance(products, nn.ModuleList) else []
+
+
+def attach(owner: nn.Module, product: nn.Module) -> None:
+    """Give ``owner`` one more product, called as ``scaled_dot_product_attention`` is; the first one makes it listen."""
+    if ATTRIBUTE not in owner._modules:
+        owner.add_module(ATTRIBUTE, nn.ModuleList())
+        owner.__class__ = _listening(type(owner))  # type: ignore[arg-type]
+    products = owner._modules[ATTRIBUTE]
+    assert isinstance(products, nn.ModuleList)
+    products.append(product)
+
+
+@cache
+def _listening(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class ``cls`` under its own name, whose calls are listened to.
+
+    Hooks would not do: torch does not run them when Ctrl-C ends a call, and the next call would find the mode in force.
+    """
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Intercept(self):
+            return cls.__call__(self, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})

@@ -1,0 +1,197 @@
+"""Trees of tensors for all samples of a calibration set, some of them at hand at a time.
+
+A unit of a model gets and gives trees whose leaves mostly have rows of samples. Samples whose trees differ in more than
+their rows (prompts of other lengths, masks that only some need) cannot be in one tensor, nor in one call: each run of
+alike ones is a part.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ptq_tdq.errors import ModelError
+
+
+class Place(NamedTuple):
+    """Where a leaf has the rows of samples: along ``dim``, ``each`` rows for one, one sample after the other.
+
+    ``more`` rows behind those belong to no sample.
+    """
+
+    dim: int
+    each: int
+    more: int = 0
+
+
+ABSENT = Place(-1, 0)  # a leaf that is no tensor where all samples are alike; rows are then told by their number
+Layout = tuple[Place | None, ...]
+"""For each leaf of a tree where its rows are, or None for what all samples share."""
+
+
+class Store:
+    """Keeps streams on ``device`` or, with ``on_disk``, in unlinked memory-mapped files that the system pages out."""
+
+    def __init__(self, on_disk: bool, device: torch.device | str = "cpu") -> None:
+        self.on_disk, self.device = on_disk, torch.device(device)
+
+    def join(self, chunks: Sequence[Tensor]) -> Tensor:
+        """The rows of all chunks."""
+        if not self.on_disk:
+            return torch.cat(list(chunks)) if len(chunks) > 1 else chunks[0]
+        whole = self.empty((sum(len(c) for c in chunks), *chunks[0].shape[1:]), chunks[0].dtype)
+        start = 0
+        for chunk in chunks:
+            whole[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        return whole
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor where this store keeps them."""
+        if not self.on_disk:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        with tempfile.NamedTemporaryFile(prefix="ptq-tdq-", delete=False) as file:
+            path = Path(file.name)
+        try:
+            size = torch.Size(shape).numel()
+            return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+        finally:
+            path.unlink()
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The trees of consecutive ``samples`` as one: a leaf with rows is [n, count, ...], others are as they came.
+
+    ``rest`` are the rows of leaves that belong to no sample, by the number of the leaf.
+    """
+
+    samples: slice
+    leaves: tuple[Any, ...]
+    rest: dict[int, Tensor]
+    spec: pytree.TreeSpec
+    layout: Layout
+    device: torch.device  # where the rows are computed with, wherever they are kept
+
+    @classmethod
+    def of(cls, tree: Any, samples: slice, layout: Layout) -> Part:
+        """The tree of one call; ``layout`` is that of other samples of its group."""
+        leaves, spec = pytree.tree_flatten(tree)
+        count = samples.stop - samples.start
+        known = (*layout, *(ABSENT,) * (len(leaves) - len(layout)))
+        own = tuple(_own(leaf, place, count) for leaf, place in zip(leaves, known, strict=False))
+        rest: dict[int, Tensor] = {}
+        for i, place in enumerate(own):
+            if place:
+                rows = leaves[i].movedim(place.dim, 0)
+                if place.more:
+                    rows, rest[i] = rows.split([count * place.each, place.more])
+                leaves[i] = rows.unflatten(0, (count, place.each))
+        device = next((x.device for x, place in zip(leaves, own, strict=True) if place), torch.device("cpu"))
+        return cls(samples, tuple(leaves), rest, spec, own, device)
+
+    def joinable(self, other: Part) -> bool:
+        """Whether samples of both could be in one call."""
+        return (
+            self.spec == other.spec
+            and self.layout == other.layout
+            and all(_same(rows, other.rest[i]) for i, rows in self.rest.items())
+            and all(
+                (a.shape[1:], a.dtype) == (b.shape[1:], b.dtype) if place else _same(a, b)
+                for a, b, place in zip(self.leaves, other.leaves, self.layout, strict=True)
+            )
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Part], store: Store) -> Part:
+        """Joinable parts, one after the other."""
+        first, samples = parts[0], slice(parts[0].samples.start, parts[-1].samples.stop)
+        columns = zip(*(part.leaves for part in parts), strict=True)
+        leaves = [store.join(of) if place else of[0] for of, place in zip(columns, first.layout, strict=True)]
+        return replace(first, samples=samples, leaves=tuple(leaves))
+
+    def __getitem__(self, index: slice | Tensor) -> Any:
+        """The tree for some samples, by their numbers in the whole set."""
+        found = [self._back(i, place, index) if place else self.leaves[i] for i, place in enumerate(self.layout)]
+        return pytree.tree_unflatten(found, self.spec)
+
+    def real(self, index: slice | Tensor) -> list[Tensor]:
+        """The leaves with rows of real numbers, for some samples: [n * count, ...]."""
+        own = self._own_index(index)
+        return [
+            leaf[own].to(self.device).flatten(0, 1)
+            for leaf, place in zip(self.leaves, self.layout, strict=True)
+            if place and leaf.is_floating_point()
+        ]
+
+    def empty(self, samples: slice, store: Store) -> Part:
+        """Room for the trees of ``samples`` that are like this one."""
+        count = samples.stop - samples.start
+        leaves = [
+            store.empty((count, *leaf.shape[1:]), leaf.dtype) if place else leaf
+            for leaf, place in zip(self.leaves, self.layout, strict=True)
+        ]
+        return replace(self, samples=samples, leaves=tuple(leaves))
+
+    def put(self, index: slice | Tensor, other: Part) -> None:
+        """Write the rows of other samples' outputs."""
+        own = self._own_index(index)
+        for mine, new, place in zip(self.leaves, other.leaves, self.layout, strict=True):
+            if place:
+                mine[own] = new.to(mine.device)
+
+    def _own_index(self, index: slice | Tensor) -> slice | Tensor:
+        start = self.samples.start
+        return slice(index.start - start, index.stop - start) if isinstance(index, slice) else index - start
+
+    def _back(self, number: int, place: Place, index: slice | Tensor) -> Tensor:
+        rows = self.leaves[number][self._own_index(index)].to(self.device).flatten(0, 1)
+        if place.more:
+            rows = torch.cat([rows, self.rest[number]])
+        back: Tensor = rows.movedim(0, place.dim)
+        return back
+
+
+def _own(leaf: Any, place: Place | None, samples: int) -> Place | None:
+    """The place of rows in this leaf, where ``place`` is that in the tree of other samples."""
+    if place is None or not isinstance(leaf, Tensor):
+        return None
+    if place == ABSENT:
+        return Place(0, len(leaf) // samples) if leaf.ndim and len(leaf) and len(leaf) % samples == 0 else None
+    if leaf.shape[place.dim] != samples * place.each + place.more:
+        raise ModelError(
+            f"A block of the model gets a tensor of the shape {list(leaf.shape)} for {samples} samples, in which their "
+            "rows cannot be told apart; record calls of one size (prompts padded to one length)."
+        )
+    return place
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    return a is b or (type(a) is type(b) and bool(a == b))
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Trees of all samples."""
+
+    parts: tuple[Part, ...]
+
+    def of(self, index: slice | Tensor) -> Part:
+        """The part that holds some samples, which all have to be in one."""
+        first = index.start if isinstance(index, slice) else int(index[0])
+        return next(part for part in self.parts if part.samples.start <= first < part.samples.stop)
+
+    def __getitem__(self, index: slice | Tensor) -> Any:
+        return self.of(index)[index]
+
+    def real(self, index: slice | Tensor) -> list[Tensor]:
+        return self.of(index).real(index)

@@ -1,0 +1,161 @@
+"""Real pipelines, made small: their own prompts, classes, guidance and schedulers around the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from pipelines import PIPELINES, SmallPipeline
+
+from ptq_tdq.calib_data import (
+    LoadedModel,
+    LoopSampler,
+    PipelineSampler,
+    collect,
+    from_pipeline,
+    load_model,
+    new_schedule,
+    read_prompts,
+    sample_generator,
+    with_scheduler,
+)
+from ptq_tdq.calls import prediction
+from ptq_tdq.errors import ConfigError, ModelError
+
+Saved = Callable[[str], tuple[SmallPipeline, Path]]
+NAMES = [entry.name for entry in PIPELINES]
+FEW: dict[str, Any] = {"samples_per_step": 3, "calibration_steps": 2, "num_inference_steps": 2}
+
+
+def load(saved: Saved, name: str, **options: Any) -> LoadedModel:
+    entry, folder = saved(name)
+    own = ("num_inference_steps", "output_type")
+    call = {key: value for key, value in entry.call.items() if key not in own} if entry.condition else None
+    component = "transformer" if name == "WanPipeline" else None
+    return load_model(str(folder), component=component, call=call, **options)
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [sample_generator("evaluation", 0, i) for i in range(count)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_are_those_of_the_pipeline_and_cover_its_schedule(saved_pipeline: Saved, name: str) -> None:
+    model = load(saved_pipeline, name)
+    calls = collect(model, **FEW)
+    assert set(calls.trajectory.tolist()) == {0, 1, 2}
+    steps = [float(t) for t in calls.t.unique()]
+    assert 0 <= min(steps) <= max(steps) <= 1000
+    assert len(steps) == (1 if name == "WanPipeline" else 2)  # its other denoiser does the step of low noise
+    schedule = new_schedule(model.sampler)
+    conditions = model.sampler.conditions(2)
+    sampled = model.sampler.run(model.denoiser, conditions, generators(2), 2, schedule)
+    if schedule.timesteps.min() >= 0 and name != "StableAudioPipeline":  # whose model sees logarithms of sigma
+        assert all(min(abs(t - float(s)) for s in schedule.timesteps) < 1 for t in steps)
+    with torch.no_grad():  # what was recorded is what the denoiser takes
+        assert bool(torch.isfinite(prediction(model.denoiser(**calls.inputs(slice(0, 2))))).all())
+    assert len(sampled.latents) == 2 and bool(torch.isfinite(sampled.latents).all())
+    if name == "StableAudioPipeline":
+        assert sampled.images is None
+    else:
+        assert sampled.images is not None and sampled.images.shape[:2] == (2, 3)
+        assert sampled.images.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline"])
+def test_samples_are_those_of_the_pipeline_itself(saved_pipeline: Saved, name: str) -> None:
+    entry, folder = saved_pipeline(name)
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(prompt=["A red fox"], generator=generators(1), **{**entry.call, "output_type": "np"})[0]
+    model = load(saved_pipeline, name, prompts=["A red fox"])
+    found = model.sampler.run(model.denoiser, ["A red fox"], generators(1), 2, new_schedule(model.sampler)).images
+    assert found is not None
+    assert torch.allclose(torch.as_tensor(expected).permute(0, 3, 1, 2) * 2 - 1, found, atol=1e-5)
+
+
+def test_guidance_calls_the_denoiser_with_and_without_the_prompt(saved_pipeline: Saved) -> None:
+    model = load(saved_pipeline, "StableDiffusionPipeline")
+    calls = collect(model, **FEW)
+    unguided = load_model(
+        str(saved_pipeline("StableDiffusionPipeline")[1]), call={"guidance_scale": 1.0, "height": 16, "width": 16}
+    )
+    assert len(calls) == 2 * len(collect(unguided, **FEW))
+    text = calls.groups[0].leaf("encoder_hidden_states")
+    without, with_prompt = text[(calls.t == calls.t.max()) & (calls.trajectory == 0)][:2]
+    assert not torch.equal(without, with_prompt)
+
+
+def test_each_sample_has_its_own_prompt_and_noise_whatever_the_batch(saved_pipeline: Saved) -> None:
+    model = load(saved_pipeline, "PixArtSigmaPipeline", prompts=["A red fox", "A boat", "Snow"])
+    together, apart = (collect(model, **FEW, batch_size=size) for size in (3, 1))
+    order = [c.trajectory.argsort(stable=True) for c in (together, apart)]
+    x = [c.groups[0].leaf("hidden_states")[o] for c, o in zip((together, apart), order, strict=True)]
+    # guidance: a batch holds all samples without their prompts, then all with them; each alone, the same two rows
+    assert torch.allclose(x[0], x[1], atol=1e-4)
+
+
+def test_a_pipeline_in_memory_is_as_good_as_its_folder(saved_pipeline: Saved) -> None:
+    _, folder = saved_pipeline("DiTPipeline")
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    there, here = load_model(str(folder)), from_pipeline(pipe)
+    assert here.component == there.component == "transformer"
+    assert collect(here, **FEW).sha256 == collect(there, **FEW).sha256
+
+
+def test_an_unconditional_pipeline_runs_in_the_plain_loop(saved_pipeline: Saved) -> None:
+    assert isinstance(load(saved_pipeline, "DDPMPipeline").sampler, LoopSampler)
+    assert isinstance(load(saved_pipeline, "DiTPipeline").sampler, PipelineSampler)
+
+
+def test_another_scheduler_takes_the_place_of_the_pipelines_own(saved_pipeline: Saved) -> None:
+    model = with_scheduler(load(saved_pipeline, "StableDiffusionPipeline"), "EulerDiscreteScheduler")
+    assert collect(model, **FEW).t.unique().tolist() == [1.0, 501.0]  # its spacing is "leading", its offset 1
+    assert type(model.scheduler).__name__ == "EulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("DiTPipeline", {"prompts": ["A fox"]}, "takes no prompts"),
+        ("DiTPipeline", {"classes": [1000]}, "numbers from 0 to 999"),
+        ("StableDiffusionPipeline", {"classes": [1]}, "takes no classes"),
+        ("StableDiffusionPipeline", {"prompts": []}, "no prompt"),
+        ("StableDiffusionPipeline", {"call": {"heigth": 16}}, "takes no argument 'heigth' here; it takes"),
+        ("StableDiffusionPipeline", {"component": "text_encoder"}, "no denoiser named 'text_encoder'; it has unet"),
+        ("WanPipeline", {}, r"several denoisers \(transformer, transformer_2\); name one with --component"),
+        ("DDPMPipeline", {"prompts": ["A fox"]}, "takes no prompts"),
+        ("DDPMPipeline", {"call": {"height": 16}}, "takes no argument 'height'"),
+        ("DDPMPipeline", {"classes": [0]}, "takes no classes"),
+    ],
+)
+def test_what_a_model_does_not_take_is_one_sentence(
+    saved_pipeline: Saved, name: str, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises((ConfigError, ModelError), match=said):
+        load_model(str(saved_pipeline(name)[1]), **options)
+
+
+def test_a_shape_that_the_pipeline_refuses_is_one_sentence(saved_pipeline: Saved) -> None:
+    model = load_model(str(saved_pipeline("StableDiffusionPipeline")[1]), call={"height": 17, "width": 16})
+    with pytest.raises(ModelError, match=r"StableDiffusionPipeline cannot sample so .*17"):
+        collect(model, **FEW)
+
+
+def test_a_prompt_file_is_read_line_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("  A red fox \n\nEin Bär\n", encoding="utf-8")
+    assert read_prompts(file) == ["A red fox", "Ein Bär"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00"])
+def test_a_prompt_file_without_prompts_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match="prompt"):
+        read_prompts(tmp_path / "prompts.txt")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_prompts(tmp_path)

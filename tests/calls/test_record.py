@@ -1,0 +1,197 @@
+"""Calls that a user's own loop makes of a module: what is kept of them, and that they are the same calls again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq import Calls, record
+from ptq_tdq.calls import Recorder, main_argument, prediction
+from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
+from ptq_tdq.timeaxis import TimeAxis
+
+B = 2
+Change = Callable[[Tensor], Tensor]
+
+
+class Conditioned(nn.Module):
+    """Takes what denoisers take: nested conditions, shared tables, several rows for each sample, rows behind layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Any, extra: Any = None, **more: Any) -> tuple[Tensor]:
+        t = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, 1)
+        y = self.mix(sample) + t / 1000
+        if extra is not None:
+            y = y * extra["scale"] + extra["list"][0].flatten(1)[:, :4]
+        if "positions" in more:  # one for each of the 4 features, whatever the batch
+            if more["positions"].shape != (4,):
+                raise ValueError("positions")
+            y = y + more["positions"]
+        if "flags" in more:  # one for all samples
+            y = y + more["flags"]
+        if "frames" in more:  # three for each sample
+            y = y + more["frames"].unflatten(0, (len(sample), 3)).sum(1)
+        if "layers" in more:  # [layers, batch, 4]
+            for layer in more["layers"]:
+                if len(layer) != len(sample):
+                    raise ValueError("layers")
+                y = y + layer
+        return (y,)
+
+
+def loop(
+    model: nn.Module, steps: tuple[float, ...] = (999.0, 500.0, 1.0), count: int = B, **options: Any
+) -> list[Tensor]:
+    torch.manual_seed(1)
+    found = []
+    for t in steps:
+        x = torch.randn(count, 4)
+        found.append(model(x, torch.full((count,), t), **options)[0])
+        x.zero_()  # as samplers do that reuse their memory
+    return found
+
+
+@pytest.fixture
+def model() -> Conditioned:
+    return Conditioned().requires_grad_(False)
+
+
+def replayed(model: nn.Module, calls: Calls, size: int = B) -> list[Tensor]:
+    return [prediction(model(**calls.inputs(chunk))) for chunk in calls.chunks(size)]
+
+
+def options(count: int) -> dict[str, dict[str, Any]]:
+    torch.manual_seed(2)
+    return {
+        "plain": {},
+        "nested": {
+            "extra": {"scale": torch.rand(count, 1), "list": [torch.rand(count, 4, 2)], "name": "x", "none": None}
+        },
+        "as long as the batch": {"positions": torch.rand(4)},
+        "shared": {"flags": torch.rand(())},
+        "several": {"frames": torch.rand(3 * count, 4)},
+        "layers first": {"layers": torch.rand(3, count, 4)},
+        "layers as long as the batch": {"layers": torch.rand(count, count, 4)},
+        "all": {
+            "extra": {"scale": torch.rand(count, 1), "list": (torch.rand(count, 4, 2),)},
+            "positions": torch.rand(4),
+            "frames": torch.rand(3 * count, 4),
+            "layers": torch.rand(2, count, 4),
+        },
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("name", options(1))
+def test_recorded_calls_are_the_calls_that_were_made(model: Conditioned, name: str, count: int) -> None:
+    kept = options(count)[name]
+    expected = loop(model, count=count, **kept)
+    with record(model) as calls:
+        assert all(map(torch.equal, loop(model, count=count, **kept), expected)), "outputs are left as they are"
+    assert len(calls) == 3 * count
+    assert all(map(torch.equal, replayed(model, calls, count), expected))
+    for row, y in enumerate(torch.cat(expected)):
+        one = prediction(model(**calls.inputs(torch.tensor([row]))))[0]
+        torch.testing.assert_close(one, y, rtol=1e-4, atol=1e-5)
+    rows = torch.tensor([0, 0, 3 * count - 1])
+    torch.testing.assert_close(prediction(model(**calls.inputs(rows))), torch.cat(expected)[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_t_and_the_samples_of_each_row_are_known(model: Conditioned) -> None:
+    with record(model) as calls:
+        loop(model)
+        loop(model)
+    assert calls.t.tolist() == [999.0, 999.0, 500.0, 500.0, 1.0, 1.0] * 2
+    assert calls.trajectory.tolist() == [0, 1] * 3 + [2, 3] * 3
+    assert calls.axis == TimeAxis("timestep")
+
+
+def test_a_time_that_all_samples_share_is_that_of_each_row(model: Conditioned) -> None:
+    with record(model) as calls:
+        for t in (999, torch.tensor(500), torch.tensor([1.0])):
+            model(torch.randn(3, 4), t)
+    assert calls.t.tolist() == [999.0] * 3 + [500.0] * 3 + [1.0] * 3
+
+
+def test_prompts_of_other_lengths_are_groups_of_their_own() -> None:
+    class Texts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            y: Tensor = self.mix(x) + text.mean(1)
+            return y
+
+    model = Texts().requires_grad_(False)
+    with record(model) as calls:
+        for t in (999.0, 1.0):
+            for tokens in (3, 5):
+                model(torch.randn(2, 4), torch.full((2,), t), torch.randn(2, tokens, 4))
+    assert [len(group) for group in calls.groups] == [4, 4]
+    assert calls.t.tolist() == [999.0, 999.0, 1.0, 1.0] * 2
+    assert [c.stop - c.start for c in calls.chunks(3)] == [3, 1, 3, 1], "never across groups"
+    some = calls.select(torch.tensor([1, 5, 6]))
+    assert [len(group) for group in some.groups] == [1, 2] and some.t.tolist() == [999.0, 999.0, 1.0]
+    assert torch.equal(some.inputs(slice(1, 3))["text"], calls.inputs(slice(5, 7))["text"])
+
+
+def test_lists_of_samples_have_rows_of_their_own_shapes() -> None:
+    class Lists(nn.Module):
+        def forward(self, x: list[Tensor], t: Tensor) -> list[Tensor]:
+            return [item * when for item, when in zip(x, t, strict=True)]
+
+    model = Lists()
+    with record(model) as calls:
+        model([torch.ones(2, 3), torch.ones(4, 3)], torch.tensor([0.5, 0.25]))
+        model([torch.ones(1, 3), torch.ones(1, 3)], torch.tensor([0.125, 0.0625]))
+    assert len(calls) == 4 and len(calls.groups) == 1
+    assert [x.shape for x in calls.inputs(torch.tensor([1, 2]))["x"]] == [(4, 3), (1, 3)]
+
+
+def test_only_wanted_calls_are_kept_and_guidance_repeats_the_samples(model: Conditioned) -> None:
+    recorder = Recorder(model)
+    steps: list[int] = []
+    recorder.begin(10, samples=2, wanted=lambda step: torch.tensor([step == 0, step == 1]), on_step=steps.append)
+    with recorder.listening():
+        for t in (900.0, 500.0):
+            for _ in range(2):  # with and without the prompt, one after the other
+                model(torch.randn(4, 4), torch.full((4,), t))
+    calls = recorder.calls(TimeAxis("timestep"))
+    assert steps == [0, 0, 1, 1]
+    assert calls.t.tolist() == [900.0] * 4 + [500.0] * 4
+    assert calls.trajectory.tolist() == [10] * 4 + [11] * 4
+
+
+@pytest.mark.parametrize("t", [None, "1", True, torch.empty(0), torch.tensor([1j, 1j])], ids=str)
+def test_a_call_without_a_time_step_is_an_error_in_that_call(model: Conditioned, t: Any) -> None:
+    with pytest.raises(TimestepError), record(model):
+        model(torch.randn(2, 4), t)
+    assert not model._forward_pre_hooks
+
+
+def test_models_without_a_time_or_an_input_are_refused() -> None:
+    with pytest.raises(ModelError, match="time step"), record(nn.Linear(1, 1)):
+        pass
+    with pytest.raises(CalibrationSetError, match="no tensor beside its time step"):
+        main_argument({"timestep": torch.zeros(1), "flag": 3}, "timestep")
+
+
+def test_nothing_recorded_and_values_that_are_not_finite_are_refused(model: Conditioned) -> None:
+    with record(model) as calls:
+        pass
+    with pytest.raises(CalibrationSetError, match="empty"):
+        calls.check()
+    with record(model) as calls:
+        model(torch.ones(1, 4), torch.tensor([999.0]))
+        model(torch.full((1, 4), torch.inf), torch.tensor([37.0]))
+    with pytest.raises(CalibrationSetError, match=r"NaN or Inf in 'sample' at time step t = 37"):
+        calls.check()

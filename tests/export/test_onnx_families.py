@@ -1,0 +1,53 @@
+"""Denoisers of several families of diffusers as one graph each, called as their own pipelines call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from denoisers import DENOISERS
+from families import keep
+
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.calls import Calls, prediction
+from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.export.onnx import FORMS, OnnxDenoiser
+from ptq_tdq.export.onnx.file import encode_onnx
+from ptq_tdq.export.onnx.skeleton import make_skeleton
+from ptq_tdq.load import build_quantized
+from ptq_tdq.processor import sums_eight_bits
+
+# Cross attention, classes, joint attention, position ids and t / 1000, a batch that cannot vary, videos, sequences.
+FAMILIES = (
+    "UNet2DConditionModel (SD 1.5)",
+    "DiTTransformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "ChromaTransformer2DModel",
+    "WanTransformer3DModel",
+    "UNet1DModel",
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_graph_computes_what_the_simulated_model_does(
+    name: str, tmp_path: Path, quantize_denoiser: Callable[[str], tuple[Artifact, Calls]]
+) -> None:
+    denoiser = next(d for d in DENOISERS if d.name == name)
+    artifact, calls = quantize_denoiser(name)
+    simulated, skeleton = build_quantized(artifact), make_skeleton(artifact, calls)
+    for form in FORMS if sums_eight_bits() else ("portable",):
+        file = tmp_path / f"{form}.onnx"
+        file.write_bytes(encode_onnx(artifact, FORMS[form], skeleton, form))
+        graph = OnnxDenoiser(file, threads=1)
+        for t in ([601.0], [1000.0, 2.5, 333.0]):  # other numbers of samples than in the recorded call
+            arguments = denoiser.inputs(len(t), torch.tensor(t))
+            with torch.no_grad():
+                expected, got = simulated(**arguments), graph(**arguments)
+            assert isinstance(got, tuple) == isinstance(expected, tuple)
+            assert isinstance(got, tuple) or list(got) == list(expected)  # names of what it returns
+            ratio = sqnr_db(prediction(expected), prediction(got))
+            assert ratio > 25
+            keep(name, {f"{form}_db": ratio})

@@ -1,0 +1,125 @@
+"""Attention on codes wherever a model calls scaled_dot_product_attention, against the simulated product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ptq_tdq.runtime.attention import IntegerProduct
+
+TOKENS, WIDTH = 9, 12
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def plain(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return functional.scaled_dot_product_attention(*(heads(z, 3) for z in (x, y, y)), **options).transpose(1, 2)
+
+
+def grouped(x: Tensor, y: Tensor) -> Tensor:
+    k = v = heads(y[..., :4], 1)
+    return functional.scaled_dot_product_attention(heads(x, 3), k, v, enable_gqa=True).transpose(1, 2)
+
+
+def blocked(x: Tensor, y: Tensor) -> Tensor:
+    mask = torch.arange(TOKENS) < 4 + torch.arange(len(x))[:, None] % 3
+    return plain(x, y, attn_mask=mask[:, None, None])
+
+
+def blind(x: Tensor, y: Tensor) -> Tensor:
+    mask = torch.arange(TOKENS)[:, None] > 3
+    return plain(x, y, attn_mask=mask)  # the first tokens may look at nothing
+
+
+def added(x: Tensor, y: Tensor) -> Tensor:
+    return plain(x, y, attn_mask=torch.randn(3, TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)))
+
+
+def cross(x: Tensor, y: Tensor) -> Tensor:
+    return plain(x, y[:, :4])
+
+
+def narrow_values(x: Tensor, y: Tensor) -> Tensor:
+    out = functional.scaled_dot_product_attention(heads(x, 3), heads(y, 3), heads(y[..., :6], 3))
+    return out.transpose(1, 2).repeat(1, 1, 1, 2)
+
+
+def without_heads(x: Tensor, y: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(x, y, y)
+
+
+def of_frames(x: Tensor, y: Tensor) -> Tensor:
+    q, k = (z.unflatten(1, (3, 3)).unflatten(-1, (3, -1)).transpose(2, 3) for z in (x, y))
+    return functional.scaled_dot_product_attention(q, k, k).transpose(2, 3)
+
+
+def one_by_one(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([plain(x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
+
+
+PRODUCTS: dict[str, Product] = {
+    "plain": plain,
+    "causal": lambda x, y: plain(x, y, is_causal=True),
+    "with a scale": lambda x, y: plain(x, y, scale=0.1),
+    "grouped queries": grouped,
+    "blocked": blocked,
+    "blind rows": blind,
+    "added mask": added,
+    "fewer keys": cross,
+    "narrow values": narrow_values,
+    "without heads": without_heads,
+    "frames": of_frames,
+    "sample by sample": one_by_one,
+    "twice": lambda x, y: plain(x, y) + cross(y, x),
+}
+
+
+class Attending(nn.Module):
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self.product = product
+        self.first, self.second, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.product(self.first(x), self.second(x)).reshape(x.shape))
+
+
+class Denoiser(nn.Module):
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self.attending = Attending(product)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> dict[str, Any]:
+        return {"sample": self.attending(x), "number": 3}
+
+
+@pytest.fixture(params=["table", "dynamic"])
+def method(request: pytest.FixtureRequest) -> str:
+    return "tdq-thin" if request.param == "table" else "dynamic"
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_it_computes_what_the_simulated_one_does(name: str, method: str, both: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, TOKENS, WIDTH)
+    given = [{"x": x * (1 + t / 400), "timestep": torch.full((3,), t)} for t in (1000.0, 500.0, 1.0)]
+    simulated, integer = both(Denoiser(PRODUCTS[name]), given, method=method)
+    found = [m for m in integer.modules() if isinstance(m, IntegerProduct)]
+    assert len(found) == integer.facts["integer_products"] == (2 if name == "twice" else len(found)) >= 1
+    times = (
+        [torch.tensor([500.0])] if name == "sample by sample" else [torch.tensor(500), torch.tensor([0.5, 999.0, 20.0])]
+    )
+    for t in times:
+        with torch.no_grad():
+            expected, output = (model(x, t) for model in (simulated, integer))
+        assert output["number"] == 3 and output["sample"].dtype == torch.float32
+        difference = (output["sample"] - expected["sample"]).pow(2).mean()
+        assert difference < 1e-4 * expected["sample"].pow(2).mean()  # a tie here or there

@@ -1,0 +1,133 @@
+"""What an artifact needs to become a model again: classes of one's own, half precision, tensors that no file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from denoisers import DENOISERS, Denoiser, prediction
+from recorded import calls_of
+from torch import Tensor, nn
+
+from ptq_tdq import Calls, QuantizedModel, calibrate, load_quantized, preset
+from ptq_tdq.artifacts import read_artifact
+from ptq_tdq.errors import ArtifactMismatchError
+from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.structure import hollow_model
+
+QUICK = preset(
+    "default",
+    scheme="W8A8",
+    method="step-table",
+    rounding="nearest",
+    round_again=False,
+    activation_iterations=0,
+    weight_range="minmax",
+    activation_range="minmax",
+)
+
+
+class Own(nn.Module):
+    """A denoiser outside diffusers, with a reparametrized weight, a transposed convolution and a table of positions."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(1, width)
+        self.a = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, width, 3, stride=2, padding=1))
+        self.b = nn.Conv2d(width, width, 3, padding=1, groups=2)
+        self.c = nn.ConvTranspose2d(width, 3, 2, stride=2)
+        self.register_buffer("positions", torch.randn(width, 1, 1), persistent=False)
+        self.positions: Tensor
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        t = self.embed(timestep.to(sample.dtype)[:, None] / 1000)
+        y = self.a(sample) + t[:, :, None, None] + self.positions
+        result: Tensor = self.c(self.b(y.tanh()))
+        return result
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"sample": torch.randn(4, 3, 8, 8, dtype=dtype), "timestep": torch.tensor([1000.0, 600.0, 200.0, 0.0])}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> tuple[Path, QuantizedModel]:
+    model = Own().eval()
+    quantized = calibrate(model, QUICK, calls_of(model, **inputs(), num_train_timesteps=1000))
+    quantized.save_pretrained(tmp_path / "out")
+    return tmp_path / "out", quantized
+
+
+@torch.no_grad()
+def test_a_class_of_ones_own_is_loaded_with_an_instance_whose_weights_do_not_matter(own: Any) -> None:
+    folder, quantized = own
+    other = Own().eval()
+    for parameter in other.parameters():
+        parameter.fill_(3.0)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    loaded = load_quantized(folder, model=other)
+    assert torch.equal(loaded(**inputs()), quantized(**inputs()))
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    integer = load_quantized(folder, model=other, backend="integer")
+    assert sqnr_db(quantized(**inputs()), integer(**inputs())) > 30
+
+
+def test_without_an_instance_the_error_says_what_is_needed(own: Any) -> None:
+    for backend in ("simulated", "integer"):
+        with pytest.raises(
+            ArtifactMismatchError, match=r"is of a 'Own', which .* load_quantized\(path, model=\.\.\.\)"
+        ):
+            load_quantized(own[0], backend=backend)
+
+
+def test_an_instance_of_another_structure_is_refused(own: Any) -> None:
+    for backend in ("simulated", "integer"):
+        with pytest.raises(ArtifactMismatchError, match="has codes of the shape"):
+            load_quantized(own[0], model=Own(16), backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_model_in_half_precision_comes_back_in_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = Own().eval().to(dtype)
+    quantized = calibrate(model, QUICK, calls_of(model, **inputs(dtype), num_train_timesteps=1000))
+    quantized.save_pretrained(tmp_path / "out")
+    loaded = load_quantized(tmp_path / "out", model=Own())
+    assert loaded.dtype == dtype and loaded.model.positions.dtype == dtype
+    found = loaded(**inputs(dtype))
+    assert found.dtype == dtype and torch.equal(found, quantized(**inputs(dtype)))
+    for ours, theirs in zip(loaded.quantizers().values(), quantized.quantizers().values(), strict=True):
+        assert ours.source.scale.dtype == torch.float32  # type: ignore[union-attr]
+        assert torch.equal(ours.source.scale, theirs.source.scale)  # type: ignore[union-attr]
+    expected = model(**inputs(dtype))
+    assert sqnr_db(expected, found) > 25
+
+
+NAMED = {denoiser.name: denoiser for denoiser in DENOISERS}
+
+
+def recorded(denoiser: Denoiser, model: nn.Module) -> Calls:
+    return calls_of(model, **denoiser.inputs(2, torch.tensor([1000.0, 201.0])), num_train_timesteps=1000)
+
+
+@pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "QwenImageTransformer2DModel"])
+@torch.no_grad()
+def test_tensors_that_no_file_holds_have_their_values_and_nothing_else_takes_memory(name: str, tmp_path: Path) -> None:
+    denoiser = NAMED[name]
+    model = denoiser.build()
+    quantized = calibrate(model, QUICK, calls := recorded(denoiser, model))
+    quantized.save_pretrained(tmp_path / "out")
+    state = torch.get_rng_state()
+    hollow = hollow_model(read_artifact(tmp_path / "out"))
+    assert all(parameter.is_meta for parameter in hollow.parameters())
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(buffer, buffers[key]) for key, buffer in hollow.named_buffers())
+    torch.set_rng_state(state)
+    pair = calls.inputs(slice(0, 2))
+    for backend in ("simulated", "integer"):
+        loaded = load_quantized(tmp_path / "out", backend=backend)
+        assert sqnr_db(prediction(quantized(**pair)), prediction(loaded(**pair))) > 30
