@@ -12,8 +12,9 @@ from families import keep
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls, prediction
+from ptq_tdq.errors import ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
-from ptq_tdq.export.onnx import FORMS, OnnxDenoiser
+from ptq_tdq.export.onnx import FORMS, OnnxDenoiser, export_onnx
 from ptq_tdq.export.onnx.file import encode_onnx
 from ptq_tdq.export.onnx.skeleton import make_skeleton
 from ptq_tdq.load import build_quantized
@@ -51,3 +52,14 @@ def test_a_graph_computes_what_the_simulated_model_does(
             ratio = sqnr_db(prediction(expected), prediction(got))
             assert ratio > 25
             keep(name, {f"{form}_db": ratio})
+
+
+@pytest.mark.parametrize("name", ["LatteTransformer3DModel", "ZImageTransformer2DModel"])
+def test_a_graph_that_no_runtime_takes_is_one_sentence_and_no_file(
+    name: str, tmp_path: Path, quantize_denoiser: Callable[[str], tuple[Artifact, Calls]]
+) -> None:
+    artifact, calls = quantize_denoiser(name)
+    with pytest.raises(ModelError) as caught:
+        export_onnx(artifact, tmp_path / "graph.onnx", "portable", calls)
+    assert len(str(caught.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.errors import ModelError, RuntimeUnsupportedError, UsageError
-from ptq_tdq.export.onnx.file import METADATA
 from ptq_tdq.export.onnx.runtimes import RUNTIMES
 from ptq_tdq.export.onnx.signature import RETURN_DICT, Leaf, Signature
-from ptq_tdq.export.onnx.skeleton import BATCH
+from ptq_tdq.export.onnx.skeleton import BATCH, METADATA
 from ptq_tdq.processor import instruction_set, sums_eight_bits
 from ptq_tdq.timeaxis import TimeAxis
 

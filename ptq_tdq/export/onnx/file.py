@@ -17,11 +17,11 @@ from ptq_tdq.export.onnx.lowering import lower
 from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
 from ptq_tdq.export.onnx.openvino_form import OpenVINO
 from ptq_tdq.export.onnx.portable import Portable
-from ptq_tdq.export.onnx.skeleton import Skeleton, make_skeleton
+from ptq_tdq.export.onnx.skeleton import METADATA, Skeleton, make_skeleton
+from ptq_tdq.export.onnx.trial import try_out
 from ptq_tdq.export.tables import export_tables, interval_frame
 
 FORMS: dict[str, type[Portable]] = {"portable": Portable, "onnxruntime": OnnxRuntime, "openvino": OpenVINO}
-METADATA = "ptq_tdq"
 
 
 def export_onnx(artifact: Artifact, file: str | Path, runtime: str, calls: Calls) -> None:
@@ -44,7 +44,9 @@ def export_onnx(artifact: Artifact, file: str | Path, runtime: str, calls: Calls
             f"The quantizer '{name}' asks a network for its interval at run time, which has no ONNX form; "
             "choose an artifact with another method."
         )
-    write_atomic(file, encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls), runtime))
+    graph = encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls), runtime)
+    try_out(graph, calls)
+    write_atomic(file, graph)
 
 
 def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls) -> Path:
@@ -59,6 +61,7 @@ def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls) -> Pat
         raise UsageError(f"The interval table goes to '{table}'; name the graph '{table.stem}.onnx' instead.")
     interval_frame(artifact)  # the cheap reason to refuse comes first
     graph = encode_onnx(artifact, Floating, make_skeleton(artifact, calls), "float")
+    try_out(graph, calls)
     export_tables(artifact, table, "csv")
     write_atomic(file, graph)
     return table

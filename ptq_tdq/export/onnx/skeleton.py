@@ -28,7 +28,7 @@ from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.timeaxis import at
 
-DOMAIN = "ptq_tdq"
+DOMAIN = METADATA = "ptq_tdq"  # of our nodes, and the key of what a file says of itself
 OPSET, IR_VERSION = 21, 10
 BATCH = "batch"
 _SPATIAL = {4: ("height", "width"), 5: ("frames", "height", "width")}
