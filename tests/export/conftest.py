@@ -164,10 +164,15 @@ def artifact_of() -> Callable[[str], Artifact]:
 
 
 @pytest.fixture(scope="session")
-def skeleton(artifact_of: Callable[[str], Artifact]) -> Skeleton:
+def calls() -> Calls:
+    """Recorded calls of the tiny model."""
+    return make_calls(make_unet(), **inputs())
+
+
+@pytest.fixture(scope="session")
+def skeleton(artifact_of: Callable[[str], Artifact], calls: Calls) -> Skeleton:
     """One export for all cases: their float parts are the same."""
-    unet = make_unet()
-    return make_skeleton(artifact_of("W4A6"), make_calls(unet, **inputs()))
+    return make_skeleton(artifact_of("W4A6"), calls)
 
 
 @pytest.fixture(scope="session")

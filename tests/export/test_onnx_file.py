@@ -142,12 +142,8 @@ def test_codes_are_recovered_from_the_annotated_float_weights(
             np.testing.assert_array_equal(codes, artifact.weight_codes[layer.name][:, low:high])
 
 
-def test_two_files_for_hardware_teams(
-    tmp_path: Path, artifact_of: Callable[[str], Artifact], skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # made by the same function before
-    monkeypatch.setattr(onnx_file, "make_skeleton", lambda artifact, calls: skeleton)
-    table = export_onnx_float(artifact_of("W4A6"), tmp_path / "model.onnx", NO_CALLS)
+def test_two_files_for_hardware_teams(tmp_path: Path, artifact_of: Callable[[str], Artifact], calls: Calls) -> None:
+    table = export_onnx_float(artifact_of("W4A6"), tmp_path / "model.onnx", calls)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.csv", "model.onnx"]
     assert table == tmp_path / "model.csv"
     with pytest.raises(UsageError, match=r"goes to '.*model.csv'; name the graph 'model.onnx' instead"):
