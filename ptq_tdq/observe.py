@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -64,20 +66,20 @@ class Observer:
             self.lo, self.hi = torch.minimum(self.lo, batch_lo), torch.maximum(self.hi, batch_hi)
 
     def histogram(self) -> Histogram:
-        """The histogram of both passes, on the CPU, where intervals are searched."""
+        """The histogram of both passes, on the CPU; a step at which nothing was seen has the range [inf, -inf]."""
         assert self.counts is not None, "start_counting() comes first"
         lo, width = (v.cpu() for v in self._grid())
         centres = lo + width * (torch.arange(BINS) + 0.5)
-        nearest = self._nearest()
-        counts, low, high = self.counts.view(-1, BINS).cpu(), self.lo.cpu(), self.hi.cpu()
-        if not len(nearest):
-            return Histogram(counts, centres, torch.zeros_like(low), torch.zeros_like(high))
-        return Histogram(counts[nearest], centres, low[nearest], high[nearest])
+        return Histogram(self.counts.view(-1, BINS).cpu(), centres, self.lo.cpu(), self.hi.cpu())
 
-    def _nearest(self) -> Tensor:
-        """For each step the nearest one at which there was anything to see (an expert is not sent to at each); [K]."""
-        steps, seen = self.steps.cpu(), torch.isfinite(self.lo.cpu()).nonzero().flatten()
-        return seen[(steps[:, None] - steps[seen]).abs().argmin(1)] if len(seen) else seen
+    def filled(self) -> Histogram:
+        """The histogram, with the nearest step's row where nothing was seen: an expert is not sent to at each step."""
+        found, steps = self.histogram(), self.steps.cpu()
+        seen = torch.isfinite(found.lo).nonzero().flatten()
+        if not len(seen):
+            return replace(found, lo=torch.zeros_like(found.lo), hi=torch.zeros_like(found.hi))
+        nearest = seen[(steps[:, None] - steps[seen]).abs().argmin(1)]
+        return replace(found, counts=found.counts[nearest], lo=found.lo[nearest], hi=found.hi[nearest])
 
     def _range(self) -> tuple[Tensor, Tensor]:
         seen = torch.isfinite(self.lo)

@@ -73,7 +73,7 @@ def test_a_step_at_which_nothing_came_takes_what_its_nearest_has() -> None:
     observer.see(torch.empty(0, 50), torch.empty(0))
     observer.start_counting()
     observer.see(x, t)
-    found = observer.histogram()
+    found = observer.filled()
     assert torch.equal(found.lo, x.amin(1)[[0, 0, 0, 1]]) and torch.equal(found.hi, x.amax(1)[[0, 0, 0, 1]])
     assert torch.equal(found.counts, found.counts[[1, 1, 1, 3]]) and found.counts[0].sum() == 50
 
@@ -81,5 +81,5 @@ def test_a_step_at_which_nothing_came_takes_what_its_nearest_has() -> None:
 def test_an_activation_that_never_came_has_the_range_of_zeros() -> None:
     observer = Observer("expert", STEPS)
     observer.start_counting()
-    found = observer.histogram()
+    found = observer.filled()
     assert bool((found.lo == 0).all() and (found.hi == 0).all() and (found.counts == 0).all())

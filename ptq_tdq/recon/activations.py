@@ -53,7 +53,7 @@ def observe(unit: Unit, call: UnitCall, config: Config, num_train_timesteps: int
         q.record.name: Observed(
             num_train_timesteps,
             steps,
-            observers[q.record.name].histogram(),
+            observers[q.record.name].filled(),
             q.qtype,
             q.record.range_method,
             q.record.from_zero,
