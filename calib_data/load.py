@@ -81,7 +81,7 @@ def load_model(
         check_denoiser(denoiser)
         sampler, notices = _make_sampler(parts, denoiser, prompts, classes, call)
     if isinstance(sampler, LoopSampler) and folder.resolve() == reference_path().resolve() and classes is None:
-        sampler.limited(NO_CLASS)
+        sampler.num_classes = NO_CLASS  # the last embedding means "no class"
     sha256 = model_sha256(denoiser)
     try:
         with _quiet():

@@ -42,11 +42,6 @@ class LoopSampler(Sampler):
             check_classes(classes, self.num_classes)
         self.classes = None if classes is None else list(classes)
 
-    def limited(self, num_classes: int) -> LoopSampler:
-        """The sampler itself with fewer classes: the last embedding of some models means "no class"."""
-        self.num_classes = num_classes
-        return self
-
     def conditions(self, count: int) -> list[Any]:
         if self.classes is not None:
             return [self.classes[i % len(self.classes)] for i in range(count)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -150,8 +149,3 @@ class Calls:
         # through JSON, so that what is hashed is what a file gives back
         header = json.loads(json.dumps({"axis": self.axis.to_dict(), "recipe": self.recipe, "groups": groups}))
         return header, {name: value.cpu().contiguous() for name, value in tensors.items()}
-
-
-def name_of(recipe: dict[str, Any]) -> str:
-    """A short name for what a recipe makes: equal recipes, equal names."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
