@@ -16,11 +16,13 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
 from ptq_tdq.calib_data.reference.classifier import FEATURES, Cifar10Classifier
+from ptq_tdq.calib_data.reference.convmixer import ConvMixer
 
 __all__ = [
     "FEATURES",
     "NO_CLASS",
     "Cifar10Classifier",
+    "ConvMixer",
     "load_classifier",
     "reference_features",
     "reference_path",
