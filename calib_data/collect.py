@@ -15,7 +15,7 @@ from torch import Tensor
 from ptq_tdq.cache import cache_folder
 from ptq_tdq.calib_data.finite import finite_outputs
 from ptq_tdq.calib_data.load import LoadedModel
-from ptq_tdq.calib_data.sampler import new_schedule, sample_generator
+from ptq_tdq.calib_data.sampler import Sampler, new_schedule, sample_generator
 from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 from ptq_tdq.calls import Calls, Recorder
 from ptq_tdq.errors import CalibrationSetError, ConfigError
@@ -51,7 +51,7 @@ def collect(
     """
     size = model.sampler.batch if batch_size is None else batch_size
     _check_request(samples_per_step, calibration_steps, num_inference_steps, size)
-    conditions = model.sampler.conditions(samples_per_step)
+    conditions = drawn(model.sampler, samples_per_step, seed)
     collected, total = [], num_inference_steps * -(-samples_per_step // size)
     for number, start in enumerate(range(0, samples_per_step, size)):
         samples = range(start, min(start + size, samples_per_step))
@@ -89,6 +89,19 @@ def collect(
         seed=seed,
     )
     return Calls.join(collected, collected[0].axis, recipe)
+
+
+def drawn(sampler: Sampler, count: int, seed: int) -> list[Any]:
+    """Conditions of ``count`` trajectories: each round of all that there are is in an order of its own, by ``seed``.
+
+    So few trajectories see different classes with each seed, and every part of many sees all alike.
+    """
+    known = sampler.conditions(sampler.num_conditions)
+    orders: list[int] = []
+    while len(orders) < count:
+        generator = sample_generator("conditions", seed, len(orders))
+        orders += torch.randperm(len(known), generator=generator).tolist()
+    return [known[i] for i in orders[:count]]
 
 
 class _Enough(BaseException):
@@ -151,6 +164,7 @@ def make_recipe(
         "num_inference_steps": num_inference_steps,
         "step_distribution": step_distribution,
         "seed": seed,
+        "conditions": "drawn",  # all in turn, each round in an order of its own
         **model.sampler.recipe(),
     }
 

@@ -66,6 +66,10 @@ class PipelineSampler(Sampler):
             check_classes(classes, self.num_classes)
         self.classes = None if classes is None else list(classes)
 
+    @property
+    def num_conditions(self) -> int:
+        return len(self.prompts) if self.condition == PROMPT else super().num_conditions
+
     def conditions(self, count: int) -> list[Any]:
         if self.condition == PROMPT:
             return [self.prompts[i % len(self.prompts)] for i in range(count)]

@@ -32,12 +32,18 @@ class Sampler(ABC):
     """Samples with a denoiser; everything but the denoiser itself belongs to it.
 
     ``batch`` is how many samples run at once unless somebody asks for another number; ``num_classes`` is 0 for a model
-    without classes.
+    without classes, ``classes`` are those to sample, by default all.
     """
 
     scheduler: Any
     batch: int
     num_classes: int = 0
+    classes: list[int] | None = None
+
+    @property
+    def num_conditions(self) -> int:
+        """How many conditions there are to show, at least 1."""
+        return max(1, self.num_classes) if self.classes is None else len(self.classes)
 
     @abstractmethod
     def conditions(self, count: int) -> list[Any]:

@@ -92,7 +92,9 @@ def calibrate(
         reports.append(report)
         on_unit(report)
 
-    quantized.static = reconstruct(quantized, calls, config, single=plan.single, run=run, on_unit=hear)
+    quantized.static = reconstruct(
+        quantized, calls, config, single=plan.single, unlearned=plan.unlearned, run=run, on_unit=hear
+    )
     quantized.metrics = {
         "reconstruction": losses(reports),
         "coverage": plan.coverage,

@@ -16,8 +16,11 @@ from ptq_tdq.intervals import Encoding, IntervalOptions, source_class
 from ptq_tdq.processor import has_bfloat16
 from ptq_tdq.scheme import MAX_BITS, MIN_BITS, Scheme
 
-Role = Literal["first", "last", "time_embedding", "modulation", "shortcut", "downsample"]
-"""time_embedding: its input depends on t alone; modulation: on t and the condition (class, text), not on x_t."""
+Role = Literal["first", "last", "time_embedding", "first_time_embedding", "modulation", "shortcut", "downsample"]
+"""time_embedding: its input depends on t alone; modulation: on t and the condition (class, text), not on x_t.
+
+first_time_embedding: the first of the layers whose input depends on t alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Config:
     Layers: ``eight_bit_layers``, ``weight_only_layers`` (8-bit weights, inputs in floating point),
     ``float_input_layers`` (weights of the scheme, inputs in floating point), ``float_layers`` and ``fixed_layers`` hold
     roles; ``skip`` holds name patterns of layers to leave in floating point. The input of a fixed layer, where it is
-    quantized, keeps one interval that clips
-    nothing (``fixed``).
+    quantized, keeps one interval that clips nothing (``fixed``). A unit of ``unlearned_layers`` alone is quantized but
+    not reconstructed: it keeps nearest rounding and first intervals.
 
     ``weight_symmetric`` names the weights whose zero point is the middle code: 8-bit codes minus 128 then fit the
     signed bytes that integer kernels take.
@@ -66,6 +69,7 @@ class Config:
     float_input_layers: tuple[Role, ...] = ("modulation",)
     float_layers: tuple[Role, ...] = ()
     fixed_layers: tuple[Role, ...] = ("first",)
+    unlearned_layers: tuple[Role, ...] = ()
     skip: tuple[str, ...] = ()
     split_shortcuts: bool = True
     attention: bool = True
@@ -238,6 +242,7 @@ _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
     "rounding": "adaround",
     "round_again": False,
     "weight_lr": 1e-3,
+    "activation_inputs": "full-precision",
     "activation_iterations": 5000,
     "interval_lr": 4e-4,
     "module_lr": 4e-4,
@@ -259,12 +264,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "eight_bit_layers": (),
         "weight_iterations": 20000,
     },
-    # the recipe under supp Table 4 (PTQD's public one)
+    # the recipe under supp Table 4 (PTQD's public one): 1,024 pairs of runs of 20 steps
     "paper": {
         **_PUBLISHED,
-        "samples_per_step": 16,
+        "num_inference_steps": 20,
+        "samples_per_step": 64,
         "calibration_steps": 16,
-        "eight_bit_layers": ("first", "last", "time_embedding"),
+        "batch_size": 16,
+        "eight_bit_layers": ("first", "last", "first_time_embedding"),
+        "unlearned_layers": ("first", "last", "first_time_embedding"),
         "float_layers": ("shortcut", "downsample"),
         "split_shortcuts": False,
         "attention": False,

@@ -31,13 +31,14 @@ class Plan:
     """The records in execution order, and sentences about what stays in floating point (``notices``).
 
     ``single`` names the units with quantizers whose rows cannot be told apart by sample (experts, sequences first):
-    they run with one time step at a time. ``coverage`` is the share of the multiply-accumulates of convolutions and
-    linear layers whose layer is quantized.
+    they run with one time step at a time; ``unlearned`` those that are quantized and not reconstructed. ``coverage`` is
+    the share of the multiply-accumulates of convolutions and linear layers whose layer is quantized.
     """
 
     layers: tuple[LayerRecord, ...]
     notices: tuple[str, ...]
     single: frozenset[str]
+    unlearned: frozenset[str]
     coverage: float
 
 
@@ -75,7 +76,10 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     notices = tuple(_notices(seen, refused, owners, config))
     single = {units[layer.name] for layer in kept if layer.rows is None and records[layer.name].inputs}
     single |= {units[owner] for owner in seen.mixed if owner in units}
-    return Plan(_in_order(records.values(), units), notices, frozenset(single), quantized / total if total else 0.0)
+    learned = {r.unit for r in records.values() if not roles.get(r.name, set()) & set(config.unlearned_layers)}
+    unlearned = {r.unit for r in records.values()} - learned
+    coverage = quantized / total if total else 0.0
+    return Plan(_in_order(records.values(), units), notices, frozenset(single), frozenset(unlearned), coverage)
 
 
 def find_roles(seen: Trace) -> dict[str, set[Role]]:
@@ -91,6 +95,9 @@ def find_roles(seen: Trace) -> dict[str, set[Role]]:
             roles[layer.name].add("shortcut")
         elif layer in on_x[1:] and max(getattr(layer.module, "stride", (1,))) > 1:
             roles[layer.name].add("downsample")
+    timed = next((name for name, own in roles.items() if "time_embedding" in own), None)
+    if timed:
+        roles[timed].add("first_time_embedding")
     if on_x:
         roles[on_x[0].name].add("first")
         roles[on_x[-1].name].add("last")

@@ -55,10 +55,20 @@ def test_paper_leaves_shortcuts_downsampling_and_attention_products_in_floating_
     names = layers_of(unet)
     plan = plan_of(unet, preset("paper", scheme="W4A6"))
     assert set(plan) == names - named(names, "conv_shortcut", "downsamplers")
-    eight = {"conv_in", "conv_out"} | named(names, "time_emb")
+    eight = {"conv_in", "conv_out", "time_embedding.linear_1"}
     for name, record in plan.items():
         assert record.weight_bits == (8 if name in eight else 4), name
         assert [q.bits for q in record.inputs] == [8 if name in eight else 6], name
+
+
+@pytest.mark.parametrize(("name", "unlearned"), [("paper", 3), ("qdiff", 0), ("default", 0)])
+def test_paper_reconstructs_neither_the_ends_nor_the_first_time_embedding(
+    unet: UNet2DModel, name: str, unlearned: int
+) -> None:
+    """As in PTQD's public code, which ignores the reconstruction of exactly these three layers."""
+    plan = make_plan(unet, preset(name), calls_of(unet, torch.randn(2, 3, 8, 8), torch.tensor([3, 5])))
+    assert len(plan.unlearned) == unlearned
+    assert plan.unlearned <= {"conv_in", "conv_out", "time_embedding.linear_1"}
 
 
 def test_default_keeps_ends_and_shortcuts_at_8_bits_and_the_inputs_of_model_and_time_embedding_in_floating_point(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -47,16 +47,18 @@ def reconstruct(
     config: Config,
     *,
     single: Collection[str] = (),
+    unlearned: Collection[str] = (),
     run: RunDirectory | None = None,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
 ) -> dict[str, QParams]:
     """Quantize all units of the model; leaves its quantizers on, with final codes and interval tables.
 
-    Units in ``single`` run with one time step at a time. Finished units are kept in ``run`` and read from it. Returns
-    the static interval of each activation quantizer.
+    Units in ``single`` run with one time step at a time, those in ``unlearned`` keep first intervals and nearest
+    rounding. Finished units are kept in ``run`` and read from it. Returns the static interval of each activation
+    quantizer.
     Raises :class:`~ptq_tdq.errors.NonFiniteError` naming the layer and t.
     """
-    engine = _Engine(quantized, calls, config, single, run, on_unit)
+    engine = _Engine(quantized, calls, config, single, unlearned, run, on_unit)
     quantized.quantize(weights=False, activations=False)
     engine.pass_over("weights")
     engine.pass_over("activations")
@@ -72,11 +74,13 @@ class _Engine:
         calls: Calls,
         config: Config,
         single: Collection[str],
+        unlearned: Collection[str],
         run: RunDirectory | None,
         on_unit: Callable[[UnitReport], None],
     ) -> None:
         self.quantized, self.calls, self.config, self.run, self.on_unit = quantized, calls, config, run, on_unit
-        self.t, self.single, self.units = calls.t.cpu(), single, quantized.units()
+        self.t, self.single, self.unlearned = calls.t.cpu(), single, unlearned
+        self.units = quantized.units()
         self.device = quantized.device
         self.store = Store(_stream_bytes(quantized, calls) > CACHE_BYTES, self.device)
         self.static: dict[str, QParams] = {}
@@ -140,16 +144,19 @@ class _Engine:
     def learn(self, phase: Phase, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Parts) -> None:
         """One phase of one unit, with generators of its own, so that a resumed run equals an uninterrupted one."""
         began = time.perf_counter()
+        config = self.config
+        if unit.name in self.unlearned:
+            config = replace(config, rounding="nearest", activation_iterations=0)
         seed = self.config.seed * 1_000_003 + index
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             if phase == "weights":
-                losses = reconstruct_weights(unit, full, mine, target, self.config, generator)
+                losses = reconstruct_weights(unit, full, mine, target, config, generator)
             else:
                 seen = mine if self.config.activation_inputs == "quantized" else full
                 steps = self.calls.axis.num_train_timesteps
-                result = reconstruct_activations(unit, full, seen, target, self.config, generator, steps)
+                result = reconstruct_activations(unit, full, seen, target, config, generator, steps)
                 losses = result.before, result.after
                 self.static.update(result.static)
         if self.run:
