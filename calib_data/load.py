@@ -21,9 +21,10 @@ from ptq_tdq.calib_data.pipeline import PipelineSampler
 from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.reference_dit import reference_dit_path
 from ptq_tdq.calib_data.sampler import Sampler
-from ptq_tdq.calib_data.source import Parts, diffusers_class, find_folder, find_parts, read_config
+from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
 from ptq_tdq.identity import model_sha256
+from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import time_argument
 
 REFERENCE_ID, REFERENCE_DIT_ID = "ptq-tdq/reference-cifar10-ldm", "ptq-tdq/reference-cifar10-dit"

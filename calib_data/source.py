@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ptq_tdq.errors import ModelError
+from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import USUAL_NAMES
 
 PIPELINE_FILE = "model_index.json"
@@ -130,15 +130,6 @@ def _no_component(folder: Path, component: str, known: list[str]) -> str:
 
 def _vae(folder: Path) -> Path | None:
     return next((p for p in (folder / "vae", folder / "vqvae") if (p / "config.json").is_file()), None)
-
-
-def diffusers_class(name: Any, base: type = ModelMixin) -> Any:
-    """The class of diffusers that is called ``name``, or None; nothing else of the package counts."""
-    try:
-        cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    except Exception:  # diffusers imports it now, and an optional package may be missing or broken
-        return None
-    return cls if isinstance(cls, type) and issubclass(cls, base) else None
 
 
 def takes_time(name: Any) -> bool:

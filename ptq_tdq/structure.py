@@ -31,6 +31,15 @@ CALLS_PER_TENSOR, SPARE_CALLS = 8, 1_000
 VALUES_PER_VALUE, SPARE_VALUES = 4, 2**24
 
 
+def diffusers_class(name: Any, base: type = ModelMixin) -> Any:
+    """The class of diffusers that is called ``name``, or None; nothing else of the package counts."""
+    try:
+        cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    except Exception:  # diffusers imports it now, and an optional package may be missing or broken
+        return None
+    return cls if isinstance(cls, type) and issubclass(cls, base) else None
+
+
 @contextmanager
 def building() -> Iterator[None]:
     """Around all that makes a model of an artifact: float32, and one kind of error for whatever a constructor meets.
@@ -111,13 +120,10 @@ def _hollow_parameters() -> Iterator[None]:
 
 
 def _denoiser(artifact: Artifact) -> Any:
-    """The artifact's class of diffusers; other attributes of that package are none of our business."""
+    """The artifact's class of diffusers, which takes its time argument."""
     name = artifact.config["model_config"].get("_class_name")
-    try:
-        cls = getattr(diffusers, name, None) if isinstance(name, str) else None
-    except Exception:  # diffusers imports it now, and an optional package may be missing or broken
-        cls = None
-    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+    cls = diffusers_class(name)
+    if cls is None:
         raise ArtifactMismatchError(
             f"The artifact is of a {name!r}, which this version of diffusers does not have; give the model whose "
             "weights it replaces: load_quantized(path, model=...)."
