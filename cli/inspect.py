@@ -69,8 +69,7 @@ def _facts(summary: dict[str, Any]) -> list[str]:
     ]
     if summary["coverage"] is not None:
         lines.append(
-            f"{100 * summary['coverage']:.4g}% of the multiply-accumulates of convolutions and linear layers are in "
-            "quantized ones"
+            f"{100 * summary['coverage']:.4g}% of the multiply-accumulates with weights are in quantized layers"
         )
     lines += summary["notices"]
     metrics = summary["metrics"]

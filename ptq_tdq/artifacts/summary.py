@@ -18,7 +18,7 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
     "bytes" per file and in all, "fp32_bytes" of the same weights in float32, "compression" = fp32_bytes / bytes;
     "quantizers": one row per activation quantizer, scales at t = 0, T // 2 and T (None for dynamic quantizers);
     "weights": one row per quantized weight; "time_axis": how the model's time argument becomes t, as numbers and as
-    "text"; "coverage": share of the multiply-accumulates of convolutions and linear layers whose layer is quantized
+    "text"; "coverage": share of the multiply-accumulates with weights that quantized layers do
     (None where calibration did not say); "notices": what stays in floating point, and why.
     """
     config = artifact.config

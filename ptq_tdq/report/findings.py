@@ -44,10 +44,7 @@ def findings(data: Json, artifact: Json) -> list[tuple[str, list[str]]]:
 
 def _coverage(data: Json, artifact: Json) -> Iterator[str]:
     if artifact["coverage"] is not None:
-        yield (
-            f"Quantized layers do {100 * artifact['coverage']:.4g}% of the multiply-accumulates of all convolutions "
-            "and linear layers."
-        )
+        yield (f"Quantized layers do {100 * artifact['coverage']:.4g}% of the multiply-accumulates with weights.")
     weighted = [layer for layer in artifact["layers"] if layer["weight_bits"] is not None]
     float_input = sum(not layer["quantizers"] for layer in weighted)
     yield (
