@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq_tdq.calib_data.sampler import Sampled, Sampler, check_classes, spread_classes
+from ptq_tdq.calib_data.sampler import Sampled, Sampler
 from ptq_tdq.calls import main_argument_name, prediction
 from ptq_tdq.calls.arguments import REFUSALS
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
@@ -36,16 +36,7 @@ class LoopSampler(Sampler):
         self.names = main_argument_name(model), time_argument(model)
         self.num_classes = _count_classes(model)
         self.shape = _shape_of_x(model)
-        if classes is not None and not self.num_classes:
-            raise ConfigError("The model has no classes; leave out --classes.")
-        if classes is not None:
-            check_classes(classes, self.num_classes)
-        self.classes = None if classes is None else list(classes)
-
-    def conditions(self, count: int) -> list[Any]:
-        if self.classes is not None:
-            return [self.classes[i % len(self.classes)] for i in range(count)]
-        return list(spread_classes(count, self.num_classes)) if self.num_classes else [None] * count
+        self.choose(classes)
 
     def recipe(self) -> dict[str, Any]:
         return {"sampler": "loop", "num_classes": self.num_classes, "classes": self.classes}

@@ -201,5 +201,5 @@ def test_classes_out_of_range_are_refused(model: Any, classes: list[int]) -> Non
 
 
 def test_classes_of_an_unconditional_model_are_refused(unet: UNet2DModel) -> None:
-    with pytest.raises(ConfigError, match="has no classes"):
+    with pytest.raises(ConfigError, match="takes no classes"):
         LoopSampler(unet, DDIMScheduler(), classes=[0])
