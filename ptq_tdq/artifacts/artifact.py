@@ -14,7 +14,8 @@ from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.scheme import QType
 from ptq_tdq.timeaxis import TimeAxis
 
-DYNAMIC = "dynamic"  # such a method finds scales at run time; others whose names begin so have a network for it
+DYNAMIC = "dynamic"  # such a method finds scales at run time; others whose names begin so have a network or a table
+TOKEN = "dynamic-token"  # without either
 DERIVED_KEYS = frozenset(
     {"schema_version", "layers", "files", "config_sha256"}
 )  # of the config; made when it is written
@@ -26,7 +27,8 @@ class IntervalTable:
     """Interval and zero point of one quantizer at every time step t.
 
     ``scale`` float32 [T + 1], ``zero_point`` int32 [T + 1], for t = 0 to T. A dynamic quantizer finds its scale at run
-    time: ``scale`` is None and ``zero_point`` is [1]; ``generator`` holds the tensors of its network, if it has one.
+    time: ``scale`` is None and ``zero_point`` is [1]; ``generator`` holds the tensors of its network, or the table of
+    the ratios of tokens' intervals, if it has one.
     """
 
     scale: Tensor | None
@@ -86,7 +88,12 @@ class Artifact:
     @property
     def networks(self) -> list[str]:
         """The quantizers that ask a network for their interval at run time."""
-        return [name for name, table in self.tables.items() if table.generator]
+        return [q.name for q in self.quantizers if self.tables[q.name].generator and not q.method.startswith(TOKEN)]
+
+    @property
+    def by_token(self) -> list[str]:
+        """The quantizers that find an interval for each token at run time."""
+        return [q.name for q in self.quantizers if q.method.startswith(TOKEN)]
 
 
 def check_base_model(artifact: Artifact, sha256: str) -> None:
@@ -120,8 +127,8 @@ def check_artifact(artifact: Artifact) -> None:
 
 def _check_table(quantizer: QuantizerRecord, table: IntervalTable, steps: int) -> None:
     what = f"The interval table of '{quantizer.name}'"
-    dynamic, network = quantizer.method.startswith(DYNAMIC), quantizer.method.startswith(f"{DYNAMIC}-")
-    fits = (table.scale is None) == dynamic and bool(table.generator) == network
+    dynamic, network = quantizer.method.startswith(DYNAMIC), quantizer.method not in (DYNAMIC, TOKEN)
+    fits = (table.scale is None) == dynamic and bool(table.generator) == (dynamic and network)
     _require(fits, f"{what} does not fit method '{quantizer.method}'")
     _require(all(map(_is_finite, table.generator.values())), f"{what} has NaN or Inf")
     shape = (1,) if table.scale is None else (steps,)

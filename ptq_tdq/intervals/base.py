@@ -57,6 +57,7 @@ class Observed:
     range_method: str = "mse"
     from_zero: bool = False
     options: IntervalOptions = field(default_factory=IntervalOptions)
+    ratios: Histogram | None = None  # errors [K, F] with ratios [F] of tokens' own ranges
 
     def search(self, histogram: Histogram, zero_point: Tensor | None = None) -> QParams:
         return activation_qparams(
@@ -93,6 +94,7 @@ class IntervalSource(nn.Module, ABC):
 
     pattern: ClassVar[str]
     timed: ClassVar[bool] = True  # a function of t alone, so a table can hold it
+    by_token: ClassVar[bool] = False  # an interval for each token; see ``dynamic_token.py``
     registry: ClassVar[dict[str, type[IntervalSource]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -107,7 +109,7 @@ class IntervalSource(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``t`` [B] and the tensor [B, ...] -> scale float32 [B], zero_point int32 [B]."""
+        """``t`` [B] and the tensor [B, ...] -> scale float32 [B], zero_point int32 [B]; of tokens, one for each."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the model but stay float32: ``model.half()`` must not round the intervals."""

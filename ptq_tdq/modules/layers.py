@@ -49,6 +49,11 @@ class Kind:
     channel_dim: int = 1  # of x
     transposed: bool = False
 
+    @property
+    def tokens_along(self) -> int | None:
+        """The dimension of x that is summed over, if it is a single one."""
+        return -1 if self.channel_dim == -1 else None
+
 
 QUANTIZED_LAYERS: dict[type[nn.Module], Kind] = {
     nn.Conv1d: Kind("conv1d", _conv),
@@ -138,7 +143,7 @@ class QuantLayer(nn.Module):
         self.layer, self.record = layer, record
         self.ranges = tuple(pairwise(record.splits))
         self.weights = nn.ModuleList(WeightQuantizer(record.weight_bits) for _ in self.ranges)
-        self.inputs = nn.ModuleList(ActivationQuantizer(q) for q in record.inputs)
+        self.inputs = nn.ModuleList(ActivationQuantizer(q, kind.tokens_along) for q in record.inputs)
         self.weights_enabled = False
         # float32, since what it learns is less than half precision can hold; a buffer, since a model's dtype is that
         # of its parameters

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.intervals import IntervalSource, Observed, source_class
+from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.observe import Observer
@@ -36,7 +37,8 @@ def observe(unit: Unit, call: UnitCall, config: Config, num_train_timesteps: int
     quantizers = unit.quantizers()
     for quantizer in quantizers:
         record = quantizer.record
-        quantizer.observer = Observer(record.name, steps, ema=record.range_method == "ema")
+        vectors = quantizer.qtype if source_class(record.method).by_token else None
+        quantizer.observer = Observer(record.name, steps, ema=record.range_method == "ema", vectors=vectors)
     observers = {q.record.name: q.observer for q in quantizers if q.observer}
     try:
         for counting in (False, True):
@@ -58,6 +60,7 @@ def observe(unit: Unit, call: UnitCall, config: Config, num_train_timesteps: int
             q.record.range_method,
             q.record.from_zero,
             config.interval_options,
+            observers[q.record.name].ratios(),
         )
         for q in quantizers
     }
@@ -105,7 +108,8 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
     """
     assert quantizer.source is not None
     quantizer.source.requires_grad_(False)
-    if not quantizer.source.timed:
+    if isinstance(quantizer.source, Dynamic):
+        quantizer.source.freeze(num_train_timesteps)
         return
     scale, zero_point = quantizer.source.table(num_train_timesteps)
     finite = torch.isfinite(scale * quantizer.qtype.qmax).cpu()

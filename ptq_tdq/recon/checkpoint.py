@@ -155,9 +155,7 @@ def _table_form(quantizer: ActivationQuantizer, length: int) -> Form:
     if not issubclass(cls, Dynamic):
         shape = (length,)
         return {f"{name}.scale": (torch.float32, shape), f"{name}.zero_point": (torch.int32, shape)}
-    with torch.device("meta"):
-        network = cls(torch.zeros((), dtype=torch.int32), quantizer.qtype).generator
-    kinds = {f"{name}.generator.{key}": (value.dtype, tuple(value.shape)) for key, value in network.items()}
+    kinds = {f"{name}.generator.{key}": kind for key, kind in cls.form(length).items()}
     return {f"{name}.zero_point": (torch.int32, (1,)), **kinds}
 
 
@@ -187,7 +185,7 @@ def _shifts(unit: Unit) -> Tensors:
     return {f"{layer.record.name}.shift": layer.shift.detach() for layer in unit.layers() if layer.shift is not None}
 
 
-def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams]) -> tuple[float, float]:
+def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams], length: int) -> tuple[float, float]:
     """Inverse of :func:`snapshot`; switches the phase's quantizers on and returns the losses."""
     tensors, losses = saved
     with torch.no_grad():
@@ -203,6 +201,6 @@ def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams]) ->
     for quantizer in unit.quantizers():
         name = quantizer.record.name
         static[name] = QParams(tensors[f"{name}.static_scale"], tensors[f"{name}.static_zero_point"])
-        quantizer.source = source_of(quantizer, IntervalTable.take(name, tensors)).to(unit.device)
+        quantizer.source = source_of(quantizer, IntervalTable.take(name, tensors), length).to(unit.device)
         quantizer.enabled = True
     return losses

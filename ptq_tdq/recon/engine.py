@@ -138,7 +138,7 @@ class _Engine:
 
     def restore(self, phase: Phase, index: int, unit: Unit, saved: Saved) -> None:
         """Take the unit from its checkpoint."""
-        losses = restore(unit, phase, saved, self.static)
+        losses = restore(unit, phase, saved, self.static, self.calls.axis.length)
         self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, 0.0))
 
     def learn(self, phase: Phase, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Parts) -> None:

@@ -64,8 +64,8 @@ class Quantize(Protocol):
 
 
 def levels(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes of x [B, ...] less their zero points, as float32, and the scale as [1 or B, 1, ...]."""
-    shape = (-1, *(1,) * (x.ndim - 1))
+    """Codes of x [B, ...] less zero points, as float32, and the scale [1 or B, 1, ...], of tokens [B, ..., 1]."""
+    shape = (*scale.shape, *(1,) * (x.ndim - scale.ndim))
     scale, zero_point = scale.view(shape), zero_point.view(shape)
     return torch.clamp((x.float() / scale).round_(), -zero_point, QType(bits).qmax - zero_point), scale
 

@@ -288,7 +288,8 @@ int attention(const Attention *a, const float *q, const float *k, const float *v
  * [blocks of outputs][kernel positions x channels / group][BLOCK outputs][group channels]: signed bytes, or unsigned
  * nibbles (low first) of which weight_zero [outputs] is subtracted. weight_sum [outputs] are the sums of the signed
  * weights. weight_* and bias have BLOCK entries for each block, whatever the number of outputs is. BLOCK and the group
- * are what suits the processor; block_outputs and group_channels tell the caller. */
+ * are what suits the processor; block_outputs and group_channels tell the caller. Scale and zero point are one for all
+ * (each = 0), those of an image (1) or those of an output pixel (2). */
 typedef struct {
     int64_t batch, in_height, in_width, channels, out_height, out_width, outputs;
     int64_t kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width;
@@ -506,18 +507,25 @@ static inline __attribute__((always_inline)) void finish(int64_t outputs, const 
         for (int64_t l = 0; l < outputs; l++) out[l] = (float)(sum[l] - correction[l]) * gain[l] + bias[l];
 }
 
-/* The outputs of one block for image n. */
-static void convolve_block(const Convolution *c, const Operands *o, int64_t n, int64_t first, float scale,
-                           int32_t zero_point, const float *onto, float *out) {
-    const int64_t pixels = c->out_height * c->out_width, line = c->in_width * c->channels;
-    const int64_t outputs = c->outputs - first < BLOCK ? c->outputs - first : BLOCK;
-    const float *bias = c->bias + first;
-    int32_t correction[BLOCK], sum[PIXELS][BLOCK];
-    float gain[BLOCK];
+/* What the sums of one block are corrected by and multiplied with. */
+static inline void affine_of(const Convolution *c, int64_t first, float scale, int32_t zero_point, int32_t *correction,
+                             float *gain) {
     for (int l = 0; l < BLOCK; l++) {
         correction[l] = zero_point * c->weight_sum[first + l];
         gain[l] = scale * c->weight_scale[first + l];
     }
+}
+
+/* The outputs of one block for image n. */
+static void convolve_block(const Convolution *c, const Operands *o, int64_t n, int64_t first, const float *scale,
+                           const int32_t *zero_point, const float *onto, float *out) {
+    const int64_t pixels = c->out_height * c->out_width, line = c->in_width * c->channels;
+    const int64_t outputs = c->outputs - first < BLOCK ? c->outputs - first : BLOCK;
+    const int64_t image = c->each == 2 ? n * pixels : n * c->each;
+    const float *bias = c->bias + first;
+    int32_t correction[BLOCK], sum[PIXELS][BLOCK];
+    float gain[BLOCK];
+    affine_of(c, first, scale[image], zero_point[image], correction, gain);
     for (int64_t begin = 0; begin < pixels; begin += PIXELS) {
         int64_t at[PIXELS];
         for (int64_t p = 0; p < PIXELS; p++) { /* beyond the end: the last pixel again, not stored */
@@ -529,6 +537,8 @@ static void convolve_block(const Convolution *c, const Operands *o, int64_t n, i
         for (int64_t p = 0; p < PIXELS && begin + p < pixels; p++) {
             const int64_t place = (n * pixels + begin + p) * c->outputs + first;
             const float *there = onto ? onto + place : NULL;
+            if (c->each == 2)
+                affine_of(c, first, scale[image + begin + p], zero_point[image + begin + p], correction, gain);
             if (outputs == BLOCK)
                 finish(BLOCK, sum[p], correction, gain, bias, there, out + place);
             else
@@ -566,7 +576,7 @@ int convolve(const Convolution *c, const uint8_t *codes, const float *scale, con
                 present = n;
                 o.codes = work;
             }
-            convolve_block(c, &o, n, first, scale[n * c->each], zero_point[n * c->each], onto, out);
+            convolve_block(c, &o, n, first, scale, zero_point, onto, out);
         }
         free(work);
     }

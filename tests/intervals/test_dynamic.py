@@ -109,11 +109,11 @@ def test_gradients_reach_the_network_and_not_the_tensor(method: str) -> None:
 def test_what_is_kept_of_a_network_restores_it(method: str) -> None:
     source, x = build(method), activation(STEPS)
     state = torch.random.get_rng_state()
-    restored = restore_dynamic(method, source.zero_point, QType(8), source.generator)  # type: ignore[arg-type]
+    restored = restore_dynamic(method, source.zero_point, QType(8), source.generator, T + 1)  # type: ignore[arg-type]
     assert torch.equal(torch.random.get_rng_state(), state)
     for ours, theirs in zip(restored.half()(STEPS, x), source(STEPS, x), strict=True):
         assert torch.equal(ours, theirs)  # half(): intervals stay float32
     halves = {name: tensor.half() for name, tensor in source.generator.items()}  # type: ignore[union-attr]
     for wrong in ({"net.0.weight": torch.zeros(3)}, halves):
         with pytest.raises(ModelError, match=f"'{method}'"):
-            restore_dynamic(method, torch.tensor(3), QType(8), wrong)
+            restore_dynamic(method, torch.tensor(3), QType(8), wrong, T + 1)

@@ -44,6 +44,11 @@ def export_onnx(artifact: Artifact, file: str | Path, runtime: str, calls: Calls
             f"The quantizer '{name}' asks a network for its interval at run time, which has no ONNX form; "
             "choose an artifact with another method."
         )
+    for name in artifact.by_token:
+        raise ModelError(
+            f"The quantizer '{name}' finds an interval for each token at run time, which has no ONNX form; "
+            "choose an artifact with another method."
+        )
     graph = encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls), runtime)
     try_out(graph, calls)
     write_atomic(file, graph)
