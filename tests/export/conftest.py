@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -176,17 +177,26 @@ def skeleton(artifact_of: Callable[[str], Artifact], calls: Calls) -> Skeleton:
 
 
 @pytest.fixture(scope="session")
-def quantize_denoiser() -> Callable[[str], tuple[Artifact, Calls]]:
-    """Artifacts of small denoisers of diffusers by name, with intervals that depend on t, and calls of them."""
-    made: dict[str, tuple[Artifact, Calls]] = {}
+def quantize_model() -> Callable[..., tuple[Artifact, Calls]]:
+    """``quantize_model(model, **arguments)``: an artifact with intervals that depend on t, and the call of it."""
 
+    def artifact(model: nn.Module, **arguments: Any) -> tuple[Artifact, Calls]:
+        calls = make_calls(model, **arguments)
+        return quantize(model, preset("default", scheme="W4A8"), calls, "moving"), calls
+
+    return artifact
+
+
+@pytest.fixture(scope="session")
+def quantize_denoiser(
+    quantize_model: Callable[..., tuple[Artifact, Calls]],
+) -> Callable[[str], tuple[Artifact, Calls]]:
+    """The same of small denoisers of diffusers, by name."""
+
+    @cache
     def artifact(name: str) -> tuple[Artifact, Calls]:
-        if name not in made:
-            denoiser = next(d for d in DENOISERS if d.name == name)
-            model = denoiser.build()
-            calls = make_calls(model, **denoiser.inputs(2, torch.tensor([801.0, 201.0])))
-            made[name] = (quantize(model, preset("default", scheme="W4A8"), calls, "moving"), calls)
-        return made[name]
+        denoiser = next(d for d in DENOISERS if d.name == name)
+        return quantize_model(denoiser.build(), **denoiser.inputs(2, torch.tensor([801.0, 201.0])))
 
     return artifact
 

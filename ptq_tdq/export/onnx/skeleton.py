@@ -97,14 +97,15 @@ class _Call(nn.Module):
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def make_skeleton(artifact: Artifact, calls: Calls) -> Skeleton:
+def make_skeleton(artifact: Artifact, calls: Calls, model: nn.Module | None = None) -> Skeleton:
     """Export the artifact's model (some 10 s to some minutes) as it is called in ``calls``.
 
+    ``model`` is one of the same structure, for classes that are not diffusers' own.
     The batch may vary, and the sizes of an image where the model itself takes others; a model whose batch cannot vary,
     such as one that takes lists, is exported for one sample. Raises :class:`ModelError` for a model that torch cannot
     export.
     """
-    quantized = build_quantized(artifact).float()
+    quantized = build_quantized(artifact, model).float()
     signature, rows = describe(quantized, calls)
     layers = {name: unpadded(layer.layer)[0] for name, layer in quantized.layers().items()}
     call = _Call(quantized.model, signature).eval()
