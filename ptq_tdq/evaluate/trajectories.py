@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,9 +133,13 @@ def run(
 
 
 def compare(reference: Reference, denoiser: nn.Module, sampled: Sampled | None = None) -> Comparison:
-    """Measure ``denoiser`` against the reference; ``sampled`` is what :func:`run` gave for it, where that is known."""
+    """Measure ``denoiser`` against the reference; ``sampled`` is what :func:`run` gave for it, where that is known.
+
+    t is that of the denoiser's interval tables: an axis that is stretched over values differs from run to run.
+    """
     model, calls = reference.model, reference.calls
-    steps, rows = calls.t.unique(return_inverse=True)
+    axis = getattr(denoiser, "axis", calls.axis)
+    steps, rows = replace(calls, axis=axis).t.unique(return_inverse=True)
     sums = torch.zeros(2, len(steps), dtype=torch.float64)  # of the squared signal and of the squared error
     found = replay(denoiser, calls, model.sampler.batch)
     for (_, span), expected, mine in zip(calls.spans(), reference.predictions, found, strict=True):

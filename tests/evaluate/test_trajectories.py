@@ -17,6 +17,7 @@ from ptq_tdq.calib_data import LoadedModel, collect, load_model
 from ptq_tdq.calls import prediction
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference, replay, run
+from ptq_tdq.timeaxis import TimeAxis
 
 Tiny = Callable[..., LoadedModel]
 Scaled = Callable[[nn.Module, float], nn.Module]
@@ -44,6 +45,15 @@ def test_a_known_relative_error_has_its_known_ratio_at_each_step(tiny: Tiny, sca
     assert found.noise_sqnr_db == pytest.approx([40.0] * 4, abs=0.01)
     assert found.mean_noise_sqnr_db == pytest.approx(40.0, abs=0.01)
     assert math.isfinite(found.latent_sqnr_db)
+
+
+def test_t_is_that_of_the_denoisers_own_tables(tiny: Tiny, scaled: Scaled) -> None:
+    model = tiny()
+    reference = make_reference(model, samples=2, num_inference_steps=4, seed=0)
+    denoiser = scaled(model.denoiser, 1.01)
+    denoiser.axis = TimeAxis("timestep", 1000, 0.5, 100.0)  # type: ignore[assignment]
+    model.scheduler.set_timesteps(4)
+    assert compare(reference, denoiser).t == pytest.approx([t / 2 + 100 for t in model.scheduler.timesteps.tolist()])
 
 
 def test_a_step_that_the_sampler_visits_twice_has_one_ratio(tiny: Tiny, scaled: Scaled) -> None:
