@@ -99,7 +99,7 @@ class Config:
     bias_lr: float = 1e-3
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     interval_parameter: Literal["raw", "log"] = "log"
-    zero_point: Literal["fixed", "step"] = "step"
+    zero_point: Literal["fixed", "own"] = "own"
     module_start: Literal["as-is", "static", "steps"] = "steps"
     time_encoding: Encoding = "frequency"
     module_weights: Literal["he", "gaussian", "zero", "xavier"] = "he"

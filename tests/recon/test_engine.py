@@ -58,7 +58,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     "choices",
     [
         {"method": "S_2"},
-        {"method": "tdq-thin", "module_start": "steps", "zero_point": "step"},
+        {"method": "tdq-thin", "module_start": "steps", "zero_point": "own"},
         {"method": "tdq", "activation_iterations": 4, "rounding": "gptq"},
         {"method": "dynamic"},
         {"method": "dynamic-statistics-time"},
