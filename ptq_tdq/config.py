@@ -40,8 +40,12 @@ class Config:
     signed bytes that integer kernels take.
 
     Rounding "gptq" is the closed form of :mod:`ptq_tdq.gptq`, with the ``damping`` of its compensation for quantized
-    inputs, and with ``round_again`` once more at the end of phase A, when activations are quantized too; "adaround" is
-    learned in ``weight_iterations``.
+    inputs, and with ``round_again`` once more at the end of phase A, when activations are quantized too; from there
+    "learned" goes on for ``weight_iterations``, as long as it pays on trajectories held out from it. "adaround" is
+    learned in ``weight_iterations`` of phase W, as published.
+
+    The calibration set has ``samples_per_step`` rows at each of ``calibration_steps``; with ``thinning`` n they come
+    from n times as many trajectories, each of which gives every n-th of its steps.
 
     The blocks of phase A learn from ``activation_inputs``: what the quantized blocks before them give, or what the
     full-precision ones give. Their loss weighs all samples alike or, "relative", each time step by one over the size of
@@ -63,6 +67,7 @@ class Config:
     calibration_steps: int = 25
     num_inference_steps: int = 25
     step_distribution: Literal["uniform", "normal"] = "uniform"
+    thinning: int = 8
     # layers
     eight_bit_layers: tuple[Role, ...] = ("first", "last", "shortcut")
     weight_only_layers: tuple[Role, ...] = ("time_embedding", "first")
@@ -78,11 +83,12 @@ class Config:
     weight_granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     weight_range: Literal["mse", "minmax"] = "mse"
     weight_symmetric: Literal["never", "8-bit", "always"] = "8-bit"
-    rounding: Literal["adaround", "gptq", "nearest"] = "gptq"
+    rounding: Literal["learned", "gptq", "adaround", "nearest"] = "learned"
     damping: float = 0.3
     round_again: bool = True
     weight_iterations: int = 200
-    weight_lr: float = 1e-2
+    weight_lr: float = 3e-3
+    scale_lr: float = 1e-3
     rounding_loss: float = 0.01
     rounding_warmup: float = 0.2
     rounding_b_start: float = 20.0
@@ -163,13 +169,16 @@ class Config:
         return replace(self, **choices)
 
 
-COLLECT_CHOICES = ("samples_per_step", "calibration_steps", "num_inference_steps", "step_distribution", "seed")
+COLLECT_CHOICES = (
+    *("samples_per_step", "calibration_steps", "num_inference_steps"),
+    *("step_distribution", "thinning", "seed"),
+)
 """What a calibration set depends on: arguments of :func:`~ptq_tdq.calib_data.collect`."""
 
 ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is there in part
     (
         *("preset", "method", "softmax_bits", "fixed_layers", "activation_inputs", "activation_range"),
-        *("activation_iterations", "interval_lr", "module_lr", "loss_power", "loss_weights", "round_again"),
+        *("activation_iterations", "interval_lr", "module_lr", "loss_power", "loss_weights", "round_again", "scale_lr"),
         *("interval_parameter", "zero_point", "module_start", "time_encoding", "module_weights", "thin_encoding"),
         "thin_activation",
     )
@@ -177,9 +186,10 @@ ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is 
 
 _BOUNDS: Mapping[str, tuple[float, float]] = {  # least value, and the first that is too large
     "seed": (0, 1 << 32),
-    **dict.fromkeys(("samples_per_step", "num_inference_steps", "calibration_steps", "batch_size"), (1, 1 << 20)),
+    **dict.fromkeys(("samples_per_step", "num_inference_steps", "calibration_steps"), (1, 1 << 20)),
+    **dict.fromkeys(("thinning", "batch_size"), (1, 1 << 20)),
     **dict.fromkeys(("weight_iterations", "activation_iterations"), (0, 1 << 31)),
-    **dict.fromkeys(("rounding_loss", "bias_lr"), (0, inf)),
+    **dict.fromkeys(("rounding_loss", "bias_lr", "scale_lr"), (0, inf)),
     **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "damping"), (float_info.min, inf)),
     **dict.fromkeys(("loss_power", "rounding_b_start", "rounding_b_end"), (1, inf)),  # below 1 no gradient at 0
     "rounding_warmup": (0, 1),
@@ -234,6 +244,7 @@ def _read(value: Any, kind: type) -> Any:
 
 
 _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
+    "thinning": 1,
     "num_inference_steps": 100,
     "fixed_layers": (),
     "weight_only_layers": (),

@@ -18,7 +18,7 @@ from ptq_tdq.observe import Observer
 from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
-from ptq_tdq.recon.weights import round_again
+from ptq_tdq.recon.weights import round_last
 from ptq_tdq.search import QParams
 
 
@@ -96,8 +96,7 @@ def reconstruct_activations(
             after = _learn(unit, call, target, sources, config, generator, before)
     for quantizer in quantizers:
         freeze(quantizer, num_train_timesteps)
-    if config.rounding == "gptq" and config.round_again:
-        after = round_again(unit, full, call, target, config, generator, after)
+    after = round_last(unit, full, call, target, config, generator, after)
     return ActivationResult(before, after, {name: o.static for name, o in observed.items()})
 
 

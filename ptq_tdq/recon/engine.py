@@ -24,6 +24,7 @@ from ptq_tdq.wrap import switched
 
 CHUNK = 64
 CACHE_BYTES = 2 << 30  # streams larger than this live in memory-mapped files
+JUDGES = 8  # one in so many trajectories is held out
 
 Phase = Literal["weights", "activations"]
 
@@ -84,10 +85,13 @@ class _Engine:
         self.device = quantized.device
         self.store = Store(_stream_bytes(quantized, calls) > CACHE_BYTES, self.device)
         self.static: dict[str, QParams] = {}
+        number = calls.trajectory.cpu().unique(return_inverse=True)[1]
+        count = int(number.max()) + 1
+        self.held_out = number >= count - count // JUDGES  # in a row: thinned trajectories take turns at the steps
 
     def unit(self, name: str, spans: tuple[slice, ...] = ()) -> Unit:
         module = self.quantized.model.get_submodule(name)
-        return Unit(name, module, self.t, spans, name in self.single, self.device)
+        return Unit(name, module, self.t, spans, name in self.single, self.device, self.held_out)
 
     def pass_over(self, phase: Phase) -> None:
         """Both streams through all units, each of which is learned or restored when its turn comes."""

@@ -81,6 +81,19 @@ def test_same_seed_same_bytes_other_seed_other_bytes(model: LoadedModel) -> None
     assert collect(model, **SMALL).sha256 != collect(model, **SMALL, seed=1).sha256
 
 
+@pytest.mark.parametrize(("thinning", "trajectories"), [(2, 10), (3, 15), (7, 15)])
+def test_thinned_trajectories_give_as_many_rows_of_more_trajectories(
+    model: LoadedModel, thinning: int, trajectories: int
+) -> None:
+    found = collect(model, **SMALL, thinning=thinning, batch_size=4)
+    whole = collect(model, **{**SMALL, "samples_per_step": trajectories})
+    assert found.t.unique(return_counts=True)[1].tolist() == [5, 5, 5]
+    assert found.trajectory.unique().tolist() == list(range(trajectories))
+    rows = {(int(i), float(t)): x for i, t, x in zip(whole.trajectory, whole.t, x_of(whole), strict=True)}
+    for i, t, x in zip(found.trajectory, found.t, x_of(found), strict=True):
+        assert torch.allclose(x, rows[int(i), float(t)], atol=1e-4)
+
+
 def test_normal_steps_differ_between_trajectories_and_stay_in_sampling_order(model: LoadedModel) -> None:
     found = collect(model, samples_per_step=6, calibration_steps=4, num_inference_steps=20, step_distribution="normal")
     t = [found.t[found.trajectory == i] for i in range(6)]

@@ -59,7 +59,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     [
         {"method": "S_2"},
         {"method": "tdq-thin", "module_start": "steps", "zero_point": "own"},
-        {"method": "tdq", "activation_iterations": 4, "rounding": "gptq"},
+        {"method": "tdq", "activation_iterations": 4, "rounding": "learned"},
         {"method": "dynamic"},
         {"method": "dynamic-statistics-time"},
         {
@@ -168,7 +168,7 @@ class Stop(Exception):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     wrap: Wrap, choose: Choose, calls: Calls, tmp_path: Path, method: str, fraction: float
 ) -> None:
-    rounding = "gptq" if method == "tdq-thin" else "adaround"
+    rounding = "learned" if method == "tdq-thin" else "adaround"
     config = choose(method=method, weight_iterations=2, activation_iterations=2, bias_lr=1e-3, rounding=rounding)
     whole = wrap(config)
     expected = run(whole, calls, config)
