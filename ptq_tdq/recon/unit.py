@@ -54,7 +54,8 @@ class Unit:
         """The unit on the samples to learn from and on those held out; on all of them where nothing is held out."""
         if self.held_out is None or not bool(self.held_out.any()):
             return self, self
-        return replace(self, among=~self.held_out), replace(self, among=self.held_out)
+        among = torch.ones_like(self.held_out) if self.among is None else self.among
+        return replace(self, among=among & ~self.held_out), replace(self, among=among & self.held_out)
 
     def layers(self) -> list[QuantLayer]:
         return [m for m in self.module.modules() if isinstance(m, QuantLayer)]

@@ -211,8 +211,8 @@ def _losses(data: Json, artifact: Json) -> Iterator[Check]:
         yield "warn", f"These units ended with a higher loss than they began with: {_list(worse)}."
         return
     choices = artifact["choices"]
-    again = choices["rounding"] == "gptq" and choices.get("round_again")
-    learned = "learned intervals and the second rounding" if again else "learned intervals"
+    again = choices["rounding"] == "learned" or (choices["rounding"] == "gptq" and choices.get("round_again"))
+    learned = "learned intervals and the last rounding" if again else "learned intervals"
     cuts = [
         f"{what} cut it by {median(shares):.0%}"
         for phase, what in (("weights", "rounding"), ("activations", learned))
