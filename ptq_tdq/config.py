@@ -36,6 +36,9 @@ class Config:
     quantized, keeps one interval that clips nothing (``fixed``). A unit of ``unlearned_layers`` alone is quantized but
     not reconstructed: it keeps nearest rounding and first intervals.
 
+    ``equalize`` "channels" divides large input channels of linear layers by factors that their weights take over
+    (:mod:`ptq_tdq.recon.equalize`).
+
     ``weight_symmetric`` names the weights whose zero point is the middle code: 8-bit codes minus 128 then fit the
     signed bytes that integer kernels take.
 
@@ -80,6 +83,7 @@ class Config:
     attention: bool = True
     softmax_bits: int = 8
     # phase W
+    equalize: Literal["none", "channels"] = "none"
     weight_granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     weight_range: Literal["mse", "minmax"] = "mse"
     weight_symmetric: Literal["never", "8-bit", "always"] = "8-bit"

@@ -110,6 +110,7 @@ class QuantizedModel(TimedModel):
             weight_zero_point={
                 name: torch.stack([_known(w.zero_point) for w in part], 1) for name, part in parts.items()
             },
+            divisors={name: layer.divisor for name, layer in layers.items() if layer.divisor is not None},
             float_state=self._float_state(),
             metrics=self.metrics,
             card=model_card(self.provenance, self.metrics),
@@ -135,6 +136,7 @@ class QuantizedModel(TimedModel):
             setattr(module, key, getattr(module, key).to(getattr(torch, dtype)))
         quantized = cls(model, artifact.time_axis, artifact.layers)
         for name, layer in quantized.layers().items():
+            layer.divisor = artifact.divisors.get(name)
             for index, (lo, hi) in enumerate(layer.ranges):
                 scale, zero_point = artifact.weight_scale[name][:, index], artifact.weight_zero_point[name][:, index]
                 layer.assign(index, artifact.weight_codes[name][:, lo:hi], scale, zero_point)

@@ -57,6 +57,7 @@ class Artifact:
     ``config`` is ptq_tdq_config.json without :data:`DERIVED_KEYS`. ``tables`` has one entry per quantizer, by its name.
     The three weight dictionaries are keyed by layer: ``weight_codes`` uint8 in the weight's shape [O, ...],
     ``weight_scale`` float32 and ``weight_zero_point`` int32 [O, P] ([1, P] per tensor), P = number of channel ranges.
+    ``divisors`` float32 [C] are powers of two by which the input channels of an equalized layer are divided.
     ``float_state`` holds every other tensor of the model's state dict. ``card`` is the text of README.md.
     """
 
@@ -69,6 +70,7 @@ class Artifact:
     float_state: dict[str, Tensor]
     metrics: dict[str, Any]
     card: str
+    divisors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def time_axis(self) -> TimeAxis:
@@ -121,6 +123,12 @@ def check_artifact(artifact: Artifact) -> None:
     for layer in weighted:
         name = layer.name
         _check_weight(layer, artifact.weight_codes[name], artifact.weight_scale[name], artifact.weight_zero_point[name])
+    kinds = {layer.name: layer.kind for layer in weighted if len(layer.inputs) == 1}
+    for name, divisor in artifact.divisors.items():
+        what = f"The divisor of '{name}'"
+        _require(kinds.get(name) == "linear", f"{what} belongs to no linear layer with a quantized input")
+        _check_form(what, "factors", divisor, torch.float32, (artifact.weight_codes[name].shape[1],))
+        _require(bool((torch.frexp(divisor).mantissa == 0.5).all()), f"{what} has factors that are no powers of two")
     for name, tensor in artifact.float_state.items():
         _require(_is_finite(tensor), f"The tensor '{name}' has NaN or Inf")
 

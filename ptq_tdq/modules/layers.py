@@ -130,7 +130,8 @@ class QuantLayer(nn.Module):
     """A layer whose weight and input pass through quantizers; with both off it is the original, bit for bit.
 
     ``shift`` [O] is the learned correction of the bias (None without a bias); it counts while the weights' quantizers
-    are on, and :meth:`finalize` adds it to the bias.
+    are on, and :meth:`finalize` adds it to the bias. ``divisor`` [C] of an equalized layer is divided out of its input
+    and multiplied into its weight.
     """
 
     def __init__(self, layer: nn.Module, record: LayerRecord) -> None:
@@ -150,6 +151,8 @@ class QuantLayer(nn.Module):
         shift = None if self.bias is None else torch.zeros_like(self.bias, dtype=torch.float32)
         self.register_buffer("shift", shift, persistent=False)
         self.shift: Tensor | None
+        self.register_buffer("divisor", None, persistent=False)
+        self.divisor: Tensor | None
         self._known: Tensor | None = None  # what the codes stand for, once it was asked for
         self.finished = False
 
@@ -169,6 +172,20 @@ class QuantLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
+
+    @property
+    def equalizable(self) -> bool:
+        """Whether input channels may be divided by factors: those of a linear layer whose input has an interval."""
+        return self.kind.channel_dim == -1 and len(self.inputs) == 1
+
+    def equalize(self, divisor: Tensor) -> None:
+        """Divide the input's channels by powers of two [C], and multiply the weight's: the output keeps its digits."""
+        with torch.no_grad():
+            own_weight(self.layer).mul_(divisor.to(own_weight(self.layer).dtype))
+        self.divisor = divisor
+
+    def activation_quantizers(self) -> list[ActivationQuantizer]:
+        return [q for q in self.inputs if isinstance(q, ActivationQuantizer)]
 
     def weight_quantizers(self) -> list[WeightQuantizer]:
         return [w for w in self.weights if isinstance(w, WeightQuantizer)]
@@ -209,6 +226,8 @@ class QuantLayer(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input behind its quantizers: one for each channel range, none where only the weight is quantized."""
+        if self.divisor is not None:
+            x = x / self.divisor.to(x.dtype)
         if len(self.inputs) == 1:
             y: Tensor = self.inputs[0](x)
             return y

@@ -131,6 +131,7 @@ class RunDirectory:
 def form_of(unit: Unit, phase: str, config: Config, length: int) -> Form:
     """Types and shapes of the tensors that :func:`snapshot` gives; tables have ``length`` entries."""
     form: Form = {name: (shift.dtype, tuple(shift.shape)) for name, shift in _shifts(unit).items()}
+    form |= {name: (divisor.dtype, tuple(divisor.shape)) for name, divisor in _divisors(unit).items()}
     for layer in unit.layers():
         for index in range(len(layer.ranges)):
             part = layer.part(index).shape
@@ -161,7 +162,7 @@ def _table_form(quantizer: ActivationQuantizer, length: int) -> Form:
 
 def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
     """What a phase decided for a unit."""
-    tensors = _weights(unit) | _shifts(unit)
+    tensors = _weights(unit) | _shifts(unit) | _divisors(unit)
     if phase == "weights":
         return tensors
     for quantizer in unit.quantizers():
@@ -185,6 +186,15 @@ def _shifts(unit: Unit) -> Tensors:
     return {f"{layer.record.name}.shift": layer.shift.detach() for layer in unit.layers() if layer.shift is not None}
 
 
+def _divisors(unit: Unit) -> Tensors:
+    """What the input channels of each layer are divided by."""
+    return {
+        f"{layer.record.name}.divisor": torch.ones(layer.weight.shape[1]) if layer.divisor is None else layer.divisor
+        for layer in unit.layers()
+        if layer.equalizable
+    }
+
+
 def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams], length: int) -> tuple[float, float]:
     """Inverse of :func:`snapshot`; switches the phase's quantizers on and returns the losses."""
     tensors, losses = saved
@@ -193,6 +203,9 @@ def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams], le
             shift.copy_(tensors[name])
     for layer in unit.layers():
         layer.weights_enabled = True
+        divisor = tensors.get(f"{layer.record.name}.divisor")
+        if layer.divisor is None and divisor is not None and bool((divisor != 1).any()):
+            layer.equalize(divisor.to(unit.device))
         for index in range(len(layer.ranges)):
             prefix = f"weight.{layer.record.name}.{index}"
             layer.assign(index, tensors[f"{prefix}.codes"], tensors[f"{prefix}.scale"], tensors[f"{prefix}.zero_point"])

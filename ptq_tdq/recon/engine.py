@@ -15,6 +15,7 @@ from ptq_tdq.config import Config
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
+from ptq_tdq.recon.equalize import equalize_unit
 from ptq_tdq.recon.parts import Parts, Store
 from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, sweep
 from ptq_tdq.recon.unit import Unit
@@ -156,6 +157,8 @@ class _Engine:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             if phase == "weights":
+                if self.config.equalize == "channels":
+                    equalize_unit(unit, mine, self.config, generator)
                 losses = reconstruct_weights(unit, full, mine, target, config, generator)
             else:
                 seen = mine if self.config.activation_inputs == "quantized" else full

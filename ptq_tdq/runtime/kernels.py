@@ -55,11 +55,18 @@ class Quantize(Protocol):
     """x [B, C, H, W] -> codes uint8 [B, pitch, top + up H + bottom, left + up W + right], channels_last.
 
     ``scale`` float32 and ``zero_point`` int32 are [B] or, for all samples alike, [1]. With a ``norm`` (which covers all
-    C channels) x + ``shift`` ([B, C] or None) is normalized first.
+    C channels) x + ``shift`` ([B, C] or None) is normalized first; without one, each channel may have a ``gain`` [C].
     """
 
     def __call__(
-        self, x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, norm: Norm | None, shift: Tensor | None
+        self,
+        x: Tensor,
+        grid: Grid,
+        scale: Tensor,
+        zero_point: Tensor,
+        norm: Norm | None,
+        shift: Tensor | None,
+        gain: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -78,10 +85,17 @@ def normalized(x: Tensor, norm: Norm, shift: Tensor | None) -> Tensor:
 
 
 def reference_quantize(
-    x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, norm: Norm | None, shift: Tensor | None
+    x: Tensor,
+    grid: Grid,
+    scale: Tensor,
+    zero_point: Tensor,
+    norm: Norm | None,
+    shift: Tensor | None,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """:class:`Quantize` in torch operations."""
     grid.check(x.shape[1], norm)
+    x = x if gain is None else x * gain.view(1, -1, 1, 1)
     x = (x if norm is None else normalized(x, norm, shift))[:, slice(*grid.channels)]
     each = (-1, 1, 1, 1)
     codes = quantize(x, scale.view(each), zero_point.view(each), QType(grid.bits)).to(torch.uint8)

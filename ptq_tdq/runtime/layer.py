@@ -132,8 +132,10 @@ class IntegerLayer(CodedLayer):
         bias: Tensor | None,
         step: Step,
         quantize: Quantize,
+        gain: Tensor | None = None,
     ) -> None:
         super().__init__(layer, scale, bias)
+        self.gain = gain  # of the input's channels
         self.record, self.parts, self.step, self.quantize = record, tuple(parts), step, quantize
         self.geometry = Geometry.of(layer)
         self.norm: Norm | None = None
@@ -176,11 +178,14 @@ class IntegerLayer(CodedLayer):
         norm = norm or self.norm
         for part in self.parts:
             timed = part.quantizer.name in self.step
-            if norm is not None and not timed:  # a dynamic interval needs the values
+            if norm is not None and (not timed or self.gain is not None):  # a dynamic interval needs the values
                 x, norm = normalized(x, norm, shift), None
+            gain = self.gain
+            if gain is not None and not timed:
+                x, gain = x * gain.view(1, -1, 1, 1), None
             interval = self.step.interval(part.quantizer.name, x if timed else x[:, slice(*part.channels)].flatten(1))
             grid = Grid(part.channels, part.pitch, part.quantizer.bits, self.geometry.padding, up)
-            codes = self.quantize(x, grid, interval.scale, interval.zero_point, norm, shift)
+            codes = self.quantize(x, grid, interval.scale, interval.zero_point, norm, shift, gain)
             onto = part.products[0](codes, interval, onto)
         assert onto is not None
         return onto

@@ -154,7 +154,9 @@ class _Engine:
                 rest = no_bias
             pitch = weights.codes.shape[1] * geometry.groups
             parts.append(Part(record.inputs[index], channels, pitch, tuple(products)))
-        return FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize)
+        divisor = artifact.divisors.get(name)
+        gain = None if divisor is None else divisor.reciprocal()
+        return FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize, gain)
 
     def _products(self, weights: Weights, geometry: Geometry) -> Products:
         products: Products

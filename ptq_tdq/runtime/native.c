@@ -42,7 +42,7 @@ typedef struct {
     float qmax;
 } Frame;
 
-/* One row of pixels, of which only the channel range is quantized; a, b are the affine of the norm or NULL. */
+/* One row of pixels, of which only the channel range is quantized; a, b are the affine of the norm, a alone a gain. */
 static void quantize_row(const Frame *f, const float *x, const float *a, const float *b, int with_silu, float scale,
                          float zero_point, uint8_t *out) {
     const int64_t channels = f->channels;
@@ -56,8 +56,10 @@ static void quantize_row(const Frame *f, const float *x, const float *a, const f
         if (a && with_silu)
             for (int64_t c = 0; c < channels; c++)
                 to[c] = code(silu(pixel[c] * a[c] + b[c]), scale, zero_point, f->qmax);
-        else if (a)
+        else if (b)
             for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c] + b[c], scale, zero_point, f->qmax);
+        else if (a)
+            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c], scale, zero_point, f->qmax);
         else
             for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c], scale, zero_point, f->qmax);
         memset(to + channels, 0, (size_t)(f->pitch - channels));
@@ -65,20 +67,20 @@ static void quantize_row(const Frame *f, const float *x, const float *a, const f
     }
 }
 
-/* Quantize all images; affine is [batch, 2, channels] (a, then b) or NULL. */
-static void quantize_images(const Frame *f, const float *x, const float *affine, int with_silu, const float *scale,
-                            const int32_t *zero_point, uint8_t *out) {
+/* Quantize all images; affine is [batch, 2, channels] (a, then b) or NULL, gain [channels] or NULL. */
+static void quantize_images(const Frame *f, const float *x, const float *affine, const float *gain, int with_silu,
+                            const float *scale, const int32_t *zero_point, uint8_t *out) {
     const int64_t out_width = f->left + f->width * f->up + f->right, row = out_width * f->pitch;
     const int64_t out_height = f->top + f->height * f->up + f->bottom;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t n = 0; n < f->batch; n++)
         for (int64_t h = 0; h < f->height; h++) {
-            const float *a = affine ? affine + n * 2 * f->channels : NULL;
+            const float *a = affine ? affine + n * 2 * f->channels : gain;
             uint8_t *image = out + n * out_height * row, *to = image + (f->top + h * f->up) * row;
             const int zero = zero_point[n * f->each];
             memset(to, zero, (size_t)(f->left * f->pitch));
-            quantize_row(f, x + (n * f->height + h) * f->width * f->stride, a, a ? a + f->channels : NULL, with_silu,
-                         scale[n * f->each], (float)zero, to + f->left * f->pitch);
+            quantize_row(f, x + (n * f->height + h) * f->width * f->stride, a, affine ? a + f->channels : NULL,
+                         with_silu, scale[n * f->each], (float)zero, to + f->left * f->pitch);
             memset(to + (f->left + f->width * f->up) * f->pitch, zero, (size_t)(f->right * f->pitch));
             for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * row, to, (size_t)row);
             if (h == 0) memset(image, zero, (size_t)(f->top * row));
@@ -87,8 +89,9 @@ static void quantize_images(const Frame *f, const float *x, const float *affine,
         }
 }
 
-void quantize(const Frame *f, const float *x, const float *scale, const int32_t *zero_point, uint8_t *out) {
-    quantize_images(f, x, NULL, 0, scale, zero_point, out);
+void quantize(const Frame *f, const float *x, const float *gain, const float *scale, const int32_t *zero_point,
+              uint8_t *out) {
+    quantize_images(f, x, NULL, gain, 0, scale, zero_point, out);
 }
 
 /* Group norm of x (+ shift [batch, channels] or NULL) as y = a x + b for each image and channel: affine [batch, 2, C]. */
@@ -154,7 +157,7 @@ int norm_quantize(const Frame *f, const float *x, const float *shift, const floa
     float *affine = malloc(count * sizeof(float));
     if (sums && affine) {
         group_affine(f, x, shift, weight, bias, groups, epsilon, sums, affine);
-        quantize_images(f, x, affine, with_silu, scale, zero_point, out);
+        quantize_images(f, x, affine, NULL, with_silu, scale, zero_point, out);
     }
     const int failed = !sums || !affine;
     free(sums);

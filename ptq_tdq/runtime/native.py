@@ -60,11 +60,17 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
     frames: dict[tuple[object, ...], _Frame] = {}
     plain, fused = library.quantize, library.norm_quantize
     plain.restype, fused.restype = None, ctypes.c_int
-    plain.argtypes = [ctypes.c_void_p] * 5
+    plain.argtypes = [ctypes.c_void_p] * 6
     fused.argtypes = [*[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_float, ctypes.c_int, *[ctypes.c_void_p] * 3]
 
     def quantize(
-        x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, norm: Norm | None, shift: Tensor | None
+        x: Tensor,
+        grid: Grid,
+        scale: Tensor,
+        zero_point: Tensor,
+        norm: Norm | None,
+        shift: Tensor | None,
+        gain: Tensor | None = None,
     ) -> Tensor:
         if x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
             x = x.float().contiguous(memory_format=torch.channels_last)
@@ -82,7 +88,8 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
         out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
         values = address("x", x, torch.float32, x.shape, torch.channels_last)
         if norm is None:
-            plain(ctypes.addressof(frame), values, *interval, out.data_ptr())
+            gains = None if gain is None else address("gains of channels", gain, torch.float32, (stride,)) + 4 * lo
+            plain(ctypes.addressof(frame), values, gains, *interval, out.data_ptr())
             return out
         shift = None if shift is None else shift.float().contiguous()
         moved = None if shift is None else address("a shift", shift, torch.float32, (batch, stride))

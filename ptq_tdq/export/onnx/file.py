@@ -48,6 +48,11 @@ def export_onnx(
             f"The quantizer '{name}' asks a network for its interval at run time, which has no ONNX form; "
             "choose an artifact with another method."
         )
+    for name in artifact.by_token:
+        raise ModelError(
+            f"The quantizer '{name}' finds an interval for each token at run time, which has no ONNX form; "
+            "choose an artifact with another method."
+        )
     graph = encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls, model), runtime)
     try_out(graph, calls)
     write_atomic(file, graph)

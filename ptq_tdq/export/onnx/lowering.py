@@ -55,6 +55,8 @@ def _lower_nodes(graph: ir.Graph, b: Builder, lowering: Portable, artifact: Arti
             source, rank = node.inputs[0], _rank(node.outputs[0])
             assert source is not None
             if node.op_type == "Layer":
+                divisor = artifact.divisors.get(name)
+                source = source if divisor is None else b("Mul", source, divisor.reciprocal().numpy())
                 b.replace(node, lowering.layer(records[name], skeleton.layers[name], source, rank), name)
             elif not all(_only_in(products, user) for user, _ in node.outputs[0].uses()):
                 b.replace(node, lowering.quantizer(quantizers[name], source, rank), name)
