@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -54,6 +53,8 @@ def find_folder(source: str) -> Path:
     try:
         found = Path(snapshot_download(source, allow_patterns=["*.json"]))
         if (found / PIPELINE_FILE).is_file():  # the files of its components, each in one form
+            from diffusers import DiffusionPipeline
+
             return Path(DiffusionPipeline.download(source, use_safetensors=True))
         return Path(snapshot_download(source, allow_patterns=_CONFIGS_AND_WEIGHTS))
     except RepositoryNotFoundError as error:

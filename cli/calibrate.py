@@ -10,7 +10,7 @@ import click
 
 from ptq_tdq.artifacts import check_output
 from ptq_tdq.calib_data import collect_cached, load_model, with_scheduler
-from ptq_tdq.calibrate import calibrate, check_choices
+from ptq_tdq.calibration import calibrate, check_choices
 from ptq_tdq.cli.options import (
     json_option,
     model_options,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from diffusers.utils import logging as diffusers_logging
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from ptq_tdq.cli.options import (
     threads_option,
     verbose_option,
 )
-from ptq_tdq.cli.original import load_original
+from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
 from ptq_tdq.config import COLLECT_CHOICES
 from ptq_tdq.errors import UsageError
@@ -110,7 +109,7 @@ def evaluate_command(
     named here. Distances between the two are given for every model; for an embedded model also the distances of each
     to its training images, in the features of the embedded classifier (-C10, no FID).
     """
-    diffusers_logging.set_verbosity_error()
+    quiet_schedulers()
     if output_dir:
         check_target(output_dir, overwrite)
     stored = read_artifact(artifact)

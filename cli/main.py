@@ -5,39 +5,48 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from importlib import import_module
 from typing import Any
 
 import click
-import torch
 
 import ptq_tdq
-from ptq_tdq.cli.benchmark import benchmark_command
-from ptq_tdq.cli.calibrate import calibrate_command
-from ptq_tdq.cli.evaluate import evaluate_command
-from ptq_tdq.cli.export import export_command
-from ptq_tdq.cli.inspect import inspect_command
-from ptq_tdq.cli.report import report_command
-from ptq_tdq.cli.sample import sample_command
 from ptq_tdq.errors import PtqTdqError, UsageError
 
+COMMANDS = {
+    "benchmark": "Calibrate and measure every method x scheme x preset x seed, and draw a table.",
+    "calibrate": "Quantize the denoiser of a diffusion model and write its interval tables.",
+    "evaluate": "Measure what ARTIFACT loses against its full-precision model.",
+    "export": "Write ARTIFACT for other programs.",
+    "inspect": "Show model, choices, sizes, and each quantizer of ARTIFACT.",
+    "report": "Draw each ARTIFACT: intervals, distributions, errors, samples.",
+    "sample": "Sample with ARTIFACT and with its full-precision model, from the same noise, into a PNG.",
+}
+"""Each command, in the file of its name, with the first sentence of its help; the file is imported when it runs."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"ptq_tdq.cli.{name}"), f"{name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(ptq_tdq.__version__, prog_name="ptq-tdq")
 def cli() -> None:
     """Quantize trained diffusion models to few bits, with activation intervals that follow the time step."""
+    import torch  # takes a second, and --help needs none of it
+
     torch.set_flush_denormal(True)
-
-
-for _command in (
-    benchmark_command,
-    calibrate_command,
-    evaluate_command,
-    export_command,
-    inspect_command,
-    report_command,
-    sample_command,
-):
-    cli.add_command(_command)
 
 
 def main(args: list[str] | None = None) -> None:

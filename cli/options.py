@@ -13,7 +13,7 @@ import click
 import torch
 from rich.console import Console
 
-from ptq_tdq.calib_data import read_prompts
+from ptq_tdq.calib_data import EMBEDDED, read_prompts
 from ptq_tdq.errors import ConfigError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -119,8 +119,8 @@ model_options: Decorator = _model_options(
         "--model",
         "source",
         metavar="FOLDER|HUB_ID",
-        help="A diffusers pipeline or denoiser: a local folder or a hub id; or one of the embedded models, reference "
-        "and reference-dit.  [default: reference]",
+        help="A diffusers pipeline or denoiser: a local folder or a hub id; or one of the embedded models, "
+        f"{', '.join(EMBEDDED)}.  [default: reference]",
     )
 )
 original_options: Decorator = _model_options(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 
 from ptq_tdq.artifacts import check_base_model, check_target, read_artifact
@@ -22,7 +21,7 @@ from ptq_tdq.cli.options import (
     threads_option,
     verbose_option,
 )
-from ptq_tdq.cli.original import load_original
+from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.errors import ArtifactMismatchError, MissingExtraError, ModelError
 from ptq_tdq.report.survey import Subject, check_same_model, survey
 
@@ -75,7 +74,7 @@ def report_command(
     _check_libraries()
     from ptq_tdq.report.write import check_output, write_report
 
-    diffusers_logging.set_verbosity_error()
+    quiet_schedulers()
     console = Console(stderr=True, quiet=quiet, highlight=False)
     subjects = [
         Subject(name, path, read_artifact(path)) for name, path in zip(_names(artifacts), artifacts, strict=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from diffusers.utils import logging as diffusers_logging
 
 from ptq_tdq.artifacts import check_base_model, read_artifact, write_atomic
 from ptq_tdq.calib_data import with_scheduler
@@ -21,7 +20,7 @@ from ptq_tdq.cli.options import (
     threads_option,
     verbose_option,
 )
-from ptq_tdq.cli.original import load_original
+from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import finite, run
@@ -72,7 +71,7 @@ def sample_command(
     Prompts, classes and the pipeline's arguments are those of calibration unless they are named here. Sounds, and
     latents that no VAE turns into images, are compared without a picture.
     """
-    diffusers_logging.set_verbosity_error()  # schedulers report what they adjust; the user asked for a picture
+    quiet_schedulers()
     stored = read_artifact(artifact)
     model = load_original(source, stored, **given)
     check_base_model(stored, model.sha256)

@@ -6,7 +6,7 @@ model's own structure. One name is looked up: a shortcut is a layer called ``con
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -32,7 +32,9 @@ class Plan:
 
     ``single`` names the units with quantizers whose rows cannot be told apart by sample (experts, sequences first):
     they run with one time step at a time; ``unlearned`` those that are quantized and not reconstructed. ``coverage`` is
-    the share of the multiply-accumulates with weights that quantized layers do.
+    the share of the multiply-accumulates with weights that quantized layers do. ``weight_bits`` is the mean over the
+    weights of all linear layers and convolutions, ``activation_bits`` that of their inputs over their
+    multiply-accumulates; floating point counts with the bits of its type.
     """
 
     layers: tuple[LayerRecord, ...]
@@ -40,6 +42,8 @@ class Plan:
     single: frozenset[str]
     unlearned: frozenset[str]
     coverage: float
+    weight_bits: float
+    activation_bits: float
 
 
 def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
@@ -70,7 +74,20 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
         frozenset(single),
         frozenset(r.unit for r in records.values()) - learned,
         sum(layer.macs for layer in layers) / seen.macs,
+        *_mean_bits(seen, records),
     )
+
+
+def _mean_bits(seen: Trace, records: Mapping[str, LayerRecord]) -> tuple[float, float]:
+    weights = activations = values = macs = 0.0
+    for name, layer in seen.layers.items():
+        weight = own_weight(layer.module)
+        whole, record = 8 * weight.element_size(), records.get(name)
+        of_weight = whole if record is None or record.weight_bits is None else record.weight_bits
+        of_input = whole if record is None or not record.inputs else record.inputs[0].bits
+        weights, values = weights + of_weight * weight.numel(), values + weight.numel()
+        activations, macs = activations + of_input * layer.macs, macs + layer.macs
+    return weights / values, activations / max(macs, 1)
 
 
 def _check_skip(config: Config, seen: Trace) -> None:

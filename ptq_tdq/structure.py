@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
-from typing import Any
+from typing import Any, Literal
 
-import diffusers
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,13 +30,15 @@ CALLS_PER_TENSOR, SPARE_CALLS = 8, 1_000
 VALUES_PER_VALUE, SPARE_VALUES = 4, 2**24
 
 
-def diffusers_class(name: Any, base: type = ModelMixin) -> Any:
+def diffusers_class(name: Any, base: Literal["ModelMixin", "SchedulerMixin"] = "ModelMixin") -> Any:
     """The class of diffusers that is called ``name``, or None; nothing else of the package counts."""
+    import diffusers  # takes seconds, and who only asks for help or reads an artifact needs none of it
+
     try:
         cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     except Exception:  # diffusers imports it now, and an optional package may be missing or broken
         return None
-    return cls if isinstance(cls, type) and issubclass(cls, base) else None
+    return cls if isinstance(cls, type) and issubclass(cls, getattr(diffusers, base)) else None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ptq_tdq.calibrate import calibrate
+from ptq_tdq.calibration import calibrate
 from ptq_tdq.config import preset
 from ptq_tdq.errors import ResumeError
 from ptq_tdq.recon import RunDirectory

@@ -12,7 +12,7 @@ from recorded import calls_of
 from torch import Tensor
 
 from ptq_tdq.artifacts import encode_artifact
-from ptq_tdq.calibrate import calibrate
+from ptq_tdq.calibration import calibrate
 from ptq_tdq.config import preset
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.observe import Observer

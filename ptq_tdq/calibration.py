@@ -1,0 +1,198 @@
+"""From a full-precision model and a calibration set to a quantized model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptq_tdq.artifacts import check_draft
+from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
+from ptq_tdq.calls import Calls
+from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, Config
+from ptq_tdq.errors import CalibrationSetError, NonFiniteError
+from ptq_tdq.identity import base_config, model_sha256
+from ptq_tdq.plan import make_plan
+from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.recon import CHECKPOINT_FORM, RunDirectory, UnitReport, reconstruct
+from ptq_tdq.scheme import Scheme
+from ptq_tdq.wrap import folded_copy
+
+_log = logging.getLogger(__name__)
+
+
+def calibrate(
+    model: Any,
+    config: Config,
+    calls: Calls | None = None,
+    *,
+    component: str | None = None,
+    prompts: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+    call: Mapping[str, Any] | None = None,
+    model_id: str | None = None,
+    run_directory: Path | None = None,
+    weights_directory: Path | None = None,
+    on_unit: Callable[[UnitReport], None] = lambda report: None,
+    on_notice: Callable[[str], None] = _log.warning,
+) -> QuantizedModel:
+    """Quantize a copy of a denoiser unit by unit; the model itself stays as it is.
+
+    ``model`` is a pipeline of diffusers, what :func:`~ptq_tdq.load_model` gives, or, with ``calls`` recorded of it
+    (:func:`ptq_tdq.record`), any denoiser or module of one's own::
+
+        pipe.transformer = calibrate(pipe, preset("default", scheme="W4A8"), prompts=["A red fox", ...])
+
+    ``component`` names the denoiser of a pipeline that has several; ``prompts``, ``classes`` and ``call`` (further
+    arguments such as guidance_scale) say what the pipeline samples for the calibration set. ``model_id`` is the model's
+    name in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
+    stopped. With a ``weights_directory`` as well, phase W is kept there: runs that differ only in what phase A decides
+    may share it, one after the other. ``on_unit`` gets a report of each finished unit. ``on_notice`` gets a sentence
+    for each damaged file of an unfinished run, whose unit is done again; by default that is logged. The result's
+    :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit ("reconstruction"), its
+    :attr:`notices` what stays in floating point and why.
+
+    Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
+    :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model,
+    :class:`~ptq_tdq.errors.ConfigError` for what an artifact cannot say (a ``model_id`` that is no text) and
+    :class:`~ptq_tdq.errors.ResumeError` (another run in the directory); at any time
+    :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
+    """
+    if not isinstance(model, nn.Module):
+        if not isinstance(model, LoadedModel):
+            model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
+        if calls is None:
+            calls = collect(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+    elif calls is None:
+        raise CalibrationSetError(
+            f"A {type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
+            "pass them, or pass its pipeline."
+        )
+    calls.check()
+    denoiser: nn.Module = model.denoiser if isinstance(model, LoadedModel) else model
+    calls = calls.to(next(denoiser.parameters()).device)
+    plan = make_plan(folded_copy(denoiser), config, calls)
+    quantized = QuantizedModel.copy_of(denoiser, calls.axis, plan.layers)
+    _check_finite(denoiser)
+    quantized.provenance = provenance(model, config, calls, model_id)
+    quantized.provenance |= {"one_step": bool(plan.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
+    quantized.notices = plan.notices
+    check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
+    run = _open_run(run_directory, weights_directory, quantized.provenance, on_notice)
+    reports: list[UnitReport] = []
+
+    def hear(report: UnitReport) -> None:
+        reports.append(report)
+        on_unit(report)
+
+    quantized.static = reconstruct(
+        quantized, calls, config, single=plan.single, unlearned=plan.unlearned, run=run, on_unit=hear
+    )
+    quantized.metrics = {
+        "reconstruction": losses(reports),
+        "coverage": plan.coverage,
+        "mean_bits": {"weights": plan.weight_bits, "activations": plan.activation_bits},
+        "notices": list(plan.notices),
+    }
+    return quantized.finalize()
+
+
+def check_choices(model: LoadedModel, config: Config) -> None:
+    """Raise what :func:`calibrate` would for choices that do not fit ``model``, before there is a calibration set."""
+    call = first_call(model, config.num_inference_steps, config.seed)
+    make_plan(folded_copy(model.denoiser), config, call)
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raise :class:`NonFiniteError` naming a tensor with NaN or Inf, also one that no call of the set reaches."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(f"'{name}' has NaN or Inf; repair the model before quantizing it.")
+
+
+def _open_run(
+    folder: Path | None, weights: Path | None, document: dict[str, Any], on_notice: Callable[[str], None]
+) -> RunDirectory | None:
+    if folder is None:
+        return None
+    shared = RunDirectory(weights, weight_identity(document), on_notice=on_notice) if weights else None
+    return RunDirectory(folder, identity(document), weights=shared, on_notice=on_notice)
+
+
+def losses(reports: Iterable[UnitReport]) -> dict[str, list[dict[str, Any]]]:
+    """Losses of each unit by phase, in execution order, JSON-ready: "before" learning (of the first intervals, nearest
+    rounding) and "after", None for one that overflows float32.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for r in reports:
+        values = {"before": r.before, "after": r.after}
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        found.setdefault(r.phase, []).append({"unit": r.unit, **finite})
+    return found
+
+
+def provenance(
+    model: LoadedModel | nn.Module, config: Config, calls: Calls, model_id: str | None = None
+) -> dict[str, Any]:
+    """The artifact's config document: what the quantized model was made from, and with which choices."""
+    if isinstance(model, LoadedModel):  # whose hash is that of the weights as they were loaded, in any dtype
+        base = {"id": model_id or model.id, "sha256": model.sha256}
+        base |= {} if model.component is None else {"component": model.component}
+    else:
+        base = {"id": model_id or _name(model), "sha256": model_sha256(model)}
+    return {
+        "base_model": base,
+        "model_config": base_config(model.denoiser if isinstance(model, LoadedModel) else model),
+        "scheme": config.scheme,
+        "method": config.method,
+        "preset": config.preset,
+        "choices": config.to_dict(),
+        "time_axis": calls.axis.to_dict(),
+        "calibration_set": {"sha256": calls.sha256, "rows": len(calls), **calls.recipe},
+        "seed": config.seed,
+        "versions": {name: version(name) for name in ("ptq-tdq", "torch", "diffusers", "numpy", "safetensors")}
+        | {"python": platform.python_version()},
+    }
+
+
+def buffer_dtypes(model: nn.Module) -> dict[str, str]:
+    """The dtypes of buffers that no file holds, where they are not those in which a model builds them."""
+    saved = model.state_dict().keys()
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.dtype in (torch.float16, torch.bfloat16)
+    }
+
+
+def identity(document: dict[str, Any]) -> dict[str, Any]:
+    """What must not change between two sittings of one run, by key; causes come before what follows from them."""
+    return {
+        "form of its files": CHECKPOINT_FORM,
+        "model": document["base_model"]["sha256"],
+        **{f"choice {key}": value for key, value in document["choices"].items()},
+        "calibration_set": document["calibration_set"]["sha256"],
+        "threads": torch.get_num_threads(),  # the order of sums, and so the bytes, depend on it
+        **{f"version of {key}": value for key, value in document["versions"].items()},
+    }
+
+
+def weight_identity(document: dict[str, Any]) -> dict[str, Any]:
+    """The part of :func:`identity` that phase W depends on: all of it where that fits weights to activations' bits."""
+    if document["choices"]["equalize"] != "none":
+        return identity(document)
+    found = {
+        key: value for key, value in identity(document).items() if key.removeprefix("choice ") not in ACTIVATION_CHOICES
+    }
+    return {**found, "choice scheme": f"W{Scheme.parse(document['scheme']).weight_bits}"}
+
+
+def _name(model: Any) -> str:
+    return Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)).name
