@@ -30,8 +30,8 @@ FLAGS = {  # choice of the preset -> metavar, help
     "scheme": ("W<bits>A<bits>", "Bits of weights and activations, 2 to 8 each."),
     "method": (
         "NAME",
-        "static, S_N (S_4: 4 intervals), tdq, tdq-thin, step-table, step-lsq, dynamic, dynamic-statistics or "
-        "dynamic-statistics-time.",
+        "static, S_N (S_4: 4 intervals), tdq, tdq-thin, step-table, step-lsq, dynamic, dynamic-statistics, "
+        "dynamic-statistics-time, dynamic-token, dynamic-token-static, dynamic-token-table or dynamic-token-tdq.",
     ),
     "samples_per_step": ("N", "Calibration samples at each step; in all N times --calibration-steps."),
     "calibration_steps": ("N", "How many of the sampler's steps calibration looks at; all, if it has fewer."),

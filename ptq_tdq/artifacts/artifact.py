@@ -16,6 +16,7 @@ from ptq_tdq.timeaxis import TimeAxis
 
 DYNAMIC = "dynamic"  # such a method finds scales at run time; others whose names begin so have a network or a table
 TOKEN = "dynamic-token"  # without either
+LARGEST_EXPONENT = 20  # of the factors of an equalized layer
 DERIVED_KEYS = frozenset(
     {"schema_version", "layers", "files", "config_sha256"}
 )  # of the config; made when it is written
@@ -128,7 +129,9 @@ def check_artifact(artifact: Artifact) -> None:
         what = f"The divisor of '{name}'"
         _require(kinds.get(name) == "linear", f"{what} belongs to no linear layer with a quantized input")
         _check_form(what, "factors", divisor, torch.float32, (artifact.weight_codes[name].shape[1],))
-        _require(bool((torch.frexp(divisor).mantissa == 0.5).all()), f"{what} has factors that are no powers of two")
+        mantissa, exponent = torch.frexp(divisor)
+        powers = (mantissa == 0.5) & (exponent.abs() <= LARGEST_EXPONENT)
+        _require(bool(powers.all()), f"{what} has factors that are no powers of two near 1")
     for name, tensor in artifact.float_state.items():
         _require(_is_finite(tensor), f"The tensor '{name}' has NaN or Inf")
 
