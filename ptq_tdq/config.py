@@ -63,7 +63,7 @@ class Config:
 
     preset: str = "default"
     scheme: str = "W4A8"
-    method: str = "tdq-thin"
+    method: str = "auto"
     seed: int = 0
     # calibration set
     samples_per_step: int = 32
@@ -247,10 +247,9 @@ def _read(value: Any, kind: type) -> Any:
     return number
 
 
-_PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
+_PUBLISHED: Mapping[str, Any] = {  # what the published recipes share; x_t is clipped in none, whatever the method
     "thinning": 1,
     "num_inference_steps": 100,
-    "fixed_layers": (),
     "weight_only_layers": (),
     "float_input_layers": (),
     "weight_symmetric": "never",
@@ -264,7 +263,7 @@ _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
     "interval_parameter": "raw",
     "activation_range": "mse",
     "zero_point": "fixed",
-    "module_start": "as-is",
+    "module_start": "static",
     "thin_activation": "relu",
     "compute_dtype": "float32",
     "bias_lr": 0.0,

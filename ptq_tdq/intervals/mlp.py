@@ -50,7 +50,7 @@ def fit(net: nn.Sequential, features: Tensor, static: Tensor, target: Tensor, ri
     Raises :class:`NonFiniteError` where it diverges, as it may for features as large as the raw time step.
     """
     net.eval()
-    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=100, line_search_fn="strong_wolfe")
     first = [p.detach().clone() for p in net.parameters()]
 
     def closure() -> Tensor:
@@ -91,7 +91,7 @@ class ModuleInterval(IntervalSource):
         centre(net, encode(axis), silent=options.start == "static")
         if options.start == "steps":
             places = torch.linspace(0, len(axis) - 1, PLACES).round().long()
-            fit(net, encode(places), static.scale, observed.curve.scale[places], 1e-4)
+            fit(net, encode(places), static.scale, observed.curve.scale[places], 1e-6)
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return scale_of(self.net, self.encode(t), self.scale()), lookup(self.zero_point, t)

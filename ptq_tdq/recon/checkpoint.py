@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ptq_tdq.artifacts import IntervalTable, write_atomic
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError, ResumeError
 from ptq_tdq.intervals import source_class
+from ptq_tdq.intervals.auto import FOLLOWING, SIMPLE, Auto
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.quantized_model import source_of, table_of
@@ -148,6 +150,8 @@ def form_of(unit: Unit, phase: str, config: Config, length: int) -> Form:
         name = quantizer.record.name
         form |= {f"{name}.static_scale": (torch.float32, ()), f"{name}.static_zero_point": (torch.int32, ())}
         form |= _table_form(quantizer, length)
+        if quantizer.record.method == Auto.pattern:
+            form |= {f"{name}.follows": (torch.bool, ()), f"{name}.gain_db": (torch.float64, ())}
     return form
 
 
@@ -170,6 +174,9 @@ def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
         tensors[f"{name}.static_scale"] = static[name].scale
         tensors[f"{name}.static_zero_point"] = static[name].zero_point
         tensors |= table_of(quantizer).tensors(name)
+        if quantizer.record.gain_db is not None:  # "auto" chose
+            tensors[f"{name}.follows"] = torch.tensor(quantizer.record.method == FOLLOWING)
+            tensors[f"{name}.gain_db"] = torch.tensor(quantizer.record.gain_db, dtype=torch.float64)
     return tensors
 
 
@@ -216,4 +223,7 @@ def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams], le
         static[name] = QParams(tensors[f"{name}.static_scale"], tensors[f"{name}.static_zero_point"])
         quantizer.source = source_of(quantizer, IntervalTable.take(name, tensors), length).to(unit.device)
         quantizer.enabled = True
+        if quantizer.record.method == Auto.pattern:
+            method = FOLLOWING if bool(tensors[f"{name}.follows"]) else SIMPLE
+            quantizer.record = replace(quantizer.record, method=method, gain_db=float(tensors[f"{name}.gain_db"]))
     return losses

@@ -20,6 +20,7 @@ from ptq_tdq.recon.parts import Parts, Store
 from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, sweep
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
+from ptq_tdq.records import LayerRecord
 from ptq_tdq.search import QParams
 from ptq_tdq.wrap import switched
 
@@ -64,7 +65,14 @@ def reconstruct(
     quantized.quantize(weights=False, activations=False)
     engine.pass_over("weights")
     engine.pass_over("activations")
+    quantized.plan = tuple(_as_chosen(record, quantized) for record in quantized.plan)
     return engine.static
+
+
+def _as_chosen(record: LayerRecord, quantized: QuantizedModel) -> LayerRecord:
+    """The record with the methods that phase A chose for its quantizers."""
+    chosen = quantized.quantizers()
+    return replace(record, inputs=tuple(chosen[q.name].record for q in record.inputs))
 
 
 class _Engine:

@@ -143,6 +143,21 @@ class Unit:
                 total += found.item() * len(self.t[batch])
         return total / sum(map(len, self.cells))
 
+    def losses(self, call: UnitCall, target: Parts, power: float) -> Tensor:
+        """The reconstruction loss of each sample [n], in float32; its mean is that of :meth:`loss`."""
+        found = []
+        with torch.no_grad():
+            for batch in self.batches():
+                count, part = len(self.t[batch]), call.output(self.run(call, batch), batch)
+                pairs = zip(part.real(slice(0, count)), target.real(batch), strict=True)
+                each = [
+                    reconstruction_loss([a], [b], power)
+                    for output, aim in pairs
+                    for a, b in zip(output.chunk(count), aim.chunk(count), strict=True)
+                ]
+                found.append(torch.stack(each).view(-1, count).sum(0) if each else torch.zeros(count))
+        return torch.cat(found)
+
     def _loss(self, call: UnitCall, output: Any, target: Parts, power: float, index: slice | Tensor) -> Tensor:
         part = call.output(output, index)
         return reconstruction_loss(part.real(slice(0, len(self.t[index]))), target.real(index), power)
