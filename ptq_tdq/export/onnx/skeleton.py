@@ -22,6 +22,7 @@ from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError
 from ptq_tdq.export.onnx.geometry import output_shape, unpadded
+from ptq_tdq.export.onnx.rewrite import InOtherWords
 from ptq_tdq.export.onnx.signature import Signature, describe
 from ptq_tdq.load import build_quantized
 from ptq_tdq.modules import ActivationQuantizer
@@ -167,7 +168,7 @@ def _axes(signature: Signature, inputs: dict[str, Tensor], sizes: Collection[str
 def _export(call: _Call, inputs: dict[str, Tensor], free: dict[str, dict[int, str]]) -> torch.export.ExportedProgram:
     """The traced model; the axes ``free`` become constants where the model's own code needs that."""
     shapes = ({name: dict.fromkeys(free.get(name, ()), torch.export.Dim.AUTO) for name in inputs},)
-    with _refusals():
+    with _refusals(), InOtherWords():
         return torch.export.export(call, (inputs,), dynamic_shapes=shapes, strict=False)
 
 
