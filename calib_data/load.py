@@ -181,16 +181,16 @@ def _make_sampler(
         sampler = PipelineSampler(pipe, parts.component, prompts, classes, call)
         if sampler.condition is not None or set(pipe.components) - {parts.component, "scheduler", "vae", "vqvae"}:
             return sampler, ()
-    if prompts is not None or call:
+    if prompts is not None or set(call or {}) - {"eta"}:
         raise ConfigError(
             f"'{parts.denoiser}' is no pipeline with a condition: it takes no prompts and no arguments such as "
-            "guidance_scale, height or width."
+            "guidance_scale, height or width, only eta."
         )
     embedded = find_embedded(str(parts.denoiser.parent))
     vae = parts.vae or (embedded.vae if embedded else None)
     loaded = None if vae is None else _load_weights(_class_of(vae), vae)
     scheduler, notices = _load_scheduler(parts)
-    return LoopSampler(denoiser, scheduler, loaded, classes), notices
+    return LoopSampler(denoiser, scheduler, loaded, classes, **(call or {})), notices
 
 
 def _load_pipeline(folder: Path, component: str, denoiser: nn.Module) -> Any:

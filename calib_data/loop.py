@@ -25,21 +25,30 @@ class LoopSampler(Sampler):
     batch = 64
 
     def __init__(
-        self, model: nn.Module, scheduler: Any, vae: Any | None = None, classes: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        vae: Any | None = None,
+        classes: Sequence[int] | None = None,
+        eta: float = 0.0,
     ) -> None:
-        """``classes`` are those to sample; by default all, in turn.
+        """``classes`` are those to sample; by default all, in turn. ``eta`` is DDIM's share of added noise.
 
         Raises :class:`ModelError` for a denoiser that needs more than x, t and a class.
         """
         self.scheduler, self.vae = scheduler, vae
+        self.eta = eta
         _check_interface(scheduler)
+        if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
+            raise ConfigError(f"eta must be a number from 0 to 1. Got {eta!r} instead.")
         self.names = main_argument_name(model), time_argument(model)
         self.num_classes = _count_classes(model)
         self.shape = _shape_of_x(model)
         self.choose(classes)
 
     def recipe(self) -> dict[str, Any]:
-        return {"sampler": "loop", "num_classes": self.num_classes, "classes": self.classes}
+        found: dict[str, Any] = {"sampler": "loop", "num_classes": self.num_classes, "classes": self.classes}
+        return found | ({"call": {"eta": self.eta}} if self.eta else {})
 
     @torch.no_grad()
     def run(
@@ -56,7 +65,11 @@ class LoopSampler(Sampler):
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
         labels = {} if conditions[0] is None else {LABELS: torch.tensor(conditions, device=device)}
         latents = step_through(
-            lambda x, t: self._predict(denoiser, x.to(dtype), t, labels), noise.to(device), schedule, generators
+            lambda x, t: self._predict(denoiser, x.to(dtype), t, labels),
+            noise.to(device),
+            schedule,
+            generators,
+            self.eta,
         )
         latents = latents.float().cpu()
         return Sampled(latents, self._decode(latents))
@@ -92,14 +105,21 @@ def step_through(
     noise: Tensor,
     schedule: Any,
     generators: Sequence[torch.Generator] | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """From standard normal ``noise`` [B, ...] to the final x of the same shape, by the steps of ``schedule``.
 
     ``predict(x, t)`` is the denoiser, x scaled as the schedule wants it, t a scalar. x itself stays float32: steps are
-    small. ``generators``, one per sample, feed schedules that add noise.
+    small. ``generators``, one per sample, feed schedules that add noise; DDIM does so for ``eta`` above 0.
+
+    Raises :class:`ConfigError` for an ``eta`` that the schedule does not take.
     """
-    noisy = generators is not None and "generator" in inspect.signature(schedule.step).parameters
-    options = {"generator": list(generators)} if noisy and generators is not None else {}
+    parameters = inspect.signature(schedule.step).parameters
+    if eta and "eta" not in parameters:
+        raise ConfigError(f"{type(schedule).__name__} has no eta; leave it out, or sample with DDIMScheduler.")
+    options: dict[str, Any] = {"eta": eta} if eta else {}
+    if generators is not None and "generator" in parameters:
+        options["generator"] = list(generators)
     x = noise * getattr(schedule, "init_noise_sigma", 1.0)
     for t in schedule.timesteps:
         scaled = schedule.scale_model_input(x, t) if hasattr(schedule, "scale_model_input") else x

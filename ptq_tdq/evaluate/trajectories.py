@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ptq_tdq.calib_data import LoadedModel, Sampled, finite_outputs, new_schedule, sample_generator
 from ptq_tdq.calib_data.collect import axis_of
 from ptq_tdq.calls import Calls, Recorder, prediction
+from ptq_tdq.correction import Corrected
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.metrics import ratio_db, sqnr_db
 
@@ -190,6 +191,8 @@ def _run_batch(
     schedule: Any,
 ) -> Sampled:
     generators = [sample_generator(PURPOSE, seed, i) for i in range(batch.start, batch.stop)]
+    if isinstance(denoiser, Corrected):
+        denoiser.lower_noise(schedule)
     sampled = model.sampler.run(denoiser, conditions, generators, num_inference_steps, schedule)
     if not bool(torch.isfinite(sampled.latents).all()):
         raise NonFiniteError(

@@ -15,6 +15,7 @@ from torch import nn
 
 from ptq_tdq.calib_data import LoadedModel, collect, load_model
 from ptq_tdq.calls import prediction
+from ptq_tdq.correction import Corrected, Correction
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference, replay, run
 from ptq_tdq.timeaxis import TimeAxis
@@ -164,3 +165,18 @@ def test_samples_show_what_their_prompts_say_whoever_predicts(text_to_image: Loa
     again = run(model.denoiser, model, ["a red fox", "a red fox", "a red fox"], 2, 0)
     torch.testing.assert_close(again.latents[[0, 2]], reference.latents[[0, 2]])
     assert not torch.allclose(again.latents[1], reference.latents[1], atol=1e-3)
+
+
+def test_with_eta_a_corrected_model_samples_with_less_noise(tiny: Tiny) -> None:
+    """An exact model whose prediction is said to have an error: with none nothing changes, with any the noise does."""
+    model = tiny(DDIMScheduler())
+    model.sampler.eta = 1.0  # type: ignore[attr-defined]
+    once = torch.ones(1, dtype=torch.float64)
+    sampled = {}
+    for sigma in (0.0, 0.1):
+        correction = Correction(once, 0 * once, torch.zeros(1, 3, dtype=torch.float64), once * sigma**2)
+        corrected = Corrected(model.denoiser, correction, TimeAxis("timestep"))
+        sampled[sigma] = run(corrected, model, model.sampler.conditions(2), 4, 0).latents
+    plain = run(model.denoiser, model, model.sampler.conditions(2), 4, 0).latents
+    torch.testing.assert_close(sampled[0.0], plain)
+    assert (sampled[0.1] - plain).abs().max() > 1e-3
