@@ -54,6 +54,9 @@ class Config:
     full-precision ones give. Their loss weighs all samples alike or, "relative", each time step by one over the size of
     its targets.
 
+    With ``token_intervals`` "auto", method "auto" gives those quantizers an interval for each token at run time
+    (``dynamic-token``) for which that pays on held-out trajectories; it costs a pass over their values.
+
     Learning (:mod:`ptq_tdq.recon.weights`, :mod:`ptq_tdq.recon.activations`): ``interval_lr`` is the rate of a learned
     scale, ``module_lr`` that of a module's weights, ``bias_lr`` that of the layers' biases in both phases (0 keeps
     them). ``compute_dtype`` is that of the products inside the learning loops; losses that decide anything are always
@@ -99,6 +102,7 @@ class Config:
     rounding_b_end: float = 2.0
     # phase A
     activation_inputs: Literal["quantized", "full-precision"] = "quantized"
+    token_intervals: Literal["never", "auto"] = "never"
     activation_range: Literal["mse", "mse-ends", "minmax", "ema"] = "mse-ends"
     activation_iterations: int = 80
     interval_lr: float = 1e-2
@@ -181,7 +185,8 @@ COLLECT_CHOICES = (
 
 ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is there in part
     (
-        *("preset", "method", "softmax_bits", "fixed_layers", "activation_inputs", "activation_range"),
+        *("preset", "method", "token_intervals", "softmax_bits", "fixed_layers", "activation_inputs"),
+        "activation_range",
         *("activation_iterations", "interval_lr", "module_lr", "loss_power", "loss_weights", "round_again", "scale_lr"),
         *("interval_parameter", "zero_point", "module_start", "time_encoding", "module_weights", "thin_encoding"),
         "thin_activation",

@@ -23,7 +23,7 @@ class QuantizerRecord:
     method: str  # interval source, e.g. "tdq-thin"
     range_method: str  # "mse", "mse-ends", "minmax" or "ema": how its first interval is found
     from_zero: bool = False  # codes start at the value 0 (softmax output)
-    gain_db: float | None = None  # what following t takes off the unit's loss on held-out samples, where "auto" chose
+    gain_db: float | None = None  # what the method takes off the loss of S_1 on held-out samples, where "auto" chose
 
 
 @dataclass(frozen=True)

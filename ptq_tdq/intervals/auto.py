@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ptq_tdq.intervals.tdq_thin import TDQThin
 
-SIMPLE, FOLLOWING = "static", "tdq-thin"
+SIMPLE, FOLLOWING, TOKEN = "static", "tdq-thin", "dynamic-token"
 
 
 class Auto(TDQThin):

@@ -33,6 +33,11 @@ class DynamicToken(Dynamic):
     pattern = "dynamic-token"
     by_token = True
 
+    @classmethod
+    def of(cls, qtype: QType) -> DynamicToken:
+        """For codes of this type; nothing else has to be known."""
+        return cls(torch.zeros((), dtype=torch.int32), qtype)
+
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``t`` [B] and tokens [B, ..., C] -> scale float32 and zero_point int32 [B, ...]."""
         found = vector_qparams(x.detach(), self.qtype)

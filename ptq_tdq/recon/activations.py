@@ -22,6 +22,7 @@ from ptq_tdq.observe import Observer
 from ptq_tdq.recon.choice import choose, set_shifts, undecided
 from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
+from ptq_tdq.recon.token_choice import choose_tokens
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import round_last
 from ptq_tdq.search import QParams
@@ -90,10 +91,12 @@ def reconstruct_activations(
     quantizers = unit.quantizers()
     for quantizer in quantizers:
         quantizer.source, quantizer.enabled = _build(unit, quantizer, observed), True
-    if undecided(unit):
+    if open_ones := undecided(unit):
         probe = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
         with torch.random.fork_rng([unit.device] if unit.device.type == "cuda" else []):
             choose(unit, call, target, config, observed, lambda some, half: _learn(some, call, target, half, probe))
+        if config.token_intervals == "auto":
+            choose_tokens(unit, open_ones, call, target, config)
     best = _Best(unit, call, target, config.loss_power)
     before = _start(unit, best, observed)
     _learn(unit, call, target, config, generator)

@@ -22,13 +22,14 @@ from ptq_tdq.artifacts import IntervalTable, write_atomic
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError, ResumeError
 from ptq_tdq.intervals import source_class
-from ptq_tdq.intervals.auto import FOLLOWING, SIMPLE, Auto
+from ptq_tdq.intervals.auto import FOLLOWING, SIMPLE, TOKEN, Auto
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.quantized_model import source_of, table_of
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.search import QParams
 
+CHOICES = (SIMPLE, FOLLOWING, TOKEN)  # of "auto"
 CHECKPOINT_FORM = 4  # changes with the names and the meaning of the tensors in the files
 
 Tensors = dict[str, Tensor]
@@ -151,7 +152,7 @@ def form_of(unit: Unit, phase: str, config: Config, length: int) -> Form:
         form |= {f"{name}.static_scale": (torch.float32, ()), f"{name}.static_zero_point": (torch.int32, ())}
         form |= _table_form(quantizer, length)
         if quantizer.record.method == Auto.pattern:
-            form |= {f"{name}.follows": (torch.bool, ()), f"{name}.gain_db": (torch.float64, ())}
+            form |= {f"{name}.choice": (torch.uint8, ()), f"{name}.gain_db": (torch.float64, ())}
     return form
 
 
@@ -164,7 +165,11 @@ def _table_form(quantizer: ActivationQuantizer, length: int) -> Form:
     return {f"{name}.zero_point": (torch.int32, (1,)), **kinds}
 
 
-def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
+def _table(static: QParams, length: int) -> IntervalTable:
+    return IntervalTable(static.scale.expand(length), static.zero_point.expand(length))
+
+
+def snapshot(unit: Unit, phase: str, static: dict[str, QParams], length: int) -> Tensors:
     """What a phase decided for a unit."""
     tensors = _weights(unit) | _shifts(unit) | _divisors(unit)
     if phase == "weights":
@@ -173,9 +178,12 @@ def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
         name = quantizer.record.name
         tensors[f"{name}.static_scale"] = static[name].scale
         tensors[f"{name}.static_zero_point"] = static[name].zero_point
-        tensors |= table_of(quantizer).tensors(name)
-        if quantizer.record.gain_db is not None:  # "auto" chose
-            tensors[f"{name}.follows"] = torch.tensor(quantizer.record.method == FOLLOWING)
+        if quantizer.record.gain_db is None:
+            tensors |= table_of(quantizer).tensors(name)
+        else:  # "auto" chose; every choice has the same form
+            known = table_of(quantizer) if quantizer.record.method != TOKEN else _table(static[name], length)
+            tensors |= known.tensors(name)
+            tensors[f"{name}.choice"] = torch.tensor(CHOICES.index(quantizer.record.method), dtype=torch.uint8)
             tensors[f"{name}.gain_db"] = torch.tensor(quantizer.record.gain_db, dtype=torch.float64)
     return tensors
 
@@ -221,9 +229,11 @@ def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams], le
     for quantizer in unit.quantizers():
         name = quantizer.record.name
         static[name] = QParams(tensors[f"{name}.static_scale"], tensors[f"{name}.static_zero_point"])
-        quantizer.source = source_of(quantizer, IntervalTable.take(name, tensors), length).to(unit.device)
-        quantizer.enabled = True
+        table = IntervalTable.take(name, tensors)
         if quantizer.record.method == Auto.pattern:
-            method = FOLLOWING if bool(tensors[f"{name}.follows"]) else SIMPLE
+            method = CHOICES[int(tensors[f"{name}.choice"])]
             quantizer.record = replace(quantizer.record, method=method, gain_db=float(tensors[f"{name}.gain_db"]))
+            table = IntervalTable(None, table.zero_point[:1]) if method == TOKEN else table
+        quantizer.source = source_of(quantizer, table, length).to(unit.device)
+        quantizer.enabled = True
     return losses

@@ -56,11 +56,11 @@ def choose(
     following, simple = learned(FOLLOWING), learned(SIMPLE)
     static = loss_with(simple)
     alone = [loss_with([*simple[:i], source, *simple[i + 1 :]]) for i, source in enumerate(following)]
-    pays = [_believed(static - moved) for moved in alone]
+    pays = [believed(static - moved) for moved in alone]
     together = loss_with([f if p else s for f, s, p in zip(following, simple, pays, strict=True)])
     for quantizer, moved, own in zip(quantizers, alone, pays, strict=True):
-        method = FOLLOWING if own and _believed(static - together) else SIMPLE
-        quantizer.record = replace(quantizer.record, method=method, gain_db=_ratio_db(static, moved))
+        method = FOLLOWING if own and believed(static - together) else SIMPLE
+        quantizer.record = replace(quantizer.record, method=method, gain_db=ratio_db(static, moved))
     set_shifts(unit, first)
 
 
@@ -71,13 +71,13 @@ def set_shifts(unit: Unit, values: list[Tensor]) -> None:
             shift.copy_(value)
 
 
-def _believed(gain: Tensor) -> bool:
+def believed(gain: Tensor) -> bool:
     """Whether the mean of the samples' gains [n] is above 0 by more than chance explains."""
     error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
     return float(gain.mean()) > ERRORS * error
 
 
-def _ratio_db(static: Tensor, moved: Tensor) -> float:
+def ratio_db(static: Tensor, moved: Tensor) -> float:
     """The ratio of two mean losses in dB; 0 where there is none."""
     a, b = float(static.mean()), float(moved.mean())
     return round(10 * math.log10(a / b), 3) if a > 0 and b > 0 and math.isfinite(a / b) else 0.0

@@ -175,7 +175,7 @@ class _Engine:
                 losses = result.before, result.after
                 self.static.update(result.static)
         if self.run:
-            self.run.write(phase, index, snapshot(unit, phase, self.static), losses)
+            self.run.write(phase, index, snapshot(unit, phase, self.static, self.calls.axis.length), losses)
         self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, time.perf_counter() - began))
 
 
