@@ -71,6 +71,7 @@ def _facts(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"{100 * summary['coverage']:.4g}% of the multiply-accumulates with weights are in quantized layers"
         )
+    lines += [summary["choice"]] if summary["choice"] else []
     lines += summary["notices"]
     metrics = summary["metrics"]
     parts = [f"{metrics[k]['latent_sqnr_db']:.2f} dB {k}" for k in ("learned", "static") if _measured(metrics, k)]

@@ -6,6 +6,7 @@ artifact, so that a saved model is rebuilt without tracing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +25,22 @@ class QuantizerRecord:
     range_method: str  # "mse", "mse-ends", "minmax" or "ema": how its first interval is found
     from_zero: bool = False  # codes start at the value 0 (softmax output)
     gain_db: float | None = None  # what the method takes off the loss of S_1 on held-out samples, where "auto" chose
+
+
+def choice_text(quantizers: Iterable[QuantizerRecord], most: int = 3) -> str | None:
+    """Which quantizers follow t, and what that is worth, where "auto" chose; else None."""
+    chosen = [q for q in quantizers if q.gain_db is not None]
+    follow = sorted((q for q in chosen if q.method != "static"), key=lambda q: q.gain_db or 0.0, reverse=True)
+    if not chosen:
+        return None
+    if not follow:
+        return f"None of {len(chosen)} activations follows t: on held-out samples that is worth nothing."
+    names = ", ".join(f"{q.name} ({q.gain_db:.2f} dB)" for q in follow[:most])
+    more = f" and {len(follow) - most} more" if len(follow) > most else ""
+    return (
+        f"{len(follow)} of {len(chosen)} activations follow t, where that takes most off the loss of their block on "
+        f"held-out samples: {names}{more}. The others keep one interval."
+    )
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ def _following(data: Json, artifact: Json) -> Iterator[str]:
     if not tables:
         yield "There are no interval tables: every interval is found at run time."
         return
+    if artifact["choice"]:
+        yield artifact["choice"]
     varies = median(t["varies"] for t in tables)
     if varies < 1.005:
         yield "The intervals are the same at every t."
