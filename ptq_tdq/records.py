@@ -30,16 +30,18 @@ class QuantizerRecord:
 def choice_text(quantizers: Iterable[QuantizerRecord], most: int = 3) -> str | None:
     """Which quantizers follow t, and what that is worth, where "auto" chose; else None."""
     chosen = [q for q in quantizers if q.gain_db is not None]
-    follow = sorted((q for q in chosen if q.method != "static"), key=lambda q: q.gain_db or 0.0, reverse=True)
+    follow = sorted((q for q in chosen if "tdq" in q.method), key=lambda q: q.gain_db or 0.0, reverse=True)
+    tokens = sum("token" in q.method for q in chosen)
+    others = f"; {tokens} have intervals of tokens" if tokens else ""
     if not chosen:
         return None
     if not follow:
-        return f"None of {len(chosen)} activations follows t: on held-out samples that is worth nothing."
+        return f"None of {len(chosen)} activations follows t: on held-out samples that is worth nothing{others}."
     names = ", ".join(f"{q.name} ({q.gain_db:.2f} dB)" for q in follow[:most])
     more = f" and {len(follow) - most} more" if len(follow) > most else ""
     return (
         f"{len(follow)} of {len(chosen)} activations follow t, where that takes most off the loss of their block on "
-        f"held-out samples: {names}{more}. The others keep one interval."
+        f"held-out samples: {names}{more}{others}. The others keep one interval."
     )
 
 
@@ -51,6 +53,7 @@ class LayerRecord:
     is the i-th in the forward pass of that module). ``splits`` are the channel boundaries of its input, (0, C) for an
     ordinary layer, (0, C_h, C) for a split shortcut, () for a product. ``weight_bits`` is None for a product;
     ``inputs`` is () for a layer of which only the weight is quantized. ``dtype`` is that of the original weight.
+    The input channels of a ``rotated`` layer are mixed before they are quantized (:mod:`ptq_tdq.rotate`).
     """
 
     name: str
@@ -60,6 +63,7 @@ class LayerRecord:
     weight_bits: int | None
     inputs: tuple[QuantizerRecord, ...]
     dtype: str = "float32"
+    rotated: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

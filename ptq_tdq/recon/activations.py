@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.intervals import IntervalSource, Observed, source_class
+from ptq_tdq.intervals.auto import SIMPLE
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.intervals.mlp import ModuleInterval
 from ptq_tdq.intervals.static import BinnedIntervals
@@ -107,6 +108,9 @@ def reconstruct_activations(
     if modules:
         best.consider()
     best.restore()
+    for quantizer in modules:
+        if quantizer.record.gain_db is not None and not isinstance(quantizer.source, ModuleInterval):
+            quantizer.record = replace(quantizer.record, method=SIMPLE)  # on all samples it has not paid
     for quantizer in quantizers:
         freeze(quantizer, num_train_timesteps)
     after = round_last(unit, full, call, target, config, generator, best.loss)
