@@ -188,8 +188,9 @@ def _flatten(arguments: dict[str, Any], time: str) -> tuple[list[tuple[str, Any]
         lists = isinstance(value, list) and isinstance(main, list)
         return lists and len(value) == count and all(isinstance(x, Tensor) for x in value)
 
-    found, spec = pytree.tree_flatten_with_path(arguments, is_leaf=each)
-    return [(path[0].key, value) for path, value in found], spec
+    leaves, spec = pytree.tree_flatten(arguments, is_leaf=each)
+    names = [name for name, value in arguments.items() for _ in pytree.tree_leaves(value, is_leaf=each)]
+    return list(zip(names, leaves, strict=True)), spec
 
 
 def _odd_forms(leaf: Tensor, count: int) -> Iterator[tuple[int, bool]]:
