@@ -20,8 +20,9 @@ from ptq_tdq.modules import layer_kind
 from ptq_tdq.modules.layers import own_weight
 from ptq_tdq.modules.products import ATTRIBUTE, OPERANDS
 from ptq_tdq.records import LayerRecord, QuantizerRecord
-from ptq_tdq.trace import Trace, TracedLayer, require_rows, trace
+from ptq_tdq.trace import Trace, require_rows, trace
 from ptq_tdq.units import find_units
+from ptq_tdq.watch import TracedLayer
 
 SHORTCUT = "conv_shortcut"
 
