@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,5 +31,5 @@ EMBEDDED = {
 
 def find_embedded(model_id: str) -> Embedded | None:
     """The embedded model of this id, or whose folder this is."""
-    folder = Path(model_id).resolve()
-    return next((e for e in EMBEDDED.values() if e.id == model_id or e.folder.resolve() == folder), None)
+    folder = os.path.realpath(model_id) if model_id and "\0" not in model_id else None
+    return next((e for e in EMBEDDED.values() if e.id == model_id or os.path.realpath(e.folder) == folder), None)

@@ -70,8 +70,8 @@ def load_model(
     :class:`NonFiniteError` naming the layer for NaN or Inf in a weight, and :class:`ConfigError` for an unknown device
     and for prompts, classes or arguments that the model does not take.
     """
-    named = EMBEDDED.get(source or "reference")
-    name = named.id if named else source or ""
+    source = "reference" if source is None else source
+    name = EMBEDDED[source].id if source in EMBEDDED else source
     embedded = find_embedded(name)
     folder = embedded.folder if embedded else find_folder(name)
     parts = find_parts(folder, component)

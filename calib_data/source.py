@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,13 @@ def find_folder(source: str) -> Path:
     Raises :class:`ModelError` for a folder or repository that does not exist and for a hub that cannot be reached.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if source and os.path.isdir(folder):  # unlike Path's, these are false for a name that the system cannot take
         return folder
-    if folder.exists():
+    if source and os.path.exists(folder):
         raise ModelError(f"The model '{source}' is a file; pass the diffusers folder that holds it.")
     if not _HUB_ID.fullmatch(source):
         raise ModelError(
-            f"There is no folder '{source}'; pass a local diffusers folder or a hub id such as owner/name."
+            f"There is no folder '{source[:200]}'; pass a local diffusers folder or a hub id such as owner/name."
         )
     try:
         found = Path(snapshot_download(source, allow_patterns=["*.json"]))

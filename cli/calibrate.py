@@ -12,6 +12,7 @@ from ptq_tdq.artifacts import check_output
 from ptq_tdq.calib_data import collect_cached, load_model, with_scheduler
 from ptq_tdq.calibration import calibrate, check_choices
 from ptq_tdq.cli.options import (
+    FilePath,
     json_option,
     model_options,
     print_json,
@@ -52,7 +53,7 @@ def _choice_flags(command: Any) -> Any:
 
 @click.command("calibrate")
 @model_options
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="The artifact directory to write.")
+@click.option("--output-dir", type=FilePath(), required=True, help="The artifact directory to write.")
 @click.option(
     "--preset",
     "preset_name",
@@ -63,7 +64,7 @@ def _choice_flags(command: Any) -> Any:
 @_choice_flags
 @scheduler_option
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave layers whose name matches in floating point.")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML or JSON file of choices.")
+@click.option("--config", "config_file", type=FilePath(), help="TOML or JSON file of choices.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any choice by name; --show-config lists them."
 )

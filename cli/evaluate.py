@@ -14,6 +14,7 @@ from ptq_tdq.artifacts import check_base_model, check_target, publish_directory,
 from ptq_tdq.artifacts.atomic import write_file
 from ptq_tdq.calib_data import LoadedModel, collect_cached, with_scheduler
 from ptq_tdq.cli.options import (
+    FilePath,
     backend_option,
     json_option,
     original_options,
@@ -54,11 +55,11 @@ NO_IMAGES = (
 
 
 @click.command("evaluate")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=FilePath())
 @original_options
 @click.option(
     "--samples",
-    type=click.IntRange(min=8),
+    type=click.IntRange(8, 1 << 20),
     help="Samples of each model; distances to data depend on it, compare them at one number only.  "
     f"[default: {SAMPLES}; {PIPELINE_SAMPLES} with a pipeline]",
 )
@@ -72,15 +73,13 @@ NO_IMAGES = (
     show_default=True,
     help="ptqd: undo mean and gain of the errors, estimated on the artifact's calibration set.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
+@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise.")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="A folder of real images: adds Inception FID, sFID and IS (extra: fidelity).",
 )
-@click.option(
-    "--output-dir", type=click.Path(path_type=Path), help="Also write evaluation.json, evaluation.md and samples.png."
-)
+@click.option("--output-dir", type=FilePath(), help="Also write evaluation.json, evaluation.md and samples.png.")
 @click.option("--overwrite", is_flag=True, help="Replace an output directory that is already there.")
 @threads_option
 @json_option

@@ -1,9 +1,14 @@
-"""Entry point: the command group, and how errors end a run (2 for a wrong request, 1 for a failure)."""
+"""Entry point: the command group, and how a run ends that does not end well.
+
+Exit codes: 2 for a wrong request, 1 for a failure, 130 for Ctrl-C, 143 for SIGTERM.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 from importlib import import_module
 from typing import Any
@@ -52,6 +57,8 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors raised on purpose become one line on stderr (with -v also a traceback)."""
     state: dict[str, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # the only one that may
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         cli.main(args, prog_name="ptq-tdq", standalone_mode=False, obj=state)
         sys.stdout.flush()
@@ -61,9 +68,9 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "ptq-tdq")
         _fail(f"{error.format_message()} See `{command} --help`.", 2)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as stop:  # click makes an Abort of the interrupt
         click.echo(state.get("on_stop", "Stopped."), err=True)
-        sys.exit(1)
+        sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
     except BrokenPipeError:  # the reader of a pipe has seen enough; nothing is left to say, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -71,6 +78,14 @@ def main(args: list[str] | None = None) -> None:
         if state.get("verbose"):
             traceback.print_exc()
         _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a run as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
 
 
 def _fail(message: str, code: int) -> None:

@@ -10,6 +10,7 @@ import click
 from ptq_tdq.artifacts import check_base_model, read_artifact, write_atomic
 from ptq_tdq.calib_data import with_scheduler
 from ptq_tdq.cli.options import (
+    FilePath,
     backend_option,
     json_option,
     original_options,
@@ -30,24 +31,24 @@ IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of
 
 
 @click.command("sample")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=FilePath())
 @original_options
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     default=Path("samples.png"),
     show_default=True,
     help="The PNG to write.",
 )
 @click.option(
     "--num-images",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1 << 20),
     help=f"Samples of each model.  [default: {IMAGES}; {PIPELINE_IMAGES} with a pipeline]",
 )
 @steps_option
 @scheduler_option
 @backend_option
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
+@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise.")
 @threads_option
 @json_option
 @verbose_option

@@ -16,6 +16,7 @@ from ptq_tdq.artifacts.atomic import check_target, publish_directory, write_file
 from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, check_document, decode_json, encode_json, sign
 from ptq_tdq.artifacts.packing import pack, unpack
 from ptq_tdq.errors import ArtifactCorruptError, ArtifactError, ConfigError, OutputError
+from ptq_tdq.files import read_file, reason
 from ptq_tdq.records import LayerRecord
 
 TABLES_FILE = "interval_tables.safetensors"
@@ -24,6 +25,7 @@ METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
 _DATA_FILES = (TABLES_FILE, WEIGHTS_FILE, METRICS_FILE)  # README.md is prose that its owner may edit: not hashed
 _MOST_DIMS = 5  # of a weight
+MOST_BYTES = 1 << 26  # of a file of text
 _DIVISOR = "input_divisor"
 _WEIGHT_PARTS = ("weight_codes", "weight_shape", "weight_scale", "weight_zero_point")
 
@@ -169,10 +171,8 @@ def _load(data: bytes, name: str) -> dict[str, Tensor]:
 
 def _read(path: Path) -> bytes:
     try:
-        if not path.is_file() and path.exists():  # a pipe or a device may never end
-            raise OSError(0, "it is not a regular file")
-        return path.read_bytes()
+        return read_file(path, MOST_BYTES if path.suffix in (".json", ".md") else None)
     except OSError as error:
         raise ArtifactCorruptError(
-            f"{path.name} cannot be read ({error.strerror or error}); copy or make the artifact again."
+            f"{path.name} cannot be read ({reason(error)}); copy or make the artifact again."
         ) from error
