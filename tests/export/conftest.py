@@ -105,7 +105,8 @@ def make_artifact(case: Case) -> Artifact:
 
 def quantize(model: nn.Module, config: Config, calls: Calls, tables: str) -> Artifact:
     """Nearest rounding, and the ranges of one forward pass, narrowed so that some codes clip."""
-    quantized = QuantizedModel.copy_of(model, calls.axis, make_plan(model, config, calls).layers)
+    plan = make_plan(model, config, calls)
+    quantized = QuantizedModel.copy_of(model, calls.axis, plan.layers)
     for layer in quantized.layers().values():
         initialize(layer, config)
     seen: dict[str, Tensor] = {}
@@ -131,6 +132,7 @@ def quantize(model: nn.Module, config: Config, calls: Calls, tables: str) -> Art
         "time_axis": calls.axis.to_dict(),
         "calibration_set": {"sha256": "0" * 64},
         "seed": 0,
+        "one_step": bool(plan.single),
         "versions": {},
     }
     return quantized.finalize().to_artifact()

@@ -176,13 +176,14 @@ class OnnxDenoiser(nn.Module):
         return array
 
     def _rows(self, feed: Feed) -> list[NDArray[Any]]:
-        """The outputs for all samples, at once or, where the graph is of one, one by one."""
+        """The outputs for all samples: at once, or one by one where the graph is of one sample or of one time step."""
         leaves, time = self.call.leaves(), self.call.time
         main = next(leaf.name for leaf in leaves if leaf.name.partition(".")[0] == self.call.main)
         count = len(feed[main])
         if len(feed[time]) == 1:
             feed = feed | {time: np.repeat(feed[time], count, 0)}
-        if BATCH in self.facts["free_sizes"]:
+        mixed = self.facts["one_step"] and bool((feed[time] != feed[time][:1]).any())
+        if BATCH in self.facts["free_sizes"] and not mixed:
             return self._run(feed)
         parts = [self._run({leaf.name: leaf.one(feed[leaf.name], i, count) for leaf in leaves}) for i in range(count)]
         return [np.concatenate(results) for results in zip(*parts, strict=True)]

@@ -99,5 +99,6 @@ def _facts(artifact: Artifact, skeleton: Skeleton, runtime: str) -> dict[str, An
         "runtime": runtime,
         "call": skeleton.signature.to_dict(),
         "free_sizes": skeleton.free,
+        "one_step": bool(artifact.config.get("one_step")),
         **{key: artifact.config[key] for key in keys},
     }
