@@ -1,4 +1,4 @@
-"""The README's table of denoiser classes, from a run of the tests.
+"""The table of denoiser classes in docs/models.md, from a run of the tests.
 
 PTQ_TDQ_FAMILIES=benchmarks/results/families.json pytest tests/conformance/test_denoisers.py tests/export
 python benchmarks/families.py benchmarks/results/families.json
