@@ -267,8 +267,6 @@ _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share; x_t is cl
     "module_lr": 4e-4,
     "interval_parameter": "raw",
     "activation_range": "mse",
-    "zero_point": "fixed",
-    "module_start": "static",
     "thin_activation": "relu",
     "compute_dtype": "float32",
     "bias_lr": 0.0,

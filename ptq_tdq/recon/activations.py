@@ -16,7 +16,6 @@ from ptq_tdq.intervals import IntervalSource, Observed, source_class
 from ptq_tdq.intervals.auto import SIMPLE
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.intervals.mlp import ModuleInterval
-from ptq_tdq.intervals.static import BinnedIntervals
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.observe import Observer
@@ -84,31 +83,33 @@ def reconstruct_activations(
     generator: torch.Generator,
     num_train_timesteps: int,
 ) -> ActivationResult:
-    """Learn the intervals of the unit's activations; the end is never worse than the start, nor than static intervals.
+    """Learn the intervals of the unit's activations; the end is never worse than the start.
 
-    ``full`` is the unit's call in the full-precision stream, ``call`` the one to learn from.
+    Nor is it worse than S_1, which is learned first, from the same samples: of both the better one stays. ``full`` is
+    the unit's call in the full-precision stream, ``call`` the one to learn from.
     """
     observed = observe(unit, call, config, num_train_timesteps)
     quantizers = unit.quantizers()
-    for quantizer in quantizers:
-        quantizer.source, quantizer.enabled = _build(unit, quantizer, observed), True
+    _begin_static(unit, observed)
     if open_ones := undecided(unit):
         probe = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
         with torch.random.fork_rng([unit.device] if unit.device.type == "cuda" else []):
             choose(unit, call, target, config, observed, lambda some, half: _learn(some, call, target, half, probe))
         if config.token_intervals == "auto":
             choose_tokens(unit, open_ones, call, target, config)
-    best = _Best(unit, call, target, config.loss_power)
-    before = _start(unit, best, observed)
-    _learn(unit, call, target, config, generator)
+        _begin_static(unit, observed)
+    best, follow = _Best(unit, call, target, config.loss_power), [q for q in quantizers if _follows(q)]
+    before = best.consider()
+    first, seed = [shift.detach().clone() for shift in unit.shifts()], generator.initial_seed()
+    _learn(unit, call, target, config, torch.Generator().manual_seed(seed) if follow else generator)
     best.consider()
-    modules = [q for q in quantizers if isinstance(q.source, ModuleInterval)]
-    for quantizer in modules:
-        quantizer.source = _static_part(quantizer.source, observed[quantizer.record.name])
-    if modules:
+    if follow:
+        set_shifts(unit, first)
+        before = _start(unit, follow, observed, best, before)
+        _learn(unit, call, target, config, generator)
         best.consider()
     best.restore()
-    for quantizer in modules:
+    for quantizer in follow:
         if quantizer.record.gain_db is not None and not isinstance(quantizer.source, ModuleInterval):
             quantizer.record = replace(quantizer.record, method=SIMPLE)  # on all samples it has not paid
     for quantizer in quantizers:
@@ -117,17 +118,23 @@ def reconstruct_activations(
     return ActivationResult(before, after, {name: o.static for name, o in observed.items()})
 
 
-def _start(unit: Unit, best: _Best, observed: dict[str, Observed]) -> float:
-    """Put the sources at their start; modules begin at the static interval where theirs are worse. Returns the loss."""
-    quantizers = unit.quantizers()
-    follow = [q for q in quantizers if source_class(q.record.method).timed and q.record.method not in STATIC]
-    for quantizer in quantizers:
-        method = "static" if quantizer in follow else None
-        quantizer.source = _build(unit, quantizer, observed, method)
-    static = best.consider()
-    if not follow:
-        return static
-    for quantizer in follow:
+def _follows(quantizer: ActivationQuantizer) -> bool:
+    """Whether the method is one of intervals that follow t."""
+    return source_class(quantizer.record.method).timed and quantizer.record.method not in STATIC
+
+
+def _begin_static(unit: Unit, observed: dict[str, Observed]) -> None:
+    """Switch the unit's quantizers on, with S_1 in the place of what follows t."""
+    for quantizer in unit.quantizers():
+        quantizer.source = _build(unit, quantizer, observed, "static" if _follows(quantizer) else None)
+        quantizer.enabled = True
+
+
+def _start(
+    unit: Unit, follow: list[ActivationQuantizer], observed: dict[str, Observed], best: _Best, static: float
+) -> float:
+    """Put the sources that follow t at their start; modules begin static where that has a lower loss. Returns it."""
+    for quantizer in unit.quantizers():
         quantizer.source = _build(unit, quantizer, observed)
     own = best.consider()
     if not static < own or not any(isinstance(q.source, ModuleInterval) for q in follow):
@@ -135,8 +142,7 @@ def _start(unit: Unit, best: _Best, observed: dict[str, Observed]) -> float:
     for quantizer in follow:
         found = observed[quantizer.record.name]
         options = replace(found.options, start="static", zero_point="fixed")
-        moved = {quantizer.record.name: replace(found, options=options)}
-        quantizer.source = _build(unit, quantizer, moved)
+        quantizer.source = _build(unit, quantizer, {quantizer.record.name: replace(found, options=options)})
     return static
 
 
@@ -150,14 +156,6 @@ def _build(
     except NonFiniteError as error:
         raise NonFiniteError(f"{quantizer.record.name}: {error}") from error
     return source.to(unit.device).eval()
-
-
-def _static_part(source: IntervalSource, observed: Observed) -> IntervalSource:
-    """What a module has learned for all t, without its net and with the static zero point."""
-    assert isinstance(source, ModuleInterval)
-    zero_point = observed.static.zero_point[None].to(source.zero_point.device)
-    scale = source.scale().detach()[None]
-    return BinnedIntervals(scale, zero_point, observed.num_train_timesteps, observed.options.parameter)
 
 
 class _Best:

@@ -26,11 +26,11 @@ def test_an_unlearned_unit_keeps_its_first_interval_and_nearest_rounding(
 ) -> None:
     config = choose(method="static", interval_lr=1e-2, interval_parameter="log", activation_iterations=10)
     quantized, reports = wrap(config), list[UnitReport]()
-    static = reconstruct(quantized, calls, config, unlearned={"conv_in"}, on_unit=reports.append)
-    assert {r.after == r.before for r in reports if r.unit == "conv_in"} == {True}
+    static = reconstruct(quantized, calls, config, unlearned={"conv_out"}, on_unit=reports.append)
+    assert {r.after == r.before for r in reports if r.unit == "conv_out"} == {True}
     tables = {name: q.source.table(1)[0][0] for name, q in quantized.quantizers().items() if q.source}
     moved = {name for name, scale in tables.items() if not torch.isclose(scale, static[name].scale, rtol=1e-5)}
-    assert moved and "conv_in" not in moved
+    assert moved - {"conv_in"} and "conv_out" not in moved  # x_t is not clipped
 
 
 @pytest.mark.parametrize("power", [1.5, 2.4])
