@@ -145,7 +145,8 @@ def _layer_record(layer: TracedLayer, config: Config, roles: set[Role], unit: st
     kind = layer_kind(layer.module)
     assert kind is not None
     dtype = str(own_weight(layer.module).dtype).removeprefix("torch.")
-    return LayerRecord(layer.name, kind, unit, splits, 8 if eight else scheme.weight_bits, inputs, dtype)
+    rotated = config.rotate == "hadamard" and kind == "linear" and len(inputs) == 1
+    return LayerRecord(layer.name, kind, unit, splits, 8 if eight else scheme.weight_bits, inputs, dtype, rotated)
 
 
 def _product_record(name: str, config: Config, unit: str) -> LayerRecord:

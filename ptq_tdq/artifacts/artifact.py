@@ -124,6 +124,9 @@ def check_artifact(artifact: Artifact) -> None:
     for layer in weighted:
         name = layer.name
         _check_weight(layer, artifact.weight_codes[name], artifact.weight_scale[name], artifact.weight_zero_point[name])
+    for layer in artifact.layers:
+        whole = layer.kind == "linear" and len(layer.inputs) == 1
+        _require(whole or not layer.rotated, f"'{layer.name}' is rotated and no linear layer with a quantized input")
     kinds = {layer.name: layer.kind for layer in weighted if len(layer.inputs) == 1}
     for name, divisor in artifact.divisors.items():
         what = f"The divisor of '{name}'"

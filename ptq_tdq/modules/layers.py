@@ -19,6 +19,7 @@ from torch.nn import functional
 from ptq_tdq.modules.activation import ActivationQuantizer
 from ptq_tdq.modules.weight import WeightQuantizer
 from ptq_tdq.records import LayerRecord
+from ptq_tdq.rotate import rotated
 
 Operation = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -153,13 +154,19 @@ class QuantLayer(nn.Module):
         self.shift: Tensor | None
         self.register_buffer("divisor", None, persistent=False)
         self.divisor: Tensor | None
+        self._rotated: Tensor | None = None
         self._known: Tensor | None = None  # what the codes stand for, once it was asked for
         self.finished = False
 
     @property
     def weight(self) -> Tensor:
-        """The layer's own weight [O, C / groups, ...]; the original until ``finalize``."""
-        return outputs_first(self.layer, own_weight(self.layer))
+        """The weight [O, C / groups, ...] that meets the input's codes; that of the original until ``finalize``."""
+        own = own_weight(self.layer)
+        if not self.record.rotated or self.finished:
+            return outputs_first(self.layer, own)
+        if self._rotated is None:
+            self._rotated = rotated(own.float()).to(own.dtype)
+        return self._rotated
 
     @property
     def bias(self) -> Tensor | None:
@@ -176,7 +183,7 @@ class QuantLayer(nn.Module):
     @property
     def equalizable(self) -> bool:
         """Whether input channels may be divided by factors: those of a linear layer whose input has an interval."""
-        return self.kind.channel_dim == -1 and len(self.inputs) == 1
+        return self.kind.channel_dim == -1 and len(self.inputs) == 1 and not self.record.rotated
 
     def equalize(self, divisor: Tensor) -> None:
         """Divide the input's channels by powers of two [C], and multiply the weight's: the output keeps its digits."""
@@ -222,10 +229,12 @@ class QuantLayer(nn.Module):
             if self.bias is not None and self.shift is not None:
                 self.bias.copy_(self.bias + self.shift)
                 self.shift.zero_()
-        self._known, self.finished = None, True
+        self._known, self._rotated, self.finished = None, None, True
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input behind its quantizers: one for each channel range, none where only the weight is quantized."""
+        if self.record.rotated:
+            x = rotated(x.float()).to(x.dtype)
         if self.divisor is not None:
             x = x / self.divisor.to(x.dtype)
         if len(self.inputs) == 1:
@@ -237,9 +246,16 @@ class QuantLayer(nn.Module):
         parts = x.split(sizes, self.kind.channel_dim)
         return torch.cat([q(p) for q, p in zip(self.inputs, parts, strict=True)], self.kind.channel_dim)
 
+    def _at_work(self) -> bool:
+        """Whether anything is quantized or watched."""
+        return self.weights_enabled or any(q.enabled or q.observer for q in self.activation_quantizers())
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.record.rotated and not self.finished and not self._at_work():  # the original, bit for bit
+            return self.kind.operation(self.layer, input, own_weight(self.layer), self.bias)
         x = self.quantized_input(input)
         if not self.weights_enabled:
-            return self.kind.operation(self.layer, x, own_weight(self.layer), self.bias)
+            weight = self.weight if self.record.rotated else own_weight(self.layer)
+            return self.kind.operation(self.layer, x, weight, self.bias)
         bias = None if self.bias is None or self.shift is None else (self.bias + self.shift).to(x.dtype)
         return self.kind.operation(self.layer, x, self.quantized_weight().to(x.dtype), bias)

@@ -5,6 +5,7 @@ Layout: activations are float32 [B, C, H, W] in channels_last memory, codes uint
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -49,6 +50,9 @@ class Grid(NamedTuple):
         if not (inside and whole and min(self.padding) >= 0 and self.up >= 1):
             groups = "" if norm is None else f" behind a norm of {norm.groups} groups"
             raise RuntimeUnsupportedError(f"The integer kernels cannot quantize {channels} channels by {self}{groups}.")
+
+
+Rotate = Callable[[Tensor], Tensor]  # of the channels of x [..., C]; see :func:`ptq_tdq.rotate.rotated`
 
 
 class Quantize(Protocol):

@@ -19,7 +19,8 @@ from torch.nn import functional
 from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.modules.layers import find_kind, outputs_first
 from ptq_tdq.records import LayerRecord, QuantizerRecord
-from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, levels, normalized
+from ptq_tdq.rotate import rotated
+from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, Rotate, levels, normalized
 from ptq_tdq.runtime.products import LARGEST_CODE, LARGEST_FLOAT32_INTEGER, Geometry, Products
 from ptq_tdq.runtime.step import Step
 
@@ -133,9 +134,11 @@ class IntegerLayer(CodedLayer):
         step: Step,
         quantize: Quantize,
         gain: Tensor | None = None,
+        rotate: Rotate = rotated,
     ) -> None:
         super().__init__(layer, scale, bias)
         self.gain = gain  # of the input's channels
+        self.rotate = rotate
         self.record, self.parts, self.step, self.quantize = record, tuple(parts), step, quantize
         self.geometry = Geometry.of(layer)
         self.norm: Norm | None = None
@@ -224,6 +227,10 @@ class IntegerLinear(IntegerLayer):
         up: int = 1,
     ) -> Tensor:
         """As for other layers; where each token has an interval of its own, each is an image of one pixel."""
+        if self.record.rotated:
+            self.check(x, 4)
+            x, norm = x if norm is None else normalized(x, norm, shift), None
+            x = self.rotate(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if x.shape[2:].numel() == 1 or not any(self.step.by_token(part.quantizer.name) for part in self.parts):
             return super().run(x, norm=norm, shift=shift, onto=onto, up=up)
         self.check(x, 4)

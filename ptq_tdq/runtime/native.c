@@ -165,6 +165,31 @@ int norm_quantize(const Frame *f, const float *x, const float *shift, const floa
     return failed;
 }
 
+/* Each row times diag(signs), then (I - 2/blocks 11^T) (x) Hadamard / sqrt(block): rotated() of rotate.py. */
+void rotate(const float *x, const float *signs, int64_t rows, int64_t channels, float *out) {
+    const int64_t block = channels & -channels, blocks = channels / (block ? block : 1);
+    const float gain = 1.0f / sqrtf((float)block), share = 2.0f / (float)blocks;
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        float *y = out + row * channels;
+        for (int64_t i = 0; i < channels; i++) y[i] = x[row * channels + i] * signs[i];
+        for (int64_t width = 1; width < block; width *= 2)
+            for (int64_t start = 0; start < channels; start += 2 * width)
+                for (int64_t i = start; i < start + width; i++) {
+                    const float low = y[i], high = y[i + width];
+                    y[i] = low + high;
+                    y[i + width] = low - high;
+                }
+        for (int64_t i = 0; i < channels; i++) y[i] *= gain;
+        if (blocks > 1)
+            for (int64_t i = 0; i < block; i++) {
+                float sum = 0;
+                for (int64_t k = i; k < channels; k += block) sum += y[k];
+                for (int64_t k = i; k < channels; k += block) y[k] -= sum * share;
+            }
+    }
+}
+
 /* Attention: softmax(q k^T factor + mask) v on codes. q [batch, queries, heads, depth], k [batch, keys, key_heads, depth],
  * v [batch, keys, key_heads, value_depth], out as q with value_depth; heads are a multiple of key_heads (grouped queries).
  * scale and zero_point hold the four quantizers (q, k, v, softmax) as [4, batch], or [4, 1] when each is 0; qmax their

@@ -25,8 +25,9 @@ from torch import Tensor
 from ptq_tdq.artifacts.atomic import write_atomic
 from ptq_tdq.cache import cache_folder, private_folder, read_private, with_digest
 from ptq_tdq.errors import OutputError
+from ptq_tdq.rotate import signs
 from ptq_tdq.runtime.address import address, per_sample
-from ptq_tdq.runtime.kernels import Grid, Norm, Quantize
+from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, Rotate
 from ptq_tdq.scheme import QType
 
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
@@ -103,6 +104,24 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
         return out
 
     return quantize
+
+
+def native_rotate(library: ctypes.CDLL) -> Rotate:
+    """:func:`ptq_tdq.rotate.rotated` on the built library."""
+    function = library.rotate
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    function.restype = None
+
+    def rotate(x: Tensor) -> Tensor:
+        x = x.float().contiguous()
+        out = torch.empty_like(x)
+        channels = x.shape[-1]
+        values = address("x", x, torch.float32, x.shape)
+        flips = address("signs", signs(channels), torch.float32, (channels,))
+        function(values, flips, x.numel() // max(1, channels), channels, out.data_ptr())
+        return out
+
+    return rotate
 
 
 @lru_cache
