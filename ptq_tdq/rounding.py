@@ -29,10 +29,14 @@ class AdaRound(nn.Module):
         low, high = (codes.clamp(qtype.qmin, qtype.qmax) for codes in (self.base, self.base + 1))
         self.low = (low - zero_point) * scale  # the weight rounded down, and what rounding up adds to it
         self.step = (high - low) * scale
+        self._h, self._at = torch.empty(0), (-1, False)
 
     def h(self) -> Tensor:
-        """The soft rounding decisions, the shape of the weight, in [0, 1]."""
-        return rectified_sigmoid(self.alpha, ZETA, GAMMA)
+        """The soft rounding decisions, the shape of the weight, in [0, 1]; computed once between two steps of alpha."""
+        now = self.alpha._version, torch.is_grad_enabled()
+        if now != self._at:
+            self._h, self._at = rectified_sigmoid(self.alpha, ZETA, GAMMA), now
+        return self._h
 
     def soft_weight(self) -> Tensor:
         """Differentiable weights with the current soft decisions."""

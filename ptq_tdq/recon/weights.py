@@ -18,7 +18,6 @@ from ptq_tdq.search import weight_qparams
 
 LOSS_POWER = 2.0
 CHECKS = 8  # times that learning is judged on held-out samples
-PATIENCE = 2  # checks without a lower loss, after which it stops
 
 _WeightState = tuple[list[tuple[Tensor | None, Tensor | None, Tensor | None]], list[Tensor]]
 
@@ -184,7 +183,7 @@ def _learn_codes(unit: Unit, call: UnitCall, target: Parts, config: Config, gene
     Of these and of those at each check, the ones with the lowest loss on the held-out trajectories stay.
     """
     seen, judge = unit.split()
-    best, lowest, waited = _weight_state(unit), judge.loss(call, target, config.loss_power), 0
+    best, lowest = _weight_state(unit), judge.loss(call, target, config.loss_power)
     learned = [_begin_codes(*part) for part in _parts(unit.layers())]
     params = [c.position for c in learned], [c.log_scale for c in learned], unit.shifts()
     rates, iterations = (config.weight_lr, config.scale_lr, config.bias_lr), config.weight_iterations
@@ -202,11 +201,9 @@ def _learn_codes(unit: Unit, call: UnitCall, target: Parts, config: Config, gene
             optimizer.step()
             schedule.step()
             if iteration in checks:
-                now, waited = judge.loss(call, target, config.loss_power), waited + 1
+                now = judge.loss(call, target, config.loss_power)
                 if now < lowest:
-                    best, lowest, waited = _learned_state(unit, learned), now, 0
-                if waited == PATIENCE:
-                    break
+                    best, lowest = _learned_state(unit, learned), now
     _set_weights(unit, best)
 
 
