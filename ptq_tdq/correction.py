@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -133,7 +132,7 @@ class Corrected(nn.Module):
             x, generator = found["sample"], found["generator"]
             noise = found["variance_noise"]
             if noise is None:
-                noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+                noise = _normal(x, generator)
             share = self._share(schedule, int(found["timestep"]), found["eta"])
             found |= {"variance_noise": noise * share.to(x), "generator": None}
             return step(*given.args, **given.kwargs)
@@ -157,6 +156,14 @@ def _with_prediction(output: Any, predicted: Tensor) -> Any:
     leaves, form = pytree.tree_flatten(output)
     rows = [predicted] if leaves[0].ndim == predicted.ndim else list(predicted)  # a list with one tensor per row
     return pytree.tree_unflatten([*rows, *leaves[len(rows) :]], form)
+
+
+def _normal(x: Tensor, generator: Any) -> Tensor:
+    """Standard normal noise in the form of ``x`` [B, ...], as diffusers draws it: from one generator or one per row."""
+    if not isinstance(generator, list):
+        device = x.device if generator is None else generator.device
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+    return torch.cat([_normal(row[None], own) for row, own in zip(x, generator, strict=True)])
 
 
 def lowered_variance(sampler: Tensor, coefficient: Tensor, remaining: Tensor) -> Tensor:
