@@ -20,7 +20,13 @@ from ptq_tdq.config import preset
 from ptq_tdq.errors import ResumeError
 from ptq_tdq.recon import RunDirectory
 
-FEW = {"scheme": "W4A8", "method": "dynamic-statistics", "activation_iterations": 1, "batch_size": 4}
+FEW = {
+    "scheme": "W4A8",
+    "method": "dynamic-statistics",
+    "activation_iterations": 1,
+    "weight_iterations": 1,
+    "batch_size": 4,
+}
 
 
 class Case:
