@@ -1,11 +1,11 @@
-"""Transformers: what intervals of tokens, ratios of t and channel equalization keep, at several bit widths.
+"""Transformers: what intervals of tokens, ratios of t, equalization and rotation keep, at several bit widths.
 
 Each ``--methods`` entry is an interval source, with further choices of preset ``default`` behind it
 ("static:equalize=channels"). An embedded model is calibrated with each at each of ``--schemes`` and sampled from the
 noise of evaluation: SQNR in dB of the predictions, a mean over the steps of the full-precision trajectory, and of the
 final latents, both against full precision. Runs of one weight width share phase W where the choices allow it. One JSON
 line per run, with the reconstruction losses summed over the units and wall seconds; runs that are in the file already
-are left out. ``--render`` prints the table.
+are left out. ``--render`` prints a table for each group of settings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "tokens.jsonl"
 SCHEMES = "W8A8,W8A6,W8A4,W4A8,W4A6,W4A4"
 METHODS = (
     "static,S_20,step-table,tdq-thin,dynamic,dynamic-token,dynamic-token-static,dynamic-token-table,dynamic-token-tdq,"
-    "static:equalize=channels,tdq-thin:equalize=channels,dynamic-token:equalize=channels"
+    "static:equalize=channels,static:rotate=hadamard,tdq-thin:rotate=hadamard,dynamic-token:rotate=hadamard"
 )
 Line = dict[str, Any]
 
@@ -45,7 +45,8 @@ def measure(model: LoadedModel, config: Config, reference: Reference, work: Path
     calls = collect_cached(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        shared = work / f"{config.seed}-W{config.parsed_scheme.weight_bits}" if config.equalize == "none" else None
+        name = f"{config.seed}-W{config.parsed_scheme.weight_bits}-{config.rotate}"
+        shared = work / name if config.equalize == "none" else None
         quantized = calibrate(model, config, calls, run_directory=Path(folder), weights_directory=shared)
     seconds = time.perf_counter() - began
     found = compare(reference, quantized)
@@ -86,13 +87,16 @@ def main(
             for seed, scheme, entry in (
                 (s, c, m) for s in seeds.split(",") for c in schemes.split(",") for m in methods.split(",")
             ):
-                about = {"model": source, "sha256": model.sha256, "scheme": scheme, "method": entry, "seed": int(seed)}
+                about = {
+                    "model": source, "sha256": model.sha256, "scheme": scheme, "method": entry, "seed": int(seed),
+                    "settings": list(settings), "samples": samples, "steps": steps,
+                }  # fmt: skip
                 if time.monotonic() > deadline or any(about.items() <= line.items() for line in lines):
                     continue
                 common: Line = {"seed": seed, "scheme": scheme, **dict(s.split("=", 1) for s in settings)}
                 config = preset("default", **common | choices_of(entry))
                 found = measure(model, config, reference, work or Path(folder))
-                line = {**about, **found, "settings": settings, "device": device, "facts": facts()}
+                line = {**about, **found, "device": device, "facts": facts()}
                 lines.append(line)
                 with results.open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -101,7 +105,15 @@ def main(
 
 
 def table(lines: list[Line]) -> str:
-    """Markdown: final latents / predictions in dB, means over the seeds."""
+    """Markdown: final latents / predictions in dB, means over the seeds; a table for each group of settings."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        title = ", ".join([*line["settings"], f"{line['samples']} samples", f"{line['steps']} steps"])
+        groups.setdefault(title, []).append(line)
+    return "\n\n".join(f"{title}\n\n{grid(found)}" for title, found in groups.items())
+
+
+def grid(lines: list[Line]) -> str:
     schemes, methods = (list(dict.fromkeys(line[key] for line in lines)) for key in ("scheme", "method"))
     rows = [f"| | {' | '.join(schemes)} |", "|---" * (len(schemes) + 1) + "|"]
     for method in methods:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from scipy.linalg import hadamard
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ptq_tdq import Calls, calibrate, preset, record
 from ptq_tdq.artifacts import read_artifact
+from ptq_tdq.export.onnx import OnnxDenoiser, export_onnx
 from ptq_tdq.load import load_quantized
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.records import LayerRecord, QuantizerRecord
@@ -113,3 +115,16 @@ def test_it_lowers_the_error_and_runs_in_integers(spiky: tuple[nn.Module, Calls]
     integer = IntegerModel(copy.deepcopy(model), read_artifact(tmp_path / "artifact"))
     off = (integer(x, t) - quantized(x, t)).pow(2).mean()
     assert off < 1e-3 * error["hadamard"], "a tie here or there"
+
+
+@pytest.mark.parametrize("choices", [{"rotate": "hadamard"}, {"equalize": "channels"}], ids=["rotated", "equalized"])
+def test_it_becomes_a_graph(spiky: tuple[nn.Module, Calls], choices: dict[str, str], tmp_path: Path) -> None:
+    model, calls = spiky
+    quantized = calibrate(model, preset("default", **CHOICES | choices), calls)
+    artifact = quantized.to_artifact()
+    assert artifact.divisors or any(layer.rotated for layer in artifact.layers)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=copy.deepcopy(model))
+    x, t = torch.randn(8, 16, 48), torch.full((8,), 500.0)
+    found = OnnxDenoiser(tmp_path / "model.onnx", runtime="onnxruntime", threads=1)(x=x, timestep=t)
+    (y,), expected = pytree.tree_leaves(found), quantized(x, t)
+    assert (y - expected).pow(2).mean() < 1e-4 * (expected - x).pow(2).mean(), "a tie here or there"

@@ -72,7 +72,7 @@ def _rotated(b: Builder, x: ir.Value, rank: int, channels: int) -> ir.Value:
     block, kept = block_of(channels), [0] * (rank - 1)
     blocks = channels // block
     y = b("Reshape", b("Mul", x, signs(channels).numpy()), axes(*kept, blocks, block))
-    y = b("MatMul", y, b.constant((rotated(torch.eye(block)) * signs(block)).numpy()))
+    y = b("MatMul", y, b.constant((rotated(torch.eye(block)) * signs(block)[:, None]).numpy()))
     if blocks > 1:
         y = b("Sub", y, b("Mul", b("ReduceSum", y, axes(rank - 1), keepdims=1), np.float32(2 / blocks)))
     return b("Reshape", y, axes(*kept, channels))
