@@ -186,7 +186,7 @@ def identity(document: dict[str, Any]) -> dict[str, Any]:
 
 def weight_identity(document: dict[str, Any]) -> dict[str, Any]:
     """The part of :func:`identity` that phase W depends on: all of it where that fits weights to activations' bits."""
-    if document["choices"]["equalize"] != "none":
+    if document["choices"]["equalize"] != "none" or document["choices"]["rotate"] == "auto":
         return identity(document)
     found = {
         key: value for key, value in identity(document).items() if key.removeprefix("choice ") not in ACTIVATION_CHOICES

@@ -37,7 +37,7 @@ class Config:
     not reconstructed: it keeps nearest rounding and first intervals.
 
     ``rotate`` "hadamard" mixes the input channels of linear layers before they are quantized, by a fixed rotation that
-    their weights undo (:mod:`ptq_tdq.rotate`); such a layer is not equalized.
+    their weights undo (:mod:`ptq_tdq.rotate`); "auto" those for which it pays. Such a layer is not equalized.
 
     ``equalize`` "channels" divides large input channels of linear layers by factors that their weights take over
     (:mod:`ptq_tdq.recon.equalize`).
@@ -89,7 +89,7 @@ class Config:
     attention: bool = True
     softmax_bits: int = 8
     # phase W
-    rotate: Literal["none", "hadamard"] = "none"
+    rotate: Literal["none", "hadamard", "auto"] = "none"
     equalize: Literal["none", "channels"] = "none"
     weight_granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     weight_range: Literal["mse", "minmax"] = "mse"

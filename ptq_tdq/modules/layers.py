@@ -181,9 +181,9 @@ class QuantLayer(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
     @property
-    def equalizable(self) -> bool:
-        """Whether input channels may be divided by factors: those of a linear layer whose input has an interval."""
-        return self.kind.channel_dim == -1 and len(self.inputs) == 1 and not self.record.rotated
+    def mixable(self) -> bool:
+        """Whether input channels may be rotated or divided by factors: a linear layer whose input has an interval."""
+        return self.kind.channel_dim == -1 and len(self.inputs) == 1
 
     def equalize(self, divisor: Tensor) -> None:
         """Divide the input's channels by powers of two [C], and multiply the weight's: the output keeps its digits."""

@@ -134,7 +134,7 @@ class RunDirectory:
 def form_of(unit: Unit, phase: str, config: Config, length: int) -> Form:
     """Types and shapes of the tensors that :func:`snapshot` gives; tables have ``length`` entries."""
     form: Form = {name: (shift.dtype, tuple(shift.shape)) for name, shift in _shifts(unit).items()}
-    form |= {name: (divisor.dtype, tuple(divisor.shape)) for name, divisor in _divisors(unit).items()}
+    form |= {name: (x.dtype, tuple(x.shape)) for name, x in (_divisors(unit) | _rotations(unit)).items()}
     for layer in unit.layers():
         for index in range(len(layer.ranges)):
             part = layer.part(index).shape
@@ -171,7 +171,7 @@ def _table(static: QParams, length: int) -> IntervalTable:
 
 def snapshot(unit: Unit, phase: str, static: dict[str, QParams], length: int) -> Tensors:
     """What a phase decided for a unit."""
-    tensors = _weights(unit) | _shifts(unit) | _divisors(unit)
+    tensors = _weights(unit) | _shifts(unit) | _divisors(unit) | _rotations(unit)
     if phase == "weights":
         return tensors
     for quantizer in unit.quantizers():
@@ -206,8 +206,13 @@ def _divisors(unit: Unit) -> Tensors:
     return {
         f"{layer.record.name}.divisor": torch.ones(layer.weight.shape[1]) if layer.divisor is None else layer.divisor
         for layer in unit.layers()
-        if layer.equalizable
+        if layer.mixable
     }
+
+
+def _rotations(unit: Unit) -> Tensors:
+    """Whether the input channels of each layer are rotated."""
+    return {f"{x.record.name}.rotated": torch.tensor(x.record.rotated) for x in unit.layers() if x.mixable}
 
 
 def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams], length: int) -> tuple[float, float]:
@@ -218,6 +223,8 @@ def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams], le
             shift.copy_(tensors[name])
     for layer in unit.layers():
         layer.weights_enabled = True
+        if layer.mixable:
+            layer.record = replace(layer.record, rotated=bool(tensors[f"{layer.record.name}.rotated"]))
         divisor = tensors.get(f"{layer.record.name}.divisor")
         if layer.divisor is None and divisor is not None and bool((divisor != 1).any()):
             layer.equalize(divisor.to(unit.device))

@@ -70,9 +70,10 @@ def reconstruct(
 
 
 def _as_chosen(record: LayerRecord, quantized: QuantizedModel) -> LayerRecord:
-    """The record with the methods that phase A chose for its quantizers."""
-    chosen = quantized.quantizers()
-    return replace(record, inputs=tuple(chosen[q.name].record for q in record.inputs))
+    """The record with the methods that phase A chose for its quantizers, and the rotation that phase W did."""
+    chosen, layer = quantized.quantizers(), quantized.layers().get(record.name)
+    inputs = tuple(chosen[q.name].record for q in record.inputs)
+    return replace(record, inputs=inputs, rotated=layer is not None and layer.record.rotated)
 
 
 class _Engine:
@@ -165,7 +166,7 @@ class _Engine:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             if phase == "weights":
-                if self.config.equalize == "channels":
+                if self.config.equalize == "channels" or self.config.rotate == "auto":
                     equalize_unit(unit, mine, self.config, generator)
                 losses = reconstruct_weights(unit, full, mine, target, config, generator)
             else:

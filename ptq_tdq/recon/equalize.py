@@ -12,6 +12,7 @@ no digit of the layer's output in floating point.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,10 +26,12 @@ from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import layer_input
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
+from ptq_tdq.rotate import rotated
 from ptq_tdq.search import QParams, vector_qparams, weight_qparams
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75)
 ROWS = 2048  # tokens of a layer that are looked at, about
+MARGIN = 0.1  # of the error: a rotation costs a pass at run time
 LEAST = 64  # fewer tell nothing
 JUDGE = 4  # one in so many tokens judges the factors that the others give
 SEARCHED = 1 << 14  # of their values, to find an interval
@@ -36,31 +39,40 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def equalize_unit(unit: Unit, call: UnitCall, config: Config, generator: torch.Generator) -> None:
-    """Equalize the unit's linear layers by their inputs in the quantized stream, before any weight is rounded."""
-    layers = [layer for layer in unit.layers() if layer.equalizable]
+    """Equalize the unit's linear layers by their inputs in the quantized stream, before any weight is rounded.
+
+    With ``rotate`` "auto", those are rotated instead for which that leaves less error by more than ``MARGIN``.
+    """
+    layers = [layer for layer in unit.layers() if layer.mixable and not layer.record.rotated]
     for layer, (x, number) in _inputs(unit, layers, call, generator).items():
         if len(x) < LEAST:  # an expert that hardly anything is sent to
             continue
-        divisor = best_divisor(layer, x, number, config)
-        if bool((divisor != 1).any()):
+        divisor, turned = best_transform(layer, x, number, config)
+        if turned:
+            layer.record = replace(layer.record, rotated=True)
+        elif bool((divisor != 1).any()):
             layer.equalize(divisor)
 
 
-def best_divisor(layer: QuantLayer, x: Tensor, number: Tensor, config: Config) -> Tensor:
-    """The factors [C] of the best exponent, for rows ``x`` [n, C] at the steps ``number`` [n]."""
+def best_transform(layer: QuantLayer, x: Tensor, number: Tensor, config: Config) -> tuple[Tensor, bool]:
+    """The factors [C] of the best exponent for rows ``x`` [n, C] at the steps ``number`` [n]; or to rotate instead."""
     weight, judge = layer.part(0), torch.arange(len(x), device=x.device) % JUDGE == 0
     learned, judged = x[~judge], x[judge]
     target, size = judged @ weight.t(), _size(learned, number[~judge])
     energy = _of_steps(target.square().mean(1), number[judge])[number[judge]].clamp(min=TINY)
+
+    def error(seen: Tensor, given: Tensor, moved: Tensor) -> float:
+        output = _quantized_input(layer, seen, given) @ _quantized_weight(layer, moved, config).t()
+        return float(((output - target).square().mean(1) / energy).mean())
+
     best, least = torch.ones_like(size), torch.inf
-    for exponent in EXPONENTS:
+    for exponent in EXPONENTS if config.equalize == "channels" else EXPONENTS[:1]:
         divisor = power_of_two(size**exponent)
-        coded = _quantized_input(layer, learned / divisor, judged / divisor)
-        output = coded @ _quantized_weight(layer, weight * divisor, config).t()
-        error = float(((output - target).square().mean(1) / energy).mean())
-        if error < least:
-            best, least = divisor, error
-    return best
+        found = error(learned / divisor, judged / divisor, weight * divisor)
+        if found < least:
+            best, least = divisor, found
+    turns = config.rotate == "auto"
+    return best, turns and error(rotated(learned), rotated(judged), rotated(weight)) < (1 - MARGIN) * least
 
 
 def power_of_two(size: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ptq_tdq import calibrate, preset, record
 from ptq_tdq.artifacts import read_artifact
 from ptq_tdq.load import load_quantized
 from ptq_tdq.modules import QuantLayer
-from ptq_tdq.recon.equalize import best_divisor, power_of_two
+from ptq_tdq.recon.equalize import best_transform, power_of_two
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.runtime import IntegerModel
 
@@ -84,13 +84,13 @@ def test_an_equalized_layer_computes_the_same_digits() -> None:
 @pytest.mark.parametrize("method", ["static", "dynamic-token"])
 def test_a_layer_with_a_few_large_channels_is_equalized(method: str) -> None:
     layer, x = layer_of(method), tokens()
-    divisor = best_divisor(layer, x, torch.zeros(len(x), dtype=torch.int64), preset("default", **CHOICES))
+    divisor, _ = best_transform(layer, x, torch.zeros(len(x), dtype=torch.int64), preset("default", **CHOICES))
     assert divisor[SIZE > 1].min() >= 4 * divisor[SIZE == 1].max()
 
 
 def test_a_layer_whose_channels_are_alike_is_left_alone() -> None:
     layer, x = layer_of(), tokens() / SIZE
-    divisor = best_divisor(layer, x, torch.zeros(len(x), dtype=torch.int64), preset("default", **CHOICES))
+    divisor, _ = best_transform(layer, x, torch.zeros(len(x), dtype=torch.int64), preset("default", **CHOICES))
     assert torch.equal(divisor, torch.ones(32))
 
 
@@ -123,3 +123,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     for name, divisor in first.divisors.items():
         assert torch.equal(divisor, again.divisors[name])
         assert torch.equal(first.weight_codes[name], again.weight_codes[name])
+
+
+def test_auto_rotates_the_layers_that_gain_by_it_and_remembers_which(tmp_path: Path) -> None:
+    model, choices = denoiser(), CHOICES | {"scheme": "W8A6", "equalize": "none", "rotate": "auto"}
+    calls = calls_of(model)
+    first, again = (
+        calibrate(model, preset("default", **choices), calls, run_directory=tmp_path)  # type: ignore[arg-type]
+        for _ in range(2)
+    )
+    turned = {layer.name: layer.rotated for layer in first.plan}
+    assert turned["up"] and turned == {layer.name: layer.rotated for layer in again.plan}
+    x, t = torch.randn(2, 16, 32), torch.tensor([500.0])
+    assert torch.equal(first(x, t), again(x, t))
+    assert IntegerModel(copy.deepcopy(model), first.to_artifact()).facts["integer_layers"] == 2
