@@ -210,9 +210,8 @@ def _learn_codes(unit: Unit, call: UnitCall, target: Parts, config: Config, gene
 def _learned_state(unit: Unit, learned: list[LearnedCodes]) -> _WeightState:
     """The :func:`_weight_state` that the present codes give."""
     grids = [(w.scale, w.zero_point) for _, _, w in _parts(unit.layers())]
-    found = [
+    return [
         (codes.hard_codes(), codes.scale().detach().view_as(scale), zero_point)
         for codes, (scale, zero_point) in zip(learned, grids, strict=True)
         if scale is not None
-    ]
-    return found, [shift.detach().clone() for shift in unit.shifts()]
+    ], [shift.detach().clone() for shift in unit.shifts()]
