@@ -148,7 +148,8 @@ class Corrected(nn.Module):
         of_noise = {"epsilon": torch.ones(()), "v_prediction": alpha.sqrt(), "sample": -(alpha / (1 - alpha)).sqrt()}
         coefficient = ddim_coefficient(alpha, before, sampler) * of_noise[schedule.config.prediction_type]
         remaining = self.correction.at(self.correction.remaining_variance, torch.tensor([t]))[0]
-        return (lowered_variance(sampler, coefficient, remaining) / sampler.clamp(min=1e-30)).sqrt()
+        share: Tensor = (lowered_variance(sampler, coefficient, remaining) / sampler.clamp(min=1e-30)).sqrt()
+        return share
 
 
 def _with_prediction(output: Any, predicted: Tensor) -> Any:

@@ -39,7 +39,7 @@ def centre(net: nn.Sequential, features: Tensor, *, silent: bool = False) -> Non
     with torch.no_grad():
         if silent:
             last.weight.zero_()
-        last.bias -= net(features).mean()
+        last.bias.sub_(net(features).mean())
     net.train()
 
 

@@ -87,7 +87,7 @@ def test_no_unit_ends_worse_than_it_began(wrap: Wrap, choose: Choose, calls: Cal
             assert weight.rounding is None and weight.codes is not None
             assert weight.codes.max() <= 2**3 - 1 and weight.codes.unique().numel() > 1
     for quantizer in quantized.quantizers().values():
-        if choices["method"].startswith("dynamic"):
+        if quantizer.record.method.startswith("dynamic"):
             assert isinstance(quantizer.source, Dynamic) and not quantizer.source.training
             assert not any(p.requires_grad for p in quantizer.source.parameters())
         else:
