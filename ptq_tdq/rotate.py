@@ -19,10 +19,12 @@ from torch import Tensor
 def rotated(x: Tensor) -> Tensor:
     """R times each of the vectors of x [..., C]."""
     block = block_of(x.shape[-1])
-    y, width = (x * signs(x.shape[-1]).to(x)).unflatten(-1, (-1, block)), 1
+    y: Tensor = (x * signs(x.shape[-1]).to(x)).unflatten(-1, (-1, block))
+    width = 1
     while width < block:
         low, high = y.unflatten(-1, (-1, 2, width)).unbind(-2)
-        y, width = torch.stack([low + high, low - high], -2).flatten(-3), 2 * width
+        y = torch.stack([low + high, low - high], -2).flatten(-3)
+        width *= 2
     y = y * block**-0.5
     blocks = y.shape[-2]
     if blocks > 1:
