@@ -42,7 +42,7 @@ class FilePath(click.Path):
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
                 self.fail(f"{str(value)[:100]!r} cannot be a path here ({reason(error)}).", parameter, context)
-        return Path(super().convert(value, parameter, context))
+        return Path(os.fsdecode(super().convert(value, parameter, context)))
 
 
 def _read_prompts(context: click.Context, parameter: click.Parameter, value: Path | None) -> list[str] | None:

@@ -12,6 +12,7 @@ from sys import float_info
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ptq_tdq.errors import ConfigError
+from ptq_tdq.files import read_file, reason
 from ptq_tdq.intervals import Encoding, IntervalOptions, source_class
 from ptq_tdq.processor import has_bfloat16
 from ptq_tdq.scheme import MAX_BITS, MIN_BITS, Scheme
@@ -310,13 +311,18 @@ def preset(name: str, **choices: Any) -> Config:
     return Config().changed({"preset": name, **PRESETS[name]}).changed(choices)
 
 
+MOST_BYTES = 1 << 20  # of a file of choices
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
     """Choices of a TOML (or ``.json``) file; raises :class:`ConfigError` where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, MOST_BYTES).decode()
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"The config file {path} cannot be read ({error}); give a TOML or JSON file.") from None
+        raise ConfigError(
+            f"The config file {path} cannot be read ({reason(error)}); give a TOML or JSON file."
+        ) from None
     if not isinstance(data, dict):
         raise ConfigError(f"The config file {path} must hold a table of choices.")
     return data

@@ -29,7 +29,8 @@ def rotated(x: Tensor) -> Tensor:
     blocks = y.shape[-2]
     if blocks > 1:
         y = y - y.sum(-2, keepdim=True) * (2 / blocks)
-    return y.flatten(-2)
+    rotated: Tensor = y.flatten(-2)
+    return rotated
 
 
 def block_of(channels: int) -> int:

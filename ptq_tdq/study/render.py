@@ -106,13 +106,13 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
             rows.setdefault((line["preset"], line["scheme"]), {})
     for row, entries in rows.items():
         mine = [line for line in lines if (line["preset"], line["scheme"]) == row]
-        sizes = {_measured_on(line) for line in mine}
-        if len(sizes) > 1:
+        places = {_measured_on(line) for line in mine}
+        if len(places) > 1:
             raise UsageError(
-                f"{' '.join(row)} is measured on several numbers of (samples, steps): {sorted(sizes)}; "
+                f"{' '.join(row)} is measured on several numbers of (samples, steps): {sorted(places)}; "
                 "keep one of them in a file."
             )
-        full = [line for line in lines if line["method"] == FULL_PRECISION and _measured_on(line) in sizes]
+        full = [line for line in lines if line["method"] == FULL_PRECISION and _measured_on(line) in places]
         for line in (*mine, *full):
             entry = entries.setdefault(line["method"], Entry({}))
             value = line["results"].get(metric.key)
