@@ -30,7 +30,7 @@ from ptq_tdq.recon.unit import Unit
 from ptq_tdq.search import QParams
 
 CHOICES = (SIMPLE, FOLLOWING, TOKEN)  # of "auto"
-CHECKPOINT_FORM = 4  # changes with the names and the meaning of the tensors in the files
+CHECKPOINT_FORM = 5  # changes with the names and the meaning of the tensors in the files
 
 Tensors = dict[str, Tensor]
 Saved = tuple[Tensors, tuple[float, float]]
