@@ -48,8 +48,8 @@ class Config:
 
     Rounding "gptq" is the closed form of :mod:`ptq_tdq.gptq`, with the ``damping`` of its compensation for quantized
     inputs, and with ``round_again`` once more at the end of phase A, when activations are quantized too; from there
-    "learned" goes on for ``weight_iterations``, as long as it pays on trajectories held out from it. "adaround" is
-    learned in ``weight_iterations`` of phase W, as published.
+    "learned" goes on for ``weight_iterations`` in units with weights of at most 3 bits, as far as it pays on
+    trajectories held out from it. "adaround" is learned in ``weight_iterations`` of phase W, as published.
 
     The calibration set has ``samples_per_step`` rows at each of ``calibration_steps``; with ``thinning`` n they come
     from n times as many trajectories, each of which gives every n-th of its steps.

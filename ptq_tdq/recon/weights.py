@@ -14,10 +14,12 @@ from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.rounding import AdaRound, LearnedCodes, annealed_b
+from ptq_tdq.scheme import MAX_BITS
 from ptq_tdq.search import weight_qparams
 
 LOSS_POWER = 2.0
 CHECKS = 8  # times that learning is judged on held-out samples
+LEARNED_BITS = 3  # at 4 bits nothing learned was better than the closed form (benchmarks/results/rounding.jsonl)
 
 _WeightState = tuple[list[tuple[Tensor | None, Tensor | None, Tensor | None]], list[Tensor]]
 
@@ -68,7 +70,8 @@ def round_last(
 
     With ``round_again`` they are rounded in closed form once more: the errors of quantized inputs are noise in all
     directions, the inputs themselves lie in few, so the compensation makes weights that listen less where there is
-    mostly noise. Then "learned" codes are learned. Returns the unit's loss, which is never above ``loss``.
+    mostly noise. Then "learned" codes are learned, where weights have few bits. Returns the unit's loss, which is never
+    above ``loss``.
     """
     kept = _weight_state(unit)
     if config.rounding in ("gptq", "learned") and config.round_again:
@@ -76,7 +79,7 @@ def round_last(
             initialize(layer, config)
         round_unit(_seen(unit, config), full, call, config, generator)
         loss = _settle(unit, call, target, config.loss_power, loss, kept)
-    if config.rounding == "learned":
+    if _learns(unit, config):
         kept = _weight_state(unit)
         _learn_codes(unit, call, target, config, generator)
         loss = _settle(unit, call, target, config.loss_power, loss, kept)
@@ -85,7 +88,12 @@ def round_last(
 
 def _seen(unit: Unit, config: Config) -> Unit:
     """The unit on the samples that its weights are rounded by: not on those that will judge what is learned."""
-    return unit.split()[0] if config.rounding == "learned" else unit
+    return unit.split()[0] if _learns(unit, config) else unit
+
+
+def _learns(unit: Unit, config: Config) -> bool:
+    bits = [quantizer.qtype.bits for _, _, quantizer in _parts(unit.layers())]
+    return config.rounding == "learned" and min(bits, default=MAX_BITS) <= LEARNED_BITS
 
 
 def _settle(unit: Unit, call: UnitCall, target: Parts, power: float, loss: float, before: _WeightState) -> float:
