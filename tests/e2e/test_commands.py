@@ -131,7 +131,7 @@ def test_off_a_terminal_calibrate_prints_the_result_and_nothing_else(
     assert "Preset default: scheme W4A8" in verbose.err and "weights 1/" in verbose.err
 
 
-@pytest.mark.parametrize("command", ["benchmark", "calibrate", "evaluate", "export", "inspect", "report", "sample"])
+@pytest.mark.parametrize("command", list(entry.COMMANDS))
 def test_every_flag_is_explained(command: str, cli: Any) -> None:
     shown = cli(command, "--help")
     assert shown.code == 0 and shown.err == ""
@@ -141,7 +141,7 @@ def test_every_flag_is_explained(command: str, cli: Any) -> None:
 def test_the_bare_command_lists_the_commands(cli: Any) -> None:
     shown = cli()
     assert shown.code == 2
-    for command in ("benchmark", "calibrate", "evaluate", "export", "inspect", "report", "sample"):
+    for command in entry.COMMANDS:
         assert f"  {command} " in shown.out + shown.err
     assert cli("--version").out.startswith("ptq-tdq, version ")
 
