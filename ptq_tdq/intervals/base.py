@@ -151,7 +151,7 @@ class LearnedScale(nn.Module):
         self.value = nn.Parameter(scale.log() if self.log else scale.clone())
 
     def forward(self) -> Tensor:
-        return self.value.exp() if self.log else self.value.clamp(min=torch.finfo(torch.float32).tiny)
+        return (self.value.exp() if self.log else self.value).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def source_class(method: str) -> type[IntervalSource]:

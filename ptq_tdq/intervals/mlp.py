@@ -19,7 +19,8 @@ PLACES = 51  # of the axis, at which a module is fitted
 
 def inverse_softplus(y: Tensor) -> Tensor:
     """x with softplus(x) = y, for y > 0; exact for small y, where log(exp(y) - 1) would lose all digits."""
-    return y + torch.log(-torch.expm1(-y))
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.where(y < 1e-6, y.clamp(min=tiny).log(), y + torch.log(-torch.expm1(-y.clamp(min=1e-6))))
 
 
 def scale_of(net: nn.Sequential, features: Tensor, static: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ class _Best:
             assert quantizer.source is not None
             quantizer.source.eval()
         loss = self.unit.loss(self.call, self.target, self.power)
-        if not self.state or not loss >= self.loss:
+        if not self.state or loss < self.loss or math.isnan(self.loss):
             shifts = [shift.detach().clone() for shift in self.unit.shifts()]
             self.loss, self.state = loss, [copy.deepcopy([q.source for q in self.unit.quantizers()]), shifts]
         return loss

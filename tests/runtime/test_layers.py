@@ -186,8 +186,8 @@ def test_each_token_has_an_interval_of_its_own(both: Any) -> None:
 
 def test_rows_that_belong_to_no_sample_need_one_time_step(both: Any) -> None:
     _, integer = both(Frames(nn.Linear(4, 4)), inputs((2, 4)))
-    with pytest.raises(ModelError, match="3 time steps do not fit a batch of 8"):
-        integer(torch.randn(4, 2, 4), TIMES["mixed t"])
+    with pytest.raises(ModelError, match="4 time steps do not fit a batch of 10"):
+        integer(torch.randn(5, 2, 4), torch.tensor([0.0, 1000.0, 17.0, 3.0]))
 
 
 def test_parts_of_the_model_are_not_for_themselves(both: Any) -> None:
