@@ -15,7 +15,7 @@ demo: $(VENV)/.installed  ## calibrate the embedded reference model
 	$(BIN)/ptq-tdq calibrate --output-dir $(OUT)
 
 test: lint  ## lint, then every test that is not marked slow
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

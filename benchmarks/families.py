@@ -1,4 +1,4 @@
-"""The README's table of denoiser classes, from a run of the tests.
+"""The table of denoiser classes in docs/models.md, from a run of the tests.
 
 PTQ_TDQ_FAMILIES=benchmarks/results/families.json pytest tests/conformance/test_denoisers.py tests/export
 python benchmarks/families.py benchmarks/results/families.json
@@ -15,12 +15,18 @@ COLUMNS = {"simulated_db": "quantized (W8A8)", "integer_db": "integer", "portabl
 
 
 def table(families: dict[str, dict[str, Any]]) -> str:
-    """A markdown table with one row per class; an empty cell is what was not run, or did not work, in that run."""
+    """A markdown table with one row per class; an empty cell is what was not run, "no" what ended in a sentence."""
     rows = [f"| denoiser | {' | '.join(COLUMNS.values())} | quantized share |", "|---|---|---|---|---|"]
     for name, found in families.items():
-        ratios = [f"{found[key]:.0f} dB" if key in found else "" for key in COLUMNS]
+        ratios = [_cell(found, key) for key in COLUMNS]
         rows.append(f"| {name} | {' | '.join(ratios)} | {found['coverage']:.1%} |")
     return "\n".join(rows)
+
+
+def _cell(found: dict[str, Any], key: str) -> str:
+    if key not in found:
+        return ""
+    return "no" if found[key] is None else f"{found[key]:.0f} dB"
 
 
 if __name__ == "__main__":

@@ -23,20 +23,23 @@ import click
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMPipeline,
     DDIMScheduler,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from reference_model import classifier as classifier_stage
 from reference_model import dit as dit_stage
+from reference_model import pixel as pixel_stage
 from reference_model import unet as unet_stage
 from reference_model import vae as vae_stage
-from reference_model.data import cached_latents, load_images
+from reference_model.data import cached_latents, load_images, save_atomic, to_unit
 from reference_model.evaluate import evaluate as evaluate_model
 from reference_model.export import export_halves
 from reference_model.loop import train
 
-from ptq_tdq.calib_data.reference import load_classifier
+from ptq_tdq.calib_data.reference import ConvMixer, load_classifier
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -48,6 +51,7 @@ class Folders:
     data: Path
     work: Path
     init: Path | None
+    device: torch.device
 
     def find(self, part: str) -> Path:
         """Return the newest weights of ``part``: trained here, else those of ``--init``."""
@@ -57,12 +61,19 @@ class Folders:
         raise click.UsageError(f"No {part} in --work or --init. Run the {part} stage first or give --init.")
 
     def vae(self) -> AutoencoderKL:
-        return AutoencoderKL.from_pretrained(self.find("vae"), torch_dtype=torch.float32).eval()
+        return AutoencoderKL.from_pretrained(self.find("vae"), torch_dtype=torch.float32).eval().to(self.device)
 
     def latents(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents of the training images and of their mirror images [2, N, 4, h, w], and labels [N]."""
         images, labels = load_images(self.data)
-        return cached_latents(self.vae(), images, self.work / "latents.pt"), labels
+        latents = cached_latents(self.vae(), images, self.work / "latents.pt")
+        return latents.to(self.device), labels.to(self.device)
+
+    def pixels(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The training images in [-1, 1] and their mirror images [2, N, 3, 32, 32] in float16, and labels [N]."""
+        images, labels = load_images(self.data)
+        unit = to_unit(images.to(self.device)).half()
+        return torch.stack([unit, unit.flip(3)]), labels.to(self.device)
 
 
 @click.group(context_settings={"show_default": True})
@@ -70,13 +81,14 @@ class Folders:
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Checkpoints, cached latents and results.")
 @click.option("--init", type=click.Path(exists=True, path_type=Path), help="Folder with unet/ and vae/ to start from.")
 @click.option("--threads", default=2)
+@click.option("--device", default="cpu", help="Of the denoisers' and the second classifier's training.")
 @click.pass_context
-def main(context: click.Context, data: Path, work: Path, init: Path | None, threads: int) -> None:
+def main(context: click.Context, data: Path, work: Path, init: Path | None, threads: int, device: str) -> None:
     """Train and evaluate the embedded reference model."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     work.mkdir(parents=True, exist_ok=True)
-    context.obj = Folders(data, work, init)
+    context.obj = Folders(data, work, init, torch.device(device))
 
 
 @main.command()
@@ -127,7 +139,7 @@ def decoder(
 
 
 def _training(steps: int, batch: int, lr: float) -> Callable[[Command], Command]:
-    """The options that both denoisers are trained by."""
+    """The options of every stage that runs the common loop."""
     options = (
         click.option("--steps", default=steps, help="The last step; the learning rate is 0 there."),
         click.option("--batch", default=batch),
@@ -160,7 +172,7 @@ def unet(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
         new = UNet2DModel(**unet_stage.CONFIG)
     scheduler = DDIMScheduler(**unet_stage.SCHEDULER)
     loss = unet_stage.unet_loss(latents, labels, scheduler, batch)
-    trained = train("unet", new, loss, folders.work, seed=seed, **schedule)
+    trained = train("unet", new.to(folders.device), loss, folders.work, seed=seed, **schedule)
     trained.save_pretrained(folders.work / "unet")
     scheduler.save_pretrained(folders.work / "scheduler")
 
@@ -176,9 +188,41 @@ def dit(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
         new = DiTTransformer2DModel.from_pretrained(folders.init / "transformer", torch_dtype=torch.float32)
     else:
         new = dit_stage.new_dit()
-    trained = train("dit", new, dit_stage.dit_loss(latents, labels, batch), folders.work, seed=seed, **schedule)
+    loss = dit_stage.dit_loss(latents, labels, batch)
+    trained = train("dit", new.to(folders.device), loss, folders.work, seed=seed, **schedule)
     trained.save_pretrained(folders.work / "transformer")
     FlowMatchEulerDiscreteScheduler(**dit_stage.SCHEDULER).save_pretrained(folders.work / "scheduler")
+
+
+@main.command()
+@_training(steps=20000, batch=128, lr=4e-4)
+@click.pass_obj
+def pixel(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
+    """Train the pixel-space U-Net (AdamW, EMA)."""
+    torch.manual_seed(seed)
+    images, labels = folders.pixels()
+    scheduler = DDIMScheduler(**pixel_stage.SCHEDULER)
+    new = UNet2DModel(**pixel_stage.CONFIG).to(folders.device, memory_format=torch.channels_last)
+    loss = pixel_stage.pixel_loss(images, labels, scheduler, batch)
+    trained = train("pixel", new, loss, folders.work, seed=seed, **schedule)
+    DDIMPipeline(trained, scheduler).save_pretrained(folders.work / "pixel")
+
+
+@main.command()
+@_training(steps=8000, batch=512, lr=3e-3)
+@click.pass_obj
+def classifier(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
+    """Train the second classifier and print its accuracy on the test images."""
+    torch.manual_seed(seed)
+    images, labels = folders.pixels()
+    new = ConvMixer().to(folders.device, memory_format=torch.channels_last)
+    loss = classifier_stage.classifier_loss(images, labels, batch)
+    trained = train("classifier", new, loss, folders.work, seed=seed, **schedule)
+    held_out, expected = load_images(folders.data, "test")
+    with torch.no_grad():
+        found = torch.cat([trained(to_unit(part.to(folders.device))).argmax(1).cpu() for part in held_out.split(500)])
+    click.echo(json.dumps({"images": len(expected), "accuracy": float((found == expected).double().mean())}))
+    save_atomic({name: value.cpu() for name, value in trained.state_dict().items()}, folders.work / "convmixer.pt")
 
 
 @main.command()

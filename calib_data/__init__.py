@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from ptq_tdq.calib_data.collect import collect, collect_cached, first_call, make_recipe
+from ptq_tdq.calib_data.embedded import EMBEDDED
 from ptq_tdq.calib_data.finite import finite_outputs
 from ptq_tdq.calib_data.load import (
-    EMBEDDED,
-    REFERENCE_DIT_ID,
-    REFERENCE_ID,
     LoadedModel,
     check_denoiser,
     from_pipeline,
@@ -23,8 +21,6 @@ from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 
 __all__ = [
     "EMBEDDED",
-    "REFERENCE_DIT_ID",
-    "REFERENCE_ID",
     "LoadedModel",
     "LoopSampler",
     "PipelineSampler",

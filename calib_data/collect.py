@@ -15,7 +15,7 @@ from torch import Tensor
 from ptq_tdq.cache import cache_folder
 from ptq_tdq.calib_data.finite import finite_outputs
 from ptq_tdq.calib_data.load import LoadedModel
-from ptq_tdq.calib_data.sampler import new_schedule, sample_generator
+from ptq_tdq.calib_data.sampler import Sampler, new_schedule, sample_generator
 from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 from ptq_tdq.calls import Calls, Recorder
 from ptq_tdq.errors import CalibrationSetError, ConfigError
@@ -32,12 +32,16 @@ def collect(
     calibration_steps: int,
     num_inference_steps: int,
     step_distribution: StepDistribution = "uniform",
+    thinning: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
     parts: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Calls:
-    """Sample ``samples_per_step`` trajectories once each and keep the calls at ``calibration_steps`` steps of each.
+    """Sample trajectories and keep the calls at ``calibration_steps`` steps, of ``samples_per_step`` of them at each.
+
+    Steps of one trajectory are alike. With ``thinning`` n there are n times ``samples_per_step`` trajectories, each of
+    which gives every n-th of its steps (and no more than can give one): as many rows, which are less alike.
 
     The set holds samples_per_step x calibration_steps rows (Q-Diffusion: 256 x 20 = 5120), or twice as many where
     guidance calls the denoiser with and without the condition. Trajectory i has the noise of (seed, i) alone, so
@@ -50,18 +54,20 @@ def collect(
     the denoiser gives NaN or Inf.
     """
     size = model.sampler.batch if batch_size is None else batch_size
-    _check_request(samples_per_step, calibration_steps, num_inference_steps, size)
-    conditions = model.sampler.conditions(samples_per_step)
-    collected, total = [], num_inference_steps * -(-samples_per_step // size)
-    for number, start in enumerate(range(0, samples_per_step, size)):
-        samples = range(start, min(start + size, samples_per_step))
+    _check_request(samples_per_step, calibration_steps, num_inference_steps, thinning, size)
+    thinning = min(thinning, calibration_steps)
+    trajectories = samples_per_step * thinning
+    conditions = drawn(model.sampler, trajectories, seed)
+    collected, total = [], num_inference_steps * -(-trajectories // size)
+    for number, start in enumerate(range(0, trajectories, size)):
+        samples = range(start, min(start + size, trajectories))
         part = _read(parts, start)
         if part is None:
             recorder = Recorder(model.denoiser)
             schedule = new_schedule(model.sampler)
             choices = [sample_generator("steps", seed, i) for i in samples]
-
-            wanted = _Wanted(schedule, calibration_steps, step_distribution, choices)
+            given = [slice(-i % thinning, None, thinning) for i in samples]
+            wanted = _Wanted(schedule, calibration_steps, step_distribution, choices, given)
 
             def count(step: int, done: int = number * num_inference_steps) -> None:
                 if on_progress is not None:
@@ -86,9 +92,23 @@ def collect(
         calibration_steps=calibration_steps,
         num_inference_steps=num_inference_steps,
         step_distribution=step_distribution,
+        thinning=thinning,
         seed=seed,
     )
     return Calls.join(collected, collected[0].axis, recipe)
+
+
+def drawn(sampler: Sampler, count: int, seed: int) -> list[Any]:
+    """Conditions of ``count`` trajectories: each round of all that there are is in an order of its own, by ``seed``.
+
+    So few trajectories see different classes with each seed, and every part of many sees all alike.
+    """
+    known = sampler.conditions(sampler.num_conditions)
+    orders: list[int] = []
+    while len(orders) < count:
+        generator = sample_generator("conditions", seed, len(orders))
+        orders += torch.randperm(len(known), generator=generator).tolist()
+    return [known[i] for i in orders[:count]]
 
 
 class _Enough(BaseException):
@@ -137,6 +157,7 @@ def make_recipe(
     calibration_steps: int,
     num_inference_steps: int,
     step_distribution: StepDistribution = "uniform",
+    thinning: int = 1,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Name all that a calibration set depends on, as plain JSON values; the keys are those of :func:`collect`."""
@@ -150,7 +171,9 @@ def make_recipe(
         "calibration_steps": calibration_steps,
         "num_inference_steps": num_inference_steps,
         "step_distribution": step_distribution,
+        "thinning": thinning,
         "seed": seed,
+        "conditions": "drawn",  # all in turn, each round in an order of its own
         **model.sampler.recipe(),
     }
 
@@ -189,9 +212,16 @@ class _Wanted:
     """Chooses steps for every sample once the sampler has set its schedule: when it first calls the denoiser."""
 
     def __init__(
-        self, schedule: Any, count: int, distribution: StepDistribution, generators: Sequence[torch.Generator]
+        self,
+        schedule: Any,
+        count: int,
+        distribution: StepDistribution,
+        generators: Sequence[torch.Generator],
+        given: Sequence[slice],
     ) -> None:
-        self.schedule, self.count, self.distribution, self.generators = schedule, count, distribution, generators
+        """``given`` are those of its chosen steps that a sample gives."""
+        self.schedule, self.count, self.distribution = schedule, count, distribution
+        self.generators, self.given = generators, given
         self.chosen = torch.empty(0)
         self.place = torch.empty(0)
 
@@ -212,11 +242,11 @@ class _Wanted:
         steps, self.place = t.unique_consecutive(return_inverse=True)
         total = getattr(self.schedule.config, "num_train_timesteps", None) or max(1, int(t.max()))
         self.chosen = torch.zeros(len(steps), len(self.generators), dtype=torch.bool)
-        for column, generator in enumerate(self.generators):
+        for column, (generator, given) in enumerate(zip(self.generators, self.given, strict=True)):
             found = choose_steps(
                 steps, min(self.count, len(steps)), self.distribution, generator, num_train_timesteps=total
             )
-            self.chosen[found, column] = True
+            self.chosen[found[given], column] = True
 
 
 def _file(parts: Path, start: int) -> Path:
@@ -232,11 +262,14 @@ def _read(parts: Path | None, start: int) -> Calls | None:
         return None
 
 
-def _check_request(samples_per_step: int, calibration_steps: int, num_inference_steps: int, batch_size: int) -> None:
+def _check_request(
+    samples_per_step: int, calibration_steps: int, num_inference_steps: int, thinning: int, batch_size: int
+) -> None:
     counts = {
         "samples_per_step": samples_per_step,
         "calibration_steps": calibration_steps,
         "num_inference_steps": num_inference_steps,
+        "thinning": thinning,
         "batch_size": batch_size,
     }
     for name, count in counts.items():

@@ -7,28 +7,25 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
-from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
+from ptq_tdq.calib_data.embedded import EMBEDDED, find_embedded
 from ptq_tdq.calib_data.loop import LoopSampler
 from ptq_tdq.calib_data.pipeline import PipelineSampler
 from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
-from ptq_tdq.calib_data.reference_dit import reference_dit_path
 from ptq_tdq.calib_data.sampler import Sampler
-from ptq_tdq.calib_data.source import Parts, diffusers_class, find_folder, find_parts, read_config
+from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
 from ptq_tdq.identity import model_sha256
+from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import time_argument
 
-REFERENCE_ID, REFERENCE_DIT_ID = "ptq-tdq/reference-cifar10-ldm", "ptq-tdq/reference-cifar10-dit"
-EMBEDDED = {"reference": REFERENCE_ID, "reference-dit": REFERENCE_DIT_ID}
-"""Short names of the models that come with the package."""
 _ACCELERATE = find_spec("accelerate") is not None  # loads in less memory; some models are loaded in no other way
 
 
@@ -63,7 +60,7 @@ def load_model(
     classes: Sequence[int] | None = None,
     call: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """Load an embedded model ("reference", the default, or "reference-dit"), a local diffusers folder or a hub id.
+    """Load an embedded model (:data:`EMBEDDED`; "reference" is the default), a local diffusers folder or a hub id.
 
     A folder holds a pipeline, or a bare denoiser whose scheduler may be in it or beside it. ``component`` names the
     denoiser of a pipeline that has several. What is sampled, for calibration and evaluation, are ``prompts`` or
@@ -73,8 +70,10 @@ def load_model(
     :class:`NonFiniteError` naming the layer for NaN or Inf in a weight, and :class:`ConfigError` for an unknown device
     and for prompts, classes or arguments that the model does not take.
     """
-    name = EMBEDDED.get(source or "reference", source or "")
-    folder = _folder(name)
+    source = "reference" if source is None else source
+    name = EMBEDDED[source].id if source in EMBEDDED else source
+    embedded = find_embedded(name)
+    folder = embedded.folder if embedded else find_folder(name)
     parts = find_parts(folder, component)
     with _quiet():
         denoiser = _load_weights(_class_of(parts.denoiser), parts.denoiser)
@@ -125,7 +124,7 @@ def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
 
     Raises :class:`ConfigError` for a class that diffusers does not have or that cannot be made from this schedule.
     """
-    cls = diffusers_class(name, SchedulerMixin)
+    cls = diffusers_class(name, "SchedulerMixin")
     if cls is None:
         raise ConfigError(
             f"diffusers has no scheduler named {name!r}, or lacks a package for it; "
@@ -157,17 +156,8 @@ def check_denoiser(model: nn.Module) -> None:
 
 
 def is_embedded(model: LoadedModel) -> bool:
-    """Whether the model samples latents of the embedded VAE, and so images for the embedded classifier."""
-    return model.id in EMBEDDED.values() or Path(model.id).resolve() in (
-        reference_path().resolve(),
-        reference_dit_path().resolve(),
-    )
-
-
-def _folder(name: str) -> Path:
-    if name == REFERENCE_ID:
-        return reference_path()
-    return reference_dit_path() if name == REFERENCE_DIT_ID else find_folder(name)
+    """Whether the model comes with the package, and so samples images that the embedded classifiers know."""
+    return find_embedded(model.id) is not None
 
 
 def _takes_time(model: nn.Module) -> bool:
@@ -191,22 +181,25 @@ def _make_sampler(
         sampler = PipelineSampler(pipe, parts.component, prompts, classes, call)
         if sampler.condition is not None or set(pipe.components) - {parts.component, "scheduler", "vae", "vqvae"}:
             return sampler, ()
-    if prompts is not None or call:
+    if prompts is not None or set(call or {}) - {"eta"}:
         raise ConfigError(
             f"'{parts.denoiser}' is no pipeline with a condition: it takes no prompts and no arguments such as "
-            "guidance_scale, height or width."
+            "guidance_scale, height or width, only eta."
         )
-    vae = parts.vae or (reference_path() / "vae" if parts.denoiser.parent == reference_dit_path() else None)
+    embedded = find_embedded(str(parts.denoiser.parent))
+    vae = parts.vae or (embedded.vae if embedded else None)
     loaded = None if vae is None else _load_weights(_class_of(vae), vae)
     scheduler, notices = _load_scheduler(parts)
-    return LoopSampler(denoiser, scheduler, loaded, classes), notices
+    return LoopSampler(denoiser, scheduler, loaded, classes, **(call or {})), notices
 
 
 def _load_pipeline(folder: Path, component: str, denoiser: nn.Module) -> Any:
     # what a safety checker would do to the pictures of an untrained or quantized model is no loss of quantization
     given = {"safety_checker": None} if "safety_checker" in read_config(folder / "model_index.json") else {}
     try:
-        with _quiet_transformers():
+        from diffusers import DiffusionPipeline
+
+        with _quiet("transformers"):
             return DiffusionPipeline.from_pretrained(
                 folder,
                 torch_dtype=torch.float32,
@@ -269,9 +262,11 @@ def _class_of(folder: Path) -> Any:
 def _load_scheduler(parts: Parts) -> tuple[Any, tuple[str, ...]]:
     if parts.scheduler is None:
         notice = f"'{parts.denoiser}' has no scheduler_config.json; using DDPMScheduler with its defaults."
+        from diffusers import DDPMScheduler
+
         return DDPMScheduler(), (notice,)
     config = read_config(parts.scheduler / "scheduler_config.json")
-    cls = diffusers_class(config.get("_class_name"), SchedulerMixin)
+    cls = diffusers_class(config.get("_class_name"), "SchedulerMixin")
     if cls is None:
         raise ModelError(
             f"The configuration in '{parts.scheduler}' names the class {config.get('_class_name')!r}, which this "
@@ -292,8 +287,15 @@ def _move(denoiser: nn.Module, sampler: Sampler, device: torch.device, dtype: to
 
 
 @contextmanager
-def _quiet(library: Any = diffusers_logging) -> Iterator[None]:
-    """Silence log lines and bars about things that :func:`load_model` reports itself, as errors with an advice."""
+def _quiet(name: Literal["diffusers", "transformers"] = "diffusers") -> Iterator[None]:
+    """Silence log lines and bars about things that :func:`load_model` reports itself, as errors with an advice.
+
+    Nothing happens where the library is not installed: text encoders need transformers, not every model has one.
+    """
+    if find_spec(name) is None:
+        yield
+        return
+    library = import_module(f"{name}.utils.logging")
     verbosity, bar = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_error()
     library.disable_progress_bar()
@@ -305,15 +307,3 @@ def _quiet(library: Any = diffusers_logging) -> Iterator[None]:
         library.set_verbosity(verbosity)
         if bar:
             library.enable_progress_bar()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """The same of the library that text encoders come from; it is heavy, and not needed by every model."""
-    if find_spec("transformers") is None:
-        yield
-        return
-    from transformers.utils import logging as transformers_logging
-
-    with _quiet(transformers_logging):
-        yield

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq_tdq.calib_data.sampler import Sampled, Sampler, check_classes, spread_classes
+from ptq_tdq.calib_data.sampler import Sampled, Sampler
 from ptq_tdq.calls import main_argument_name, prediction
 from ptq_tdq.calls.arguments import REFUSALS
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
@@ -25,30 +25,30 @@ class LoopSampler(Sampler):
     batch = 64
 
     def __init__(
-        self, model: nn.Module, scheduler: Any, vae: Any | None = None, classes: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        vae: Any | None = None,
+        classes: Sequence[int] | None = None,
+        eta: float = 0.0,
     ) -> None:
-        """``classes`` are those to sample; by default all, in turn.
+        """``classes`` are those to sample; by default all, in turn. ``eta`` is DDIM's share of added noise.
 
         Raises :class:`ModelError` for a denoiser that needs more than x, t and a class.
         """
         self.scheduler, self.vae = scheduler, vae
+        self.eta = eta
         _check_interface(scheduler)
+        if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
+            raise ConfigError(f"eta must be a number from 0 to 1. Got {eta!r} instead.")
         self.names = main_argument_name(model), time_argument(model)
         self.num_classes = _count_classes(model)
         self.shape = _shape_of_x(model)
-        if classes is not None and not self.num_classes:
-            raise ConfigError("The model has no classes; leave out --classes.")
-        if classes is not None:
-            check_classes(classes, self.num_classes)
-        self.classes = None if classes is None else list(classes)
-
-    def conditions(self, count: int) -> list[Any]:
-        if self.classes is not None:
-            return [self.classes[i % len(self.classes)] for i in range(count)]
-        return list(spread_classes(count, self.num_classes)) if self.num_classes else [None] * count
+        self.choose(classes)
 
     def recipe(self) -> dict[str, Any]:
-        return {"sampler": "loop", "num_classes": self.num_classes, "classes": self.classes}
+        found: dict[str, Any] = {"sampler": "loop", "num_classes": self.num_classes, "classes": self.classes}
+        return found | ({"call": {"eta": self.eta}} if self.eta else {})
 
     @torch.no_grad()
     def run(
@@ -65,7 +65,11 @@ class LoopSampler(Sampler):
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
         labels = {} if conditions[0] is None else {LABELS: torch.tensor(conditions, device=device)}
         latents = step_through(
-            lambda x, t: self._predict(denoiser, x.to(dtype), t, labels), noise.to(device), schedule, generators
+            lambda x, t: self._predict(denoiser, x.to(dtype), t, labels),
+            noise.to(device),
+            schedule,
+            generators,
+            self.eta,
         )
         latents = latents.float().cpu()
         return Sampled(latents, self._decode(latents))
@@ -101,14 +105,21 @@ def step_through(
     noise: Tensor,
     schedule: Any,
     generators: Sequence[torch.Generator] | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """From standard normal ``noise`` [B, ...] to the final x of the same shape, by the steps of ``schedule``.
 
     ``predict(x, t)`` is the denoiser, x scaled as the schedule wants it, t a scalar. x itself stays float32: steps are
-    small. ``generators``, one per sample, feed schedules that add noise.
+    small. ``generators``, one per sample, feed schedules that add noise; DDIM does so for ``eta`` above 0.
+
+    Raises :class:`ConfigError` for an ``eta`` that the schedule does not take.
     """
-    noisy = generators is not None and "generator" in inspect.signature(schedule.step).parameters
-    options = {"generator": list(generators)} if noisy and generators is not None else {}
+    parameters = inspect.signature(schedule.step).parameters
+    if eta and "eta" not in parameters:
+        raise ConfigError(f"{type(schedule).__name__} has no eta; leave it out, or sample with DDIMScheduler.")
+    options: dict[str, Any] = {"eta": eta} if eta else {}
+    if generators is not None and "generator" in parameters:
+        options["generator"] = list(generators)
     x = noise * getattr(schedule, "init_noise_sigma", 1.0)
     for t in schedule.timesteps:
         scaled = schedule.scale_model_input(x, t) if hasattr(schedule, "scale_model_input") else x

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.calib_data.prompts import DEFAULT_PROMPTS
-from ptq_tdq.calib_data.sampler import Sampled, Sampler, check_classes, spread_classes, takes
+from ptq_tdq.calib_data.sampler import Sampled, Sampler, takes
 from ptq_tdq.errors import ConfigError, ModelError, PtqTdqError
 
 PROMPT, LABELS = "prompt", "class_labels"
@@ -38,42 +38,26 @@ class PipelineSampler(Sampler):
         """Raises :class:`ConfigError` for prompts, classes or arguments that the pipeline does not take."""
         self.pipe, self.component, self.call = pipe, component, dict(call or {})
         self.scheduler = pipe.scheduler
-        name, parameters = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
-        self.condition = next((key for key in (PROMPT, LABELS) if key in parameters), None)
+        self.condition = next((key for key in (PROMPT, LABELS) if takes(pipe.__call__, key)), None)
+        _check_call(pipe, self.call, self.condition)
         if prompts is not None and self.condition != PROMPT:
-            raise ConfigError(f"{name} takes no prompts; leave out --prompts.")
-        if classes is not None and self.condition != LABELS:
-            raise ConfigError(f"{name} takes no classes; leave out --classes.")
-        for key in self.call:
-            if key not in parameters or key in OWN:
-                known = [p for p in parameters if p not in OWN and p not in ("self", "args", "kwargs")]
-                raise ConfigError(f"{name} takes no argument {key!r} here; it takes {', '.join(known)}.")
-        missing = [
-            p.name
-            for p in parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-            and p.name not in (*self.call, self.condition)
-        ]  # fmt: skip
-        if missing:
-            raise ConfigError(f"{name} needs {missing[0]}, which is more than a prompt or a class; record calls of it.")
-        config = getattr(pipe, component).config
-        if self.condition == LABELS:
-            self.num_classes = int(getattr(config, "num_embeds_ada_norm", None) or config.num_class_embeds)
+            raise ConfigError(f"{type(pipe).__name__} takes no prompts; leave out --prompts.")
         self.prompts = list(DEFAULT_PROMPTS if prompts is None else prompts)
         if not self.prompts:
             raise ConfigError("There is no prompt; give at least one.")
-        if classes is not None:
-            check_classes(classes, self.num_classes)
-        self.classes = None if classes is None else list(classes)
+        if self.condition == LABELS:
+            config = getattr(pipe, component).config
+            self.num_classes = int(getattr(config, "num_embeds_ada_norm", None) or config.num_class_embeds)
+        self.choose(classes)
+
+    @property
+    def num_conditions(self) -> int:
+        return len(self.prompts) if self.condition == PROMPT else super().num_conditions
 
     def conditions(self, count: int) -> list[Any]:
         if self.condition == PROMPT:
             return [self.prompts[i % len(self.prompts)] for i in range(count)]
-        if self.condition is None:
-            return [None] * count
-        if self.classes is not None:
-            return [self.classes[i % len(self.classes)] for i in range(count)]
-        return list(spread_classes(count, self.num_classes))
+        return super().conditions(count)
 
     def recipe(self) -> dict[str, Any]:
         of_condition: dict[str, dict[str, Any]] = {PROMPT: {"prompts": self.prompts}, LABELS: {"classes": self.classes}}
@@ -106,6 +90,19 @@ class PipelineSampler(Sampler):
             return Sampled(made.float().cpu(), _images(made))
         joined = torch.cat(latents).float().cpu()
         return Sampled(joined.reshape(count, -1, *joined.shape[1:]).squeeze(1), _images(made))
+
+
+def _check_call(pipe: Any, call: Mapping[str, Any], condition: str | None) -> None:
+    """Whether ``pipe`` can be called with ``call`` and its condition, and with nothing more."""
+    name, parameters = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    known = [key for key in named if key not in OWN]
+    wrong = [key for key in call if key not in known]
+    if wrong:
+        raise ConfigError(f"{name} takes no argument {wrong[0]!r} here; it takes {', '.join(known)}.")
+    missing = [key for key, p in named.items() if p.default is p.empty and key not in (*call, condition)]
+    if missing:
+        raise ConfigError(f"{name} needs {missing[0]}, which is more than a prompt or a class; record calls of it.")
 
 
 @contextmanager

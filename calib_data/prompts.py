@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptq_tdq.errors import ConfigError
+from ptq_tdq.files import read_file, reason
 
 DEFAULT_PROMPTS = (
     "A red fox asleep in fresh snow at dawn",
@@ -67,11 +68,11 @@ def read_prompts(path: Path) -> list[str]:
     Raises :class:`ConfigError` for a file that cannot be read or holds no prompt.
     """
     try:
-        if not path.is_file() or path.stat().st_size > MOST_BYTES:
-            raise OSError("it is no text file of prompts")
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, MOST_BYTES).decode()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"The prompts in '{path}' cannot be read ({error}); give a text file in UTF-8.") from None
+        raise ConfigError(
+            f"The prompts in '{path}' cannot be read ({reason(error)}); give a text file in UTF-8."
+        ) from None
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ConfigError(f"The file '{path}' holds no prompt; write one per line.")

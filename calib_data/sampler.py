@@ -32,16 +32,35 @@ class Sampler(ABC):
     """Samples with a denoiser; everything but the denoiser itself belongs to it.
 
     ``batch`` is how many samples run at once unless somebody asks for another number; ``num_classes`` is 0 for a model
-    without classes.
+    without classes, ``classes`` are those to sample, by default all.
     """
 
     scheduler: Any
     batch: int
     num_classes: int = 0
+    classes: list[int] | None = None
 
-    @abstractmethod
+    @property
+    def num_conditions(self) -> int:
+        """How many conditions there are to show, at least 1."""
+        return max(1, self.num_classes) if self.classes is None else len(self.classes)
+
+    def choose(self, classes: Sequence[int] | None) -> None:
+        """Sample these classes (None: all); raises :class:`ConfigError` for those that the model does not have."""
+        wrong = [c for c in classes or () if not 0 <= c < self.num_classes]
+        if classes is not None and not self.num_classes:
+            raise ConfigError("The model takes no classes; leave out --classes.")
+        if wrong or (classes is not None and not classes):
+            raise ConfigError(
+                f"The classes must be numbers from 0 to {self.num_classes - 1}. Got {wrong[0] if wrong else 'none'}."
+            )
+        self.classes = None if classes is None else list(classes)
+
     def conditions(self, count: int) -> list[Any]:
         """What the samples 0 to ``count`` - 1 are to show: class numbers, prompts, or None."""
+        if self.classes is not None:
+            return [self.classes[i % len(self.classes)] for i in range(count)]
+        return list(spread_classes(count, self.num_classes)) if self.num_classes else [None] * count
 
     @abstractmethod
     def run(
@@ -71,15 +90,6 @@ def sample_generator(purpose: str, seed: int, sample: int) -> torch.Generator:
     """The noise of one sample; other purposes, seeds and samples share nothing with it."""
     digest = hashlib.sha256(f"{purpose} {seed} {sample}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def check_classes(classes: Sequence[int], num_classes: int) -> None:
-    """Raise :class:`ConfigError` for classes that the model does not have."""
-    wrong = [c for c in classes if not 0 <= c < num_classes]
-    if wrong or not classes:
-        raise ConfigError(
-            f"The classes must be numbers from 0 to {num_classes - 1}. Got {wrong[0] if wrong else 'none'}."
-        )
 
 
 def spread_classes(count: int, num_classes: int) -> list[int]:

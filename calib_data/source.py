@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
-from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ptq_tdq.errors import ModelError
+from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import USUAL_NAMES
 
 PIPELINE_FILE = "model_index.json"
@@ -43,17 +43,19 @@ def find_folder(source: str) -> Path:
     Raises :class:`ModelError` for a folder or repository that does not exist and for a hub that cannot be reached.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if source and os.path.isdir(folder):  # unlike Path's, these are false for a name that the system cannot take
         return folder
-    if folder.exists():
+    if source and os.path.exists(folder):
         raise ModelError(f"The model '{source}' is a file; pass the diffusers folder that holds it.")
     if not _HUB_ID.fullmatch(source):
         raise ModelError(
-            f"There is no folder '{source}'; pass a local diffusers folder or a hub id such as owner/name."
+            f"There is no folder '{source[:200]}'; pass a local diffusers folder or a hub id such as owner/name."
         )
     try:
         found = Path(snapshot_download(source, allow_patterns=["*.json"]))
         if (found / PIPELINE_FILE).is_file():  # the files of its components, each in one form
+            from diffusers import DiffusionPipeline
+
             return Path(DiffusionPipeline.download(source, use_safetensors=True))
         return Path(snapshot_download(source, allow_patterns=_CONFIGS_AND_WEIGHTS))
     except RepositoryNotFoundError as error:
@@ -130,15 +132,6 @@ def _no_component(folder: Path, component: str, known: list[str]) -> str:
 
 def _vae(folder: Path) -> Path | None:
     return next((p for p in (folder / "vae", folder / "vqvae") if (p / "config.json").is_file()), None)
-
-
-def diffusers_class(name: Any, base: type = ModelMixin) -> Any:
-    """The class of diffusers that is called ``name``, or None; nothing else of the package counts."""
-    try:
-        cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    except Exception:  # diffusers imports it now, and an optional package may be missing or broken
-        return None
-    return cls if isinstance(cls, type) and issubclass(cls, base) else None
 
 
 def takes_time(name: Any) -> bool:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ptq_tdq.artifacts import check_folder, write_atomic
 from ptq_tdq.calib_data import load_model
-from ptq_tdq.cli.options import backend_option, model_options, quiet_option, threads_option, verbose_option
+from ptq_tdq.cli.options import FilePath, backend_option, model_options, quiet_option, threads_option, verbose_option
 from ptq_tdq.config import PRESETS
 from ptq_tdq.errors import ConfigError, UsageError
 from ptq_tdq.evaluate.names import METRICS, Metric
@@ -46,7 +46,11 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 )
 @click.option("--seeds", metavar="NUMBERS", default="0,1,2", show_default=True, help="Seeds.")
 @click.option(
-    "--samples", type=click.IntRange(min=8), default=1000, show_default=True, help="Samples that a cell is measured on."
+    "--samples",
+    type=click.IntRange(8, 1 << 20),
+    default=1000,
+    show_default=True,
+    help="Samples that a cell is measured on.",
 )
 @click.option(
     "--set",
@@ -57,14 +61,14 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
 )
 @click.option(
     "--results",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     default=Path("benchmark.jsonl"),
     show_default=True,
     help="The file of finished cells; the same command goes on after them.",
 )
 @backend_option
 @click.option(
-    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes; they share --threads."
+    "--workers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes; they share --threads."
 )
 @click.option(
     "--metric",
@@ -82,15 +86,13 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
     show_default=True,
     help="markdown: a column per method; list: a line per method, a column per metric.",
 )
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here, not to stdout.")
+@click.option("--output", type=FilePath(dir_okay=False), help="Write the table here, not to stdout.")
 @click.option(
     "--grids",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FilePath(file_okay=False),
     help="Save a picture of the first samples of each cell that runs, beside full precision's, in this folder.",
 )
-@click.option(
-    "--render", type=click.Path(path_type=Path, dir_okay=False), help="Only draw the table of this results file."
-)
+@click.option("--render", type=FilePath(dir_okay=False), help="Only draw the table of this results file.")
 @click.option(
     "--against",
     metavar="PRESET[:METHOD]",

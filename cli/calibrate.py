@@ -10,8 +10,9 @@ import click
 
 from ptq_tdq.artifacts import check_output
 from ptq_tdq.calib_data import collect_cached, load_model, with_scheduler
-from ptq_tdq.calibrate import calibrate, check_choices
+from ptq_tdq.calibration import calibrate, check_choices
 from ptq_tdq.cli.options import (
+    FilePath,
     json_option,
     model_options,
     print_json,
@@ -30,8 +31,8 @@ FLAGS = {  # choice of the preset -> metavar, help
     "scheme": ("W<bits>A<bits>", "Bits of weights and activations, 2 to 8 each."),
     "method": (
         "NAME",
-        "static, S_N (S_4: 4 intervals), tdq, tdq-thin, step-table, step-lsq, dynamic, dynamic-statistics or "
-        "dynamic-statistics-time.",
+        "static, S_N (S_4: 4 intervals), tdq, tdq-thin, step-table, step-lsq, dynamic, dynamic-statistics, "
+        "dynamic-statistics-time, dynamic-token, dynamic-token-static, dynamic-token-table or dynamic-token-tdq.",
     ),
     "samples_per_step": ("N", "Calibration samples at each step; in all N times --calibration-steps."),
     "calibration_steps": ("N", "How many of the sampler's steps calibration looks at; all, if it has fewer."),
@@ -52,7 +53,7 @@ def _choice_flags(command: Any) -> Any:
 
 @click.command("calibrate")
 @model_options
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="The artifact directory to write.")
+@click.option("--output-dir", type=FilePath(), required=True, help="The artifact directory to write.")
 @click.option(
     "--preset",
     "preset_name",
@@ -63,7 +64,7 @@ def _choice_flags(command: Any) -> Any:
 @_choice_flags
 @scheduler_option
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave layers whose name matches in floating point.")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML or JSON file of choices.")
+@click.option("--config", "config_file", type=FilePath(), help="TOML or JSON file of choices.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any choice by name; --show-config lists them."
 )

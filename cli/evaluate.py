@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from diffusers.utils import logging as diffusers_logging
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from ptq_tdq.artifacts import check_base_model, check_target, publish_directory,
 from ptq_tdq.artifacts.atomic import write_file
 from ptq_tdq.calib_data import LoadedModel, collect_cached, with_scheduler
 from ptq_tdq.cli.options import (
+    FilePath,
     backend_option,
     json_option,
     original_options,
@@ -26,7 +26,7 @@ from ptq_tdq.cli.options import (
     threads_option,
     verbose_option,
 )
-from ptq_tdq.cli.original import load_original
+from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
 from ptq_tdq.config import COLLECT_CHOICES
 from ptq_tdq.errors import UsageError
@@ -55,11 +55,11 @@ NO_IMAGES = (
 
 
 @click.command("evaluate")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=FilePath())
 @original_options
 @click.option(
     "--samples",
-    type=click.IntRange(min=8),
+    type=click.IntRange(8, 1 << 20),
     help="Samples of each model; distances to data depend on it, compare them at one number only.  "
     f"[default: {SAMPLES}; {PIPELINE_SAMPLES} with a pipeline]",
 )
@@ -73,15 +73,13 @@ NO_IMAGES = (
     show_default=True,
     help="ptqd: undo mean and gain of the errors, estimated on the artifact's calibration set.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
+@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise.")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="A folder of real images: adds Inception FID, sFID and IS (extra: fidelity).",
 )
-@click.option(
-    "--output-dir", type=click.Path(path_type=Path), help="Also write evaluation.json, evaluation.md and samples.png."
-)
+@click.option("--output-dir", type=FilePath(), help="Also write evaluation.json, evaluation.md and samples.png.")
 @click.option("--overwrite", is_flag=True, help="Replace an output directory that is already there.")
 @threads_option
 @json_option
@@ -110,7 +108,7 @@ def evaluate_command(
     named here. Distances between the two are given for every model; for an embedded model also the distances of each
     to its training images, in the features of the embedded classifier (-C10, no FID).
     """
-    diffusers_logging.set_verbosity_error()
+    quiet_schedulers()
     if output_dir:
         check_target(output_dir, overwrite)
     stored = read_artifact(artifact)

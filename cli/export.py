@@ -10,7 +10,7 @@ import click
 from ptq_tdq.artifacts import Artifact, check_base_model, read_artifact
 from ptq_tdq.calib_data import collect
 from ptq_tdq.calls import Calls
-from ptq_tdq.cli.options import original_options, quiet_option, verbose_option
+from ptq_tdq.cli.options import FilePath, original_options, quiet_option, verbose_option
 from ptq_tdq.cli.original import load_original
 from ptq_tdq.errors import UsageError
 from ptq_tdq.export import export_tables
@@ -25,7 +25,7 @@ ONE_CALL: dict[str, Any] = {
 
 
 @click.command("export")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=FilePath())
 @click.option(
     "--format",
     "kind",
@@ -40,11 +40,11 @@ ONE_CALL: dict[str, Any] = {
     help="With --format onnx: what the graph will run on. Only onnxruntime and openvino get integer kernels out of "
     "theirs; portable runs everywhere.  [default: portable]",
 )
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The file to write.")
+@click.option("--output", type=FilePath(dir_okay=False), required=True, help="The file to write.")
 @click.option(
     "--calls",
     "calls_file",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="For a graph: recorded calls of the model (Calls.save), of which one is enough.  [default: one is recorded "
     "while the full-precision model samples]",
 )

@@ -9,12 +9,12 @@ import click
 from rich.table import Table
 
 from ptq_tdq.artifacts import read_artifact, summarize
-from ptq_tdq.cli.options import json_option, print_json, result_console, verbose_option
+from ptq_tdq.cli.options import FilePath, json_option, print_json, result_console, verbose_option
 from ptq_tdq.load import load_quantized
 
 
 @click.command("inspect")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=FilePath())
 @click.option("--runtime", is_flag=True, help="Show instead what runs on this machine with the integer backend.")
 @json_option
 @verbose_option
@@ -69,9 +69,12 @@ def _facts(summary: dict[str, Any]) -> list[str]:
     ]
     if summary["coverage"] is not None:
         lines.append(
-            f"{100 * summary['coverage']:.4g}% of the multiply-accumulates of convolutions and linear layers are in "
-            "quantized ones"
+            f"{100 * summary['coverage']:.4g}% of the multiply-accumulates with weights are in quantized layers"
         )
+    if summary["mean_bits"] is not None:
+        bits = summary["mean_bits"]
+        lines.append(f"On average {bits['weights']:.3g} bits a weight, {bits['activations']:.3g} bits an operand")
+    lines += [summary["choice"]] if summary["choice"] else []
     lines += summary["notices"]
     metrics = summary["metrics"]
     parts = [f"{metrics[k]['latent_sqnr_db']:.2f} dB {k}" for k in ("learned", "static") if _measured(metrics, k)]

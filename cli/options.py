@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -13,8 +14,9 @@ import click
 import torch
 from rich.console import Console
 
-from ptq_tdq.calib_data import read_prompts
+from ptq_tdq.calib_data import EMBEDDED, read_prompts
 from ptq_tdq.errors import ConfigError
+from ptq_tdq.files import reason
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -29,6 +31,18 @@ def _set_threads(context: click.Context, parameter: click.Parameter, value: int)
 def _set_verbose(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
     context.ensure_object(dict)["verbose"] = value  # the entry point reads it when an error ends the run
     return value
+
+
+class FilePath(click.Path):
+    """A path whose name this system can take; what is there is for the command to say."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Path:
+        try:
+            os.lstat(value)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+                self.fail(f"{str(value)[:100]!r} cannot be a path here ({reason(error)}).", parameter, context)
+        return Path(os.fsdecode(super().convert(value, parameter, context)))
 
 
 def _read_prompts(context: click.Context, parameter: click.Parameter, value: Path | None) -> list[str] | None:
@@ -65,14 +79,18 @@ _MODEL_OPTIONS = (
     ),
     click.option(
         "--prompts",
-        type=click.Path(path_type=Path),
+        type=FilePath(),
         callback=_read_prompts,
         help="A text file, one prompt per line, for text-conditional pipelines.  [default: a short list of our own]",
     ),
     click.option("--classes", metavar="N,N,...", callback=_read_classes, help="Classes to sample.  [default: all]"),
     click.option("--guidance-scale", type=float, help="Of the pipeline.  [default: its own]"),
-    click.option("--height", type=click.IntRange(min=1), help="Of the samples, in pixels.  [default: the pipeline's]"),
-    click.option("--width", type=click.IntRange(min=1), help="Of the samples, in pixels.  [default: the pipeline's]"),
+    click.option(
+        "--height", type=click.IntRange(1, 1 << 16), help="Of the samples, in pixels.  [default: the pipeline's]"
+    ),
+    click.option(
+        "--width", type=click.IntRange(1, 1 << 16), help="Of the samples, in pixels.  [default: the pipeline's]"
+    ),
     click.option(
         "--call",
         "call",
@@ -119,8 +137,8 @@ model_options: Decorator = _model_options(
         "--model",
         "source",
         metavar="FOLDER|HUB_ID",
-        help="A diffusers pipeline or denoiser: a local folder or a hub id; or one of the embedded models, reference "
-        "and reference-dit.  [default: reference]",
+        help="A diffusers pipeline or denoiser: a local folder or a hub id; or one of the embedded models, "
+        f"{', '.join(EMBEDDED)}.  [default: reference]",
     )
 )
 original_options: Decorator = _model_options(
@@ -132,7 +150,11 @@ original_options: Decorator = _model_options(
     )
 )
 steps_option: Decorator = click.option(
-    "--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True, help="Steps of the sampler."
+    "--num-inference-steps",
+    type=click.IntRange(1, (1 << 20) - 1),
+    default=25,
+    show_default=True,
+    help="Steps of the sampler.",
 )
 scheduler_option: Decorator = click.option(
     "--scheduler",
@@ -161,7 +183,7 @@ def _cores() -> int:
 
 threads_option: Decorator = click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1024),
     default=_cores,
     show_default="the cores that this process may use",
     callback=_set_threads,

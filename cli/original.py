@@ -12,7 +12,7 @@ from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calib_data import EMBEDDED, LoadedModel, load_model
 from ptq_tdq.errors import ModelError
 
-_NAMES = {model_id: name for name, model_id in EMBEDDED.items()}
+_NAMES = {embedded.id: name for name, embedded in EMBEDDED.items()}
 
 
 def load_original(source: str | None, stored: Artifact, **given: Any) -> LoadedModel:
@@ -49,3 +49,10 @@ def _named(option: str) -> bool:
     """Whether the user gave an option of the running command, which has a default."""
     context = click.get_current_context(silent=True)
     return context is not None and context.get_parameter_source(option) is ParameterSource.COMMANDLINE
+
+
+def quiet_schedulers() -> None:
+    """Schedulers report on stderr what they adjust; the user asked for something else."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()

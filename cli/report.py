@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 
 from ptq_tdq.artifacts import check_base_model, check_target, read_artifact
 from ptq_tdq.calib_data import LoadedModel, with_scheduler
 from ptq_tdq.cli.options import (
+    FilePath,
     json_option,
     original_options,
     print_json,
@@ -22,31 +22,31 @@ from ptq_tdq.cli.options import (
     threads_option,
     verbose_option,
 )
-from ptq_tdq.cli.original import load_original
+from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.errors import ArtifactMismatchError, MissingExtraError, ModelError
 from ptq_tdq.report.survey import Subject, check_same_model, survey
 
 
 @click.command("report")
-@click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ARTIFACT...")
+@click.argument("artifacts", type=FilePath(), nargs=-1, required=True, metavar="ARTIFACT...")
 @original_options
 @click.option(
     "--output-dir",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     default=Path("report"),
     show_default=True,
     help="The folder to write: report.html and figures/.",
 )
 @click.option(
     "--samples",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 1 << 20),
     default=20,
     show_default=True,
     help="Trajectories to measure on; 0 shows only what the artifacts hold.",
 )
 @steps_option
 @scheduler_option
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
+@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise.")
 @click.option("--overwrite", is_flag=True, help="Replace a report that is already there.")
 @threads_option
 @json_option
@@ -75,7 +75,7 @@ def report_command(
     _check_libraries()
     from ptq_tdq.report.write import check_output, write_report
 
-    diffusers_logging.set_verbosity_error()
+    quiet_schedulers()
     console = Console(stderr=True, quiet=quiet, highlight=False)
     subjects = [
         Subject(name, path, read_artifact(path)) for name, path in zip(_names(artifacts), artifacts, strict=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from diffusers.utils import logging as diffusers_logging
 
 from ptq_tdq.artifacts import check_base_model, read_artifact, write_atomic
 from ptq_tdq.calib_data import with_scheduler
 from ptq_tdq.cli.options import (
+    FilePath,
     backend_option,
     json_option,
     original_options,
@@ -21,7 +21,7 @@ from ptq_tdq.cli.options import (
     threads_option,
     verbose_option,
 )
-from ptq_tdq.cli.original import load_original
+from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import finite, run
@@ -31,24 +31,24 @@ IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of
 
 
 @click.command("sample")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=FilePath())
 @original_options
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     default=Path("samples.png"),
     show_default=True,
     help="The PNG to write.",
 )
 @click.option(
     "--num-images",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1 << 20),
     help=f"Samples of each model.  [default: {IMAGES}; {PIPELINE_IMAGES} with a pipeline]",
 )
 @steps_option
 @scheduler_option
 @backend_option
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the noise.")
+@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise.")
 @threads_option
 @json_option
 @verbose_option
@@ -72,7 +72,7 @@ def sample_command(
     Prompts, classes and the pipeline's arguments are those of calibration unless they are named here. Sounds, and
     latents that no VAE turns into images, are compared without a picture.
     """
-    diffusers_logging.set_verbosity_error()  # schedulers report what they adjust; the user asked for a picture
+    quiet_schedulers()
     stored = read_artifact(artifact)
     model = load_original(source, stored, **given)
     check_base_model(stored, model.sha256)

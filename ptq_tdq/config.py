@@ -12,12 +12,16 @@ from sys import float_info
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ptq_tdq.errors import ConfigError
+from ptq_tdq.files import read_file, reason
 from ptq_tdq.intervals import Encoding, IntervalOptions, source_class
 from ptq_tdq.processor import has_bfloat16
 from ptq_tdq.scheme import MAX_BITS, MIN_BITS, Scheme
 
-Role = Literal["first", "last", "time_embedding", "modulation", "shortcut", "downsample"]
-"""time_embedding: its input depends on t alone; modulation: on t and the condition (class, text), not on x_t."""
+Role = Literal["first", "last", "time_embedding", "first_time_embedding", "modulation", "shortcut", "downsample"]
+"""time_embedding: its input depends on t alone; modulation: on t and the condition (class, text), not on x_t.
+
+first_time_embedding: the first of the layers whose input depends on t alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,19 +34,32 @@ class Config:
     Layers: ``eight_bit_layers``, ``weight_only_layers`` (8-bit weights, inputs in floating point),
     ``float_input_layers`` (weights of the scheme, inputs in floating point), ``float_layers`` and ``fixed_layers`` hold
     roles; ``skip`` holds name patterns of layers to leave in floating point. The input of a fixed layer, where it is
-    quantized, keeps one interval that clips
-    nothing (``fixed``).
+    quantized, keeps one interval that clips nothing (``fixed``). A unit of ``unlearned_layers`` alone is quantized but
+    not reconstructed: it keeps nearest rounding and first intervals.
+
+    ``rotate`` "hadamard" mixes the input channels of linear layers before they are quantized, by a fixed rotation that
+    their weights undo (:mod:`ptq_tdq.rotate`); "auto" those for which it pays. Such a layer is not equalized.
+
+    ``equalize`` "channels" divides large input channels of linear layers by factors that their weights take over
+    (:mod:`ptq_tdq.recon.equalize`).
 
     ``weight_symmetric`` names the weights whose zero point is the middle code: 8-bit codes minus 128 then fit the
     signed bytes that integer kernels take.
 
     Rounding "gptq" is the closed form of :mod:`ptq_tdq.gptq`, with the ``damping`` of its compensation for quantized
-    inputs, and with ``round_again`` once more at the end of phase A, when activations are quantized too; "adaround" is
-    learned in ``weight_iterations``.
+    inputs, and with ``round_again`` once more at the end of phase A, when activations are quantized too; from there
+    "learned" goes on for ``weight_iterations`` in units with weights of at most 3 bits, as far as it pays on
+    trajectories held out from it. "adaround" is learned in ``weight_iterations`` of phase W, as published.
+
+    The calibration set has ``samples_per_step`` rows at each of ``calibration_steps``; with ``thinning`` n they come
+    from n times as many trajectories, each of which gives every n-th of its steps.
 
     The blocks of phase A learn from ``activation_inputs``: what the quantized blocks before them give, or what the
     full-precision ones give. Their loss weighs all samples alike or, "relative", each time step by one over the size of
     its targets.
+
+    With ``token_intervals`` "auto", method "auto" gives those quantizers an interval for each token at run time
+    (``dynamic-token``) for which that pays on held-out trajectories; it costs a pass over their values.
 
     Learning (:mod:`ptq_tdq.recon.weights`, :mod:`ptq_tdq.recon.activations`): ``interval_lr`` is the rate of a learned
     scale, ``module_lr`` that of a module's weights, ``bias_lr`` that of the layers' biases in both phases (0 keeps
@@ -53,38 +70,44 @@ class Config:
 
     preset: str = "default"
     scheme: str = "W4A8"
-    method: str = "tdq-thin"
+    method: str = "auto"
     seed: int = 0
     # calibration set
     samples_per_step: int = 32
     calibration_steps: int = 25
     num_inference_steps: int = 25
     step_distribution: Literal["uniform", "normal"] = "uniform"
+    thinning: int = 8
     # layers
     eight_bit_layers: tuple[Role, ...] = ("first", "last", "shortcut")
     weight_only_layers: tuple[Role, ...] = ("time_embedding", "first")
     float_input_layers: tuple[Role, ...] = ("modulation",)
     float_layers: tuple[Role, ...] = ()
     fixed_layers: tuple[Role, ...] = ("first",)
+    unlearned_layers: tuple[Role, ...] = ()
     skip: tuple[str, ...] = ()
     split_shortcuts: bool = True
     attention: bool = True
     softmax_bits: int = 8
     # phase W
+    rotate: Literal["none", "hadamard", "auto"] = "none"
+    equalize: Literal["none", "channels"] = "none"
     weight_granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     weight_range: Literal["mse", "minmax"] = "mse"
     weight_symmetric: Literal["never", "8-bit", "always"] = "8-bit"
-    rounding: Literal["adaround", "gptq", "nearest"] = "gptq"
+    rounding: Literal["learned", "gptq", "adaround", "nearest"] = "learned"
     damping: float = 0.3
     round_again: bool = True
     weight_iterations: int = 200
-    weight_lr: float = 1e-2
+    weight_lr: float = 3e-3
+    scale_lr: float = 1e-3
     rounding_loss: float = 0.01
     rounding_warmup: float = 0.2
     rounding_b_start: float = 20.0
     rounding_b_end: float = 2.0
     # phase A
     activation_inputs: Literal["quantized", "full-precision"] = "quantized"
+    token_intervals: Literal["never", "auto"] = "never"
     activation_range: Literal["mse", "mse-ends", "minmax", "ema"] = "mse-ends"
     activation_iterations: int = 80
     interval_lr: float = 1e-2
@@ -95,7 +118,7 @@ class Config:
     bias_lr: float = 1e-3
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     interval_parameter: Literal["raw", "log"] = "log"
-    zero_point: Literal["fixed", "step"] = "step"
+    zero_point: Literal["fixed", "own"] = "own"
     module_start: Literal["as-is", "static", "steps"] = "steps"
     time_encoding: Encoding = "frequency"
     module_weights: Literal["he", "gaussian", "zero", "xavier"] = "he"
@@ -159,13 +182,17 @@ class Config:
         return replace(self, **choices)
 
 
-COLLECT_CHOICES = ("samples_per_step", "calibration_steps", "num_inference_steps", "step_distribution", "seed")
+COLLECT_CHOICES = (
+    *("samples_per_step", "calibration_steps", "num_inference_steps"),
+    *("step_distribution", "thinning", "seed"),
+)
 """What a calibration set depends on: arguments of :func:`~ptq_tdq.calib_data.collect`."""
 
 ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is there in part
     (
-        *("preset", "method", "softmax_bits", "fixed_layers", "activation_inputs", "activation_range"),
-        *("activation_iterations", "interval_lr", "module_lr", "loss_power", "loss_weights", "round_again"),
+        *("preset", "method", "token_intervals", "softmax_bits", "fixed_layers", "activation_inputs"),
+        "activation_range",
+        *("activation_iterations", "interval_lr", "module_lr", "loss_power", "loss_weights", "round_again", "scale_lr"),
         *("interval_parameter", "zero_point", "module_start", "time_encoding", "module_weights", "thin_encoding"),
         "thin_activation",
     )
@@ -173,9 +200,10 @@ ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is 
 
 _BOUNDS: Mapping[str, tuple[float, float]] = {  # least value, and the first that is too large
     "seed": (0, 1 << 32),
-    **dict.fromkeys(("samples_per_step", "num_inference_steps", "calibration_steps", "batch_size"), (1, 1 << 20)),
+    **dict.fromkeys(("samples_per_step", "num_inference_steps", "calibration_steps"), (1, 1 << 20)),
+    **dict.fromkeys(("thinning", "batch_size"), (1, 1 << 20)),
     **dict.fromkeys(("weight_iterations", "activation_iterations"), (0, 1 << 31)),
-    **dict.fromkeys(("rounding_loss", "bias_lr"), (0, inf)),
+    **dict.fromkeys(("rounding_loss", "bias_lr", "scale_lr"), (0, inf)),
     **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "damping"), (float_info.min, inf)),
     **dict.fromkeys(("loss_power", "rounding_b_start", "rounding_b_end"), (1, inf)),  # below 1 no gradient at 0
     "rounding_warmup": (0, 1),
@@ -229,22 +257,21 @@ def _read(value: Any, kind: type) -> Any:
     return number
 
 
-_PUBLISHED: Mapping[str, Any] = {  # what the published recipes share
+_PUBLISHED: Mapping[str, Any] = {  # what the published recipes share; x_t is clipped in none, whatever the method
+    "thinning": 1,
     "num_inference_steps": 100,
-    "fixed_layers": (),
     "weight_only_layers": (),
     "float_input_layers": (),
     "weight_symmetric": "never",
     "rounding": "adaround",
     "round_again": False,
     "weight_lr": 1e-3,
+    "activation_inputs": "full-precision",
     "activation_iterations": 5000,
     "interval_lr": 4e-4,
     "module_lr": 4e-4,
     "interval_parameter": "raw",
     "activation_range": "mse",
-    "zero_point": "fixed",
-    "module_start": "as-is",
     "thin_activation": "relu",
     "compute_dtype": "float32",
     "bias_lr": 0.0,
@@ -259,12 +286,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "eight_bit_layers": (),
         "weight_iterations": 20000,
     },
-    # the recipe under supp Table 4 (PTQD's public one)
+    # the recipe under supp Table 4 (PTQD's public one): 1,024 pairs of runs of 20 steps
     "paper": {
         **_PUBLISHED,
-        "samples_per_step": 16,
+        "num_inference_steps": 20,
+        "samples_per_step": 64,
         "calibration_steps": 16,
-        "eight_bit_layers": ("first", "last", "time_embedding"),
+        "batch_size": 16,
+        "eight_bit_layers": ("first", "last", "first_time_embedding"),
+        "unlearned_layers": ("first", "last", "first_time_embedding"),
         "float_layers": ("shortcut", "downsample"),
         "split_shortcuts": False,
         "attention": False,
@@ -281,13 +311,18 @@ def preset(name: str, **choices: Any) -> Config:
     return Config().changed({"preset": name, **PRESETS[name]}).changed(choices)
 
 
+MOST_BYTES = 1 << 20  # of a file of choices
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
     """Choices of a TOML (or ``.json``) file; raises :class:`ConfigError` where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, MOST_BYTES).decode()
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"The config file {path} cannot be read ({error}); give a TOML or JSON file.") from None
+        raise ConfigError(
+            f"The config file {path} cannot be read ({reason(error)}); give a TOML or JSON file."
+        ) from None
     if not isinstance(data, dict):
         raise ConfigError(f"The config file {path} must hold a table of choices.")
     return data

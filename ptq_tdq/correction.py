@@ -10,6 +10,8 @@ What remains is noise of variance / (1 + k)^2; a sampler that adds noise of its 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -110,12 +112,59 @@ class Corrected(nn.Module):
         t = self.axis.t(bind(named, args, kwargs).get(self.axis.argument)).cpu().expand(len(predicted))
         return _with_prediction(output, self.correction.apply(predicted, t))
 
+    def lower_noise(self, schedule: Any) -> None:
+        """Let the ``step`` of a DDIM schedule add less noise, where eta > 0, by what the prediction's error adds.
+
+        Other schedules stay as they are. The error is taken as that of one prediction: with guidance there are two.
+        """
+        step = schedule.step
+        form = inspect.signature(step)
+        if not {"eta", "variance_noise", "generator"} <= set(form.parameters):
+            return
+
+        @functools.wraps(step)
+        def lowered(*args: Any, **kwargs: Any) -> Any:
+            given = form.bind(*args, **kwargs)
+            given.apply_defaults()
+            found = given.arguments
+            if not found["eta"]:
+                return step(*args, **kwargs)
+            x, generator = found["sample"], found["generator"]
+            noise = found["variance_noise"]
+            if noise is None:
+                noise = _normal(x, generator)
+            share = self._share(schedule, int(found["timestep"]), found["eta"])
+            found |= {"variance_noise": noise * share.to(x), "generator": None}
+            return step(*given.args, **given.kwargs)
+
+        schedule.step = lowered
+
+    def _share(self, schedule: Any, t: int, eta: float) -> Tensor:
+        """What the sampler's noise at ``t`` is multiplied by, a scalar."""
+        before_t = t - schedule.config.num_train_timesteps // schedule.num_inference_steps
+        alphas = schedule.alphas_cumprod.double().cpu()
+        alpha, before = alphas[t], alphas[before_t] if before_t >= 0 else schedule.final_alpha_cumprod.double().cpu()
+        sampler = eta**2 * (1 - before) / (1 - alpha) * (1 - alpha / before)
+        of_noise = {"epsilon": torch.ones(()), "v_prediction": alpha.sqrt(), "sample": -(alpha / (1 - alpha)).sqrt()}
+        coefficient = ddim_coefficient(alpha, before, sampler) * of_noise[schedule.config.prediction_type]
+        remaining = self.correction.at(self.correction.remaining_variance, torch.tensor([t]))[0]
+        share: Tensor = (lowered_variance(sampler, coefficient, remaining) / sampler.clamp(min=1e-30)).sqrt()
+        return share
+
 
 def _with_prediction(output: Any, predicted: Tensor) -> Any:
     """A denoiser's output, whatever its form, with another prediction [B, ...] in it."""
     leaves, form = pytree.tree_flatten(output)
     rows = [predicted] if leaves[0].ndim == predicted.ndim else list(predicted)  # a list with one tensor per row
     return pytree.tree_unflatten([*rows, *leaves[len(rows) :]], form)
+
+
+def _normal(x: Tensor, generator: Any) -> Tensor:
+    """Standard normal noise in the form of ``x`` [B, ...], as diffusers draws it: from one generator or one per row."""
+    if not isinstance(generator, list):
+        device = x.device if generator is None else generator.device
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+    return torch.cat([_normal(row[None], own) for row, own in zip(x, generator, strict=True)])
 
 
 def lowered_variance(sampler: Tensor, coefficient: Tensor, remaining: Tensor) -> Tensor:

@@ -18,6 +18,14 @@ def rectified_sigmoid(alpha: Tensor, zeta: float, gamma: float) -> Tensor:
     return _RectifiedSigmoid.apply(alpha, zeta, gamma)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def straight_through(position: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """``scale (clamp(round(position), qmin, qmax) - zero_point)``; the gradient passes the rounding and the clamp.
+
+    ``scale`` and ``zero_point`` (of the scale's dtype) broadcast against ``position``.
+    """
+    return _StraightThrough.apply(position, scale, zero_point, qmin, qmax)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class _PowerSum(torch.autograd.Function):
     """One power serves the value and the gradient; powers take longer than all else in a loss."""
 
@@ -51,3 +59,16 @@ class _RectifiedSigmoid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
         return grad * slope, None, None
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, position: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        level = torch.round(position).clamp_(qmin, qmax).sub_(zero_point)
+        ctx.save_for_backward(level, scale)
+        return level * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        level, scale = ctx.saved_tensors
+        return grad * scale, (level * grad).sum_to_size(scale.shape), None, None, None

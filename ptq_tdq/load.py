@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args, overload
+from typing import TYPE_CHECKING, Literal, get_args, overload
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 
 from ptq_tdq.artifacts import CONFIG_FILE, Artifact, read_artifact
 from ptq_tdq.errors import ArtifactError, ConfigError
 from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.runtime import IntegerModel
 from ptq_tdq.structure import building, hollow_model
+
+if TYPE_CHECKING:  # it knows diffusers' blocks, whose import takes seconds
+    from ptq_tdq.runtime import IntegerModel
 
 Backend = Literal["simulated", "integer"]
 
@@ -74,6 +75,8 @@ def load_quantized(
         raise ConfigError(f'The backend "integer" runs on the CPU only. Got device {str(device)!r} instead.')
     artifact = read_artifact(_folder(source))
     if backend == "integer":
+        from ptq_tdq.runtime import IntegerModel
+
         with building():
             return IntegerModel(hollow_model(artifact, model), artifact)  # the float weights are never made
     return build_quantized(artifact, model).to(device)
@@ -89,6 +92,8 @@ def _folder(source: str | Path) -> Path:
     folder = Path(source)
     if folder.exists() or not isinstance(source, str) or source.count("/") != 1 or source.startswith((".", "/")):
         return folder
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, "*.safetensors", "*.json", "README.md"]))
     except Exception as error:  # the hub client raises many unrelated types

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.errors import NonFiniteError
-from ptq_tdq.search import Histogram
+from ptq_tdq.scheme import QType
+from ptq_tdq.search import RATIOS, Histogram, ratio_errors
 
 BINS = 2048
 VALUES = 8192  # counted per sample, about; the ranges are exact
+TRIED = 4096  # with each ratio
 EMA_MOMENTUM = 0.95
 
 
@@ -19,11 +21,13 @@ class Observer:
     """Two passes over the same batches: ``see`` every batch, then ``start_counting``, then ``see`` every batch again.
 
     ``steps`` [K] are the distinct time steps of the calibration set, ascending. With ``ema`` the range of a step is the
-    running average of its batches' ranges instead of their extremes, and values outside count in the outer bins.
+    running average of its batches' ranges instead of their extremes, and values outside count in the outer bins. With
+    ``vectors``, the type of their codes, the second pass also tries ratios of the intervals of vectors' own ranges.
     """
 
-    def __init__(self, name: str, steps: Tensor, *, ema: bool = False) -> None:
-        self.name, self.steps, self.ema = name, steps, ema
+    def __init__(self, name: str, steps: Tensor, *, ema: bool = False, vectors: QType | None = None) -> None:
+        self.name, self.steps, self.ema, self.vectors = name, steps, ema, vectors
+        self.errors = torch.zeros(len(steps), len(RATIOS))
         self.lo = torch.full((len(steps),), torch.inf)
         self.hi = torch.full((len(steps),), -torch.inf)
         self.counts: Tensor | None = None
@@ -42,7 +46,8 @@ class Observer:
     def see(self, x: Tensor, t: Tensor) -> None:
         """Take in a batch ``x`` [B, ...] at ``t`` [B]; raises :class:`NonFiniteError` naming the layer and t."""
         if self.steps.device != x.device:
-            self.steps, self.lo, self.hi = (v.to(x.device) for v in (self.steps, self.lo, self.hi))
+            kept = self.steps, self.lo, self.hi, self.errors
+            self.steps, self.lo, self.hi, self.errors = (v.to(x.device) for v in kept)
         rows, index = x.detach().flatten(1).float(), torch.searchsorted(self.steps, t.to(self.steps.dtype).contiguous())
         if self.counts is not None:
             lo, width = self._grid()
@@ -50,6 +55,8 @@ class Observer:
             rows = rows[:, :: (rows.shape[1] // VALUES) | 1]
             bins = ((rows - lo) / width).long().clamp_(0, BINS - 1) + index[:, None] * BINS
             self.counts += torch.bincount(bins.flatten(), minlength=self.counts.numel())
+            if self.vectors is not None:
+                self.errors.index_add_(0, index, self._try_ratios(x, self.vectors))
             return
         lo, hi = rows.amin(1), rows.amax(1)
         finite = torch.isfinite(lo) & torch.isfinite(hi)
@@ -72,13 +79,31 @@ class Observer:
         centres = lo + width * (torch.arange(BINS) + 0.5)
         return Histogram(self.counts.view(-1, BINS).cpu(), centres, self.lo.cpu(), self.hi.cpu())
 
+    def ratios(self) -> Histogram:
+        """The error [K, F] at each step, or at the nearest one that was seen, with each ratio (``centres`` [F])."""
+        seen = torch.isfinite(self.lo).cpu()
+        nearest = _nearest(self.steps.cpu(), seen.nonzero().flatten()) if bool(seen.any()) else torch.arange(len(seen))
+        one = torch.ones(len(seen))
+        return Histogram(self.errors.cpu()[nearest], torch.tensor(RATIOS), one, one)
+
+    def _try_ratios(self, x: Tensor, qtype: QType) -> Tensor:
+        """Errors [B, F] of some vectors of ``x`` [B, ..., K], and in long ones of their ends and some values."""
+        x = x.detach().flatten(1, -2) if x.ndim > 2 else x.detach()[:, None]
+        x = x[:, :: max(1, x[0].numel() // TRIED) | 1]
+        lo, hi = self._range()
+        unit = torch.maximum(-lo, hi).clamp(min=torch.finfo(torch.float32).tiny)
+        if x[0].numel() > TRIED:
+            ends = torch.stack(x.aminmax(dim=-1), -1)
+            x = torch.cat([x[..., :: (x.shape[-1] // TRIED) | 1], ends], -1)
+        return ratio_errors(x, qtype, unit)
+
     def filled(self) -> Histogram:
         """The histogram, with the nearest step's row where nothing was seen: an expert is not sent to at each step."""
         found, steps = self.histogram(), self.steps.cpu()
         seen = torch.isfinite(found.lo).nonzero().flatten()
         if not len(seen):
             return replace(found, lo=torch.zeros_like(found.lo), hi=torch.zeros_like(found.hi))
-        nearest = seen[(steps[:, None] - steps[seen]).abs().argmin(1)]
+        nearest = _nearest(steps, seen)
         return replace(found, counts=found.counts[nearest], lo=found.lo[nearest], hi=found.hi[nearest])
 
     def _range(self) -> tuple[Tensor, Tensor]:
@@ -89,3 +114,8 @@ class Observer:
     def _grid(self) -> tuple[Tensor, Tensor]:
         lo, hi = self._range()
         return lo, ((hi - lo) / BINS).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _nearest(steps: Tensor, seen: Tensor) -> Tensor:
+    """For each step [K] the number of the nearest one among ``seen``."""
+    return seen[(steps[:, None] - steps[seen]).abs().argmin(1)]

@@ -6,7 +6,7 @@ model's own structure. One name is looked up: a shortcut is a layer called ``con
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -20,8 +20,9 @@ from ptq_tdq.modules import layer_kind
 from ptq_tdq.modules.layers import own_weight
 from ptq_tdq.modules.products import ATTRIBUTE, OPERANDS
 from ptq_tdq.records import LayerRecord, QuantizerRecord
-from ptq_tdq.trace import Trace, TracedLayer, require_rows, trace
+from ptq_tdq.trace import Trace, require_rows, trace
 from ptq_tdq.units import find_units
+from ptq_tdq.watch import TracedLayer
 
 SHORTCUT = "conv_shortcut"
 
@@ -31,14 +32,19 @@ class Plan:
     """The records in execution order, and sentences about what stays in floating point (``notices``).
 
     ``single`` names the units with quantizers whose rows cannot be told apart by sample (experts, sequences first):
-    they run with one time step at a time. ``coverage`` is the share of the multiply-accumulates of convolutions and
-    linear layers whose layer is quantized.
+    they run with one time step at a time; ``unlearned`` those that are quantized and not reconstructed. ``coverage`` is
+    the share of the multiply-accumulates with weights that quantized layers do. ``weight_bits`` is the mean over the
+    weights of all linear layers and convolutions, ``activation_bits`` that of their inputs over their
+    multiply-accumulates; floating point counts with the bits of its type.
     """
 
     layers: tuple[LayerRecord, ...]
     notices: tuple[str, ...]
     single: frozenset[str]
+    unlearned: frozenset[str]
     coverage: float
+    weight_bits: float
+    activation_bits: float
 
 
 def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
@@ -48,34 +54,47 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     """
     require_rows(model, calls)
     seen = trace(model, calls)
-    roles = find_roles(seen)
-    refused = {layer.name: reason for layer in seen.layers.values() if (reason := _refusal(layer))}
-    layers = [layer for name, layer in seen.layers.items() if name not in refused]
-    owners = [name for name in seen.products if name]
-    units = find_units(model, (layer.name for layer in layers), owners)
-    # a product listens inside its module's forward pass, which a unit must not interrupt
-    owners = [name for name in owners if not any(units[layer.name].startswith(f"{name}.") for layer in layers)]
-    for pattern in config.skip:
-        if not any(fnmatchcase(name, pattern) for name in (*seen.layers, *seen.products)):
-            raise ModelError(f"The skip pattern {pattern!r} matches no layer; `ptq-tdq inspect` lists the names.")
-    kept = [layer for layer in layers if not _skipped(config, layer.name, roles[layer.name])]
-    records = {layer.name: _layer_record(layer, config, roles[layer.name], units[layer.name]) for layer in kept}
-    if not records:
+    _check_skip(config, seen)
+    roles, units = find_roles(seen), find_units(model, seen.faithful, seen.products)
+    layers = [seen.layers[name] for name in seen.faithful if not _skipped(config, name, roles[name])]
+    owners = [name for name in seen.products if name in units and not _skipped(config, name)]
+    if not layers:
         raise ModelError(
             "0 layers of the model match: nothing would be quantized; check the skip list and the layers kept float."
         )
+    records = {layer.name: _layer_record(layer, config, roles[layer.name], units[layer.name]) for layer in layers}
+    single = {units[layer.name] for layer in layers if layer.rows is None and records[layer.name].inputs}
     if config.attention:
-        for owner in owners:
-            if not _skipped(config, owner, set()):
-                for index in range(seen.products[owner]):
-                    name = f"{owner}.{ATTRIBUTE}.{index}"
-                    records[name] = _product_record(name, config, units[owner])
-    total = sum(layer.macs for layer in seen.layers.values())
-    quantized = sum(layer.macs for layer in kept)
-    notices = tuple(_notices(seen, refused, owners, config))
-    single = {units[layer.name] for layer in kept if layer.rows is None and records[layer.name].inputs}
-    single |= {units[owner] for owner in seen.mixed if owner in units}
-    return Plan(_in_order(records.values(), units), notices, frozenset(single), quantized / total if total else 0.0)
+        products = [(owner, f"{owner}.{ATTRIBUTE}.{i}") for owner in owners for i in range(seen.products[owner])]
+        records |= {name: _product_record(name, config, units[owner]) for owner, name in products}
+        single |= {units[owner] for owner in owners if owner in seen.mixed}
+    learned = {r.unit for name, r in records.items() if roles.get(name, set()).isdisjoint(config.unlearned_layers)}
+    return Plan(
+        _in_order(records.values()),
+        tuple(_notices(seen, units, config)),
+        frozenset(single),
+        frozenset(r.unit for r in records.values()) - learned,
+        sum(layer.macs for layer in layers) / seen.macs,
+        *_mean_bits(seen, records),
+    )
+
+
+def _mean_bits(seen: Trace, records: Mapping[str, LayerRecord]) -> tuple[float, float]:
+    weights = activations = values = macs = 0.0
+    for name, layer in seen.layers.items():
+        weight = own_weight(layer.module)
+        whole, record = 8 * weight.element_size(), records.get(name)
+        of_weight = whole if record is None or record.weight_bits is None else record.weight_bits
+        of_input = whole if record is None or not record.inputs else record.inputs[0].bits
+        weights, values = weights + of_weight * weight.numel(), values + weight.numel()
+        activations, macs = activations + of_input * layer.macs, macs + layer.macs
+    return weights / values, activations / max(macs, 1)
+
+
+def _check_skip(config: Config, seen: Trace) -> None:
+    for pattern in config.skip:
+        if not any(fnmatchcase(name, pattern) for name in (*seen.layers, *seen.products)):
+            raise ModelError(f"The skip pattern {pattern!r} matches no layer; `ptq-tdq inspect` lists the names.")
 
 
 def find_roles(seen: Trace) -> dict[str, set[Role]]:
@@ -91,27 +110,25 @@ def find_roles(seen: Trace) -> dict[str, set[Role]]:
             roles[layer.name].add("shortcut")
         elif layer in on_x[1:] and max(getattr(layer.module, "stride", (1,))) > 1:
             roles[layer.name].add("downsample")
+    timed = next((name for name, own in roles.items() if "time_embedding" in own), None)
+    if timed:
+        roles[timed].add("first_time_embedding")
     if on_x:
         roles[on_x[0].name].add("first")
         roles[on_x[-1].name].add("last")
     return roles
 
 
-def _refusal(layer: TracedLayer) -> str | None:
-    """Why a layer cannot be quantized, or None."""
-    return None if layer.faithful else "computes its weight in its own forward pass"
-
-
-def _skipped(config: Config, name: str, roles: set[Role]) -> bool:
-    return bool(roles & set(config.float_layers)) or any(fnmatchcase(name, pattern) for pattern in config.skip)
+def _skipped(config: Config, name: str, roles: Set[Role] = frozenset()) -> bool:
+    return not roles.isdisjoint(config.float_layers) or any(fnmatchcase(name, pattern) for pattern in config.skip)
 
 
 def _layer_record(layer: TracedLayer, config: Config, roles: set[Role], unit: str) -> LayerRecord:
     scheme = config.parsed_scheme
-    weight_only = bool(roles & set(config.weight_only_layers))
-    float_input = weight_only or bool(roles & set(config.float_input_layers))
-    eight = weight_only or bool(roles & set(config.eight_bit_layers))
-    fixed = bool(roles & set(config.fixed_layers))
+    weight_only = not roles.isdisjoint(config.weight_only_layers)
+    float_input = weight_only or not roles.isdisjoint(config.float_input_layers)
+    eight = weight_only or not roles.isdisjoint(config.eight_bit_layers)
+    fixed = not roles.isdisjoint(config.fixed_layers)
     split = config.split_shortcuts and len(layer.parts) > 1 and not float_input
     names = [f"{layer.name}.{i}" for i in range(len(layer.parts))] if split else [layer.name]
     inputs = tuple(
@@ -128,7 +145,8 @@ def _layer_record(layer: TracedLayer, config: Config, roles: set[Role], unit: st
     kind = layer_kind(layer.module)
     assert kind is not None
     dtype = str(own_weight(layer.module).dtype).removeprefix("torch.")
-    return LayerRecord(layer.name, kind, unit, splits, 8 if eight else scheme.weight_bits, inputs, dtype)
+    rotated = config.rotate == "hadamard" and kind == "linear" and len(inputs) == 1
+    return LayerRecord(layer.name, kind, unit, splits, 8 if eight else scheme.weight_bits, inputs, dtype, rotated)
 
 
 def _product_record(name: str, config: Config, unit: str) -> LayerRecord:
@@ -142,40 +160,49 @@ def _product_record(name: str, config: Config, unit: str) -> LayerRecord:
     return LayerRecord(name, "product", unit, (), None, inputs)
 
 
-def _in_order(records: Iterable[LayerRecord], units: dict[str, str]) -> tuple[LayerRecord, ...]:
+def _in_order(records: Collection[LayerRecord]) -> tuple[LayerRecord, ...]:
     """Execution order of the layers, each product behind the layers of its unit."""
-    records = list(records)
     first: dict[str, int] = {}
     for place, record in enumerate(records):
         first.setdefault(record.unit, place)
     return tuple(sorted(records, key=lambda r: first[r.unit]))
 
 
-def _notices(seen: Trace, refused: dict[str, str], owners: list[str], config: Config) -> Iterable[str]:
-    for reason in dict.fromkeys(refused.values()):
-        names = [name for name, why in refused.items() if why == reason]
-        yield f"In floating point: {_some(names)}, since each {reason}."
+def _notices(seen: Trace, units: dict[str, str], config: Config) -> Iterator[str]:
+    """What stays in floating point, and why: each reason with the names that it is true of."""
+    unfaithful = [name for name in seen.layers if name not in seen.faithful]
+    if unfaithful:
+        yield f"In floating point: {_some(unfaithful)}, since each computes its weight in its own forward pass."
     if seen.unused:
         yield f"In floating point: {_some(seen.unused)}, since the recorded calls never reach them."
     if seen.loose:
-        share = sum(seen.loose.values()) / (sum(seen.loose.values()) + sum(x.macs for x in seen.layers.values()))
         yield (
-            f"Weights that no linear layer or convolution holds stay in floating point ({share:.1%} of the "
-            f"multiply-accumulates): those of {_some([name or 'the model itself' for name in seen.loose])}."
+            f"Weights that no linear layer or convolution holds stay in floating point ({_share(seen.loose, seen)}): "
+            f"those of {_some(seen.loose)}."
+        )
+    if seen.fused:
+        yield (
+            "Attention that torch computes in one piece (nn.MultiheadAttention), with the layers in it, stays in "
+            f"floating point ({_share(seen.fused, seen)}): that of {_some(seen.fused)}."
         )
     if not config.attention:
         return
-    lost = [name or "the model itself" for name in seen.products if name not in owners]
+    lost = [name for name in seen.products if name not in units]
     if lost:
         yield f"Attention products in floating point: those of {_some(lost)}, which hold units of their own."
     if seen.matmuls:
         yield (
-            f"Products of activations that are no scaled_dot_product_attention stay in floating point: those of "
-            f"{_some(list(seen.matmuls))}."
+            "Products of activations that are no scaled_dot_product_attention stay in floating point: those of "
+            f"{_some(seen.matmuls)}."
         )
-    if not seen.products and not seen.matmuls:
+    if not (seen.products or seen.matmuls or seen.fused):
         yield "No attention products were found."
 
 
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _share(macs: dict[str, int], seen: Trace) -> str:
+    return f"{sum(macs.values()) / seen.macs:.1%} of the multiply-accumulates"
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    shown = [name or "the model itself" for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

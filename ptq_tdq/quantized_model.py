@@ -110,6 +110,7 @@ class QuantizedModel(TimedModel):
             weight_zero_point={
                 name: torch.stack([_known(w.zero_point) for w in part], 1) for name, part in parts.items()
             },
+            divisors={name: layer.divisor for name, layer in layers.items() if layer.divisor is not None},
             float_state=self._float_state(),
             metrics=self.metrics,
             card=model_card(self.provenance, self.metrics),
@@ -135,12 +136,13 @@ class QuantizedModel(TimedModel):
             setattr(module, key, getattr(module, key).to(getattr(torch, dtype)))
         quantized = cls(model, artifact.time_axis, artifact.layers)
         for name, layer in quantized.layers().items():
+            layer.divisor = artifact.divisors.get(name)
             for index, (lo, hi) in enumerate(layer.ranges):
                 scale, zero_point = artifact.weight_scale[name][:, index], artifact.weight_zero_point[name][:, index]
                 layer.assign(index, artifact.weight_codes[name][:, lo:hi], scale, zero_point)
         for name, quantizer in quantized.quantizers().items():
             try:
-                quantizer.source = source_of(quantizer, artifact.tables[name])
+                quantizer.source = source_of(quantizer, artifact.tables[name], artifact.time_axis.length)
             except (ConfigError, ModelError) as error:
                 raise ArtifactMismatchError(f"The quantizer '{name}' cannot be made: {error}") from error
         quantized.provenance, quantized.metrics = artifact.config, artifact.metrics
@@ -177,8 +179,9 @@ def table_of(quantizer: ActivationQuantizer) -> IntervalTable:
     return IntervalTable(None, source.zero_point.reshape(1), source.generator)
 
 
-def source_of(quantizer: ActivationQuantizer, table: IntervalTable) -> IntervalSource:
-    """Inverse of :func:`table_of`."""
+def source_of(quantizer: ActivationQuantizer, table: IntervalTable, length: int) -> IntervalSource:
+    """Inverse of :func:`table_of`; tables have ``length`` entries."""
     if table.scale is not None:
         return TableSource(table.scale, table.zero_point)
-    return restore_dynamic(quantizer.record.method, table.zero_point.reshape(()), quantizer.qtype, table.generator)
+    zero_point, generator = table.zero_point.reshape(()), table.generator
+    return restore_dynamic(quantizer.record.method, zero_point, quantizer.qtype, generator, length)

@@ -6,6 +6,7 @@ artifact, so that a saved model is rebuilt without tracing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,25 @@ class QuantizerRecord:
     method: str  # interval source, e.g. "tdq-thin"
     range_method: str  # "mse", "mse-ends", "minmax" or "ema": how its first interval is found
     from_zero: bool = False  # codes start at the value 0 (softmax output)
+    gain_db: float | None = None  # what the method takes off the loss of S_1 on held-out samples, where "auto" chose
+
+
+def choice_text(quantizers: Iterable[QuantizerRecord], most: int = 3) -> str | None:
+    """Which quantizers follow t, and what that is worth, where "auto" chose; else None."""
+    chosen = [q for q in quantizers if q.gain_db is not None]
+    follow = sorted((q for q in chosen if "tdq" in q.method), key=lambda q: q.gain_db or 0.0, reverse=True)
+    tokens = sum("token" in q.method for q in chosen)
+    others = f"; {tokens} have intervals of tokens" if tokens else ""
+    if not chosen:
+        return None
+    if not follow:
+        return f"None of {len(chosen)} activations follows t: on held-out samples that is worth nothing{others}."
+    names = ", ".join(f"{q.name} ({q.gain_db:.2f} dB)" for q in follow[:most])
+    more = f" and {len(follow) - most} more" if len(follow) > most else ""
+    return (
+        f"{len(follow)} of {len(chosen)} activations follow t, where that takes most off the loss of their block on "
+        f"held-out samples: {names}{more}{others}. The others keep one interval."
+    )
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,7 @@ class LayerRecord:
     is the i-th in the forward pass of that module). ``splits`` are the channel boundaries of its input, (0, C) for an
     ordinary layer, (0, C_h, C) for a split shortcut, () for a product. ``weight_bits`` is None for a product;
     ``inputs`` is () for a layer of which only the weight is quantized. ``dtype`` is that of the original weight.
+    The input channels of a ``rotated`` layer are mixed before they are quantized (:mod:`ptq_tdq.rotate`).
     """
 
     name: str
@@ -42,6 +63,7 @@ class LayerRecord:
     weight_bits: int | None
     inputs: tuple[QuantizerRecord, ...]
     dtype: str = "float32"
+    rotated: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,18 +1,19 @@
-"""AdaRound: learned rounding of weights (Nagel et al., arXiv 2004.10568), with the rectified sigmoid of section 3.2."""
+"""Learned rounding of weights: AdaRound (Nagel et al., arXiv 2004.10568), and codes learned from ones that are good."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from ptq_tdq.fused import power_sum, rectified_sigmoid
+from ptq_tdq.fused import power_sum, rectified_sigmoid, straight_through
 from ptq_tdq.scheme import QType
 
 ZETA, GAMMA = 1.1, -0.1
+NEAR = 0.49  # of a step: what rounds to the same code
 
 
 class AdaRound(nn.Module):
-    """Codes ``floor(w / s) + h(alpha) + z`` where h in [0, 1] is learned for each weight.
+    """Codes ``floor(w / s) + h(alpha) + z`` where h in [0, 1] (section 3.2) is learned for each weight.
 
     At the start h is the fractional part of w / s, so the soft weights equal the original ones inside the range.
     ``weight`` has any shape; ``scale`` (float32) and ``zero_point`` broadcast against it.
@@ -28,10 +29,14 @@ class AdaRound(nn.Module):
         low, high = (codes.clamp(qtype.qmin, qtype.qmax) for codes in (self.base, self.base + 1))
         self.low = (low - zero_point) * scale  # the weight rounded down, and what rounding up adds to it
         self.step = (high - low) * scale
+        self._h, self._at = torch.empty(0), (-1, False)
 
     def h(self) -> Tensor:
-        """The soft rounding decisions, the shape of the weight, in [0, 1]."""
-        return rectified_sigmoid(self.alpha, ZETA, GAMMA)
+        """The soft rounding decisions, the shape of the weight, in [0, 1]; computed once between two steps of alpha."""
+        now = self.alpha._version, torch.is_grad_enabled()
+        if now != self._at:
+            self._h, self._at = rectified_sigmoid(self.alpha, ZETA, GAMMA), now
+        return self._h
 
     def soft_weight(self) -> Tensor:
         """Differentiable weights with the current soft decisions."""
@@ -45,6 +50,36 @@ class AdaRound(nn.Module):
     def regularizer(self, b: float) -> Tensor:
         """``sum(1 - |2 h - 1|^b)``, which drives each h to 0 or 1 as b falls (equation 24)."""
         return self.alpha.numel() - power_sum(2 * self.h() - 1, b)
+
+
+class LearnedCodes(nn.Module):
+    """Codes and scales that are learned by straight-through gradients, from given ones (LSQ, arXiv 1902.08153).
+
+    Each weight has a position on its grid, which is rounded to its code. At the start that is where the original weight
+    lies, as near to it as its given ``codes`` allow: these are kept, and close calls change first. Each state is one of
+    codes, so nothing is lost when learning stops. ``weight`` and ``codes`` have any shape; ``scale`` (float32) and
+    ``zero_point`` broadcast against it.
+    """
+
+    def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> None:
+        super().__init__()
+        self.qtype, self.first_scale, self.zero_point = qtype, scale, zero_point.to(scale.dtype)
+        given = codes.to(scale.dtype)
+        offset = weight.detach() / scale + self.zero_point - given
+        self.position = nn.Parameter(given + offset.clamp(-NEAR, NEAR))
+        self.log_scale = nn.Parameter(torch.zeros_like(scale))  # of what the scale has grown by
+
+    def scale(self) -> Tensor:
+        """The scale as it is now, never subnormal: some threads flush such numbers to 0."""
+        return (self.first_scale * self.log_scale.exp()).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def soft_weight(self) -> Tensor:
+        """Differentiable weights: those of the present codes."""
+        return straight_through(self.position, self.scale(), self.zero_point, self.qtype.qmin, self.qtype.qmax)
+
+    def hard_codes(self) -> Tensor:
+        """The present codes (int32)."""
+        return self.position.detach().round().clamp(self.qtype.qmin, self.qtype.qmax).to(torch.int32)
 
 
 def annealed_b(progress: float, *, warmup: float, start: float, end: float) -> float | None:

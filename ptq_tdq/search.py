@@ -101,6 +101,26 @@ class Histogram:
         return Histogram(counts, self.centres, lo, hi)
 
 
+RATIOS = tuple(1 - 0.05 * i for i in range(16))  # of the intervals of vectors' own ranges
+
+
+def vector_qparams(x: Tensor, qtype: QType) -> QParams:
+    """Intervals [B, ...] of the vectors of ``x`` [B, ..., K], each from its own least and largest value."""
+    lo, hi = x.float().aminmax(dim=-1)
+    return QParams(*choose_qparams(lo, hi, qtype))
+
+
+def ratio_errors(x: Tensor, qtype: QType, unit: Tensor) -> Tensor:
+    """``|x - x_hat|^p`` of ``x`` [B, n, K] with each of :data:`RATIOS` times the vectors' intervals: [B, F].
+
+    ``unit`` is near the largest value, so that no power overflows.
+    """
+    found = vector_qparams(x, qtype)
+    x, scale, zero = x.float() / unit, found.scale[..., None] / unit, found.zero_point[..., None]
+    errors = [(x - fake_quantize(x, scale * ratio, zero, qtype)).abs().pow(POWER).mean((1, 2)) for ratio in RATIOS]
+    return torch.stack(errors, 1)
+
+
 def activation_qparams(
     histogram: Histogram,
     qtype: QType,

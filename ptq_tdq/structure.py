@@ -10,12 +10,11 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import get_ident
-from typing import Any
+from typing import Any, Literal
 
-import diffusers
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +28,17 @@ LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is stil
 # positions) is small. Both limits are for files of a few values, where that "small" is more than the model itself.
 CALLS_PER_TENSOR, SPARE_CALLS = 8, 1_000
 VALUES_PER_VALUE, SPARE_VALUES = 4, 2**24
+
+
+def diffusers_class(name: Any, base: Literal["ModelMixin", "SchedulerMixin"] = "ModelMixin") -> Any:
+    """The class of diffusers that is called ``name``, or None; nothing else of the package counts."""
+    import diffusers  # takes seconds, and who only asks for help or reads an artifact needs none of it
+
+    try:
+        cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    except Exception:  # diffusers imports it now, and an optional package may be missing or broken
+        return None
+    return cls if isinstance(cls, type) and issubclass(cls, getattr(diffusers, base)) else None
 
 
 @contextmanager
@@ -49,16 +59,30 @@ def building() -> Iterator[None]:
         ) from error
 
 
-def meta_model(artifact: Artifact) -> nn.Module:
-    """The structure of the artifact's model on the meta device, which holds shapes and no values.
+@dataclass(frozen=True)
+class Size:
+    """How many tensors a file holds for a model, and how many values they have in all."""
 
-    Raises :class:`ArtifactMismatchError` for a class that is no denoiser of this diffusers, and for a configuration
-    that the class does not take or that asks for far more than the artifact holds.
+    tensors: int
+    values: int
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Size:
+        tensors = (*artifact.weight_codes.values(), *artifact.float_state.values())
+        return cls(len(tensors), sum(tensor.numel() for tensor in tensors))
+
+
+def meta_model(config: dict[str, Any], time: str, size: Size) -> nn.Module:
+    """The structure of a denoiser on the meta device, which holds shapes and no values.
+
+    ``config`` is its configuration, ``time`` its time argument. Raises :class:`ArtifactMismatchError` for a class that
+    is no denoiser of this diffusers, and for a configuration that the class does not take or that asks for far more
+    than the file's ``size``.
     """
-    cls = _denoiser(artifact)
-    _check_integers(artifact)
-    with torch.device("meta"), _Limit(artifact):
-        structure = cls.from_config(artifact.config["model_config"])
+    cls = _denoiser(config, time)
+    _check_integers(config, size)
+    with torch.device("meta"), _Limit(size):
+        structure = cls.from_config(config)
     assert isinstance(structure, nn.Module)
     return fold(structure)
 
@@ -74,7 +98,7 @@ def hollow_model(artifact: Artifact, model: nn.Module | None = None) -> nn.Modul
         hollow = _hollow_copy(model)
         check_fit(hollow, artifact)
         return hollow
-    structure = meta_model(artifact)
+    structure = meta_model(artifact.config["model_config"], artifact.time_axis.argument, Size.of(artifact))
     check_fit(structure, artifact)
     cls: Any = type(structure)
     with torch.device("cpu"), _hollow_parameters():
@@ -110,19 +134,16 @@ def _hollow_parameters() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _denoiser(artifact: Artifact) -> Any:
-    """The artifact's class of diffusers; other attributes of that package are none of our business."""
-    name = artifact.config["model_config"].get("_class_name")
-    try:
-        cls = getattr(diffusers, name, None) if isinstance(name, str) else None
-    except Exception:  # diffusers imports it now, and an optional package may be missing or broken
-        cls = None
-    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+def _denoiser(config: dict[str, Any], time: str) -> Any:
+    """The class of diffusers that ``config`` names."""
+    name = config.get("_class_name")
+    cls = diffusers_class(name)
+    if cls is None:
         raise ArtifactMismatchError(
             f"The artifact is of a {name!r}, which this version of diffusers does not have; give the model whose "
             "weights it replaces: load_quantized(path, model=...)."
         )
-    if artifact.time_axis.argument not in inspect.signature(cls.forward).parameters:
+    if time not in inspect.signature(cls.forward).parameters:
         raise ArtifactMismatchError(f"The artifact is of a {name!r}, which takes no time step and is no denoiser.")
     return cls
 
@@ -138,15 +159,10 @@ def _float32_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _num_values(artifact: Artifact) -> int:
-    tensors = (*artifact.weight_codes.values(), *artifact.float_state.values())
-    return sum(tensor.numel() for tensor in tensors)
-
-
-def _check_integers(artifact: Artifact) -> None:
+def _check_integers(config: dict[str, Any], size: Size) -> None:
     """Refuse integers beyond all reason: constructors make lists and loops of them, which no device can limit."""
-    largest = max(LARGEST_INTEGER, _num_values(artifact))
-    rest: list[Any] = [artifact.config["model_config"]]
+    largest = max(LARGEST_INTEGER, size.values)
+    rest: list[Any] = [config]
     while rest:
         value = rest.pop()
         if isinstance(value, dict):
@@ -162,10 +178,10 @@ def _check_integers(artifact: Artifact) -> None:
 class _Limit(TorchFunctionMode):
     """Ends a construction that makes more tensors, or larger ones, than the artifact's own tensors account for."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self._calls = SPARE_CALLS + CALLS_PER_TENSOR * (len(artifact.weight_codes) + len(artifact.float_state))
-        self._values = SPARE_VALUES + VALUES_PER_VALUE * _num_values(artifact)
+        self._calls = SPARE_CALLS + CALLS_PER_TENSOR * size.tensors
+        self._values = SPARE_VALUES + VALUES_PER_VALUE * size.values
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -82,13 +83,17 @@ def time_values(value: Any, name: str) -> Tensor:
 
     Raises :class:`TimestepError` for what is no finite number.
     """
-    if value is None or isinstance(value, str | bool):
-        raise TimestepError(f"The model was called with {name} = {value!r}; pass a time step, or one per sample.")
+    if value is None or isinstance(value, str | bool | list | tuple):
+        raise TimestepError(
+            f"The model was called with {name} = {shortened(value)}; pass a time step, or a tensor with one per sample."
+        )
     try:
         t = torch.atleast_1d(torch.as_tensor(value).detach())
     except (TypeError, ValueError, RuntimeError):
         raise TimestepError(f"The model was called with {name} = {value!r}, which is no time step.") from None
-    if t.is_complex() or t.dtype == torch.bool or not t.numel():
+    if not t.numel():
+        raise TimestepError(f"The model was called with an empty {name}; pass at least one sample.")
+    if t.is_complex() or t.dtype == torch.bool:
         raise TimestepError(f"The time step {name} must be real numbers, one or one per sample. Got {t.dtype}.")
     rows: Tensor = t.flatten(1).amax(1) if t.ndim > 1 else t
     return rows

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.calls import bind
+from ptq_tdq.calls import bind, main_argument_name
+from ptq_tdq.errors import TimestepError
 from ptq_tdq.timeaxis import TimeAxis, at
 
 
@@ -61,6 +62,11 @@ class TimedModel(nn.Module):
         name = self.axis.argument
         arguments = bind(self.model, args, kwargs)
         t = self.axis.t(arguments.get(name)).to(self.device)
+        x = arguments.get(main_argument_name(self.model))
+        if isinstance(x, Tensor) and len(t) not in (1, *x.shape):  # the samples may be in any dimension
+            raise TimestepError(
+                f"The model was called with {len(t)} values of {name} for {len(x)} samples; pass one, or one for each."
+            )
         if self.dtype == torch.float32:
             args, kwargs, arguments = in_float32(args), in_float32(kwargs), in_float32(arguments)
         if self.one_step and len(steps := t.unique()) > 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -15,26 +16,30 @@ def find_units(model: nn.Module, layers: Iterable[str], products: Iterable[str] 
     Units are instances of the classes that the model declares as repeated or not to be split (``_repeated_blocks`` and
     ``_no_split_modules`` of diffusers); where these cover nothing, elements of a ModuleList; and modules that compute
     attention products. Each holds at least two layers, and of two units, one in the other, the inner one counts.
+    A product belongs to no unit where its module, which listens while it runs, holds units of its own.
     """
-    layers = list(layers)
-    declared = {*_declared(model, "_repeated_blocks"), *_declared(model, "_no_split_modules")}
-    owners = set(products)
-    candidates = [
-        [name for name, module in model.named_modules() if type(module).__name__ in declared],
-        [f"{name}.{i}" for name, m in model.named_modules() if isinstance(m, nn.ModuleList) for i in range(len(m))],
-        [name for name, _ in model.named_modules() if name in owners],
-    ]
-    units: list[str] = []
-    for names in candidates:
-        large = [n for n in names if n and sum(_inside(layer, n) for layer in layers) >= MIN_LAYERS]
-        inner = [n for n in large if not any(other != n and _inside(other, n) for other in large)]
-        units += [n for n in inner if not any(_inside(n, unit) or _inside(unit, n) for unit in units)]
-    return {name: next((u for u in units if _inside(name, u)), name) for name in (*layers, *owners)}
+    layers, owners = list(layers), {name for name in products if name}
+    inside = Counter(module for layer in layers for module in _around(layer))
+    units: set[str] = set()
+    for names in _candidates(model, owners):
+        large = [name for name in names if inside[name] >= MIN_LAYERS]
+        outer = {module for name in (*large, *units) for module in _around(name)}
+        units |= {name for name in large if name not in outer and units.isdisjoint(_around(name))}
+    found = {name: next((m for m in (name, *_around(name)) if m in units), name) for name in (*layers, *owners)}
+    interrupted = {module for layer in layers for module in _around(found[layer])}
+    return {name: unit for name, unit in found.items() if name not in owners & interrupted}
 
 
-def _declared(model: nn.Module, attribute: str) -> Iterable[str]:
-    return getattr(model, attribute, None) or ()
+def _candidates(model: nn.Module, owners: set[str]) -> Iterator[Iterable[str]]:
+    """Names of modules that may be units, the better reason first."""
+    modules = dict(model.named_modules())
+    declared = {n for key in ("_repeated_blocks", "_no_split_modules") for n in getattr(model, key, None) or ()}
+    yield [name for name, module in modules.items() if type(module).__name__ in declared]
+    yield [f"{name}.{i}" for name, m in modules.items() if isinstance(m, nn.ModuleList) for i in range(len(m))]
+    yield [name for name in modules if name in owners]
 
 
-def _inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(f"{module}.")
+def _around(name: str) -> list[str]:
+    """The modules that hold the module ``name``, but for the model itself."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]

@@ -41,8 +41,15 @@ def folded_copy(model: nn.Module) -> nn.Module:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Make reparametrized weights (weight norm, :mod:`torch.nn.utils.parametrize`) plain; returns the model itself."""
+    """Make reparametrized weights (weight norm, :mod:`torch.nn.utils.parametrize`) plain; returns the model itself.
+
+    And ``nn.TransformerEncoder`` calls the layers inside it, which torch's fast path goes around.
+    """
     for module in list(model.modules()):
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # read by the choice of the fast path alone, as is the next one
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
         if parametrize.is_parametrized(module):
             _own_class(module)
             for name in list(module.parametrizations):  # type: ignore[arg-type]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from ptq_tdq.correction import (
@@ -142,6 +143,43 @@ def test_the_sampler_s_variance_is_lowered_and_never_negative(remaining: float) 
 def test_lowered_noise_and_remaining_error_add_up_to_the_sampler_s_own_variance() -> None:
     sampler, coefficient, remaining = torch.tensor(0.5), torch.tensor(-0.4), torch.tensor(0.7)
     assert lowered_variance(sampler, coefficient, remaining) + coefficient**2 * remaining == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_error_and_lowered_noise_together_have_the_sampler_s_own_variance(prediction: str) -> None:
+    """A DDIM step with eta = 1 from a prediction with noise in it spreads as a step from one without."""
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction)
+    scheduler.set_timesteps(10)
+    t, (x, output) = scheduler.timesteps[3], torch.randn(2, 1, 20000, generator=torch.Generator().manual_seed(0))
+
+    def spread(sigma: float, lower: bool, noise: float = 1.0) -> float:
+        schedule, once = copy.deepcopy(scheduler), torch.ones(1, dtype=torch.float64)
+        if lower:
+            correction = Correction(once * t, 0 * once, 0 * once[None], once * half**2)
+            Corrected(nn.Identity(), correction, TimeAxis("t")).lower_noise(schedule)
+        wrong, added = (torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+        exact = scheduler.step(output, t, x, eta=1.0, variance_noise=0 * x).prev_sample
+        found = schedule.step(output + sigma * wrong, t, x, eta=1.0, variance_noise=noise * added).prev_sample
+        return (found - exact).std().item()
+
+    plain = spread(0.0, False)
+    half = 0.5 * plain / spread(1.0, False, 0.0)  # adds a quarter to the variance
+    assert spread(half, False) == pytest.approx(plain * 1.25**0.5, rel=0.02)
+    assert spread(0.0, True) == pytest.approx(plain * 0.75**0.5, rel=0.02)
+    assert spread(half, True) == pytest.approx(plain, rel=0.02)
+
+
+def test_without_eta_and_in_other_schedules_nothing_changes() -> None:
+    corrected = Corrected(nn.Identity(), halved(), TimeAxis("t"))
+    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for scheduler in (DDIMScheduler(), DDPMScheduler()):
+        scheduler.set_timesteps(10)
+        expected, found = (
+            schedule.step(x, 400, x, generator=torch.Generator().manual_seed(1)).prev_sample
+            for schedule in (copy.deepcopy(scheduler), scheduler)
+            if schedule is not scheduler or corrected.lower_noise(schedule) is None
+        )
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
+torch.backends.cudnn.allow_tf32 = False  # a GPU's convolutions are compared with float32 of the CPU
 pretended, name, folder = sys.argv[1] == "elsewhere", sys.argv[2], Path(sys.argv[3])
 sys.path.insert(0, sys.argv[4])
 from contextlib import nullcontext

@@ -107,6 +107,42 @@ def test_a_model_in_half_precision_comes_back_in_it(dtype: torch.dtype, tmp_path
     assert sqnr_db(expected, found) > 25
 
 
+class Encoded(nn.Module):
+    """A denoiser around torch's encoder, whose fast path goes around the layers inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.first, self.encoder, self.last = nn.Linear(3, 8), nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+
+    def forward(self, sample: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+        """sample [B, N, 3], mask bool [B, N]: tokens that are padding."""
+        y = self.first(sample) + timestep.float()[:, None, None] / 1000
+        result: Tensor = self.last(self.encoder(y, src_key_padding_mask=mask))
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@torch.no_grad()
+def test_layers_inside_of_torchs_encoder_are_quantized_and_come_back(tmp_path: Path) -> None:
+    model, mask = Encoded().eval(), torch.arange(6) >= torch.tensor([6, 4, 3, 6])[:, None]
+    torch.manual_seed(1)
+    arguments = {"sample": torch.randn(4, 6, 3), "timestep": inputs()["timestep"], "mask": mask}
+    quantized = calibrate(model, QUICK, calls_of(model, **arguments, num_train_timesteps=1000))
+    quantized.save_pretrained(tmp_path / "out")
+    found = quantized(**arguments)
+    assert torch.equal(load_quantized(tmp_path / "out", model=Encoded())(**arguments), found)
+    integer = load_quantized(tmp_path / "out", model=Encoded(), backend="integer")
+    assert sqnr_db(found[~mask], integer(**arguments)[~mask]) > 25
+    assert 20 < sqnr_db(model(**arguments)[~mask], found[~mask]) < 100
+    for name in ("encoder.layers.0.linear1", "encoder.layers.0.linear2"):
+        (quantizer,) = quantized.layers()[name].inputs
+        quantizer.enabled = False
+        assert not torch.equal(quantized(**arguments), found)
+        quantizer.enabled = True
+
+
 NAMED = {denoiser.name: denoiser for denoiser in DENOISERS}
 
 

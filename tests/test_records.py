@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq_tdq.records import LayerRecord, QuantizerRecord
+from ptq_tdq.records import LayerRecord, QuantizerRecord, choice_text
 
 QUANTIZERS = st.builds(
     QuantizerRecord,
@@ -59,3 +59,16 @@ def test_unknown_fields_are_refused() -> None:
         LayerRecord.from_dict({**split_shortcut(), "colour": "red"})
     with pytest.raises(TypeError):
         LayerRecord.from_dict({**split_shortcut(), "inputs": [{"name": "q", "colour": "red"}]})
+
+
+def test_what_auto_chose_is_one_sentence() -> None:
+    def quantizer(name: str, method: str, gain: float | None) -> QuantizerRecord:
+        return QuantizerRecord(name, 8, method, "mse", gain_db=gain)
+
+    assert choice_text([quantizer("a", "tdq", None)]) is None
+    still = [quantizer("a", "static", 0.01), quantizer("b", "static", -0.2)]
+    assert choice_text(still) == "None of 2 activations follows t: on held-out samples that is worth nothing."
+    follow = [quantizer(f"f{i}", "tdq-thin", i / 10) for i in range(1, 6)]
+    text = choice_text([*still, *follow, quantizer("x", "fixed", None)])
+    assert text is not None
+    assert text.startswith("5 of 7 activations follow t") and "f5 (0.50 dB), f4 (0.40 dB), f3 (0.30 dB) and 2" in text

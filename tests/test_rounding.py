@@ -1,4 +1,4 @@
-"""AdaRound on problems small enough to try every rounding."""
+"""Learned rounding on problems small enough to try every rounding."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ptq_tdq.affine import quantize
-from ptq_tdq.rounding import AdaRound, annealed_b
+from ptq_tdq.affine import dequantize, quantize
+from ptq_tdq.rounding import AdaRound, LearnedCodes, annealed_b
 from ptq_tdq.scheme import QType
 
 
@@ -103,3 +103,28 @@ def test_b_is_unused_in_warm_up_then_falls_on_a_line() -> None:
     assert np.diff(np.array(values, float)).tolist() == pytest.approx([-18 / 8] * 8)
     assert annealed_b(0.0, warmup=0.0, start=20.0, end=2.0) == 20.0
     assert all(math.isfinite(v) for v in values if v is not None)
+
+
+def test_learned_codes_start_as_given_and_are_codes_at_any_time() -> None:
+    torch.manual_seed(4)
+    qtype, weight, scale, zero = QType(3), torch.randn(6, 50), torch.rand(6, 1) + 0.1, torch.randint(2, 6, (6, 1))
+    codes = (quantize(weight, scale, zero, qtype) + torch.randint(-1, 2, (6, 50))).clamp(0, 7)
+    learned = LearnedCodes(weight, codes, scale, zero, qtype)
+    assert torch.equal(learned.hard_codes(), codes.int())
+    with torch.no_grad():
+        learned.position += 3 * torch.randn(6, 50)
+        learned.log_scale += torch.randn(6, 1)
+    now = dequantize(learned.hard_codes(), learned.scale(), zero)
+    assert torch.equal(learned.soft_weight(), now) and not torch.equal(learned.hard_codes(), codes.int())
+    assert learned.hard_codes().min() == 0 and learned.hard_codes().max() == 7
+
+
+def test_the_gradient_of_learned_codes_passes_the_rounding() -> None:
+    """As if the position were the code: s for each position, the weight itself for the logarithm of a row's scale."""
+    torch.manual_seed(5)
+    weight, scale, zero = torch.randn(3, 20), torch.rand(3, 1) + 0.1, torch.tensor(4)
+    learned = LearnedCodes(weight, quantize(weight, scale, zero, QType(4)), scale, zero, QType(4))
+    upstream = torch.randn(3, 20)
+    (learned.soft_weight() * upstream).sum().backward()
+    torch.testing.assert_close(learned.position.grad, upstream * scale)
+    torch.testing.assert_close(learned.log_scale.grad, (upstream * learned.soft_weight().detach()).sum(1, keepdim=True))

@@ -81,7 +81,7 @@ def test_outside_the_axis_is_an_error_that_names_t(t: float) -> None:
         torch.empty(0),
         torch.tensor([1j]),
         [],
-        object(),
+        pytest.param(object(), id="object"),
         ["a"],
         torch.empty(2, 0),
     ],

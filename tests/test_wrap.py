@@ -139,6 +139,14 @@ def test_a_time_step_outside_the_tables_is_an_error(tiny_unet: Callable[..., UNe
         quantized(inputs["sample"], t)
 
 
+def test_as_many_time_steps_as_samples(tiny_unet: Callable[..., UNet2DModel]) -> None:
+    model, inputs = tiny_unet(), inputs_of({})
+    quantized = wrap(model, inputs)
+    calibrate(quantized, inputs, torch.ones(T + 1))
+    with pytest.raises(TimestepError, match="11 values of timestep for"):
+        quantized(inputs["sample"], torch.zeros(11))
+
+
 def test_other_intervals_hold_inside_the_block_only(tiny_unet: Callable[..., UNet2DModel]) -> None:
     model, inputs = tiny_unet(), inputs_of({})
     quantized = wrap(model, inputs)

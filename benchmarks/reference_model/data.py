@@ -43,6 +43,15 @@ def _stack(encoded: Iterable[bytes], size: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
+def draw_images(
+    images: torch.Tensor, labels: torch.Tensor, batch: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random batch float32 [B, ...] of ``images`` [2, N, ...], half of it mirror images, and its classes [B]."""
+    index = torch.randint(images.shape[1], (batch,), generator=generator, device=images.device)
+    flip = torch.randint(2, (batch,), generator=generator, device=images.device)
+    return images[flip, index].float(), labels[index]
+
+
 def to_unit(images: torch.Tensor) -> torch.Tensor:
     """uint8 [0, 255] -> float32 [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -52,7 +61,10 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 def encode(vae: AutoencoderKL, images: torch.Tensor, batch: int = 250) -> torch.Tensor:
     """Mode of the encoder x scaling_factor for uint8 images [N, 3, H, W]: float32 [N, 4, H / 2, W / 2]."""
     return torch.cat(
-        [vae.encode(to_unit(part)).latent_dist.mode() * vae.config.scaling_factor for part in images.split(batch)]
+        [
+            vae.encode(to_unit(part.to(vae.device))).latent_dist.mode().cpu() * vae.config.scaling_factor
+            for part in images.split(batch)
+        ]
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
+from reference_model.data import draw_images
 from reference_model.loop import fast_autocast
 
 CONFIG: dict[str, Any] = {
@@ -39,13 +40,11 @@ def flow_batch(
     latents: torch.Tensor, labels: torch.Tensor, batch: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Noisy latents (1 - sigma) image + sigma noise, sigma [B] = sigmoid of a normal, classes [B], the velocity."""
-    index = torch.randint(latents.shape[1], (batch,), generator=generator)
-    flip = torch.randint(2, (batch,), generator=generator)
-    clean = latents[flip, index].float()
-    noise = torch.randn(clean.shape, generator=generator)
-    sigma = torch.sigmoid(torch.randn(batch, generator=generator))
+    clean, classes = draw_images(latents, labels, batch, generator)
+    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+    sigma = torch.sigmoid(torch.randn(batch, generator=generator, device=clean.device))
     s = sigma.view(-1, 1, 1, 1)
-    return (1 - s) * clean + s * noise, sigma, labels[index], noise - clean
+    return (1 - s) * clean + s * noise, sigma, classes, noise - clean
 
 
 def dit_loss(
@@ -55,7 +54,7 @@ def dit_loss(
 
     def loss(model: DiTTransformer2DModel, generator: torch.Generator) -> torch.Tensor:
         x, sigma, classes, velocity = flow_batch(latents, labels, batch, generator)
-        with fast_autocast():
+        with fast_autocast(x.device):
             predicted = model(x, timestep=sigma * 1000, class_labels=classes).sample
         return torch.nn.functional.mse_loss(predicted.float(), velocity)
 

@@ -16,9 +16,10 @@ from reference_model.data import save_atomic
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fast_autocast() -> torch.autocast:
-    """bf16 products where the processor has them; elsewhere they would be emulated, ten times slower than float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+def fast_autocast(device: torch.device) -> torch.autocast:
+    """bf16 products where the device has them; elsewhere they would be emulated, ten times slower than float32."""
+    has_bfloat16 = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16)
 
 
 def learning_rate(step: int, peak: float, warmup: int, anchor: tuple[int, float], last: int) -> float:
@@ -43,21 +44,23 @@ def train(
 ) -> Model:
     """Train to step ``steps`` and return the model with its averaged (EMA) weights.
 
-    ``loss_of`` draws a batch with the generator and gives its mean loss. A checkpoint ``name.ckpt`` in ``work`` is
-    resumed; when ``steps`` has changed since, the rate falls in a straight line from where it is now to 0 at the new
-    end. SIGTERM writes a checkpoint and exits with 143.
+    ``loss_of`` draws a batch with the generator (on the model's device) and gives its mean loss. A checkpoint
+    ``name.ckpt`` in ``work`` is resumed; when ``steps`` has changed since, the rate falls in a straight line from where
+    it is now to 0 at the new end. SIGTERM writes a checkpoint and exits with 143.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     parameters = list(model.parameters())
+    device = parameters[0].device
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
     average = [p.detach().clone() for p in parameters]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     anchor, step, path = (decay_start, peak), 0, work / f"{name}.ckpt"
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, step, anchor = state["average"], state["step"], tuple(state["anchor"])
-        generator.set_state(state["generator"])
+        generator.set_state(state["generator"].cpu())
         if state["last"] != steps and step > anchor[0]:
             anchor = (step, learning_rate(step, peak, warmup, anchor, state["last"]))
 
@@ -67,7 +70,7 @@ def train(
 
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
-    running, started = 0.0, time.process_time()
+    running, started = torch.zeros((), device=device), time.perf_counter()
     model.train()
     while step < steps:
         rate = learning_rate(step, peak, warmup, anchor, steps)
@@ -80,11 +83,11 @@ def train(
         optimizer.step()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - ema_decay)
         step += 1
-        running += loss.item()
+        running += loss.detach()  # read once in 50 steps: a device must not wait for each
         if step % 50 == 0:
-            seconds = (time.process_time() - started) / 50
-            print(f"{name} {step}/{steps} loss {running / 50:.4f} lr {rate:.2e} cpu {seconds:.2f} s/step", flush=True)
-            running, started = 0.0, time.process_time()
+            mean, seconds = running.item() / 50, (time.perf_counter() - started) / 50
+            print(f"{name} {step}/{steps} loss {mean:.4f} lr {rate:.2e} {seconds:.3f} s/step", flush=True)
+            running, started = torch.zeros((), device=device), time.perf_counter()
         if step % checkpoint_every == 0 or step == steps or stopping:
             checkpoint()
         if stopping:

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from reference_model.data import draw_images
 from reference_model.loop import fast_autocast
 
 NO_CLASS = 10
@@ -38,25 +39,25 @@ def noise_batch(
     latents: torch.Tensor, labels: torch.Tensor, alphas: torch.Tensor, batch: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Noisy latents [B, 4, h, w], time steps [B] (one per stratum of 0..T-1), classes [B] (10% dropped), noise."""
-    index = torch.randint(latents.shape[1], (batch,), generator=generator)
-    flip = torch.randint(2, (batch,), generator=generator)
-    clean = latents[flip, index].float()
-    noise = torch.randn(clean.shape, generator=generator)
-    spread = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    clean, classes = draw_images(latents, labels, batch, generator)
+    device = clean.device
+    noise = torch.randn(clean.shape, generator=generator, device=device)
+    spread = (torch.arange(batch, device=device) + torch.rand(batch, generator=generator, device=device)) / batch
     t = (spread * len(alphas)).long().clamp(max=len(alphas) - 1)
-    dropped = torch.rand(batch, generator=generator) < 0.1
+    dropped = torch.rand(batch, generator=generator, device=device) < 0.1
     a = alphas[t].view(-1, 1, 1, 1)
-    return a.sqrt() * clean + (1 - a).sqrt() * noise, t, labels[index].masked_fill(dropped, NO_CLASS), noise
+    return a.sqrt() * clean + (1 - a).sqrt() * noise, t, classes.masked_fill(dropped, NO_CLASS), noise
 
 
 def unet_loss(
     latents: torch.Tensor, labels: torch.Tensor, scheduler: DDIMScheduler, batch: int
 ) -> Callable[[UNet2DModel, torch.Generator], torch.Tensor]:
     """Mean squared error of the predicted noise on a batch of latents [2, N, 4, h, w]; bf16 where that is fast."""
+    alphas = scheduler.alphas_cumprod.to(latents.device)
 
     def loss(unet: UNet2DModel, generator: torch.Generator) -> torch.Tensor:
-        x, t, classes, noise = noise_batch(latents, labels, scheduler.alphas_cumprod, batch, generator)
-        with sdpa_kernel(SDPBackend.MATH), fast_autocast():
+        x, t, classes, noise = noise_batch(latents, labels, alphas, batch, generator)
+        with sdpa_kernel(SDPBackend.MATH), fast_autocast(x.device):
             predicted = unet(x, t, class_labels=classes).sample
         return torch.nn.functional.mse_loss(predicted.float(), noise)
 

@@ -1,31 +1,40 @@
 """The embedded reference model: a small class-conditional latent diffusion model of CIFAR-10.
 
-The folder holds ``unet/``, ``vae/`` and ``scheduler/`` as diffusers writes them (fp16 weights), a CIFAR-10 classifier
-and the statistics of its features over the training images, to which FD-C10 is measured, with the features of 1,000 of
-these images for metrics that need single ones. ``README.md`` is the card.
+The folder holds ``unet/``, ``vae/`` and ``scheduler/`` as diffusers writes them (fp16 weights), two CIFAR-10
+classifiers and the statistics of their features over the training images, to which FD-C10 is measured, with the first
+one's features of 1,000 of these images for metrics that need single ones. ``README.md`` is the card.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
+from torch import nn
 
 from ptq_tdq.calib_data.reference.classifier import FEATURES, Cifar10Classifier
+from ptq_tdq.calib_data.reference.convmixer import ConvMixer
 
 __all__ = [
     "FEATURES",
     "NO_CLASS",
     "Cifar10Classifier",
+    "ConvMixer",
     "load_classifier",
+    "load_second_classifier",
     "reference_features",
     "reference_path",
     "reference_statistics",
+    "second_statistics",
 ]
+
+Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Mean [256] and covariance [256, 256]."""
+Network = TypeVar("Network", bound=nn.Module)
 
 NO_CLASS = 10
 """The class label that means "no class" (for classifier-free guidance); 0-9 are the CIFAR-10 classes in their order."""
@@ -41,15 +50,32 @@ def reference_path() -> Path:
 
 def load_classifier() -> Cifar10Classifier:
     """Load the classifier in evaluation mode, float32, without gradients."""
-    classifier = Cifar10Classifier()
-    stored = load_file(reference_path() / "classifier.safetensors")
-    classifier.load_state_dict({name: value.to(torch.float32) for name, value in stored.items()})
+    return _loaded(Cifar10Classifier(), "classifier.safetensors")
+
+
+def load_second_classifier() -> ConvMixer:
+    """Load the classifier that took no part in any training, as :func:`load_classifier` does the first."""
+    return _loaded(ConvMixer(), "second_classifier.safetensors")
+
+
+def reference_statistics() -> Statistics:
+    """Load the mean and the covariance of the first classifier's features of 50,000 training images."""
+    return _statistics("cifar10_train_features.safetensors")
+
+
+def second_statistics() -> Statistics:
+    """Load the mean and the covariance of the second classifier's features of 50,000 training images."""
+    return _statistics("second_cifar10_train_features.safetensors")
+
+
+def _loaded(classifier: Network, name: str) -> Network:
+    stored = load_file(reference_path() / name)
+    classifier.load_state_dict({name: v.float() if v.is_floating_point() else v for name, v in stored.items()})
     return classifier.eval().requires_grad_(False)
 
 
-def reference_statistics() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Load the mean float64 [256] and the covariance float64 [256, 256] of the features of 50,000 training images."""
-    stored = load_arrays(reference_path() / "cifar10_train_features.safetensors")
+def _statistics(name: str) -> Statistics:
+    stored = load_arrays(reference_path() / name)
     return stored["mean"].astype(np.float64), stored["cov"].astype(np.float64)
 
 

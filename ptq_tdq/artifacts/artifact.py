@@ -14,7 +14,9 @@ from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.scheme import QType
 from ptq_tdq.timeaxis import TimeAxis
 
-DYNAMIC = "dynamic"  # such a method finds scales at run time; others whose names begin so have a network for it
+DYNAMIC = "dynamic"  # such a method finds scales at run time; others whose names begin so have a network or a table
+TOKEN = "dynamic-token"  # without either
+LARGEST_EXPONENT = 20  # of the factors of an equalized layer
 DERIVED_KEYS = frozenset(
     {"schema_version", "layers", "files", "config_sha256"}
 )  # of the config; made when it is written
@@ -26,7 +28,8 @@ class IntervalTable:
     """Interval and zero point of one quantizer at every time step t.
 
     ``scale`` float32 [T + 1], ``zero_point`` int32 [T + 1], for t = 0 to T. A dynamic quantizer finds its scale at run
-    time: ``scale`` is None and ``zero_point`` is [1]; ``generator`` holds the tensors of its network, if it has one.
+    time: ``scale`` is None and ``zero_point`` is [1]; ``generator`` holds the tensors of its network, or the table of
+    the ratios of tokens' intervals, if it has one.
     """
 
     scale: Tensor | None
@@ -55,6 +58,7 @@ class Artifact:
     ``config`` is ptq_tdq_config.json without :data:`DERIVED_KEYS`. ``tables`` has one entry per quantizer, by its name.
     The three weight dictionaries are keyed by layer: ``weight_codes`` uint8 in the weight's shape [O, ...],
     ``weight_scale`` float32 and ``weight_zero_point`` int32 [O, P] ([1, P] per tensor), P = number of channel ranges.
+    ``divisors`` float32 [C] are powers of two by which the input channels of an equalized layer are divided.
     ``float_state`` holds every other tensor of the model's state dict. ``card`` is the text of README.md.
     """
 
@@ -67,6 +71,7 @@ class Artifact:
     float_state: dict[str, Tensor]
     metrics: dict[str, Any]
     card: str
+    divisors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def time_axis(self) -> TimeAxis:
@@ -86,7 +91,12 @@ class Artifact:
     @property
     def networks(self) -> list[str]:
         """The quantizers that ask a network for their interval at run time."""
-        return [name for name, table in self.tables.items() if table.generator]
+        return [q.name for q in self.quantizers if self.tables[q.name].generator and not q.method.startswith(TOKEN)]
+
+    @property
+    def by_token(self) -> list[str]:
+        """The quantizers that find an interval for each token at run time."""
+        return [q.name for q in self.quantizers if q.method.startswith(TOKEN)]
 
 
 def check_base_model(artifact: Artifact, sha256: str) -> None:
@@ -114,14 +124,25 @@ def check_artifact(artifact: Artifact) -> None:
     for layer in weighted:
         name = layer.name
         _check_weight(layer, artifact.weight_codes[name], artifact.weight_scale[name], artifact.weight_zero_point[name])
+    for layer in artifact.layers:
+        whole = layer.kind == "linear" and len(layer.inputs) == 1
+        _require(whole or not layer.rotated, f"'{layer.name}' is rotated and no linear layer with a quantized input")
+    kinds = {layer.name: layer.kind for layer in weighted if len(layer.inputs) == 1}
+    for name, divisor in artifact.divisors.items():
+        what = f"The divisor of '{name}'"
+        _require(kinds.get(name) == "linear", f"{what} belongs to no linear layer with a quantized input")
+        _check_form(what, "factors", divisor, torch.float32, (artifact.weight_codes[name].shape[1],))
+        mantissa, exponent = torch.frexp(divisor)
+        powers = (mantissa == 0.5) & (exponent.abs() <= LARGEST_EXPONENT)
+        _require(bool(powers.all()), f"{what} has factors that are no powers of two near 1")
     for name, tensor in artifact.float_state.items():
         _require(_is_finite(tensor), f"The tensor '{name}' has NaN or Inf")
 
 
 def _check_table(quantizer: QuantizerRecord, table: IntervalTable, steps: int) -> None:
     what = f"The interval table of '{quantizer.name}'"
-    dynamic, network = quantizer.method.startswith(DYNAMIC), quantizer.method.startswith(f"{DYNAMIC}-")
-    fits = (table.scale is None) == dynamic and bool(table.generator) == network
+    dynamic, network = quantizer.method.startswith(DYNAMIC), quantizer.method not in (DYNAMIC, TOKEN)
+    fits = (table.scale is None) == dynamic and bool(table.generator) == (dynamic and network)
     _require(fits, f"{what} does not fit method '{quantizer.method}'")
     _require(all(map(_is_finite, table.generator.values())), f"{what} has NaN or Inf")
     shape = (1,) if table.scale is None else (steps,)

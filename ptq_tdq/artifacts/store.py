@@ -16,6 +16,7 @@ from ptq_tdq.artifacts.atomic import check_target, publish_directory, write_file
 from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, check_document, decode_json, encode_json, sign
 from ptq_tdq.artifacts.packing import pack, unpack
 from ptq_tdq.errors import ArtifactCorruptError, ArtifactError, ConfigError, OutputError
+from ptq_tdq.files import read_file, reason
 from ptq_tdq.records import LayerRecord
 
 TABLES_FILE = "interval_tables.safetensors"
@@ -24,6 +25,8 @@ METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
 _DATA_FILES = (TABLES_FILE, WEIGHTS_FILE, METRICS_FILE)  # README.md is prose that its owner may edit: not hashed
 _MOST_DIMS = 5  # of a weight
+MOST_BYTES = 1 << 26  # of a file of text
+_DIVISOR = "input_divisor"
 _WEIGHT_PARTS = ("weight_codes", "weight_shape", "weight_scale", "weight_zero_point")
 
 
@@ -97,6 +100,7 @@ def read_artifact(path: str | Path) -> Artifact:
     layers = tuple(LayerRecord.from_dict(layer) for layer in document["layers"])
     weights = _load(files[WEIGHTS_FILE], WEIGHTS_FILE)
     parts = {layer.name: _take_weight(weights, layer) for layer in layers if layer.weight_bits is not None}
+    divisors = {name: weights.pop(key) for name in parts if (key := f"{name}.{_DIVISOR}") in weights}
     artifact = Artifact(
         config={key: value for key, value in document.items() if key not in DERIVED_KEYS},
         layers=layers,
@@ -107,6 +111,7 @@ def read_artifact(path: str | Path) -> Artifact:
         float_state=weights,  # what the quantized layers have left
         metrics=decode_json(files[METRICS_FILE], METRICS_FILE),
         card=_read(root / CARD_FILE).decode("utf-8", errors="replace"),
+        divisors=divisors,
     )
     check_artifact(artifact)
     return artifact
@@ -129,6 +134,8 @@ def _weight_tensors(artifact: Artifact) -> dict[str, Tensor]:
             tensors[f"{layer.name}.weight_shape"] = torch.tensor(codes.shape)  # packed codes no longer tell it
             tensors[f"{layer.name}.weight_scale"] = artifact.weight_scale[layer.name]
             tensors[f"{layer.name}.weight_zero_point"] = artifact.weight_zero_point[layer.name]
+            if layer.name in artifact.divisors:
+                tensors[f"{layer.name}.{_DIVISOR}"] = artifact.divisors[layer.name]
     for name in tensors.keys() & artifact.float_state.keys():
         raise ArtifactCorruptError(f"The tensor '{name}' has the name of a part of a quantized weight; rename it.")
     return {**tensors, **artifact.float_state}
@@ -164,10 +171,8 @@ def _load(data: bytes, name: str) -> dict[str, Tensor]:
 
 def _read(path: Path) -> bytes:
     try:
-        if not path.is_file() and path.exists():  # a pipe or a device may never end
-            raise OSError(0, "it is not a regular file")
-        return path.read_bytes()
+        return read_file(path, MOST_BYTES if path.suffix in (".json", ".md") else None)
     except OSError as error:
         raise ArtifactCorruptError(
-            f"{path.name} cannot be read ({error.strerror or error}); copy or make the artifact again."
+            f"{path.name} cannot be read ({reason(error)}); copy or make the artifact again."
         ) from error

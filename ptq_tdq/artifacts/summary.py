@@ -6,7 +6,7 @@ from typing import Any
 
 from ptq_tdq.artifacts.artifact import Artifact, IntervalTable
 from ptq_tdq.artifacts.store import encode_artifact
-from ptq_tdq.records import LayerRecord, QuantizerRecord
+from ptq_tdq.records import LayerRecord, QuantizerRecord, choice_text
 from ptq_tdq.timeaxis import TimeAxis
 
 _FP32_BYTES = 4
@@ -18,8 +18,10 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
     "bytes" per file and in all, "fp32_bytes" of the same weights in float32, "compression" = fp32_bytes / bytes;
     "quantizers": one row per activation quantizer, scales at t = 0, T // 2 and T (None for dynamic quantizers);
     "weights": one row per quantized weight; "time_axis": how the model's time argument becomes t, as numbers and as
-    "text"; "coverage": share of the multiply-accumulates of convolutions and linear layers whose layer is quantized
-    (None where calibration did not say); "notices": what stays in floating point, and why.
+    "text"; "coverage": share of the multiply-accumulates with weights that quantized layers do
+    (None where calibration did not say); "mean_bits" of "weights" and of "activations" per multiply-accumulate (None
+    likewise); "notices": what stays in floating point, and why; "choice": which quantizers follow t, where "auto"
+    chose.
     """
     config = artifact.config
     file_bytes = {name: len(data) for name, data in sorted(encode_artifact(artifact).items())}
@@ -34,7 +36,9 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
         "num_train_timesteps": artifact.num_train_timesteps,
         "time_axis": {**artifact.time_axis.to_dict(), "text": _axis_text(artifact.time_axis)},
         "coverage": coverage if isinstance(coverage, float) else None,
+        "mean_bits": _mean_bits(artifact.metrics.get("mean_bits")),
         "notices": [text for text in notices if isinstance(text, str)] if isinstance(notices, list) else [],
+        "choice": choice_text(artifact.quantizers),
         "num_layers": len(artifact.layers),
         "file_bytes": file_bytes,
         "bytes": sum(file_bytes.values()),
@@ -44,6 +48,13 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
         "weights": [_weight_row(artifact, layer) for layer in artifact.layers if layer.weight_bits is not None],
         "metrics": artifact.metrics,
     }
+
+
+def _mean_bits(found: Any) -> dict[str, float] | None:
+    names = ("weights", "activations")
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), int | float) for name in names):
+        return None
+    return {name: float(found[name]) for name in names}
 
 
 def _axis_text(axis: TimeAxis) -> str:
@@ -64,6 +75,7 @@ def _quantizer_row(quantizer: QuantizerRecord, table: IntervalTable) -> dict[str
     row: dict[str, Any] = {
         "name": quantizer.name,
         "method": quantizer.method,
+        "gain_db": quantizer.gain_db,
         "bits": quantizer.bits,
         "zero_point_min": int(table.zero_point.min()),
         "zero_point_max": int(table.zero_point.max()),

@@ -155,33 +155,42 @@ def split_rows(arguments: dict[str, Any], time: str, odd: Odd = frozenset()) -> 
     A leaf whose first dimension is the number of samples has one row of each, any other is shared, but for those in
     ``odd``: position ids that happen to be as long, or one text for each frame of a video.
     """
-    count, main = count_rows(arguments, time), main_argument(arguments, time)
-    number, forms = iter(range(1 << 30)), {leaf: (dim, several) for leaf, dim, several in odd}
-    lists = isinstance(arguments[main], list)
+    count, forms = count_rows(arguments, time), {leaf: (dim, several) for leaf, dim, several in odd}
+    leaves, spec = _flatten(arguments, time)
     rows: list[Tensor | Each] = []
 
-    def place(value: Tensor | Each, dim: int = 0, several: bool = False) -> Place:
+    def place(number: int, name: str, value: Any) -> Any:
+        if name == time:
+            value = _time_rows(value, count)
+        elif isinstance(value, list):
+            value = Each(tuple(x.detach() for x in value))
+        elif not isinstance(value, Tensor):
+            return value
+        own = isinstance(value, Each) or (value.ndim > 0 and len(value) == count)
+        dim, several = forms.get(number, (0 if own else -1, False))
+        if dim < 0:
+            return value.detach()
         found = Place(len(rows), dim, several)
         rows.append(value if isinstance(value, Each) else found.rows(value, count))
         return found
 
-    def walk(value: Any, name: str = "") -> Any:
-        if isinstance(value, dict):
-            return {key: walk(item, key) for key, item in value.items()}
-        if lists and isinstance(value, list) and len(value) == count and all(isinstance(x, Tensor) for x in value):
-            return place(Each(tuple(x.detach() for x in value)))
-        if isinstance(value, list | tuple):
-            return type(value)(walk(item) for item in value)
-        if name == time:
-            return place(_time_rows(value, count))
-        return leaf(value.detach(), name == main) if isinstance(value, Tensor) else value
+    return Group(pytree.tree_unflatten([place(i, *leaf) for i, leaf in enumerate(leaves)], spec), rows)
 
-    def leaf(value: Tensor, is_main: bool) -> Any:
-        own = value.ndim > 0 and len(value) == count
-        dim, several = (0 if own else -1, False) if is_main else forms.get(next(number), (0 if own else -1, False))
-        return place(value, dim, several) if dim >= 0 else value
 
-    return Group({name: walk(value, name) for name, value in arguments.items()}, rows)
+def _flatten(arguments: dict[str, Any], time: str) -> tuple[list[tuple[str, Any]], Any]:
+    """Each leaf with the name of its argument, and the tree; a list of one tensor for each sample is one leaf.
+
+    Such lists there are where what is denoised is one.
+    """
+    main, count = arguments[main_argument(arguments, time)], count_rows(arguments, time)
+
+    def each(value: Any) -> bool:
+        lists = isinstance(value, list) and isinstance(main, list)
+        return lists and len(value) == count and all(isinstance(x, Tensor) for x in value)
+
+    leaves, spec = pytree.tree_flatten(arguments, is_leaf=each)
+    names = [name for name, value in arguments.items() for _ in pytree.tree_leaves(value, is_leaf=each)]
+    return list(zip(names, leaves, strict=True)), spec
 
 
 def _odd_forms(leaf: Tensor, count: int) -> Iterator[tuple[int, bool]]:
@@ -200,10 +209,9 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
     Found by calling the model with the last row alone and with that row once more: with the right split it comes out as
     in the whole call. (The first row will not do: of a shared leaf whose first row is its own it says nothing.)
     """
-    count, main = count_rows(arguments, time), main_argument(arguments, time)
-    lists = isinstance(arguments[main], list)
-    leaves = [x for name, value in arguments.items() if name not in (time, main) for x in _single(value, lists, count)]
-    candidates = [(i, *form) for i, leaf in enumerate(leaves) for form in _odd_forms(leaf, count)]
+    count, given = count_rows(arguments, time), (time, main_argument(arguments, time))
+    tensors = [(i, x) for i, (name, x) in enumerate(_flatten(arguments, time)[0]) if name not in given]
+    candidates = [(i, *form) for i, x in tensors if isinstance(x, Tensor) for form in _odd_forms(x, count)]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         expected = _last_row(model(**arguments))
         works: list[Odd] = []
@@ -228,20 +236,6 @@ def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> flo
         return float((found - expected).float().norm() / size) if found.shape == expected.shape else math.inf
     except REFUSALS:
         return math.inf
-
-
-def _single(value: Any, lists: bool, count: int) -> Iterator[Tensor]:
-    """The tensors of one argument but for lists of one for each sample, in the order of :func:`split_rows`."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _single(item, lists, count)
-    elif isinstance(value, list | tuple):
-        of_samples = lists and isinstance(value, list) and len(value) == count
-        if not (of_samples and all(isinstance(x, Tensor) for x in value)):
-            for item in value:
-                yield from _single(item, lists, count)
 
 
 def _subsets(candidates: Sequence[tuple[int, int, bool]]) -> Iterator[Odd]:

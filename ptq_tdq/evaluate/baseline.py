@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ptq_tdq.artifacts import write_atomic
 from ptq_tdq.calib_data import LoadedModel, is_embedded
-from ptq_tdq.calib_data.reference import Cifar10Classifier, load_classifier
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.evaluate import c10, quality
@@ -38,12 +37,12 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """Full-precision samples of a model with one seed; ``classifier`` and what it says of them (``described``) only
-    for the embedded models, whose images it knows.
+    """Full-precision samples of a model with one seed; ``classifiers`` and what they say of them (``described``) only
+    for the embedded models, whose images they know.
     """
 
     reference: Reference
-    classifier: Cifar10Classifier | None
+    classifiers: c10.Classifiers | None
     described: c10.Described | None
 
     @property
@@ -52,11 +51,11 @@ class Baseline:
         return self.reference.images
 
     def quality(self) -> dict[str, float]:
-        """The full-precision samples against the data, in the classifier's features; empty without a classifier."""
+        """The full-precision samples against the data, in the classifiers' features; empty without classifiers."""
         return self._against_data(self.described)
 
     def measure(self, denoiser: nn.Module, on_progress: Progress | None = None) -> Measured:
-        """``denoiser`` against full precision from the same noise and, with a classifier, against the data."""
+        """``denoiser`` against full precision from the same noise and, with classifiers, against the data."""
         full = self.reference
         sampled = run(denoiser, full.model, full.conditions, full.num_inference_steps, full.seed, on_progress)
         results: dict[str, Any] = compare(full, denoiser, sampled).to_dict()
@@ -64,14 +63,17 @@ class Baseline:
             return Measured(results, None)
         results["image_sqnr_db"] = finite(sqnr_db(full.images, sampled.images))
         results["image_psnr_db"] = finite(psnr_db(full.images, sampled.images, peak=2.0))
-        if self.classifier is not None and self.described is not None:
-            found = c10.describe(self.classifier, sampled.images)
+        if self.classifiers is not None and self.described is not None:
+            found = c10.describe(self.classifiers, sampled.images)
             results |= c10.against_full_precision(self.described, found) | self._against_data(found)
         return Measured(results, sampled.images)
 
     def _against_data(self, found: c10.Described | None) -> dict[str, float]:
-        full = self.reference
-        return {} if found is None else c10.against_data(found, torch.tensor(full.conditions), full.seed)
+        if found is None:
+            return {}
+        conditions = self.reference.conditions
+        labels = None if conditions[0] is None else torch.tensor(conditions)
+        return c10.against_data(found, labels, self.reference.seed)
 
 
 def make_baseline(
@@ -93,8 +95,8 @@ def make_baseline(
     )
     if reference.images is None or not is_embedded(model):
         return Baseline(reference, None, None)
-    classifier = load_classifier()
-    return Baseline(reference, classifier, c10.describe(classifier, reference.images))
+    classifiers = c10.load_classifiers()
+    return Baseline(reference, classifiers, c10.describe(classifiers, reference.images))
 
 
 def baseline_request(model: LoadedModel, *, samples: int, num_inference_steps: int, seed: int) -> dict[str, Any]:
@@ -114,14 +116,14 @@ def baseline_request(model: LoadedModel, *, samples: int, num_inference_steps: i
 
 
 def save_baseline(folder: Path, baseline: Baseline) -> None:
-    """Keep all of it in two files, but for the model and the classifier."""
+    """Keep all of it in two files, but for the model and the classifiers."""
     full, found = baseline.reference, baseline.described
     request = baseline_request(
         full.model, samples=len(full.latents), num_inference_steps=full.num_inference_steps, seed=full.seed
     )
     tensors = {"latents": full.latents, **{f"prediction.{i}": value for i, value in enumerate(full.predictions)}}
     tensors |= {} if full.images is None else {"images": full.images}
-    tensors |= {} if found is None else {"features": found.features, "logits": found.logits}
+    tensors |= {} if found is None else vars(found)
     facts = {"request": request, "conditions": full.conditions, "calls": full.calls.sha256}
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     full.calls.save(folder / CALLS)
@@ -158,5 +160,7 @@ def _restored(
         tensors["latents"],
         tensors.get("images"),
     )
-    described = c10.Described(tensors["features"], tensors["logits"]) if "features" in tensors else None
-    return Baseline(reference, load_classifier() if described else None, described)
+    if "features" not in tensors:
+        return Baseline(reference, None, None)
+    described = c10.Described(*(tensors[field.name] for field in fields(c10.Described)))
+    return Baseline(reference, c10.load_classifiers(), described)

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ptq_tdq.calib_data import LoadedModel, Sampled, finite_outputs, new_schedule, sample_generator
 from ptq_tdq.calib_data.collect import axis_of
 from ptq_tdq.calls import Calls, Recorder, prediction
+from ptq_tdq.correction import Corrected
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.metrics import ratio_db, sqnr_db
 
@@ -133,9 +134,13 @@ def run(
 
 
 def compare(reference: Reference, denoiser: nn.Module, sampled: Sampled | None = None) -> Comparison:
-    """Measure ``denoiser`` against the reference; ``sampled`` is what :func:`run` gave for it, where that is known."""
+    """Measure ``denoiser`` against the reference; ``sampled`` is what :func:`run` gave for it, where that is known.
+
+    t is that of the denoiser's interval tables: an axis that is stretched over values differs from run to run.
+    """
     model, calls = reference.model, reference.calls
-    steps, rows = calls.t.unique(return_inverse=True)
+    axis = getattr(denoiser, "axis", calls.axis)
+    steps, rows = replace(calls, axis=axis).t.unique(return_inverse=True)
     sums = torch.zeros(2, len(steps), dtype=torch.float64)  # of the squared signal and of the squared error
     found = replay(denoiser, calls, model.sampler.batch)
     for (_, span), expected, mine in zip(calls.spans(), reference.predictions, found, strict=True):
@@ -186,6 +191,8 @@ def _run_batch(
     schedule: Any,
 ) -> Sampled:
     generators = [sample_generator(PURPOSE, seed, i) for i in range(batch.start, batch.stop)]
+    if isinstance(denoiser, Corrected):
+        denoiser.lower_noise(schedule)
     sampled = model.sampler.run(denoiser, conditions, generators, num_inference_steps, schedule)
     if not bool(torch.isfinite(sampled.latents).all()):
         raise NonFiniteError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.errors import ConfigError
+from ptq_tdq.intervals.smooth import smooth
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import Histogram, QParams, activation_qparams
 
@@ -28,17 +29,17 @@ class IntervalOptions:
     """The choices that interval sources share; each preset names all of them.
 
     parameter: a learned scale is stored raw (LSQ) or as its logarithm.
-    zero_point: of modules and step sources: "fixed" at the static value; "step": interpolated over t between the
-        observed steps' best ones. S_N searches one per bin.
-    start: networks start "as-is" (their random initialisation around the static interval), fitted to the "static"
-        interval, or fitted to the "steps"' best intervals (regression in log s).
+    zero_point: the same for all sources: "fixed" at the static value, or each interval's "own": one per bin of S_N, one
+        per step of step sources, a smooth function of t for modules.
+    start: modules start "as-is" (their random initialisation, its mean over t at the static interval), exactly
+        "static", or fitted to a smooth curve through the "steps"' best intervals (regression in log s).
     encoding, thin_encoding: time encodings of ``tdq`` (supp Table 2) and of ``tdq-thin``.
     weights: initialisation of networks (supp Table 7).
     activation: nonlinearity of ``tdq-thin``, which the paper leaves open.
     """
 
     parameter: Literal["raw", "log"] = "log"
-    zero_point: Literal["fixed", "step"] = "fixed"
+    zero_point: Literal["fixed", "own"] = "fixed"
     start: Literal["as-is", "static", "steps"] = "steps"
     encoding: Encoding = "frequency"
     thin_encoding: Encoding = "normalize"
@@ -57,6 +58,7 @@ class Observed:
     range_method: str = "mse"
     from_zero: bool = False
     options: IntervalOptions = field(default_factory=IntervalOptions)
+    ratios: Histogram | None = None  # errors [K, F] with ratios [F] of tokens' own ranges
 
     def search(self, histogram: Histogram, zero_point: Tensor | None = None) -> QParams:
         return activation_qparams(
@@ -70,10 +72,27 @@ class Observed:
         found = self.search(pooled)
         return QParams(found.scale[0], found.zero_point[0])
 
+    def intervals(self, histogram: Histogram) -> QParams:
+        """The best interval of each row of a histogram, with the static zero point where options say "fixed"."""
+        return self.search(histogram, self.static.zero_point if self.options.zero_point == "fixed" else None)
+
     @cached_property
     def steps(self) -> QParams:
-        """The best interval of each step [K]; with the static zero point where options say "fixed"."""
-        return self.search(self.histogram, self.static.zero_point if self.options.zero_point == "fixed" else None)
+        """The best interval of each step [K]."""
+        return self.intervals(self.histogram)
+
+    @cached_property
+    def curve(self) -> QParams:
+        """A smooth curve through the steps' intervals on the whole axis, drawn to the static one: [T + 1]."""
+        axis, static = torch.arange(self.num_train_timesteps + 1), self.static
+        scale = static.scale * smooth(self.t, (self.steps.scale / static.scale).log(), axis).exp()
+        moved = smooth(self.t, self.steps.zero_point - static.zero_point, axis).round().to(torch.int32)
+        return QParams(scale, (static.zero_point + moved).clamp(self.qtype.qmin, self.qtype.qmax))
+
+    @property
+    def gap(self) -> float:
+        """The largest distance between neighbouring observed steps."""
+        return float(self.t.diff().max()) if len(self.t) > 1 else float(self.num_train_timesteps)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values [K] at the observed steps, linear in between and constant beyond, on the whole axis 0..T: [T + 1]."""
@@ -81,18 +100,13 @@ class Observed:
         dense = torch.from_numpy(np.interp(axis, self.t.numpy(), values.double().numpy()))
         return dense.to(torch.float32) if values.is_floating_point() else dense.round().to(values.dtype)
 
-    def zero_point(self) -> Tensor:
-        """The zero point over the axis, as the options say: int32 [T + 1]."""
-        if self.options.zero_point == "step":
-            return self.spread(self.steps.zero_point)
-        return self.static.zero_point.expand(self.num_train_timesteps + 1).clone()
-
 
 class IntervalSource(nn.Module, ABC):
     """Scale and zero_point of one activation quantizer as a function of t (of dynamic ones, of the tensor too)."""
 
     pattern: ClassVar[str]
     timed: ClassVar[bool] = True  # a function of t alone, so a table can hold it
+    by_token: ClassVar[bool] = False  # an interval for each token; see ``dynamic_token.py``
     registry: ClassVar[dict[str, type[IntervalSource]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -107,7 +121,7 @@ class IntervalSource(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``t`` [B] and the tensor [B, ...] -> scale float32 [B], zero_point int32 [B]."""
+        """``t`` [B] and the tensor [B, ...] -> scale float32 [B], zero_point int32 [B]; of tokens, one for each."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the model but stay float32: ``model.half()`` must not round the intervals."""
@@ -137,7 +151,7 @@ class LearnedScale(nn.Module):
         self.value = nn.Parameter(scale.log() if self.log else scale.clone())
 
     def forward(self) -> Tensor:
-        return self.value.exp() if self.log else self.value.clamp(min=torch.finfo(torch.float32).tiny)
+        return (self.value.exp() if self.log else self.value).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def source_class(method: str) -> type[IntervalSource]:

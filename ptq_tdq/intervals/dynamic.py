@@ -9,6 +9,9 @@ from ptq_tdq.errors import ModelError
 from ptq_tdq.intervals.base import IntervalSource, Observed, source_class
 from ptq_tdq.scheme import QType
 
+Form = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Types and shapes of tensors by name."""
+
 
 class Dynamic(IntervalSource):
     """The least scale at which no value of the sample is clipped, with the zero point of the static interval.
@@ -34,6 +37,24 @@ class Dynamic(IntervalSource):
         """What is kept of it beside the zero point: the tensors of its network, if it has one."""
         return {name: tensor for name, tensor in self.state_dict().items() if name != "zero_point"}
 
+    @classmethod
+    def form(cls, length: int) -> Form:
+        """The form of :attr:`generator`, where tables have ``length`` entries."""
+        with torch.device("meta"):
+            kept = cls(torch.zeros((), dtype=torch.int32), QType(8)).generator
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in kept.items()}
+
+    @classmethod
+    def restore(cls, zero_point: Tensor, qtype: QType, generator: dict[str, Tensor]) -> Dynamic:
+        """A source from what is kept of it."""
+        with torch.device("meta"):  # no random start
+            source = cls(zero_point, qtype)
+        source.load_state_dict({"zero_point": zero_point, **generator}, assign=True)
+        return source
+
+    def freeze(self, num_train_timesteps: int) -> None:
+        """Learning is over: what depends on t alone may become a table."""
+
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.flatten(1)
         above, below = self.qtype.qmax - self.zero_point, self.zero_point - self.qtype.qmin
@@ -46,14 +67,15 @@ class Dynamic(IntervalSource):
         return scale, self.zero_point.expand(len(rows))
 
 
-def restore_dynamic(method: str, zero_point: Tensor, qtype: QType, generator: dict[str, Tensor]) -> Dynamic:
-    """A source of a dynamic ``method`` from what is kept of it; raises :class:`ModelError` for another network's."""
+def restore_dynamic(
+    method: str, zero_point: Tensor, qtype: QType, generator: dict[str, Tensor], length: int
+) -> Dynamic:
+    """A source of a dynamic ``method`` from what is kept of it, where tables have ``length`` entries.
+
+    Raises :class:`ModelError` for what is kept of another method's.
+    """
     cls = source_class(method)
     assert issubclass(cls, Dynamic)
-    with torch.device("meta"):  # no random start
-        source = cls(zero_point, qtype)
-    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in source.generator.items()}
-    if {name: (tensor.dtype, tensor.shape) for name, tensor in generator.items()} != expected:
+    if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in generator.items()} != cls.form(length):
         raise ModelError(f"The saved network of a quantizer is not that of method '{method}'; calibrate again.")
-    source.load_state_dict({"zero_point": zero_point, **generator}, assign=True)
-    return source.requires_grad_(False).eval()
+    return cls.restore(zero_point, qtype, generator).requires_grad_(False).eval()

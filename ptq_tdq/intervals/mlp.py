@@ -7,50 +7,57 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptq_tdq.errors import NonFiniteError
-from ptq_tdq.intervals.base import IntervalSource, Observed
+from ptq_tdq.intervals.base import IntervalSource, LearnedScale, Observed
 from ptq_tdq.timeaxis import lookup
 
 DIVERGED = (
     "A network of the time step diverges on the way to its first intervals; choose another time encoding, or "
     "module_start=as-is."
 )
+PLACES = 51  # of the axis, at which a module is fitted
 
 
 def inverse_softplus(y: Tensor) -> Tensor:
     """x with softplus(x) = y, for y > 0; exact for small y, where log(exp(y) - 1) would lose all digits."""
-    return y + torch.log(-torch.expm1(-y))
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.where(y < 1e-6, y.clamp(min=tiny).log(), y + torch.log(-torch.expm1(-y.clamp(min=1e-6))))
 
 
-def scale_of(net: nn.Sequential, features: Tensor) -> Tensor:
-    """``features`` [B, d] -> scale [B], positive: softplus underflows to 0 for a very negative input."""
-    return functional.softplus(net(features).squeeze(-1)).clamp(min=torch.finfo(torch.float32).tiny)
+def scale_of(net: nn.Sequential, features: Tensor, static: Tensor) -> Tensor:
+    """``softplus(net(features) + softplus^-1(static))`` [B] of ``features`` [B, d]: ``static`` where the net gives 0.
 
-
-def start(net: nn.Sequential, features: Tensor, observed: Observed) -> None:
-    """Set the last bias to the static interval, then fit log s to the steps or the static value, as options say.
-
-    ``features`` [K, d] are what the net is given at the observed steps.
+    Positive: softplus underflows to 0 for a very negative input.
     """
+    value = net(features).squeeze(-1) + inverse_softplus(static)
+    return functional.softplus(value).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def centre(net: nn.Sequential, features: Tensor, *, silent: bool = False) -> None:
+    """Set the last bias so that the net's mean over ``features`` [K, d] is 0; ``silent``: so that all it gives is 0."""
     last = net[-1]
     assert isinstance(last, nn.Linear)
+    net.eval()
     with torch.no_grad():
-        last.bias.copy_(inverse_softplus(observed.static.scale))
-    choice = observed.options.start
-    if choice != "as-is":
-        _fit(net, features, observed.steps.scale if choice == "steps" else observed.static.scale.expand(len(features)))
+        if silent:
+            last.weight.zero_()
+        last.bias.sub_(net(features).mean())
+    net.train()
 
 
-def _fit(net: nn.Sequential, features: Tensor, target: Tensor) -> None:
-    """Least squares of log s over the observed steps, by L-BFGS without dropout.
+def fit(net: nn.Sequential, features: Tensor, static: Tensor, target: Tensor, ridge: float) -> None:
+    """Ridge regression of log s on log ``target`` [K] at ``features`` [K, d], by L-BFGS without dropout.
 
+    ``ridge`` is the price of a squared distance of one of the net's weights from its start.
     Raises :class:`NonFiniteError` where it diverges, as it may for features as large as the raw time step.
     """
     net.eval()
     optimizer = torch.optim.LBFGS(net.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+    first = [p.detach().clone() for p in net.parameters()]
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (scale_of(net, features).log() - target.log()).square().mean()
+        moved = torch.stack([(p - f).square().sum() for p, f in zip(net.parameters(), first, strict=True)]).sum()
+        loss = (scale_of(net, features, static).log() - target.log()).square().mean() + ridge * moved
         loss.backward()
         return loss
 
@@ -59,23 +66,33 @@ def _fit(net: nn.Sequential, features: Tensor, target: Tensor) -> None:
             optimizer.step(closure)
     except RuntimeError as error:  # torch takes no step of infinite length
         raise NonFiniteError(DIVERGED) from error
-    if not bool(torch.isfinite(scale_of(net, features)).all()):
+    if not bool(torch.isfinite(scale_of(net, features, static)).all()):
         raise NonFiniteError(DIVERGED)
     net.train()
 
 
 class ModuleInterval(IntervalSource):
-    """``scale = softplus(net(encode(t)))``; the net's last layer is a linear layer to one number."""
+    """``softplus(net(encode(t)) + softplus^-1(scale))``: what S_1 learns, and a net of t that is added to it.
 
-    def __init__(self, encode: nn.Module, net: nn.Sequential, zero_point: Tensor) -> None:
+    The net's last layer is a linear layer to one number.
+    """
+
+    def __init__(self, encode: nn.Module, net: nn.Sequential, observed: Observed) -> None:
+        """Begin where the options say."""
         super().__init__()
         self.encode, self.net = encode, net
-        self.register_buffer("zero_point", zero_point)
+        options, static = observed.options, observed.static
+        self.scale = LearnedScale(static.scale, options.parameter)
+        axis = torch.arange(observed.num_train_timesteps + 1)
+        own = options.zero_point == "own"
+        self.register_buffer(
+            "zero_point", observed.curve.zero_point if own else static.zero_point.expand(len(axis)).clone()
+        )
         self.zero_point: Tensor
+        centre(net, encode(axis), silent=options.start == "static")
+        if options.start == "steps":
+            places = torch.linspace(0, len(axis) - 1, PLACES).round().long()
+            fit(net, encode(places), static.scale, observed.curve.scale[places], 1e-6)
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return scale_of(self.net, self.encode(t)), lookup(self.zero_point, t)
-
-    def start(self, observed: Observed) -> None:
-        """Begin where the options say."""
-        start(self.net, self.encode(observed.t), observed)
+        return scale_of(self.net, self.encode(t), self.scale()), lookup(self.zero_point, t)

@@ -9,7 +9,7 @@ from ptq_tdq.intervals.base import IntervalSource, LearnedScale, Observed
 
 
 class BinnedIntervals(IntervalSource):
-    """Scale [N] learned and zero_point [N] fixed; time bin n covers t in [n T / N, (n + 1) T / N)."""
+    """Scale [N] learned and zero_point [N]; time bin n covers t in [n T / N, (n + 1) T / N)."""
 
     pattern = r"static|S_([1-9][0-9]{0,3})"
 
@@ -30,8 +30,10 @@ class BinnedIntervals(IntervalSource):
         centre = (torch.arange(bins) + 0.5)[:, None]
         nearest = ((visited + 0.5)[None] - centre).abs().argmin(1)
         pooled = observed.histogram.pooled(torch.searchsorted(visited, group), len(visited))
-        found = observed.search(pooled)
-        return cls(found.scale[nearest], found.zero_point[nearest], total, observed.options.parameter)
+        found = observed.intervals(pooled) if len(visited) > 1 else observed.static
+        return cls(
+            found.scale.reshape(-1)[nearest], found.zero_point.reshape(-1)[nearest], total, observed.options.parameter
+        )
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         index = _bin(t, len(self.zero_point), self.num_train_timesteps)

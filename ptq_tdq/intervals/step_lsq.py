@@ -24,7 +24,8 @@ class StepLSQ(IntervalSource):
 
     @classmethod
     def build(cls, method: str, observed: Observed) -> StepLSQ:
-        return cls(observed.t, observed.steps.scale, observed.zero_point(), observed.options.parameter)
+        zero_point = observed.spread(observed.steps.zero_point)
+        return cls(observed.t, observed.steps.scale, zero_point, observed.options.parameter)
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         after = torch.searchsorted(self.t, t.to(self.t.dtype).contiguous()).clamp(max=len(self.t) - 1)

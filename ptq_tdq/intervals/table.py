@@ -21,7 +21,7 @@ class TableSource(IntervalSource):
     @classmethod
     def build(cls, method: str, observed: Observed) -> TableSource:
         """The best interval of each observed step, spread over the axis; not learned."""
-        return cls(observed.spread(observed.steps.scale), observed.zero_point())
+        return cls(observed.spread(observed.steps.scale), observed.spread(observed.steps.zero_point))
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return lookup(self.scale, t), lookup(self.zero_point, t)

@@ -18,9 +18,12 @@ class TimeEncoding(nn.Module):
 
     frequency: f_i = 10000^(-i / half), enc = [cos(t f_i), sin(t f_i)], half = d / 2. fourier draws f_i from a normal
     distribution and uses 2 pi f_i t / T.
+
+    Waves are damped by exp(-(f_i gap)^2 / 2), their mean over normal t of deviation ``gap``, the distance between
+    observed steps: between these a wave with a shorter period could take any value.
     """
 
-    def __init__(self, kind: str, num_train_timesteps: int) -> None:
+    def __init__(self, kind: str, num_train_timesteps: int, gap: float = 0.0) -> None:
         super().__init__()
         self.kind, self.num_train_timesteps = kind, num_train_timesteps
         half = DIMENSION // 2
@@ -29,7 +32,9 @@ class TimeEncoding(nn.Module):
         else:
             frequencies = MAX_PERIOD ** (-torch.arange(half) / half)
         self.register_buffer("frequencies", frequencies)
+        self.register_buffer("damping", torch.exp(-(frequencies * gap).square() / 2).repeat(2))
         self.frequencies: Tensor
+        self.damping: Tensor
         self.width = DIMENSION if kind in ("fourier", "frequency") else 1
 
     def forward(self, t: Tensor) -> Tensor:
@@ -39,17 +44,18 @@ class TimeEncoding(nn.Module):
         if self.kind == "normalize":
             return t / self.num_train_timesteps
         angle = t * self.frequencies
-        return torch.cat([angle.cos(), angle.sin()], dim=1)
+        return torch.cat([angle.cos(), angle.sin()], dim=1) * self.damping
 
 
 def initialize(net: nn.Sequential, kind: str) -> None:
-    """Weights of every linear layer by name; biases 0 ("gaussian" is N(0, 1))."""
+    """Weights of every linear layer by name: "he" is torch's own start, biases too; else biases are 0 (supp Table 7).
+
+    "gaussian" is N(0, 1).
+    """
     for layer in net:
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear) or kind == "he":
             continue
-        if kind == "he":
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        elif kind == "gaussian":
+        if kind == "gaussian":
             nn.init.normal_(layer.weight)
         elif kind == "xavier":
             nn.init.xavier_normal_(layer.weight)
@@ -79,9 +85,7 @@ class TDQ(ModuleInterval):
 
     @classmethod
     def build(cls, method: str, observed: Observed) -> TDQ:
-        encode = TimeEncoding(observed.options.encoding, observed.num_train_timesteps)
+        encode = TimeEncoding(observed.options.encoding, observed.num_train_timesteps, observed.gap)
         net = make_net(encode.width)
         initialize(net, observed.options.weights)
-        source = cls(encode, net, observed.zero_point())
-        source.start(observed)
-        return source
+        return cls(encode, net, observed)

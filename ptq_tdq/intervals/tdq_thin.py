@@ -23,11 +23,9 @@ class TDQThin(ModuleInterval):
     @classmethod
     def build(cls, method: str, observed: Observed) -> TDQThin:
         activation = ACTIVATIONS[observed.options.activation]
-        encode = TimeEncoding(observed.options.thin_encoding, observed.num_train_timesteps)
+        encode = TimeEncoding(observed.options.thin_encoding, observed.num_train_timesteps, observed.gap)
         net = nn.Sequential(
             nn.Linear(encode.width, HIDDEN), activation(), nn.Linear(HIDDEN, HIDDEN), activation(), nn.Linear(HIDDEN, 1)
         )
         initialize(net, observed.options.weights)
-        source = cls(encode, net, observed.zero_point())
-        source.start(observed)
-        return source
+        return cls(encode, net, observed)

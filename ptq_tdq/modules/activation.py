@@ -14,11 +14,15 @@ from ptq_tdq.timeaxis import present
 
 
 class ActivationQuantizer(nn.Module):
-    """Passes its input through until ``enabled``; with an ``observer`` it only watches."""
+    """Passes its input through until ``enabled``; with an ``observer`` it only watches.
 
-    def __init__(self, record: QuantizerRecord) -> None:
+    ``along`` is the dimension of x that the operation sums over: its vectors are tokens. It is None for a convolution,
+    which sums over positions too: a token is then the whole sample.
+    """
+
+    def __init__(self, record: QuantizerRecord, along: int | None = -1) -> None:
         super().__init__()
-        self.record = record
+        self.record, self.along = record, along
         self.qtype = QType(record.bits)
         self.enabled = False
         self.observer: Observer | None = None
@@ -27,11 +31,21 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ...] -> the same shape, on the grid of the interval at each sample's t."""
         if self.observer is not None:
-            self.observer.see(x, present(len(x), x.device))
+            self.observer.see(x if self.observer.vectors is None else self._tokens(x), present(len(x), x.device))
             return x
         if not self.enabled or self.source is None:
             return x
         with torch.autocast(x.device.type, enabled=False):  # intervals are float32 whatever the products are
-            scale, zero_point = self.source(present(len(x), x.device), x)
-        shape = (len(x),) + (1,) * (x.ndim - 1)
-        return fake_quantize(x, scale.view(shape), zero_point.view(shape), self.qtype)
+            seen = self._tokens(x) if self.source.by_token else x
+            scale, zero_point = self.source(present(len(x), x.device), seen)
+        return fake_quantize(x, self._beside(scale, x), self._beside(zero_point, x), self.qtype)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """x as [B, ..., K], its tokens last."""
+        return x.flatten(1) if self.along is None else x.movedim(self.along, -1)
+
+    def _beside(self, values: Tensor, x: Tensor) -> Tensor:
+        """Values of samples [B] or of tokens in the shape that broadcasts against x."""
+        if values.ndim == 1 or self.along is None:
+            return values.view(-1, *(1,) * (x.ndim - 1))
+        return values.unsqueeze(self.along)

@@ -19,6 +19,7 @@ from torch.nn import functional
 from ptq_tdq.modules.activation import ActivationQuantizer
 from ptq_tdq.modules.weight import WeightQuantizer
 from ptq_tdq.records import LayerRecord
+from ptq_tdq.rotate import rotated
 
 Operation = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -48,6 +49,11 @@ class Kind:
     operation: Operation
     channel_dim: int = 1  # of x
     transposed: bool = False
+
+    @property
+    def tokens_along(self) -> int | None:
+        """The dimension of x that is summed over, if it is a single one."""
+        return -1 if self.channel_dim == -1 else None
 
 
 QUANTIZED_LAYERS: dict[type[nn.Module], Kind] = {
@@ -125,7 +131,8 @@ class QuantLayer(nn.Module):
     """A layer whose weight and input pass through quantizers; with both off it is the original, bit for bit.
 
     ``shift`` [O] is the learned correction of the bias (None without a bias); it counts while the weights' quantizers
-    are on, and :meth:`finalize` adds it to the bias.
+    are on, and :meth:`finalize` adds it to the bias. ``divisor`` [C] of an equalized layer is divided out of its input
+    and multiplied into its weight.
     """
 
     def __init__(self, layer: nn.Module, record: LayerRecord) -> None:
@@ -138,20 +145,28 @@ class QuantLayer(nn.Module):
         self.layer, self.record = layer, record
         self.ranges = tuple(pairwise(record.splits))
         self.weights = nn.ModuleList(WeightQuantizer(record.weight_bits) for _ in self.ranges)
-        self.inputs = nn.ModuleList(ActivationQuantizer(q) for q in record.inputs)
+        self.inputs = nn.ModuleList(ActivationQuantizer(q, kind.tokens_along) for q in record.inputs)
         self.weights_enabled = False
         # float32, since what it learns is less than half precision can hold; a buffer, since a model's dtype is that
         # of its parameters
         shift = None if self.bias is None else torch.zeros_like(self.bias, dtype=torch.float32)
         self.register_buffer("shift", shift, persistent=False)
         self.shift: Tensor | None
+        self.register_buffer("divisor", None, persistent=False)
+        self.divisor: Tensor | None
+        self._rotated: Tensor | None = None
         self._known: Tensor | None = None  # what the codes stand for, once it was asked for
         self.finished = False
 
     @property
     def weight(self) -> Tensor:
-        """The layer's own weight [O, C / groups, ...]; the original until ``finalize``."""
-        return outputs_first(self.layer, own_weight(self.layer))
+        """The weight [O, C / groups, ...] that meets the input's codes; that of the original until ``finalize``."""
+        own = own_weight(self.layer)
+        if not self.record.rotated or self.finished:
+            return outputs_first(self.layer, own)
+        if self._rotated is None:
+            self._rotated = rotated(own.float()).to(own.dtype)
+        return self._rotated
 
     @property
     def bias(self) -> Tensor | None:
@@ -164,6 +179,20 @@ class QuantLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
+
+    @property
+    def mixable(self) -> bool:
+        """Whether input channels may be rotated or divided by factors: a linear layer whose input has an interval."""
+        return self.kind.channel_dim == -1 and len(self.inputs) == 1
+
+    def equalize(self, divisor: Tensor) -> None:
+        """Divide the input's channels by powers of two [C], and multiply the weight's: the output keeps its digits."""
+        with torch.no_grad():
+            own_weight(self.layer).mul_(divisor.to(own_weight(self.layer).dtype))
+        self.divisor = divisor
+
+    def activation_quantizers(self) -> list[ActivationQuantizer]:
+        return [q for q in self.inputs if isinstance(q, ActivationQuantizer)]
 
     def weight_quantizers(self) -> list[WeightQuantizer]:
         return [w for w in self.weights if isinstance(w, WeightQuantizer)]
@@ -200,10 +229,14 @@ class QuantLayer(nn.Module):
             if self.bias is not None and self.shift is not None:
                 self.bias.copy_(self.bias + self.shift)
                 self.shift.zero_()
-        self._known, self.finished = None, True
+        self._known, self._rotated, self.finished = None, None, True
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input behind its quantizers: one for each channel range, none where only the weight is quantized."""
+        if self.record.rotated:
+            x = rotated(x.float()).to(x.dtype)
+        if self.divisor is not None:
+            x = x / self.divisor.to(x.dtype)
         if len(self.inputs) == 1:
             y: Tensor = self.inputs[0](x)
             return y
@@ -213,9 +246,16 @@ class QuantLayer(nn.Module):
         parts = x.split(sizes, self.kind.channel_dim)
         return torch.cat([q(p) for q, p in zip(self.inputs, parts, strict=True)], self.kind.channel_dim)
 
+    def _at_work(self) -> bool:
+        """Whether anything is quantized or watched."""
+        return self.weights_enabled or any(q.enabled or q.observer for q in self.activation_quantizers())
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.record.rotated and not self.finished and not self._at_work():  # the original, bit for bit
+            return self.kind.operation(self.layer, input, own_weight(self.layer), self.bias)
         x = self.quantized_input(input)
         if not self.weights_enabled:
-            return self.kind.operation(self.layer, x, own_weight(self.layer), self.bias)
+            weight = self.weight if self.record.rotated else own_weight(self.layer)
+            return self.kind.operation(self.layer, x, weight, self.bias)
         bias = None if self.bias is None or self.shift is None else (self.bias + self.shift).to(x.dtype)
         return self.kind.operation(self.layer, x, self.quantized_weight().to(x.dtype), bias)

@@ -21,6 +21,7 @@ from ptq_tdq.modules.activation import ActivationQuantizer
 from ptq_tdq.records import LayerRecord
 
 OPERANDS = ("q", "k", "v", "softmax")
+ALONG = (-1, -1, -2, -1)  # the dimension of each that its product sums over
 ATTRIBUTE = "products"  # of the module that computes them; `<module>.products.<i>` is the i-th in its forward pass
 
 
@@ -36,7 +37,7 @@ class QuantProduct(nn.Module):
     def __init__(self, record: LayerRecord) -> None:
         super().__init__()
         self.record = record
-        self.inputs = nn.ModuleList(ActivationQuantizer(q) for q in record.inputs)
+        self.inputs = nn.ModuleList(map(ActivationQuantizer, record.inputs, ALONG))
 
     def quantizers(self) -> list[ActivationQuantizer]:
         return [q for q in self.inputs if isinstance(q, ActivationQuantizer)]

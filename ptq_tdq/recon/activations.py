@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +13,21 @@ from torch import Tensor, nn
 from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.intervals import IntervalSource, Observed, source_class
+from ptq_tdq.intervals.auto import SIMPLE
+from ptq_tdq.intervals.dynamic import Dynamic
+from ptq_tdq.intervals.mlp import ModuleInterval
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.observe import Observer
+from ptq_tdq.recon.choice import choose, set_shifts, undecided
 from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
+from ptq_tdq.recon.token_choice import choose_tokens
 from ptq_tdq.recon.unit import Unit
-from ptq_tdq.recon.weights import round_again
+from ptq_tdq.recon.weights import round_last
 from ptq_tdq.search import QParams
+
+STATIC = ("static", "S_1", "fixed")  # methods that do not follow t
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,8 @@ def observe(unit: Unit, call: UnitCall, config: Config, num_train_timesteps: int
     quantizers = unit.quantizers()
     for quantizer in quantizers:
         record = quantizer.record
-        quantizer.observer = Observer(record.name, steps, ema=record.range_method == "ema")
+        vectors = quantizer.qtype if source_class(record.method).by_token else None
+        quantizer.observer = Observer(record.name, steps, ema=record.range_method == "ema", vectors=vectors)
     observers = {q.record.name: q.observer for q in quantizers if q.observer}
     try:
         for counting in (False, True):
@@ -58,6 +68,7 @@ def observe(unit: Unit, call: UnitCall, config: Config, num_train_timesteps: int
             q.record.range_method,
             q.record.from_zero,
             config.interval_options,
+            observers[q.record.name].ratios(),
         )
         for q in quantizers
     }
@@ -72,30 +83,104 @@ def reconstruct_activations(
     generator: torch.Generator,
     num_train_timesteps: int,
 ) -> ActivationResult:
-    """Learn the intervals of the unit's activations; the end state is never worse than the start.
+    """Learn the intervals of the unit's activations; the end is never worse than the start.
 
-    ``full`` is the unit's call in the full-precision stream, ``call`` the one to learn from.
+    Nor is it worse than S_1, which is learned first, from the same samples: of both the better one stays. ``full`` is
+    the unit's call in the full-precision stream, ``call`` the one to learn from.
     """
     observed = observe(unit, call, config, num_train_timesteps)
     quantizers = unit.quantizers()
-    for quantizer in quantizers:
-        record = quantizer.record
-        try:
-            source = source_class(record.method).build(record.method, observed[record.name])
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{record.name}: {error}") from error
-        quantizer.source, quantizer.enabled = source.to(unit.device), True
-    sources = nn.ModuleList(q.source for q in quantizers if q.source)
-    sources.eval()
-    before = after = unit.loss(call, target, config.loss_power)
-    if config.activation_iterations and any(True for _ in sources.parameters()):
-        with unit.learning():
-            after = _learn(unit, call, target, sources, config, generator, before)
+    _begin_static(unit, observed)
+    if open_ones := undecided(unit):
+        probe = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
+        with torch.random.fork_rng([unit.device] if unit.device.type == "cuda" else []):
+            choose(unit, call, target, config, observed, lambda some, half: _learn(some, call, target, half, probe))
+        if config.token_intervals == "auto":
+            choose_tokens(unit, open_ones, call, target, config)
+        _begin_static(unit, observed)
+    best, follow = _Best(unit, call, target, config.loss_power), [q for q in quantizers if _follows(q)]
+    before = best.consider()
+    first, seed = [shift.detach().clone() for shift in unit.shifts()], generator.initial_seed()
+    _learn(unit, call, target, config, torch.Generator().manual_seed(seed) if follow else generator)
+    best.consider()
+    if follow:
+        set_shifts(unit, first)
+        before = _start(unit, follow, observed, best, before)
+        _learn(unit, call, target, config, generator)
+        best.consider()
+    best.restore()
+    for quantizer in follow:
+        if quantizer.record.gain_db is not None and not isinstance(quantizer.source, ModuleInterval):
+            quantizer.record = replace(quantizer.record, method=SIMPLE)  # on all samples it has not paid
     for quantizer in quantizers:
         freeze(quantizer, num_train_timesteps)
-    if config.rounding == "gptq" and config.round_again:
-        after = round_again(unit, full, call, target, config, generator, after)
+    after = round_last(unit, full, call, target, config, generator, best.loss)
     return ActivationResult(before, after, {name: o.static for name, o in observed.items()})
+
+
+def _follows(quantizer: ActivationQuantizer) -> bool:
+    """Whether the method is one of intervals that follow t."""
+    return source_class(quantizer.record.method).timed and quantizer.record.method not in STATIC
+
+
+def _begin_static(unit: Unit, observed: dict[str, Observed]) -> None:
+    """Switch the unit's quantizers on, with S_1 in the place of what follows t."""
+    for quantizer in unit.quantizers():
+        quantizer.source = _build(unit, quantizer, observed, "static" if _follows(quantizer) else None)
+        quantizer.enabled = True
+
+
+def _start(
+    unit: Unit, follow: list[ActivationQuantizer], observed: dict[str, Observed], best: _Best, static: float
+) -> float:
+    """Put the sources that follow t at their start; modules begin static where that has a lower loss. Returns it."""
+    for quantizer in unit.quantizers():
+        quantizer.source = _build(unit, quantizer, observed)
+    own = best.consider()
+    if not static < own or not any(isinstance(q.source, ModuleInterval) for q in follow):
+        return own
+    for quantizer in follow:
+        found = observed[quantizer.record.name]
+        options = replace(found.options, start="static", zero_point="fixed")
+        quantizer.source = _build(unit, quantizer, {quantizer.record.name: replace(found, options=options)})
+    return static
+
+
+def _build(
+    unit: Unit, quantizer: ActivationQuantizer, observed: dict[str, Observed], method: str | None = None
+) -> IntervalSource:
+    """A source at its start, by default that of the record; raises :class:`NonFiniteError` naming the quantizer."""
+    method = method or quantizer.record.method
+    try:
+        source = source_class(method).build(method, observed[quantizer.record.name])
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{quantizer.record.name}: {error}") from error
+    return source.to(unit.device).eval()
+
+
+class _Best:
+    """The state with the lowest loss among those considered: sources and bias corrections."""
+
+    def __init__(self, unit: Unit, call: UnitCall, target: Parts, power: float) -> None:
+        self.unit, self.call, self.target, self.power = unit, call, target, power
+        self.loss, self.state = math.inf, list[Any]()
+
+    def consider(self) -> float:
+        """Take the present state if its loss, which is returned, is lower."""
+        for quantizer in self.unit.quantizers():
+            assert quantizer.source is not None
+            quantizer.source.eval()
+        loss = self.unit.loss(self.call, self.target, self.power)
+        if not self.state or loss < self.loss or math.isnan(self.loss):
+            shifts = [shift.detach().clone() for shift in self.unit.shifts()]
+            self.loss, self.state = loss, [copy.deepcopy([q.source for q in self.unit.quantizers()]), shifts]
+        return loss
+
+    def restore(self) -> None:
+        sources, shifts = self.state
+        for quantizer, source in zip(self.unit.quantizers(), sources, strict=True):
+            quantizer.source = source
+        set_shifts(self.unit, shifts)
 
 
 def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
@@ -105,7 +190,8 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
     """
     assert quantizer.source is not None
     quantizer.source.requires_grad_(False)
-    if not quantizer.source.timed:
+    if isinstance(quantizer.source, Dynamic):
+        quantizer.source.freeze(num_train_timesteps)
         return
     scale, zero_point = quantizer.source.table(num_train_timesteps)
     finite = torch.isfinite(scale * quantizer.qtype.qmax).cpu()
@@ -118,16 +204,11 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
     quantizer.source = TableSource(scale.clamp(min=torch.finfo(torch.float32).tiny), zero_point)
 
 
-def _learn(
-    unit: Unit,
-    call: UnitCall,
-    target: Parts,
-    sources: nn.ModuleList,
-    config: Config,
-    generator: torch.Generator,
-    before: float,
-) -> float:
-    """Adam with cosine decay to 0; leaves the better of the first and the last state and returns its loss."""
+def _learn(unit: Unit, call: UnitCall, target: Parts, config: Config, generator: torch.Generator) -> None:
+    """Adam with cosine decay to 0 over the unit's sources and bias corrections."""
+    sources = nn.ModuleList(q.source for q in unit.quantizers() if q.source)
+    if not config.activation_iterations or not any(True for _ in sources.parameters()):
+        return
     raw = [p for s in sources if isinstance(s, IntervalSource) for p in s.raw_parameters()]
     known = {id(p) for p in raw}
     weights = [p for p in sources.parameters() if id(p) not in known]
@@ -139,27 +220,19 @@ def _learn(
         ]
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.activation_iterations)
-    first, first_shifts = _state(unit, sources)
     sources.train()
     chances = None if config.loss_weights == "uniform" else _chances(unit, target, config.loss_power)
-    for _ in range(config.activation_iterations):
-        index = unit.draw(config.batch_size, generator, chances)
-        loss = unit.learning_loss(call, target, config.loss_power, config, index)
-        if not loss.requires_grad:  # no output of any sample depends on what is learned
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    with unit.learning():
+        for _ in range(config.activation_iterations):
+            index = unit.draw(config.batch_size, generator, chances)
+            loss = unit.learning_loss(call, target, config.loss_power, config, index)
+            if not loss.requires_grad:  # no output of any sample depends on what is learned
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     sources.eval()
-    after = unit.loss(call, target, config.loss_power)
-    if after <= before:
-        return after
-    sources.load_state_dict(first)
-    with torch.no_grad():
-        for shift, value in zip(unit.shifts(), first_shifts, strict=True):
-            shift.copy_(value)
-    return before
 
 
 def _chances(unit: Unit, target: Parts, power: float) -> Tensor:
@@ -178,8 +251,3 @@ def _chances(unit: Unit, target: Parts, power: float) -> Tensor:
     relative = of_step / of_step.max().clamp(min=tiny)
     chances: Tensor = 1 / relative.clamp(min=1e-6)[step]
     return chances
-
-
-def _state(unit: Unit, sources: nn.ModuleList) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Copies of all that phase A learns."""
-    return copy.deepcopy(sources.state_dict()), [shift.detach().clone() for shift in unit.shifts()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from ptq_tdq.artifacts import IntervalTable, write_atomic
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError, ResumeError
 from ptq_tdq.intervals import source_class
+from ptq_tdq.intervals.auto import FOLLOWING, SIMPLE, TOKEN, Auto
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.quantized_model import source_of, table_of
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.search import QParams
 
-CHECKPOINT_FORM = 4  # changes with the names and the meaning of the tensors in the files
+CHOICES = (SIMPLE, FOLLOWING, TOKEN)  # of "auto"
+CHECKPOINT_FORM = 5  # changes with the names and the meaning of the tensors in the files
 
 Tensors = dict[str, Tensor]
 Saved = tuple[Tensors, tuple[float, float]]
@@ -131,6 +134,7 @@ class RunDirectory:
 def form_of(unit: Unit, phase: str, config: Config, length: int) -> Form:
     """Types and shapes of the tensors that :func:`snapshot` gives; tables have ``length`` entries."""
     form: Form = {name: (shift.dtype, tuple(shift.shape)) for name, shift in _shifts(unit).items()}
+    form |= {name: (x.dtype, tuple(x.shape)) for name, x in (_divisors(unit) | _rotations(unit)).items()}
     for layer in unit.layers():
         for index in range(len(layer.ranges)):
             part = layer.part(index).shape
@@ -147,6 +151,8 @@ def form_of(unit: Unit, phase: str, config: Config, length: int) -> Form:
         name = quantizer.record.name
         form |= {f"{name}.static_scale": (torch.float32, ()), f"{name}.static_zero_point": (torch.int32, ())}
         form |= _table_form(quantizer, length)
+        if quantizer.record.method == Auto.pattern:
+            form |= {f"{name}.choice": (torch.uint8, ()), f"{name}.gain_db": (torch.float64, ())}
     return form
 
 
@@ -155,22 +161,30 @@ def _table_form(quantizer: ActivationQuantizer, length: int) -> Form:
     if not issubclass(cls, Dynamic):
         shape = (length,)
         return {f"{name}.scale": (torch.float32, shape), f"{name}.zero_point": (torch.int32, shape)}
-    with torch.device("meta"):
-        network = cls(torch.zeros((), dtype=torch.int32), quantizer.qtype).generator
-    kinds = {f"{name}.generator.{key}": (value.dtype, tuple(value.shape)) for key, value in network.items()}
+    kinds = {f"{name}.generator.{key}": kind for key, kind in cls.form(length).items()}
     return {f"{name}.zero_point": (torch.int32, (1,)), **kinds}
 
 
-def snapshot(unit: Unit, phase: str, static: dict[str, QParams]) -> Tensors:
+def _table(static: QParams, length: int) -> IntervalTable:
+    return IntervalTable(static.scale.expand(length), static.zero_point.expand(length))
+
+
+def snapshot(unit: Unit, phase: str, static: dict[str, QParams], length: int) -> Tensors:
     """What a phase decided for a unit."""
-    tensors = _weights(unit) | _shifts(unit)
+    tensors = _weights(unit) | _shifts(unit) | _divisors(unit) | _rotations(unit)
     if phase == "weights":
         return tensors
     for quantizer in unit.quantizers():
         name = quantizer.record.name
         tensors[f"{name}.static_scale"] = static[name].scale
         tensors[f"{name}.static_zero_point"] = static[name].zero_point
-        tensors |= table_of(quantizer).tensors(name)
+        if quantizer.record.gain_db is None:
+            tensors |= table_of(quantizer).tensors(name)
+        else:  # "auto" chose; every choice has the same form
+            known = table_of(quantizer) if quantizer.record.method != TOKEN else _table(static[name], length)
+            tensors |= known.tensors(name)
+            tensors[f"{name}.choice"] = torch.tensor(CHOICES.index(quantizer.record.method), dtype=torch.uint8)
+            tensors[f"{name}.gain_db"] = torch.tensor(quantizer.record.gain_db, dtype=torch.float64)
     return tensors
 
 
@@ -187,7 +201,21 @@ def _shifts(unit: Unit) -> Tensors:
     return {f"{layer.record.name}.shift": layer.shift.detach() for layer in unit.layers() if layer.shift is not None}
 
 
-def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams]) -> tuple[float, float]:
+def _divisors(unit: Unit) -> Tensors:
+    """What the input channels of each layer are divided by."""
+    return {
+        f"{layer.record.name}.divisor": torch.ones(layer.weight.shape[1]) if layer.divisor is None else layer.divisor
+        for layer in unit.layers()
+        if layer.mixable
+    }
+
+
+def _rotations(unit: Unit) -> Tensors:
+    """Whether the input channels of each layer are rotated."""
+    return {f"{x.record.name}.rotated": torch.tensor(x.record.rotated) for x in unit.layers() if x.mixable}
+
+
+def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams], length: int) -> tuple[float, float]:
     """Inverse of :func:`snapshot`; switches the phase's quantizers on and returns the losses."""
     tensors, losses = saved
     with torch.no_grad():
@@ -195,6 +223,11 @@ def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams]) ->
             shift.copy_(tensors[name])
     for layer in unit.layers():
         layer.weights_enabled = True
+        if layer.mixable:
+            layer.record = replace(layer.record, rotated=bool(tensors[f"{layer.record.name}.rotated"]))
+        divisor = tensors.get(f"{layer.record.name}.divisor")
+        if layer.divisor is None and divisor is not None and bool((divisor != 1).any()):
+            layer.equalize(divisor.to(unit.device))
         for index in range(len(layer.ranges)):
             prefix = f"weight.{layer.record.name}.{index}"
             layer.assign(index, tensors[f"{prefix}.codes"], tensors[f"{prefix}.scale"], tensors[f"{prefix}.zero_point"])
@@ -203,6 +236,11 @@ def restore(unit: Unit, phase: str, saved: Saved, static: dict[str, QParams]) ->
     for quantizer in unit.quantizers():
         name = quantizer.record.name
         static[name] = QParams(tensors[f"{name}.static_scale"], tensors[f"{name}.static_zero_point"])
-        quantizer.source = source_of(quantizer, IntervalTable.take(name, tensors)).to(unit.device)
+        table = IntervalTable.take(name, tensors)
+        if quantizer.record.method == Auto.pattern:
+            method = CHOICES[int(tensors[f"{name}.choice"])]
+            quantizer.record = replace(quantizer.record, method=method, gain_db=float(tensors[f"{name}.gain_db"]))
+            table = IntervalTable(None, table.zero_point[:1]) if method == TOKEN else table
+        quantizer.source = source_of(quantizer, table, length).to(unit.device)
         quantizer.enabled = True
     return losses

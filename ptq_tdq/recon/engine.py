@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,15 +15,18 @@ from ptq_tdq.config import Config
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
+from ptq_tdq.recon.equalize import equalize_unit
 from ptq_tdq.recon.parts import Parts, Store
 from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, sweep
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
+from ptq_tdq.records import LayerRecord
 from ptq_tdq.search import QParams
 from ptq_tdq.wrap import switched
 
 CHUNK = 64
 CACHE_BYTES = 2 << 30  # streams larger than this live in memory-mapped files
+JUDGES = 8  # one in so many trajectories is held out
 
 Phase = Literal["weights", "activations"]
 
@@ -47,20 +50,30 @@ def reconstruct(
     config: Config,
     *,
     single: Collection[str] = (),
+    unlearned: Collection[str] = (),
     run: RunDirectory | None = None,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
 ) -> dict[str, QParams]:
     """Quantize all units of the model; leaves its quantizers on, with final codes and interval tables.
 
-    Units in ``single`` run with one time step at a time. Finished units are kept in ``run`` and read from it. Returns
-    the static interval of each activation quantizer.
+    Units in ``single`` run with one time step at a time, those in ``unlearned`` keep first intervals and nearest
+    rounding. Finished units are kept in ``run`` and read from it. Returns the static interval of each activation
+    quantizer.
     Raises :class:`~ptq_tdq.errors.NonFiniteError` naming the layer and t.
     """
-    engine = _Engine(quantized, calls, config, single, run, on_unit)
+    engine = _Engine(quantized, calls, config, single, unlearned, run, on_unit)
     quantized.quantize(weights=False, activations=False)
     engine.pass_over("weights")
     engine.pass_over("activations")
+    quantized.plan = tuple(_as_chosen(record, quantized) for record in quantized.plan)
     return engine.static
+
+
+def _as_chosen(record: LayerRecord, quantized: QuantizedModel) -> LayerRecord:
+    """The record with the methods that phase A chose for its quantizers, and the rotation that phase W did."""
+    chosen, layer = quantized.quantizers(), quantized.layers().get(record.name)
+    inputs = tuple(chosen[q.name].record for q in record.inputs)
+    return replace(record, inputs=inputs, rotated=layer is not None and layer.record.rotated)
 
 
 class _Engine:
@@ -72,18 +85,23 @@ class _Engine:
         calls: Calls,
         config: Config,
         single: Collection[str],
+        unlearned: Collection[str],
         run: RunDirectory | None,
         on_unit: Callable[[UnitReport], None],
     ) -> None:
         self.quantized, self.calls, self.config, self.run, self.on_unit = quantized, calls, config, run, on_unit
-        self.t, self.single, self.units = calls.t.cpu(), single, quantized.units()
+        self.t, self.single, self.unlearned = calls.t.cpu(), single, unlearned
+        self.units = quantized.units()
         self.device = quantized.device
         self.store = Store(_stream_bytes(quantized, calls) > CACHE_BYTES, self.device)
         self.static: dict[str, QParams] = {}
+        number = calls.trajectory.cpu().unique(return_inverse=True)[1]
+        count = int(number.max()) + 1
+        self.held_out = number >= count - count // JUDGES  # in a row: thinned trajectories take turns at the steps
 
     def unit(self, name: str, spans: tuple[slice, ...] = ()) -> Unit:
         module = self.quantized.model.get_submodule(name)
-        return Unit(name, module, self.t, spans, name in self.single, self.device)
+        return Unit(name, module, self.t, spans, name in self.single, self.device, self.held_out)
 
     def pass_over(self, phase: Phase) -> None:
         """Both streams through all units, each of which is learned or restored when its turn comes."""
@@ -134,26 +152,31 @@ class _Engine:
 
     def restore(self, phase: Phase, index: int, unit: Unit, saved: Saved) -> None:
         """Take the unit from its checkpoint."""
-        losses = restore(unit, phase, saved, self.static)
+        losses = restore(unit, phase, saved, self.static, self.calls.axis.length)
         self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, 0.0))
 
     def learn(self, phase: Phase, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Parts) -> None:
         """One phase of one unit, with generators of its own, so that a resumed run equals an uninterrupted one."""
         began = time.perf_counter()
+        config = self.config
+        if unit.name in self.unlearned:
+            config = replace(config, rounding="nearest", activation_iterations=0)
         seed = self.config.seed * 1_000_003 + index
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             if phase == "weights":
-                losses = reconstruct_weights(unit, full, mine, target, self.config, generator)
+                if self.config.equalize == "channels" or self.config.rotate == "auto":
+                    equalize_unit(unit, mine, self.config, generator)
+                losses = reconstruct_weights(unit, full, mine, target, config, generator)
             else:
                 seen = mine if self.config.activation_inputs == "quantized" else full
                 steps = self.calls.axis.num_train_timesteps
-                result = reconstruct_activations(unit, full, seen, target, self.config, generator, steps)
+                result = reconstruct_activations(unit, full, seen, target, config, generator, steps)
                 losses = result.before, result.after
                 self.static.update(result.static)
         if self.run:
-            self.run.write(phase, index, snapshot(unit, phase, self.static), losses)
+            self.run.write(phase, index, snapshot(unit, phase, self.static, self.calls.axis.length), losses)
         self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, time.perf_counter() - began))
 
 

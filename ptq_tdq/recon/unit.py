@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,8 @@ class Unit:
     """A module, and the time step of each of the N samples [N] (on the CPU).
 
     ``spans`` are the samples that may run together, by default all. A ``single`` unit takes samples of one time step at
-    a time.
+    a time. ``held_out`` [N] marks the samples of the trajectories that only judge what is learned; ``among`` [N] those
+    that are drawn, run and counted in a loss, by default all.
     """
 
     name: str
@@ -36,12 +37,25 @@ class Unit:
     spans: tuple[slice, ...] = ()
     single: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    held_out: Tensor | None = None
+    among: Tensor | None = None
 
     @cached_property
     def cells(self) -> list[Tensor]:
         """The numbers of samples that may run together."""
-        spans = [torch.arange(len(self.t))[span] for span in self.spans or (slice(None),)]
-        return [span[self.t[span] == t] for span in spans for t in self.t[span].unique()] if self.single else spans
+        numbers = torch.arange(len(self.t))
+        spans = [numbers[span] for span in self.spans or (slice(None),)]
+        if self.among is not None:
+            spans = [span[self.among[span]] for span in spans]
+        cells = [span[self.t[span] == t] for span in spans for t in self.t[span].unique()] if self.single else spans
+        return [cell for cell in cells if len(cell)]
+
+    def split(self) -> tuple[Unit, Unit]:
+        """The unit on the samples to learn from and on those held out; on all of them where nothing is held out."""
+        if self.held_out is None or not bool(self.held_out.any()):
+            return self, self
+        among = torch.ones_like(self.held_out) if self.among is None else self.among
+        return replace(self, among=among & ~self.held_out), replace(self, among=among & self.held_out)
 
     def layers(self) -> list[QuantLayer]:
         return [m for m in self.module.modules() if isinstance(m, QuantLayer)]
@@ -77,7 +91,8 @@ class Unit:
         """All samples, some of one cell at a time."""
         for cell in self.cells:
             for piece in cell.split(EVALUATION_BATCH):
-                yield piece if self.single else slice(int(piece[0]), int(piece[-1]) + 1)
+                start, stop = int(piece[0]), int(piece[-1]) + 1
+                yield slice(start, stop) if stop - start == len(piece) else piece
 
     def draw(self, size: int, generator: torch.Generator, chances: Tensor | None = None) -> Tensor:
         """``size`` random samples of one cell, all alike or with ``chances`` [N]."""
@@ -126,7 +141,22 @@ class Unit:
             for batch in self.batches():
                 found = self._loss(call, self.run(call, batch), target, power, batch)
                 total += found.item() * len(self.t[batch])
-        return total / len(self.t)
+        return total / sum(map(len, self.cells))
+
+    def losses(self, call: UnitCall, target: Parts, power: float) -> Tensor:
+        """The reconstruction loss of each sample [n], in float32; its mean is that of :meth:`loss`."""
+        found = []
+        with torch.no_grad():
+            for batch in self.batches():
+                count, part = len(self.t[batch]), call.output(self.run(call, batch), batch)
+                pairs = zip(part.real(slice(0, count)), target.real(batch), strict=True)
+                each = [
+                    reconstruction_loss([a], [b], power)
+                    for output, aim in pairs
+                    for a, b in zip(output.chunk(count), aim.chunk(count), strict=True)
+                ]
+                found.append(torch.stack(each).view(-1, count).sum(0) if each else torch.zeros(count))
+        return torch.cat(found)
 
     def _loss(self, call: UnitCall, output: Any, target: Parts, power: float, index: slice | Tensor) -> Tensor:
         part = call.output(output, index)

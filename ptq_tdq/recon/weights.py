@@ -1,4 +1,4 @@
-"""Phase W of one unit: intervals of its weights, then their rounding: in closed form, learned (AdaRound) or nearest."""
+"""Weights of one unit: their intervals and rounding (nearest, in closed form or learned), and the last rounding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from ptq_tdq.recon.closed_form import round_unit
 from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
-from ptq_tdq.rounding import AdaRound, annealed_b
+from ptq_tdq.rounding import AdaRound, LearnedCodes, annealed_b
+from ptq_tdq.scheme import MAX_BITS
 from ptq_tdq.search import weight_qparams
 
 LOSS_POWER = 2.0
+CHECKS = 8  # times that learning is judged on held-out samples
+LEARNED_BITS = 3  # at 4 bits nothing learned was better than the closed form (benchmarks/results/rounding.jsonl)
 
 _WeightState = tuple[list[tuple[Tensor | None, Tensor | None, Tensor | None]], list[Tensor]]
 
@@ -53,26 +56,44 @@ def reconstruct_weights(
     if config.rounding == "nearest":
         return before, before
     nearest = _weight_state(unit)
-    if config.rounding == "gptq":
-        round_unit(unit, full, call, config, generator)
-    else:
+    if config.rounding == "adaround":
         _adaround(unit, call, target, config, generator)
+    else:
+        round_unit(_seen(unit, config), full, call, config, generator)
     return before, _settle(unit, call, target, LOSS_POWER, before, nearest)
 
 
-def round_again(
+def round_last(
     unit: Unit, full: UnitCall, call: UnitCall, target: Parts, config: Config, generator: torch.Generator, loss: float
 ) -> float:
-    """Round the unit's weights once more, for inputs that now pass through their quantizers.
+    """What is done to the unit's weights once its inputs pass through their quantizers.
 
-    The errors of quantized inputs are noise in all directions, the inputs themselves lie in few: the compensation makes
-    weights that listen less where there is mostly noise. Returns the unit's loss, which is never above ``loss``.
+    With ``round_again`` they are rounded in closed form once more: the errors of quantized inputs are noise in all
+    directions, the inputs themselves lie in few, so the compensation makes weights that listen less where there is
+    mostly noise. Then "learned" codes are learned, where weights have few bits. Returns the unit's loss, which is never
+    above ``loss``.
     """
     kept = _weight_state(unit)
-    for layer in unit.layers():
-        initialize(layer, config)
-    round_unit(unit, full, call, config, generator)
-    return _settle(unit, call, target, config.loss_power, loss, kept)
+    if config.rounding in ("gptq", "learned") and config.round_again:
+        for layer in unit.layers():
+            initialize(layer, config)
+        round_unit(_seen(unit, config), full, call, config, generator)
+        loss = _settle(unit, call, target, config.loss_power, loss, kept)
+    if _learns(unit, config):
+        kept = _weight_state(unit)
+        _learn_codes(unit, call, target, config, generator)
+        loss = _settle(unit, call, target, config.loss_power, loss, kept)
+    return loss
+
+
+def _seen(unit: Unit, config: Config) -> Unit:
+    """The unit on the samples that its weights are rounded by: not on those that will judge what is learned."""
+    return unit.split()[0] if _learns(unit, config) else unit
+
+
+def _learns(unit: Unit, config: Config) -> bool:
+    bits = [quantizer.qtype.bits for _, _, quantizer in _parts(unit.layers())]
+    return config.rounding == "learned" and min(bits, default=MAX_BITS) <= LEARNED_BITS
 
 
 def _settle(unit: Unit, call: UnitCall, target: Parts, power: float, loss: float, before: _WeightState) -> float:
@@ -117,12 +138,23 @@ def _adaround(unit: Unit, call: UnitCall, target: Parts, config: Config, generat
 
 
 def _begin(layer: QuantLayer, index: int, quantizer: WeightQuantizer) -> AdaRound:
+    scale, zero_point = _grid(layer, quantizer)
+    quantizer.rounding = rounding = AdaRound(layer.part(index), scale, zero_point, quantizer.qtype)
+    return rounding
+
+
+def _begin_codes(layer: QuantLayer, index: int, quantizer: WeightQuantizer) -> LearnedCodes:
+    assert quantizer.codes is not None
+    grid = _grid(layer, quantizer)
+    quantizer.rounding = learned = LearnedCodes(layer.part(index), quantizer.codes, *grid, quantizer.qtype)
+    return learned
+
+
+def _grid(layer: QuantLayer, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, as they broadcast against the weight."""
     assert quantizer.scale is not None and quantizer.zero_point is not None
-    weight = layer.part(index)
-    shape = (-1,) + (1,) * (weight.ndim - 1)
-    scale, zero_point = quantizer.scale.view(shape), quantizer.zero_point.view(shape)
-    quantizer.rounding = AdaRound(weight, scale, zero_point, quantizer.qtype)
-    return quantizer.rounding
+    shape = (-1,) + (1,) * (layer.weight.ndim - 1)
+    return quantizer.scale.view(shape), quantizer.zero_point.view(shape)
 
 
 def _learn(
@@ -151,3 +183,43 @@ def _learn(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def _learn_codes(unit: Unit, call: UnitCall, target: Parts, config: Config, generator: torch.Generator) -> None:
+    """Learn codes, scales and bias corrections from the present ones (Adam, cosine decay to 0).
+
+    Of these and of those at each check, the ones with the lowest loss on the held-out trajectories stay.
+    """
+    seen, judge = unit.split()
+    best, lowest = _weight_state(unit), judge.loss(call, target, config.loss_power)
+    learned = [_begin_codes(*part) for part in _parts(unit.layers())]
+    params = [c.position for c in learned], [c.log_scale for c in learned], unit.shifts()
+    rates, iterations = (config.weight_lr, config.scale_lr, config.bias_lr), config.weight_iterations
+    optimizer = torch.optim.Adam([{"params": p, "lr": lr} for p, lr in zip(params, rates, strict=True)])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, iterations))
+    checks = {-(-iterations * check // CHECKS) for check in range(1, CHECKS + 1)}
+    with unit.learning():
+        for iteration in range(1, iterations + 1):
+            index = seen.draw(config.batch_size, generator)
+            loss = seen.learning_loss(call, target, config.loss_power, config, index)
+            if not loss.requires_grad:  # no output of any sample depends on what is learned
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if iteration in checks:
+                now = judge.loss(call, target, config.loss_power)
+                if now < lowest:
+                    best, lowest = _learned_state(unit, learned), now
+    _set_weights(unit, best)
+
+
+def _learned_state(unit: Unit, learned: list[LearnedCodes]) -> _WeightState:
+    """The :func:`_weight_state` that the present codes give."""
+    grids = [(w.scale, w.zero_point) for _, _, w in _parts(unit.layers())]
+    return [
+        (codes.hard_codes(), codes.scale().detach().view_as(scale), zero_point)
+        for codes, (scale, zero_point) in zip(learned, grids, strict=True)
+        if scale is not None
+    ], [shift.detach().clone() for shift in unit.shifts()]

@@ -105,7 +105,10 @@ def _subject(
         "name": subject.name,
         **{key: artifact.config[key] for key in ("scheme", "method", "preset", "seed", "choices", "versions")},
         "calibration_set": artifact.config["calibration_set"],
-        **{key: facts[key] for key in ("bytes", "fp32_bytes", "file_bytes", "time_axis", "coverage", "notices")},
+        **{
+            key: facts[key]
+            for key in ("bytes", "fp32_bytes", "file_bytes", "time_axis", "coverage", "notices", "choice")
+        },
         "layers": [
             {
                 **{key: layer.to_dict()[key] for key in ("name", "kind", "unit", "weight_bits")},

@@ -44,10 +44,7 @@ def findings(data: Json, artifact: Json) -> list[tuple[str, list[str]]]:
 
 def _coverage(data: Json, artifact: Json) -> Iterator[str]:
     if artifact["coverage"] is not None:
-        yield (
-            f"Quantized layers do {100 * artifact['coverage']:.4g}% of the multiply-accumulates of all convolutions "
-            "and linear layers."
-        )
+        yield (f"Quantized layers do {100 * artifact['coverage']:.4g}% of the multiply-accumulates with weights.")
     weighted = [layer for layer in artifact["layers"] if layer["weight_bits"] is not None]
     float_input = sum(not layer["quantizers"] for layer in weighted)
     yield (
@@ -109,6 +106,8 @@ def _following(data: Json, artifact: Json) -> Iterator[str]:
     if not tables:
         yield "There are no interval tables: every interval is found at run time."
         return
+    if artifact["choice"]:
+        yield artifact["choice"]
     varies = median(t["varies"] for t in tables)
     if varies < 1.005:
         yield "The intervals are the same at every t."
@@ -214,8 +213,8 @@ def _losses(data: Json, artifact: Json) -> Iterator[Check]:
         yield "warn", f"These units ended with a higher loss than they began with: {_list(worse)}."
         return
     choices = artifact["choices"]
-    again = choices["rounding"] == "gptq" and choices.get("round_again")
-    learned = "learned intervals and the second rounding" if again else "learned intervals"
+    again = choices["rounding"] == "learned" or (choices["rounding"] == "gptq" and choices.get("round_again"))
+    learned = "learned intervals and the last rounding" if again else "learned intervals"
     cuts = [
         f"{what} cut it by {median(shares):.0%}"
         for phase, what in (("weights", "rounding"), ("activations", learned))

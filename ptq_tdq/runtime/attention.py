@@ -21,7 +21,7 @@ from ptq_tdq.runtime.kernels import levels
 from ptq_tdq.runtime.step import Interval, Step
 from ptq_tdq.scheme import QType
 
-FindInterval = Callable[[int, Tensor], Interval]  # number of the quantizer (q, k, v, softmax), its tensor
+FindInterval = Callable[[int, Tensor], Interval]  # number of the quantizer (q, k, v, softmax), its tokens [B, ..., K]
 Attend = Callable[[Tensor, Tensor, Tensor, FindInterval, Sequence[int], float, Tensor | None], Tensor]
 """q, k, v, intervals, the four quantizers' bits, factor, what is added to the scores -> [B, heads, N, e].
 
@@ -37,10 +37,12 @@ def reference_attend(
     def coded(index: int, x: Tensor) -> tuple[Tensor, Tensor]:
         return levels(x, *find(index, x), bits[index])
 
-    (q, s_q), (k, s_k), (v, s_v) = (coded(i, x) for i, x in enumerate((q, k, v)))
+    (q, s_q), (k, s_k), (v, s_v) = (coded(i, x) for i, x in enumerate((q, k, v.transpose(-1, -2))))
     if q.ndim > 2 and k.shape[-3] not in (1, q.shape[-3]):
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * (s_q * s_k * factor)
+        repeat = q.shape[-3] // k.shape[-3]
+        k, v, s_k, s_v = (x.repeat_interleave(repeat, -3) if x.shape[-3] > 1 else x for x in (k, v, s_k, s_v))
+    k, s_k, v, s_v = (x.transpose(-1, -2) for x in (k, s_k, v, s_v))
+    scores = q @ k * (s_q * s_k * factor)
     # a row that may look at nothing gives zeros, as torch's own function does
     probabilities = scores.softmax(-1) if mask is None else (scores + mask).softmax(-1).nan_to_num_(0.0)
     probabilities, s_p = coded(3, probabilities)

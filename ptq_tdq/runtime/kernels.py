@@ -5,6 +5,7 @@ Layout: activations are float32 [B, C, H, W] in channels_last memory, codes uint
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -51,21 +52,31 @@ class Grid(NamedTuple):
             raise RuntimeUnsupportedError(f"The integer kernels cannot quantize {channels} channels by {self}{groups}.")
 
 
+Rotate = Callable[[Tensor], Tensor]  # of the channels of x [..., C]; see :func:`ptq_tdq.rotate.rotated`
+
+
 class Quantize(Protocol):
     """x [B, C, H, W] -> codes uint8 [B, pitch, top + up H + bottom, left + up W + right], channels_last.
 
     ``scale`` float32 and ``zero_point`` int32 are [B] or, for all samples alike, [1]. With a ``norm`` (which covers all
-    C channels) x + ``shift`` ([B, C] or None) is normalized first.
+    C channels) x + ``shift`` ([B, C] or None) is normalized first; without one, each channel may have a ``gain`` [C].
     """
 
     def __call__(
-        self, x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, norm: Norm | None, shift: Tensor | None
+        self,
+        x: Tensor,
+        grid: Grid,
+        scale: Tensor,
+        zero_point: Tensor,
+        norm: Norm | None,
+        shift: Tensor | None,
+        gain: Tensor | None = None,
     ) -> Tensor: ...
 
 
 def levels(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes of x [B, ...] less their zero points, as float32, and the scale as [1 or B, 1, ...]."""
-    shape = (-1, *(1,) * (x.ndim - 1))
+    """Codes of x [B, ...] less zero points, as float32, and the scale [1 or B, 1, ...], of tokens [B, ..., 1]."""
+    shape = (*scale.shape, *(1,) * (x.ndim - scale.ndim))
     scale, zero_point = scale.view(shape), zero_point.view(shape)
     return torch.clamp((x.float() / scale).round_(), -zero_point, QType(bits).qmax - zero_point), scale
 
@@ -78,10 +89,17 @@ def normalized(x: Tensor, norm: Norm, shift: Tensor | None) -> Tensor:
 
 
 def reference_quantize(
-    x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, norm: Norm | None, shift: Tensor | None
+    x: Tensor,
+    grid: Grid,
+    scale: Tensor,
+    zero_point: Tensor,
+    norm: Norm | None,
+    shift: Tensor | None,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """:class:`Quantize` in torch operations."""
     grid.check(x.shape[1], norm)
+    x = x if gain is None else x * gain.view(1, -1, 1, 1)
     x = (x if norm is None else normalized(x, norm, shift))[:, slice(*grid.channels)]
     each = (-1, 1, 1, 1)
     codes = quantize(x, scale.view(each), zero_point.view(each), QType(grid.bits)).to(torch.uint8)

@@ -19,7 +19,8 @@ from torch.nn import functional
 from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.modules.layers import find_kind, outputs_first
 from ptq_tdq.records import LayerRecord, QuantizerRecord
-from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, levels, normalized
+from ptq_tdq.rotate import rotated
+from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, Rotate, levels, normalized
 from ptq_tdq.runtime.products import LARGEST_CODE, LARGEST_FLOAT32_INTEGER, Geometry, Products
 from ptq_tdq.runtime.step import Step
 
@@ -132,8 +133,12 @@ class IntegerLayer(CodedLayer):
         bias: Tensor | None,
         step: Step,
         quantize: Quantize,
+        gain: Tensor | None = None,
+        rotate: Rotate = rotated,
     ) -> None:
         super().__init__(layer, scale, bias)
+        self.gain = gain  # of the input's channels
+        self.rotate = rotate
         self.record, self.parts, self.step, self.quantize = record, tuple(parts), step, quantize
         self.geometry = Geometry.of(layer)
         self.norm: Norm | None = None
@@ -176,11 +181,14 @@ class IntegerLayer(CodedLayer):
         norm = norm or self.norm
         for part in self.parts:
             timed = part.quantizer.name in self.step
-            if norm is not None and not timed:  # a dynamic interval needs the values
+            if norm is not None and (not timed or self.gain is not None):  # a dynamic interval needs the values
                 x, norm = normalized(x, norm, shift), None
-            interval = self.step.interval(part.quantizer.name, x if timed else x[:, slice(*part.channels)])
+            gain = self.gain
+            if gain is not None and not timed:
+                x, gain = x * gain.view(1, -1, 1, 1), None
+            interval = self.step.interval(part.quantizer.name, x if timed else x[:, slice(*part.channels)].flatten(1))
             grid = Grid(part.channels, part.pitch, part.quantizer.bits, self.geometry.padding, up)
-            codes = self.quantize(x, grid, interval.scale, interval.zero_point, norm, shift)
+            codes = self.quantize(x, grid, interval.scale, interval.zero_point, norm, shift, gain)
             onto = part.products[0](codes, interval, onto)
         assert onto is not None
         return onto
@@ -209,6 +217,29 @@ class IntegerLinear(IntegerLayer):
         y = self.run(image).permute(0, 2, 3, 1)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
+    def run(
+        self,
+        x: Tensor,
+        *,
+        norm: Norm | None = None,
+        shift: Tensor | None = None,
+        onto: Tensor | None = None,
+        up: int = 1,
+    ) -> Tensor:
+        """As for other layers; where each token has an interval of its own, each is an image of one pixel."""
+        if self.record.rotated:
+            self.check(x, 4)
+            x, norm = x if norm is None else normalized(x, norm, shift), None
+            x = self.rotate(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if x.shape[2:].numel() == 1 or not any(self.step.by_token(part.quantizer.name) for part in self.parts):
+            return super().run(x, norm=norm, shift=shift, onto=onto, up=up)
+        self.check(x, 4)
+        x = x if norm is None else normalized(x, norm, shift)
+        tokens = x.permute(0, 2, 3, 1)
+        y = super().run(tokens.reshape(-1, x.shape[1], 1, 1))
+        y = y.view(*tokens.shape[:3], -1).permute(0, 3, 1, 2)
+        return y if onto is None else y + onto
+
 
 class IntegerConv1d(IntegerLayer):
     """A Conv1d: x [B, C, L]."""
@@ -232,7 +263,7 @@ class IntegerConv3d(IntegerLayer):
         frames = x.transpose(1, 2).flatten(0, 1)
         sums: Tensor | None = None
         for part in self.parts:
-            interval = self.step.interval(part.quantizer.name, x[:, slice(*part.channels)])
+            interval = self.step.interval(part.quantizer.name, x[:, slice(*part.channels)].flatten(1))
             grid = Grid(part.channels, part.pitch, part.quantizer.bits, self.geometry.padding)
             codes = self.quantize(frames, grid, *interval.repeated(depth), None, None)
             codes = codes.permute(0, 2, 3, 1).unflatten(0, (batch, depth))
@@ -277,7 +308,7 @@ class TransposedLayer(CodedLayer):
         y: Tensor | float = 0.0 if self.bias is None else self.bias.view(channel)
         for quantizer, codes, scale, channels in ranges:
             part = x[:, slice(*channels)]
-            coded, own = levels(part, *self.step.interval(quantizer.name, part), quantizer.bits)
+            coded, own = levels(part, *self.step.interval(quantizer.name, part.flatten(1)), quantizer.bits)
             y = y + self.operation(coded.to(self.exact), codes.to(self.exact), None).float() * (
                 own * scale.view(channel)
             )

@@ -19,11 +19,12 @@ from ptq_tdq.modules import layer_kind
 from ptq_tdq.modules.products import attach, owner_of
 from ptq_tdq.processor import instruction_set, sums_eight_bits
 from ptq_tdq.records import LayerRecord
+from ptq_tdq.rotate import rotated
 from ptq_tdq.runtime.attention import Attend, IntegerProduct, native_attend, reference_attend
 from ptq_tdq.runtime.blocks import fuse
-from ptq_tdq.runtime.kernels import Quantize, reference_quantize
+from ptq_tdq.runtime.kernels import Quantize, Rotate, reference_quantize
 from ptq_tdq.runtime.layer import FORMS, CodedLayer, IntegerLayer, Part, TransposedLayer, WeightOnlyLayer
-from ptq_tdq.runtime.native import native_quantize, open_library
+from ptq_tdq.runtime.native import native_quantize, native_rotate, open_library
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights
 from ptq_tdq.runtime.step import Step
 from ptq_tdq.timed_model import TimedModel, in_float32
@@ -117,6 +118,7 @@ class _Engine:
         found = open_library()
         self.library = found if isinstance(found, CDLL) else None
         self.quantize: Quantize = native_quantize(self.library) if self.library else reference_quantize
+        self.rotate: Rotate = native_rotate(self.library) if self.library else rotated
         self.attend: Attend = native_attend(self.library) if self.library else reference_attend
         self.passes = "native C" if self.library else f"torch ({found})"
         # AMX has four times the rate of our kernels' instructions, and oneDNN uses it
@@ -154,7 +156,9 @@ class _Engine:
                 rest = no_bias
             pitch = weights.codes.shape[1] * geometry.groups
             parts.append(Part(record.inputs[index], channels, pitch, tuple(products)))
-        return FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize)
+        divisor = artifact.divisors.get(name)
+        gain = None if divisor is None else divisor.reciprocal()
+        return FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize, gain, self.rotate)
 
     def _products(self, weights: Weights, geometry: Geometry) -> Products:
         products: Products

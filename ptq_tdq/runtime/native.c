@@ -42,7 +42,7 @@ typedef struct {
     float qmax;
 } Frame;
 
-/* One row of pixels, of which only the channel range is quantized; a, b are the affine of the norm or NULL. */
+/* One row of pixels, of which only the channel range is quantized; a, b are the affine of the norm, a alone a gain. */
 static void quantize_row(const Frame *f, const float *x, const float *a, const float *b, int with_silu, float scale,
                          float zero_point, uint8_t *out) {
     const int64_t channels = f->channels;
@@ -56,8 +56,10 @@ static void quantize_row(const Frame *f, const float *x, const float *a, const f
         if (a && with_silu)
             for (int64_t c = 0; c < channels; c++)
                 to[c] = code(silu(pixel[c] * a[c] + b[c]), scale, zero_point, f->qmax);
-        else if (a)
+        else if (b)
             for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c] + b[c], scale, zero_point, f->qmax);
+        else if (a)
+            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c], scale, zero_point, f->qmax);
         else
             for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c], scale, zero_point, f->qmax);
         memset(to + channels, 0, (size_t)(f->pitch - channels));
@@ -65,20 +67,20 @@ static void quantize_row(const Frame *f, const float *x, const float *a, const f
     }
 }
 
-/* Quantize all images; affine is [batch, 2, channels] (a, then b) or NULL. */
-static void quantize_images(const Frame *f, const float *x, const float *affine, int with_silu, const float *scale,
-                            const int32_t *zero_point, uint8_t *out) {
+/* Quantize all images; affine is [batch, 2, channels] (a, then b) or NULL, gain [channels] or NULL. */
+static void quantize_images(const Frame *f, const float *x, const float *affine, const float *gain, int with_silu,
+                            const float *scale, const int32_t *zero_point, uint8_t *out) {
     const int64_t out_width = f->left + f->width * f->up + f->right, row = out_width * f->pitch;
     const int64_t out_height = f->top + f->height * f->up + f->bottom;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t n = 0; n < f->batch; n++)
         for (int64_t h = 0; h < f->height; h++) {
-            const float *a = affine ? affine + n * 2 * f->channels : NULL;
+            const float *a = affine ? affine + n * 2 * f->channels : gain;
             uint8_t *image = out + n * out_height * row, *to = image + (f->top + h * f->up) * row;
             const int zero = zero_point[n * f->each];
             memset(to, zero, (size_t)(f->left * f->pitch));
-            quantize_row(f, x + (n * f->height + h) * f->width * f->stride, a, a ? a + f->channels : NULL, with_silu,
-                         scale[n * f->each], (float)zero, to + f->left * f->pitch);
+            quantize_row(f, x + (n * f->height + h) * f->width * f->stride, a, affine ? a + f->channels : NULL,
+                         with_silu, scale[n * f->each], (float)zero, to + f->left * f->pitch);
             memset(to + (f->left + f->width * f->up) * f->pitch, zero, (size_t)(f->right * f->pitch));
             for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * row, to, (size_t)row);
             if (h == 0) memset(image, zero, (size_t)(f->top * row));
@@ -87,8 +89,9 @@ static void quantize_images(const Frame *f, const float *x, const float *affine,
         }
 }
 
-void quantize(const Frame *f, const float *x, const float *scale, const int32_t *zero_point, uint8_t *out) {
-    quantize_images(f, x, NULL, 0, scale, zero_point, out);
+void quantize(const Frame *f, const float *x, const float *gain, const float *scale, const int32_t *zero_point,
+              uint8_t *out) {
+    quantize_images(f, x, NULL, gain, 0, scale, zero_point, out);
 }
 
 /* Group norm of x (+ shift [batch, channels] or NULL) as y = a x + b for each image and channel: affine [batch, 2, C]. */
@@ -154,12 +157,37 @@ int norm_quantize(const Frame *f, const float *x, const float *shift, const floa
     float *affine = malloc(count * sizeof(float));
     if (sums && affine) {
         group_affine(f, x, shift, weight, bias, groups, epsilon, sums, affine);
-        quantize_images(f, x, affine, with_silu, scale, zero_point, out);
+        quantize_images(f, x, affine, NULL, with_silu, scale, zero_point, out);
     }
     const int failed = !sums || !affine;
     free(sums);
     free(affine);
     return failed;
+}
+
+/* Each row times diag(signs), then (I - 2/blocks 11^T) (x) Hadamard / sqrt(block): rotated() of rotate.py. */
+void rotate(const float *x, const float *signs, int64_t rows, int64_t channels, float *out) {
+    const int64_t block = channels & -channels, blocks = channels / (block ? block : 1);
+    const float gain = 1.0f / sqrtf((float)block), share = 2.0f / (float)blocks;
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        float *y = out + row * channels;
+        for (int64_t i = 0; i < channels; i++) y[i] = x[row * channels + i] * signs[i];
+        for (int64_t width = 1; width < block; width *= 2)
+            for (int64_t start = 0; start < channels; start += 2 * width)
+                for (int64_t i = start; i < start + width; i++) {
+                    const float low = y[i], high = y[i + width];
+                    y[i] = low + high;
+                    y[i + width] = low - high;
+                }
+        for (int64_t i = 0; i < channels; i++) y[i] *= gain;
+        if (blocks > 1)
+            for (int64_t i = 0; i < block; i++) {
+                float sum = 0;
+                for (int64_t k = i; k < channels; k += block) sum += y[k];
+                for (int64_t k = i; k < channels; k += block) y[k] -= sum * share;
+            }
+    }
 }
 
 /* Attention: softmax(q k^T factor + mask) v on codes. q [batch, queries, heads, depth], k [batch, keys, key_heads, depth],
@@ -288,7 +316,8 @@ int attention(const Attention *a, const float *q, const float *k, const float *v
  * [blocks of outputs][kernel positions x channels / group][BLOCK outputs][group channels]: signed bytes, or unsigned
  * nibbles (low first) of which weight_zero [outputs] is subtracted. weight_sum [outputs] are the sums of the signed
  * weights. weight_* and bias have BLOCK entries for each block, whatever the number of outputs is. BLOCK and the group
- * are what suits the processor; block_outputs and group_channels tell the caller. */
+ * are what suits the processor; block_outputs and group_channels tell the caller. Scale and zero point are one for all
+ * (each = 0), those of an image (1) or those of an output pixel (2). */
 typedef struct {
     int64_t batch, in_height, in_width, channels, out_height, out_width, outputs;
     int64_t kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width;
@@ -506,18 +535,25 @@ static inline __attribute__((always_inline)) void finish(int64_t outputs, const 
         for (int64_t l = 0; l < outputs; l++) out[l] = (float)(sum[l] - correction[l]) * gain[l] + bias[l];
 }
 
-/* The outputs of one block for image n. */
-static void convolve_block(const Convolution *c, const Operands *o, int64_t n, int64_t first, float scale,
-                           int32_t zero_point, const float *onto, float *out) {
-    const int64_t pixels = c->out_height * c->out_width, line = c->in_width * c->channels;
-    const int64_t outputs = c->outputs - first < BLOCK ? c->outputs - first : BLOCK;
-    const float *bias = c->bias + first;
-    int32_t correction[BLOCK], sum[PIXELS][BLOCK];
-    float gain[BLOCK];
+/* What the sums of one block are corrected by and multiplied with. */
+static inline void affine_of(const Convolution *c, int64_t first, float scale, int32_t zero_point, int32_t *correction,
+                             float *gain) {
     for (int l = 0; l < BLOCK; l++) {
         correction[l] = zero_point * c->weight_sum[first + l];
         gain[l] = scale * c->weight_scale[first + l];
     }
+}
+
+/* The outputs of one block for image n. */
+static void convolve_block(const Convolution *c, const Operands *o, int64_t n, int64_t first, const float *scale,
+                           const int32_t *zero_point, const float *onto, float *out) {
+    const int64_t pixels = c->out_height * c->out_width, line = c->in_width * c->channels;
+    const int64_t outputs = c->outputs - first < BLOCK ? c->outputs - first : BLOCK;
+    const int64_t image = c->each == 2 ? n * pixels : n * c->each;
+    const float *bias = c->bias + first;
+    int32_t correction[BLOCK], sum[PIXELS][BLOCK];
+    float gain[BLOCK];
+    affine_of(c, first, scale[image], zero_point[image], correction, gain);
     for (int64_t begin = 0; begin < pixels; begin += PIXELS) {
         int64_t at[PIXELS];
         for (int64_t p = 0; p < PIXELS; p++) { /* beyond the end: the last pixel again, not stored */
@@ -529,6 +565,8 @@ static void convolve_block(const Convolution *c, const Operands *o, int64_t n, i
         for (int64_t p = 0; p < PIXELS && begin + p < pixels; p++) {
             const int64_t place = (n * pixels + begin + p) * c->outputs + first;
             const float *there = onto ? onto + place : NULL;
+            if (c->each == 2)
+                affine_of(c, first, scale[image + begin + p], zero_point[image + begin + p], correction, gain);
             if (outputs == BLOCK)
                 finish(BLOCK, sum[p], correction, gain, bias, there, out + place);
             else
@@ -566,7 +604,7 @@ int convolve(const Convolution *c, const uint8_t *codes, const float *scale, con
                 present = n;
                 o.codes = work;
             }
-            convolve_block(c, &o, n, first, scale[n * c->each], zero_point[n * c->each], onto, out);
+            convolve_block(c, &o, n, first, scale, zero_point, onto, out);
         }
         free(work);
     }

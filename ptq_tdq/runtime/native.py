@@ -25,8 +25,9 @@ from torch import Tensor
 from ptq_tdq.artifacts.atomic import write_atomic
 from ptq_tdq.cache import cache_folder, private_folder, read_private, with_digest
 from ptq_tdq.errors import OutputError
+from ptq_tdq.rotate import signs
 from ptq_tdq.runtime.address import address, per_sample
-from ptq_tdq.runtime.kernels import Grid, Norm, Quantize
+from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, Rotate
 from ptq_tdq.scheme import QType
 
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
@@ -60,11 +61,17 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
     frames: dict[tuple[object, ...], _Frame] = {}
     plain, fused = library.quantize, library.norm_quantize
     plain.restype, fused.restype = None, ctypes.c_int
-    plain.argtypes = [ctypes.c_void_p] * 5
+    plain.argtypes = [ctypes.c_void_p] * 6
     fused.argtypes = [*[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_float, ctypes.c_int, *[ctypes.c_void_p] * 3]
 
     def quantize(
-        x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, norm: Norm | None, shift: Tensor | None
+        x: Tensor,
+        grid: Grid,
+        scale: Tensor,
+        zero_point: Tensor,
+        norm: Norm | None,
+        shift: Tensor | None,
+        gain: Tensor | None = None,
     ) -> Tensor:
         if x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
             x = x.float().contiguous(memory_format=torch.channels_last)
@@ -82,7 +89,8 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
         out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
         values = address("x", x, torch.float32, x.shape, torch.channels_last)
         if norm is None:
-            plain(ctypes.addressof(frame), values, *interval, out.data_ptr())
+            gains = None if gain is None else address("gains of channels", gain, torch.float32, (stride,)) + 4 * lo
+            plain(ctypes.addressof(frame), values, gains, *interval, out.data_ptr())
             return out
         shift = None if shift is None else shift.float().contiguous()
         moved = None if shift is None else address("a shift", shift, torch.float32, (batch, stride))
@@ -96,6 +104,24 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
         return out
 
     return quantize
+
+
+def native_rotate(library: ctypes.CDLL) -> Rotate:
+    """:func:`ptq_tdq.rotate.rotated` on the built library."""
+    function = library.rotate
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    function.restype = None
+
+    def rotate(x: Tensor) -> Tensor:
+        x = x.float().contiguous()
+        out = torch.empty_like(x)
+        channels = x.shape[-1]
+        values = address("x", x, torch.float32, x.shape)
+        flips = address("signs", signs(channels), torch.float32, (channels,))
+        function(values, flips, x.numel() // max(1, channels), channels, out.data_ptr())
+        return out
+
+    return rotate
 
 
 @lru_cache

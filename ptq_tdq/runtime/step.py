@@ -18,7 +18,7 @@ from ptq_tdq.timeaxis import lookup, present
 
 
 class Interval(NamedTuple):
-    """Scale float32 and zero_point int32 of one quantizer: [1] where all rows are alike, else [B]."""
+    """Scale float32, zero_point int32 of one quantizer: [1] where all rows are alike, else [B], of tokens [B, ...]."""
 
     scale: Tensor
     zero_point: Tensor
@@ -87,7 +87,8 @@ class Step:
                 continue
             zero_point, qtype = table.zero_point.reshape(()), QType(quantizer.bits)
             try:
-                self._dynamic[name] = restore_dynamic(quantizer.method, zero_point, qtype, table.generator)
+                length = artifact.time_axis.length
+                self._dynamic[name] = restore_dynamic(quantizer.method, zero_point, qtype, table.generator, length)
             except (ConfigError, ModelError) as error:
                 raise ArtifactMismatchError(f"The quantizer '{name}' cannot be made: {error}") from error
         self._table = torch.stack(timed, 2) if timed else torch.empty(0, 2, 0, dtype=torch.int32)
@@ -100,6 +101,10 @@ class Step:
     def __getstate__(self) -> dict[str, Any]:
         """A copy has rows of its own."""
         return {**vars(self), "_free": []}
+
+    def by_token(self, quantizer: str) -> bool:
+        """Whether the quantizer finds an interval for each token."""
+        return quantizer in self._dynamic and self._dynamic[quantizer].by_token
 
     def begin(self, *_: Any) -> None:
         """A call of the model begins: the intervals are looked up once in it, at the t that it has."""
@@ -124,7 +129,7 @@ class Step:
             self.end()
 
     def interval(self, quantizer: str, x: Tensor) -> Interval:
-        """The quantizer's interval for its tensor x [B, ...], whose values only a dynamic one looks at.
+        """The quantizer's interval for its tensor x [B, ..., K], tokens last; only a dynamic one looks at the values.
 
         Raises :class:`ModelError` outside a call and where the rows of x belong to no sample while samples differ in t.
         """
@@ -132,7 +137,7 @@ class Step:
         if dynamic is None:
             return self._intervals(len(x))[self._column[quantizer]]
         scale, zero_point = dynamic(present(len(x)), x)
-        return Interval(scale, zero_point.contiguous())
+        return Interval(scale.contiguous(), zero_point.contiguous())
 
     def alike(self, rows: int) -> bool:
         """Whether one interval serves so many rows, for each quantizer with a table."""

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from ptq_tdq.artifacts import write_atomic
+from ptq_tdq.artifacts import summarize, write_atomic
 from ptq_tdq.calib_data import LoadedModel, collect, collect_cached
-from ptq_tdq.calibrate import calibrate, identity, provenance, weight_identity
+from ptq_tdq.calibration import calibrate, identity, provenance, weight_identity
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import COLLECT_CHOICES, Config
 from ptq_tdq.errors import NonFiniteError
@@ -125,7 +125,8 @@ def _measure(
         picture = grid_png(panels, count_classes(conditions), SHOWN, captions_of(conditions))
         write_atomic(grids / f"{_file_name(cell)}.png", picture)
     shutil.rmtree(own, ignore_errors=True)
-    return {"results": measured.results, "loss": loss, "seconds": seconds}
+    size = {"mean_bits": quantized.metrics["mean_bits"], "bytes": summarize(quantized.to_artifact())["bytes"]}
+    return {"results": measured.results, "size": size, "loss": loss, "seconds": seconds}
 
 
 def _executable(quantized: QuantizedModel, cell: Cell, folder: Path) -> nn.Module:

@@ -86,6 +86,8 @@ _BEFORE = {  # choices that the first lines do not name, as they were then
     "backend": "simulated",
     "correction": "none",
     "round_again": False,
+    "thinning": 1,
+    "scale_lr": 1e-3,
     "activation_inputs": "quantized",
     "loss_weights": "uniform",
     "thin_encoding": "normalize",

@@ -7,11 +7,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
-
-from scipy.stats import ttest_rel
 
 from ptq_tdq.errors import UsageError
 from ptq_tdq.evaluate.names import METRICS, Metric
@@ -21,7 +19,11 @@ from ptq_tdq.study.results import Line
 TITLES = {"tdq": "TDQ", "tdq-thin": "TDQ_thin", BASELINE_METHOD: "S_1", FULL_PRECISION: "FP"}
 SIGNIFICANT = 0.05
 ABSENT = "-"
-TEST = "p of a paired t-test; **bold**: better with p < 0.05"
+SIZE = "mean weight bits | mean activation bits per multiply-accumulate | MB"
+TEST = (
+    "95% confidence interval; p of a paired t-test, by Holm's correction for all of the metric's differences; "
+    "**bold**: better with p < 0.05"
+)
 
 
 @dataclass(frozen=True)
@@ -45,24 +47,28 @@ class Entry:
 class Difference:
     """A method less what it is compared with, over the seeds that both have.
 
-    ``p`` is of a paired t-test, None below two seeds.
+    ``interval`` holds the mean with 95% confidence and ``p`` is of the paired t-test; None below two seeds and where
+    all seeds differ by the same.
     """
 
     mean: float
     seeds: int
-    p: float | None
+    interval: tuple[float, float] | None = None
+    p: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
     """Entries by row (preset, scheme) and column (method).
 
-    Each row is compared with the column ``base`` of the preset ``against``, or of its own.
+    Each row is compared with the column ``base`` of the preset ``against``, or of its own. ``sizes`` are what lines
+    say of bits and bytes, by row and column.
     """
 
     metric: Metric
     columns: tuple[str, ...]
     rows: dict[tuple[str, str], dict[str, Entry]]
+    sizes: dict[tuple[str, str, str], Mapping[str, Any]]
     notes: tuple[str, ...]
     against: str | None = None
     base: str = BASELINE_METHOD
@@ -100,13 +106,13 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
             rows.setdefault((line["preset"], line["scheme"]), {})
     for row, entries in rows.items():
         mine = [line for line in lines if (line["preset"], line["scheme"]) == row]
-        sizes = {_measured_on(line) for line in mine}
-        if len(sizes) > 1:
+        places = {_measured_on(line) for line in mine}
+        if len(places) > 1:
             raise UsageError(
-                f"{' '.join(row)} is measured on several numbers of (samples, steps): {sorted(sizes)}; "
+                f"{' '.join(row)} is measured on several numbers of (samples, steps): {sorted(places)}; "
                 "keep one of them in a file."
             )
-        full = [line for line in lines if line["method"] == FULL_PRECISION and _measured_on(line) in sizes]
+        full = [line for line in lines if line["method"] == FULL_PRECISION and _measured_on(line) in places]
         for line in (*mine, *full):
             entry = entries.setdefault(line["method"], Entry({}))
             value = line["results"].get(metric.key)
@@ -118,7 +124,8 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
     others = [m for m in dict.fromkeys(present) if m not in (*METHODS, FULL_PRECISION)]
     full_too = [FULL_PRECISION] if any(e[FULL_PRECISION].values for e in rows.values() if FULL_PRECISION in e) else []
     columns = (*(m for m in METHODS if m in present), *others, *full_too)
-    return Table(metric, columns, rows, tuple(_notes(lines)), home or None, base)
+    sizes = {(line["preset"], line["scheme"], line["method"]): line["size"] for line in lines if line.get("size")}
+    return Table(metric, columns, rows, sizes, tuple(_notes(lines)), home or None, base)
 
 
 def _measured_on(line: Mapping[str, Any]) -> tuple[int, int]:
@@ -150,8 +157,30 @@ def require_comparable(lines: Sequence[Mapping[str, Any]], against: str | None) 
     return home, base
 
 
-def difference(table: Table, row: tuple[str, str], column: str) -> Difference | None:
-    """A column against the base, in its row or in that of the preset to compare with; None without a common seed."""
+def differences(table: Table) -> dict[tuple[tuple[str, str], str], Difference]:
+    """Each column against the base, in its row or in that of the preset to compare with, where both have a seed.
+
+    The p values are corrected by Holm's step-down method over all of them (Scand. J. Statist. 6, 1979).
+    """
+    found = {
+        (row, column): change
+        for row in table.rows
+        for column in table.columns
+        if column != FULL_PRECISION
+        and not table.is_base(row, column)
+        and (change := _difference(table, row, column)) is not None
+    }
+    least = 0.0
+    tested = sorted((change.p, key) for key, change in found.items() if change.p is not None)
+    for place, (p, key) in enumerate(tested):
+        least = max(least, min(1.0, p * (len(tested) - place)))
+        found[key] = replace(found[key], p=least)
+    return found
+
+
+def _difference(table: Table, row: tuple[str, str], column: str) -> Difference | None:
+    if column not in table.rows[row]:
+        return None
     base_row = table.rows.get((table.against or row[0], row[1]), {})
     base, mine = (e.get(name, Entry({})).values for e, name in ((base_row, table.base), (table.rows[row], column)))
     seeds = sorted(base.keys() & mine.keys())
@@ -159,10 +188,13 @@ def difference(table: Table, row: tuple[str, str], column: str) -> Difference | 
         return None
     pairs = [(mine[seed], base[seed]) for seed in seeds]
     changes = [a - b for a, b in pairs]
-    p = None
-    if len(set(changes)) > 1:  # equal differences have no deviation to test against
-        p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
-    return Difference(mean(changes), len(seeds), p)
+    if len(set(changes)) == 1:  # equal differences have no deviation to test against
+        return Difference(changes[0], len(seeds))
+    from scipy.stats import ttest_rel  # takes a second
+
+    test = ttest_rel(*zip(*pairs, strict=True))
+    low, high = test.confidence_interval(0.95)
+    return Difference(mean(changes), len(seeds), (float(low), float(high)), float(test.pvalue))
 
 
 def markdown(table: Table) -> str:
@@ -177,39 +209,44 @@ def markdown(table: Table) -> str:
     if others and any(table.base in entries for entries in table.rows.values()):
         lines += ["", f"Difference to {table.compared_with} on the same seeds ({TEST})", ""]
         lines += ["| preset | scheme | " + " | ".join(map(title, others)) + " |", "|---|---|" + "---:|" * len(others)]
+        changes = differences(table)
         for row in table.rows:
-            lines.append(f"| {' | '.join(row)} | " + " | ".join(_change(table, row, c) for c in others) + " |")
+            cells = [_change(metric, changes.get((row, column))) for column in others]
+            lines.append(f"| {' | '.join(row)} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *table.notes]) + "\n"
 
 
 def listing(tables: Sequence[Table]) -> str:
-    """A line per method, two columns per table: the metric, and its difference to the base."""
+    """A line per method: what it costs, and two columns per table: the metric, and its difference to the base."""
     first = max(tables, key=lambda table: len(table.columns))  # with full precision, if one has it
     metrics = [f"{t.metric.title}, {_better(t.metric)} is better | difference" for t in tables]
-    lines = ["| preset | scheme | method | " + " | ".join(metrics) + " |", "|---|---|---|" + "---:|---:|" * len(tables)]
+    costs = [SIZE] if first.sizes else []
+    lines = ["| preset | scheme | method | " + " | ".join([*costs, *metrics]) + " |"]
+    lines += ["|---|---|---|" + "---:|" * (3 * len(costs) + 2 * len(tables))]
+    changes = [differences(table) for table in tables]
     for row, entries in first.rows.items():
         for column in (c for c in first.columns if c in entries):
-            cells = [
-                cell
-                for t in tables
-                for cell in (_text(t.metric, t.rows[row].get(column), _most(t)), _change(t, row, column))
-            ]
+            cells = [_size(first.sizes.get((*row, column)))] if first.sizes else []
+            for table, found in zip(tables, changes, strict=True):
+                cells += [_text(table.metric, table.rows[row].get(column), _most(table))]
+                cells += [_change(table.metric, found.get((row, column)))]
             lines.append(f"| {' | '.join(row)} | {title(column)} | " + " | ".join(cells) + " |")
     how = f"Mean ± standard deviation over seeds; difference to {first.compared_with} on the same seeds ({TEST})."
     return "\n".join([*lines, "", how, *first.notes]) + "\n"
 
 
 def to_csv(table: Table) -> str:
-    """One line per row of the table, five columns per method."""
+    """One line per row of the table, seven columns per method."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    parts = ("mean", "deviation", "seeds", f"minus {table.compared_with}", "p")
+    parts = ("mean", "deviation", "seeds", f"minus {table.compared_with}", "low", "high", "p")
     writer.writerow(["preset", "scheme", "metric", *(f"{title(c)} {part}" for c in table.columns for part in parts)])
+    changes = differences(table)
     for row, entries in table.rows.items():
         cells: list[object] = [*row, table.metric.key]
         for column in table.columns:
-            entry, change = entries.get(column, Entry({})), difference(table, row, column)
-            against = (change.mean, change.p) if change and not table.is_base(row, column) else (None, None)
+            entry, change = entries.get(column, Entry({})), changes.get((row, column))
+            against = (change.mean, *(change.interval or (None, None)), change.p) if change else (None,) * 4
             cells += [entry.mean, entry.deviation, len(entry.values), *against]
         writer.writerow(["" if cell is None else cell for cell in cells])
     return buffer.getvalue()
@@ -245,16 +282,23 @@ def _text(metric: Metric, entry: Entry | None, most: int) -> str:
     return text
 
 
-def _change(table: Table, row: tuple[str, str], column: str) -> str:
-    metric, change = table.metric, difference(table, row, column)
-    if change is None or column == FULL_PRECISION or table.is_base(row, column):
+def _change(metric: Metric, change: Difference | None) -> str:
+    if change is None:
         return ABSENT
     text = f"{change.mean:+.{metric.digits}f}"
-    if change.p is None:
+    if change.p is None or change.interval is None:
         return text
     better = (change.mean > 0) == metric.higher_is_better
     text = f"**{text}**" if better and change.p < SIGNIFICANT else text
-    return f"{text} ({change.p:.2g})"
+    low, high = change.interval
+    return f"{text} [{low:+.{metric.digits}f}, {high:+.{metric.digits}f}] ({change.p:.2g})"
+
+
+def _size(size: Mapping[str, Any] | None) -> str:
+    if size is None:
+        return " | ".join((ABSENT,) * 3)
+    bits = size["mean_bits"]
+    return f"{bits['weights']:.2f} | {bits['activations']:.2f} | {size['bytes'] / 1e6:.2f}"
 
 
 def _notes(lines: Sequence[Line]) -> list[str]:

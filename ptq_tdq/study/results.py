@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ptq_tdq.errors import OutputError, UsageError
+from ptq_tdq.files import read_file, reason
 from ptq_tdq.study.matrix import FULL_PRECISION, Cell, line_choices
 
 Line = dict[str, Any]
+MOST_BYTES = 1 << 28
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -20,9 +22,9 @@ def read_lines(path: Path) -> list[Line]:
     Raises :class:`UsageError` for a file that holds anything else.
     """
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = read_file(path, MOST_BYTES).decode() if path.exists() else ""
     except (OSError, ValueError) as error:
-        raise UsageError(f"The results file '{path}' cannot be read ({error}); choose another one.") from None
+        raise UsageError(f"The results file '{path}' cannot be read ({reason(error)}); choose another one.") from None
     lines = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
@@ -105,6 +107,8 @@ def _known(line: Line) -> Line:
     if "results" not in line:
         keys = ("latent_sqnr_db", "mean_noise_sqnr_db")
         line = {**line, "preset": line["choices"]["preset"], "results": {key: line[key] for key in keys}}
-    for key in ("preset", "scheme", "method", "seed", "results", "evaluation", "model_sha256"):
-        line[key]
+    kinds = {**dict.fromkeys(("preset", "scheme", "method", "model_sha256"), str), "seed": int}
+    for key, kind in {**kinds, "results": dict, "evaluation": dict}.items():
+        if not isinstance(line[key], kind):
+            raise TypeError(key)
     return line

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UNet2DModel
 
 from ptq_tdq.cache import cache_folder
 from ptq_tdq.calib_data import LoadedModel, LoopSampler, collect, collect_cached, new_schedule, sample_generator
+from ptq_tdq.calib_data.collect import drawn
 from ptq_tdq.calls import Calls, prediction
 from ptq_tdq.errors import NonFiniteError, OutputError, UsageError
 
@@ -25,14 +26,32 @@ def by_trajectory(calls: Calls) -> torch.Tensor:
     return x_of(calls)[calls.trajectory.argsort(stable=True)]
 
 
-def test_the_set_is_ordered_by_step_then_by_trajectory_with_cycling_classes(model: LoadedModel) -> None:
+def test_the_set_is_ordered_by_step_then_by_trajectory_with_one_class_each(model: LoadedModel) -> None:
     found = collect(model, **SMALL)
     assert x_of(found).shape == (15, 3, 8, 8)
     assert found.t.tolist() == [800.0] * 5 + [400.0] * 5 + [0.0] * 5  # DDIM 5: 800, 600, 400, 200, 0
-    assert found.groups[0].leaf("class_labels").tolist() == [0, 1, 2, 0, 1] * 3
+    labels = found.groups[0].leaf("class_labels").tolist()
+    assert labels == labels[:5] * 3 and sorted(labels[:3]) == [0, 1, 2]
     assert found.trajectory.tolist() == list(range(5)) * 3
     assert found.recipe["samples_per_step"] == 5
     assert found.recipe["model_sha256"] == model.sha256
+
+
+@pytest.mark.parametrize("classes", [None, [7, 3, 9]])
+def test_classes_are_drawn_evenly_over_trajectories(classes: list[int] | None) -> None:
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        num_class_embeds=10,
+    )  # fmt: skip
+    sampler = LoopSampler(unet, DDIMScheduler(), classes=classes)
+    known = classes or list(range(10))
+    few = {tuple(drawn(sampler, 2, seed)) for seed in range(20)}
+    assert len(few) > 4 and {c for pair in few for c in pair} == set(known)
+    for count in (1, 4, 25, 64):
+        found = drawn(sampler, count, 0)
+        counts = [found.count(c) for c in known]
+        assert sum(counts) == count and max(counts) - min(counts) <= 1
+        assert drawn(sampler, 100, 0)[:count] == found
 
 
 def test_the_first_step_is_standard_noise(model: LoadedModel) -> None:
@@ -47,7 +66,7 @@ def test_each_trajectory_is_one_run_of_the_sampler(model: LoadedModel) -> None:
     scheduler = new_schedule(model.sampler)
     scheduler.set_timesteps(4)
     for k, t in enumerate(scheduler.timesteps[:-1]):
-        predicted = prediction(model.denoiser(x[k], t, class_labels=torch.tensor([0, 1])))
+        predicted = prediction(model.denoiser(x[k], t, class_labels=found.groups[0].leaf("class_labels")[:2]))
         assert torch.allclose(scheduler.step(predicted, t, x[k]).prev_sample, x[k + 1], atol=1e-5)
 
 
@@ -60,6 +79,19 @@ def test_the_result_does_not_depend_on_the_batch_size(stochastic_model: LoadedMo
 def test_same_seed_same_bytes_other_seed_other_bytes(model: LoadedModel) -> None:
     assert collect(model, **SMALL).sha256 == collect(model, **SMALL).sha256
     assert collect(model, **SMALL).sha256 != collect(model, **SMALL, seed=1).sha256
+
+
+@pytest.mark.parametrize(("thinning", "trajectories"), [(2, 10), (3, 15), (7, 15)])
+def test_thinned_trajectories_give_as_many_rows_of_more_trajectories(
+    model: LoadedModel, thinning: int, trajectories: int
+) -> None:
+    found = collect(model, **SMALL, thinning=thinning, batch_size=4)
+    whole = collect(model, **{**SMALL, "samples_per_step": trajectories})
+    assert found.t.unique(return_counts=True)[1].tolist() == [5, 5, 5]
+    assert found.trajectory.unique().tolist() == list(range(trajectories))
+    rows = {(int(i), float(t)): x for i, t, x in zip(whole.trajectory, whole.t, x_of(whole), strict=True)}
+    for i, t, x in zip(found.trajectory, found.t, x_of(found), strict=True):
+        assert torch.allclose(x, rows[int(i), float(t)], atol=1e-4)
 
 
 def test_normal_steps_differ_between_trajectories_and_stay_in_sampling_order(model: LoadedModel) -> None:

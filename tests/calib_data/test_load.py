@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ptq_tdq.calib_data import (
-    REFERENCE_DIT_ID,
-    REFERENCE_ID,
+    EMBEDDED,
     LoopSampler,
     check_denoiser,
     collect,
@@ -26,8 +25,6 @@ from ptq_tdq.calib_data import (
     load_model,
     with_scheduler,
 )
-from ptq_tdq.calib_data.reference import reference_path
-from ptq_tdq.calib_data.reference_dit import reference_dit_path
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
 from ptq_tdq.identity import model_sha256
 
@@ -91,19 +88,21 @@ def bare(unet: UNet2DModel, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "identifier", "path"),
-    [("reference", REFERENCE_ID, reference_path()), ("reference-dit", REFERENCE_DIT_ID, reference_dit_path())],
+    ("name", "num_classes", "latent"),
+    [("reference", 10, True), ("reference-dit", 10, True), ("reference-pixel", 0, False)],
 )
-def test_the_embedded_models_are_class_conditional_and_latent(name: str, identifier: str, path: Path) -> None:
+def test_the_embedded_models_sample_latents_or_pixels_of_ten_classes_or_of_none(
+    name: str, num_classes: int, latent: bool
+) -> None:
     model = load_model(name)
-    assert (model.id, model.notices) == (identifier, ())
-    assert model.sampler.num_classes == 10, "label 10 means no class"
-    assert isinstance(model.sampler, LoopSampler) and model.sampler.vae is not None
+    assert (model.id, model.notices) == (EMBEDDED[name].id, ())
+    assert model.sampler.num_classes == num_classes, "label 10 means no class"
+    assert isinstance(model.sampler, LoopSampler) and (model.sampler.vae is not None) == latent
     assert model.denoiser.dtype == torch.float32
     assert not model.denoiser.training
     assert not any(parameter.requires_grad for parameter in model.denoiser.parameters())
-    by_path = load_model(str(path))
-    assert (by_path.sha256, by_path.sampler.num_classes) == (model.sha256, 10)
+    by_path = load_model(str(EMBEDDED[name].folder))
+    assert (by_path.sha256, by_path.sampler.num_classes) == (model.sha256, num_classes)
     assert is_embedded(model) and is_embedded(by_path)
 
 

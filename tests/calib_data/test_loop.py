@@ -201,5 +201,28 @@ def test_classes_out_of_range_are_refused(model: Any, classes: list[int]) -> Non
 
 
 def test_classes_of_an_unconditional_model_are_refused(unet: UNet2DModel) -> None:
-    with pytest.raises(ConfigError, match="has no classes"):
+    with pytest.raises(ConfigError, match="takes no classes"):
         LoopSampler(unet, DDIMScheduler(), classes=[0])
+
+
+def test_eta_is_that_of_diffusers_own_pipeline(unet: UNet2DModel) -> None:
+    pipeline = DDIMPipeline(unet=unet, scheduler=DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(batch_size=2, generator=generators(2), num_inference_steps=4, eta=1.0, output_type="np")[0]
+    sampler = LoopSampler(unet, pipeline.scheduler, eta=1.0)
+    mine = sampler.run(unet, sampler.conditions(2), generators(2), 4, new_schedule(sampler))
+    assert mine.images is not None
+    torch.testing.assert_close(mine.images.permute(0, 2, 3, 1) / 2 + 0.5, torch.from_numpy(expected), atol=1e-4, rtol=0)
+    assert sampler.recipe()["call"] == {"eta": 1.0} and "call" not in LoopSampler(unet, DDIMScheduler()).recipe()
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5, "x", True, None])
+def test_an_eta_that_is_no_share_is_refused(unet: UNet2DModel, eta: Any) -> None:
+    with pytest.raises(ConfigError, match="eta must be a number from 0 to 1"):
+        LoopSampler(unet, DDIMScheduler(), eta=eta)
+
+
+def test_a_scheduler_without_eta_refuses_it(unet: UNet2DModel) -> None:
+    sampler = LoopSampler(unet, DDPMScheduler(), eta=0.5)
+    with pytest.raises(ConfigError, match="DDPMScheduler has no eta"):
+        sampler.run(unet, sampler.conditions(1), generators(1), 2, new_schedule(sampler))

@@ -35,7 +35,7 @@ CONFIG = preset(
     activation_range="minmax",
     compute_dtype="float32",
 )
-MOST_OUTSIDE = 0.05  # of the multiply-accumulates
+MOST_OUTSIDE = 0.06  # of the multiply-accumulates with weights: experts that one tensor holds
 CLOSE = 20  # dB, of W8A8 against full precision
 # Sixty residual blocks of random weights amplify any error: 18 dB are left where only the weights have 8 bits.
 CHAOTIC = {"Kandinsky3UNet": 5}

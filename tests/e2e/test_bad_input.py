@@ -197,7 +197,7 @@ def test_a_model_of_zeros_is_calibrated_and_measured(
         (("--method", "magic"), "The method must be one of"),
         (("--preset", "best"), "'best' is not one of 'default', 'qdiff', 'paper'"),
         (("--colour", "red"), "No such option"),
-        (("--threads", "0"), "0 is not in the range x>=1"),
+        (("--threads", "0"), "0 is not in the range 1<=x<=1024"),
         (("--calibration-steps", "9", "--num-inference-steps", "8"), "calibration_steps must not exceed"),
         (("--num-inference-steps", "5000"), "cannot run 5000 inference steps"),
         (("--num-inference-steps", "0"), "num_inference_steps must be at least 1"),

@@ -64,7 +64,7 @@ def test_what_show_config_prints_is_a_config_file(cli: Any, tmp_path: Path) -> N
         ("weight_lr=0", "weight_lr must be above 0 and finite. Got 0.0 instead."),
         ("weight_lr=nan", "weight_lr must be above 0 and finite. Got nan instead."),
         ("attention=maybe", "attention must be of type bool. Got 'maybe' instead."),
-        ("rounding=up", "rounding must be one of adaround, gptq, nearest. Got 'up' instead."),
+        ("rounding=up", "rounding must be one of learned, gptq, adaround, nearest. Got 'up' instead."),
         ("weight_symmetric=true", "weight_symmetric must be one of never, 8-bit, always. Got 'true' instead."),
         ("softmax_bits=99", "softmax_bits must be at least 2 and below 9. Got 99 instead."),
         ("seed=-1", "seed must be at least 0 and below 4294967296. Got -1 instead."),
@@ -103,3 +103,27 @@ def test_a_wrong_config_file_is_a_usage_error(name: str, text: str, said: str, c
     missing = cli("calibrate", "--output-dir", tmp_path / "out", "--config", tmp_path / "missing.toml")
     assert missing.code == 2 and "cannot be read" in missing.err
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--threads", "9" * 20), 2, "is not in the range 1<=x<=1024"),
+        (("--evaluation-samples", "9" * 20), 2, "is not in the range"),
+        (("--scheduler", ""), 2, "diffusers has no scheduler named ''"),
+        (("--model", ""), 1, "There is no folder ''"),
+        (("--model", "a\0b"), 1, "There is no folder"),
+        (("--model", "x" * 5000), 1, "There is no folder"),
+        (("--output-dir", "a\0b"), 2, "cannot be a path here"),
+        (("--output-dir", "x" * 300), 2, "cannot be a path here (File name too long)"),
+        (("--config", "/dev/zero"), 2, "it is not a regular file"),
+        (("--prompts", "/dev/zero"), 2, "it is not a regular file"),
+        (("--device", ""), 2, "The device '' cannot be used here"),
+    ],
+)
+def test_a_flag_s_odd_value_is_one_sentence(
+    flags: tuple[str, ...], code: int, said: str, cli: Any, tmp_path: Path
+) -> None:
+    result = cli("calibrate", "--output-dir", tmp_path / "out", *flags)
+    assert result.code == code and result.out == "" and len(result.err.splitlines()) == 1 and said in result.err
+    assert not list(tmp_path.iterdir())

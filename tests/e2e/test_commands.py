@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
+from hostile import run_python
 from PIL import Image
 from safetensors.torch import load_file
+
+from ptq_tdq.cli import main as entry
 
 COLUMNS = ["layer", "t", "scale", "zero_point", "qmin", "qmax", "lo", "hi"]
 
@@ -117,6 +121,7 @@ def test_off_a_terminal_calibrate_prints_the_result_and_nothing_else(
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert sorted(metrics) == [
         "coverage",
+        "mean_bits",
         "notices",
         "reconstruction",
     ]  # what learning itself knows; nothing was measured
@@ -126,7 +131,7 @@ def test_off_a_terminal_calibrate_prints_the_result_and_nothing_else(
     assert "Preset default: scheme W4A8" in verbose.err and "weights 1/" in verbose.err
 
 
-@pytest.mark.parametrize("command", ["benchmark", "calibrate", "evaluate", "export", "inspect", "report", "sample"])
+@pytest.mark.parametrize("command", list(entry.COMMANDS))
 def test_every_flag_is_explained(command: str, cli: Any) -> None:
     shown = cli(command, "--help")
     assert shown.code == 0 and shown.err == ""
@@ -136,6 +141,27 @@ def test_every_flag_is_explained(command: str, cli: Any) -> None:
 def test_the_bare_command_lists_the_commands(cli: Any) -> None:
     shown = cli()
     assert shown.code == 2
-    for command in ("benchmark", "calibrate", "evaluate", "export", "inspect", "report", "sample"):
+    for command in entry.COMMANDS:
         assert f"  {command} " in shown.out + shown.err
     assert cli("--version").out.startswith("ptq-tdq, version ")
+
+
+def test_the_list_of_commands_quotes_their_own_help() -> None:
+    for name, text in entry.COMMANDS.items():
+        command = entry.cli.get_command(click.Context(entry.cli), name)
+        assert command is not None and command.help is not None
+        assert " ".join(command.help.partition("\n\n")[0].split()) == text
+
+
+def test_help_imports_neither_torch_nor_diffusers() -> None:
+    script = """
+import sys
+from ptq_tdq.cli.main import main
+try:
+    main(["--help"])
+except SystemExit as stop:
+    assert not stop.code
+print(sorted({"torch", "diffusers", "scipy", "pandas"} & set(sys.modules)))
+"""
+    done = run_python(script)
+    assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stderr

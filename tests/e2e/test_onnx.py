@@ -54,13 +54,13 @@ def test_a_pipeline_samples_with_the_exported_file(
 
 
 def test_a_prompt_and_guidance_reach_the_file(cli: Callable[..., Any], tmp_path: Path) -> None:
-    entry = next(entry for entry in PIPELINES if entry.name == "StableDiffusion3Pipeline")
+    entry = next(entry for entry in PIPELINES if entry.name == "StableDiffusionXLPipeline")
     entry.save(tmp_path / "model")
     given = {key: value for key, value in entry.call.items() if key not in ("num_inference_steps", "output_type")}
     flags = [word for key, value in given.items() for word in ("--call", f"{key}={value}")]
     result = cli("calibrate", "--model", tmp_path / "model", "--output-dir", tmp_path / "out", *flags, *QUICK)
     assert result.code == 0, result.err
-    file = tmp_path / "transformer.onnx"
+    file = tmp_path / "unet.onnx"
     result = cli("export", tmp_path / "out", "--format", "onnx", "--output", file)
     assert result.code == 0, result.err
     graph, simulated = OnnxDenoiser(file, threads=1), load_quantized(tmp_path / "out")
@@ -73,7 +73,7 @@ def test_a_prompt_and_guidance_reach_the_file(cli: Callable[..., Any], tmp_path:
             return expected
 
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
-    pipe.transformer = Both(file, threads=1)
+    pipe.unet = Both(file, threads=1)  # which the pipeline asks for the width of a layer
     pipe.set_progress_bar_config(disable=True)
     pipe(prompt=["A red fox", "A boat"], **entry.call, generator=torch.Generator().manual_seed(0))
     assert len(ratios) == entry.call["num_inference_steps"]

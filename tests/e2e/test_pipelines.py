@@ -20,7 +20,8 @@ from ptq_tdq.artifacts import read_artifact
 
 QUICK = (
     *("--samples-per-step", "2", "--calibration-steps", "2", "--num-inference-steps", "3", "--evaluation-samples", "2"),
-    *("--set", "activation_iterations=2", "--set", "batch_size=4", "--threads", "1"),
+    *("--set", "activation_iterations=2", "--set", "weight_iterations=2", "--set", "thinning=1"),
+    *("--set", "batch_size=4", "--threads", "1"),
     *("--set", "activation_range=minmax", "--set", "weight_range=minmax"),
 )
 FEW = ("--num-inference-steps", "2", "--threads", "1")

@@ -110,7 +110,7 @@ def test_a_pipeline_is_sampled_as_it_was_for_calibration(cli: Any, tmp_path: Pat
 
     told = cli("inspect", artifact)
     assert told.code == 0 and "t = 'timestep', from 0 to 1000" in told.out
-    assert "100% of the multiply-accumulates of convolutions and linear layers" in told.out
+    assert "100% of the multiply-accumulates with weights" in told.out
     facts = json.loads(cli("inspect", artifact, "--json").out)
     assert facts["coverage"] == shown["coverage"] == 1 and facts["notices"] == shown["notices"]
     assert facts["time_axis"]["scale"] == 1 and facts["base_model"]["component"] == "unet"

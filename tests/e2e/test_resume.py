@@ -189,10 +189,13 @@ def test_a_folder_of_the_user_with_the_name_of_an_unfinished_run_is_left_alone(
     assert contents(tmp_path) == {"out.partial/letter.txt": b"mine"}
 
 
-def test_ctrl_c_keeps_the_finished_blocks_and_says_so(small: tuple[str, ...], pipeline: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_keeps_the_finished_blocks_and_says_so(
+    stop: signal.Signals, expected: int, small: tuple[str, ...], pipeline: Path, tmp_path: Path
+) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     command = ["calibrate", "--model", str(pipeline), "--output-dir", str(out), *small]
-    code, err = stop_after(1, "weights", command, partial, signal.SIGINT)
-    assert (code, err.strip()) == (1, "Stopped; the same command goes on after the last finished block.")
+    code, err = stop_after(1, "weights", command, partial, stop)
+    assert (code, err.strip()) == (expected, "Stopped; the same command goes on after the last finished block.")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     assert (partial / "weights-0000.safetensors").exists()

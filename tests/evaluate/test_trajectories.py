@@ -15,8 +15,10 @@ from torch import nn
 
 from ptq_tdq.calib_data import LoadedModel, collect, load_model
 from ptq_tdq.calls import prediction
+from ptq_tdq.correction import Corrected, Correction
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference, replay, run
+from ptq_tdq.timeaxis import TimeAxis
 
 Tiny = Callable[..., LoadedModel]
 Scaled = Callable[[nn.Module, float], nn.Module]
@@ -44,6 +46,15 @@ def test_a_known_relative_error_has_its_known_ratio_at_each_step(tiny: Tiny, sca
     assert found.noise_sqnr_db == pytest.approx([40.0] * 4, abs=0.01)
     assert found.mean_noise_sqnr_db == pytest.approx(40.0, abs=0.01)
     assert math.isfinite(found.latent_sqnr_db)
+
+
+def test_t_is_that_of_the_denoisers_own_tables(tiny: Tiny, scaled: Scaled) -> None:
+    model = tiny()
+    reference = make_reference(model, samples=2, num_inference_steps=4, seed=0)
+    denoiser = scaled(model.denoiser, 1.01)
+    denoiser.axis = TimeAxis("timestep", 1000, 0.5, 100.0)  # type: ignore[assignment]
+    model.scheduler.set_timesteps(4)
+    assert compare(reference, denoiser).t == pytest.approx([t / 2 + 100 for t in model.scheduler.timesteps.tolist()])
 
 
 def test_a_step_that_the_sampler_visits_twice_has_one_ratio(tiny: Tiny, scaled: Scaled) -> None:
@@ -154,3 +165,18 @@ def test_samples_show_what_their_prompts_say_whoever_predicts(text_to_image: Loa
     again = run(model.denoiser, model, ["a red fox", "a red fox", "a red fox"], 2, 0)
     torch.testing.assert_close(again.latents[[0, 2]], reference.latents[[0, 2]])
     assert not torch.allclose(again.latents[1], reference.latents[1], atol=1e-3)
+
+
+def test_with_eta_a_corrected_model_samples_with_less_noise(tiny: Tiny) -> None:
+    """An exact model whose prediction is said to have an error: with none nothing changes, with any the noise does."""
+    model = tiny(DDIMScheduler())
+    model.sampler.eta = 1.0  # type: ignore[attr-defined]
+    once = torch.ones(1, dtype=torch.float64)
+    sampled = {}
+    for sigma in (0.0, 0.1):
+        correction = Correction(once, 0 * once, torch.zeros(1, 3, dtype=torch.float64), once * sigma**2)
+        corrected = Corrected(model.denoiser, correction, TimeAxis("timestep"))
+        sampled[sigma] = run(corrected, model, model.sampler.conditions(2), 4, 0).latents
+    plain = run(model.denoiser, model, model.sampler.conditions(2), 4, 0).latents
+    torch.testing.assert_close(sampled[0.0], plain)
+    assert (sampled[0.1] - plain).abs().max() > 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,8 @@ def make_artifact(case: Case) -> Artifact:
 
 def quantize(model: nn.Module, config: Config, calls: Calls, tables: str) -> Artifact:
     """Nearest rounding, and the ranges of one forward pass, narrowed so that some codes clip."""
-    quantized = QuantizedModel.copy_of(model, calls.axis, make_plan(model, config, calls).layers)
+    plan = make_plan(model, config, calls)
+    quantized = QuantizedModel.copy_of(model, calls.axis, plan.layers)
     for layer in quantized.layers().values():
         initialize(layer, config)
     seen: dict[str, Tensor] = {}
@@ -130,6 +132,7 @@ def quantize(model: nn.Module, config: Config, calls: Calls, tables: str) -> Art
         "time_axis": calls.axis.to_dict(),
         "calibration_set": {"sha256": "0" * 64},
         "seed": 0,
+        "one_step": bool(plan.single),
         "versions": {},
     }
     return quantized.finalize().to_artifact()
@@ -176,17 +179,26 @@ def skeleton(artifact_of: Callable[[str], Artifact], calls: Calls) -> Skeleton:
 
 
 @pytest.fixture(scope="session")
-def quantize_denoiser() -> Callable[[str], tuple[Artifact, Calls]]:
-    """Artifacts of small denoisers of diffusers by name, with intervals that depend on t, and calls of them."""
-    made: dict[str, tuple[Artifact, Calls]] = {}
+def quantize_model() -> Callable[..., tuple[Artifact, Calls]]:
+    """``quantize_model(model, **arguments)``: an artifact with intervals that depend on t, and the call of it."""
 
+    def artifact(model: nn.Module, **arguments: Any) -> tuple[Artifact, Calls]:
+        calls = make_calls(model, **arguments)
+        return quantize(model, preset("default", scheme="W4A8"), calls, "moving"), calls
+
+    return artifact
+
+
+@pytest.fixture(scope="session")
+def quantize_denoiser(
+    quantize_model: Callable[..., tuple[Artifact, Calls]],
+) -> Callable[[str], tuple[Artifact, Calls]]:
+    """The same of small denoisers of diffusers, by name."""
+
+    @cache
     def artifact(name: str) -> tuple[Artifact, Calls]:
-        if name not in made:
-            denoiser = next(d for d in DENOISERS if d.name == name)
-            model = denoiser.build()
-            calls = make_calls(model, **denoiser.inputs(2, torch.tensor([801.0, 201.0])))
-            made[name] = (quantize(model, preset("default", scheme="W4A8"), calls, "moving"), calls)
-        return made[name]
+        denoiser = next(d for d in DENOISERS if d.name == name)
+        return quantize_model(denoiser.build(), **denoiser.inputs(2, torch.tensor([801.0, 201.0])))
 
     return artifact
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calib_data.loop import LoopSampler
+from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError, RuntimeUnsupportedError, TimestepError, UsageError
 from ptq_tdq.evaluate.metrics import sqnr_db
-from ptq_tdq.export.onnx import OnnxDenoiser
+from ptq_tdq.export.onnx import OnnxDenoiser, export_onnx
 from ptq_tdq.load import build_quantized
 
 # The file's form and the runtime that runs it; integer kernels need a processor that adds them without saturating.
@@ -159,3 +160,31 @@ def test_results_belong_to_the_caller(
     before = first.clone()
     unet(-given["sample"], given["timestep"], given["class_labels"])
     np.testing.assert_array_equal(first, before)
+
+
+class TokensFirst(nn.Module):
+    """Its rows cannot be told apart by sample, so each call has one time step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inside, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, N, 4]."""
+        y = self.first(sample) + timestep[:, None, None] / 1000
+        result: Tensor = self.last(self.inside(y.transpose(0, 1).tanh()).transpose(0, 1))
+        return result
+
+
+@torch.no_grad()
+def test_time_steps_of_a_batch_may_differ_also_where_rows_are_of_no_one_sample(
+    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(0)
+    x, t = torch.randn(3, 3, 4), torch.tensor([900.0, 100.0, 400.0])
+    artifact, calls = quantize_model(TokensFirst(), sample=x, timestep=t)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=TokensFirst())
+    graph, simulated = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, TokensFirst())
+    assert graph.facts["one_step"] and "batch" in graph.facts["free_sizes"]
+    for steps in (t, t[[1, 1, 1]]):
+        assert sqnr_db(simulated(x, steps), graph(x, steps)) > 40

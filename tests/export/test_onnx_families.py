@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,29 +37,51 @@ FAMILIES = (
 def test_a_graph_computes_what_the_simulated_model_does(
     name: str, tmp_path: Path, quantize_denoiser: Callable[[str], tuple[Artifact, Calls]]
 ) -> None:
-    denoiser = next(d for d in DENOISERS if d.name == name)
     artifact, calls = quantize_denoiser(name)
-    simulated, skeleton = build_quantized(artifact), make_skeleton(artifact, calls)
+    skeleton = make_skeleton(artifact, calls)
     for form in FORMS if sums_eight_bits() else ("portable",):
         file = tmp_path / f"{form}.onnx"
         file.write_bytes(encode_onnx(artifact, FORMS[form], skeleton, form))
-        graph = OnnxDenoiser(file, threads=1)
-        for t in ([601.0], [1000.0, 2.5, 333.0]):  # other numbers of samples than in the recorded call
-            arguments = denoiser.inputs(len(t), torch.tensor(t))
-            with torch.no_grad():
-                expected, got = simulated(**arguments), graph(**arguments)
-            assert isinstance(got, tuple) == isinstance(expected, tuple)
-            assert isinstance(got, tuple) or list(got) == list(expected)  # names of what it returns
-            ratio = sqnr_db(prediction(expected), prediction(got))
-            assert ratio > 25
-            keep(name, {f"{form}_db": ratio})
+        ratio = compared(name, artifact, file)
+        assert ratio > 25
+        keep(name, {f"{form}_db": ratio})
 
 
-@pytest.mark.parametrize("name", ["LatteTransformer3DModel", "ZImageTransformer2DModel"])
-def test_a_graph_that_no_runtime_takes_is_one_sentence_and_no_file(
+def compared(name: str, artifact: Artifact, file: Path) -> float:
+    """SQNR in dB of a graph against the simulated model, the lowest of calls with other numbers of samples."""
+    denoiser = next(d for d in DENOISERS if d.name == name)
+    simulated, graph, ratios = build_quantized(artifact), OnnxDenoiser(file, threads=1), []
+    for t in ([601.0], [1000.0, 2.5, 333.0]):
+        arguments = denoiser.inputs(len(t), torch.tensor(t))
+        with torch.no_grad():
+            expected, got = simulated(**arguments), graph(**arguments)
+        assert isinstance(got, tuple) == isinstance(expected, tuple)
+        assert isinstance(got, tuple) or list(got) == list(expected)  # names of what it returns
+        ratios.append(sqnr_db(prediction(expected), prediction(got)))
+    return min(ratios)
+
+
+@pytest.mark.skipif("PTQ_TDQ_FAMILIES" not in os.environ, reason="takes an hour; set PTQ_TDQ_FAMILIES for the table")
+@pytest.mark.parametrize("name", [d.name for d in DENOISERS if d.name not in FAMILIES])
+def test_any_other_denoiser_becomes_a_right_graph_or_one_sentence(
     name: str, tmp_path: Path, quantize_denoiser: Callable[[str], tuple[Artifact, Calls]]
 ) -> None:
     artifact, calls = quantize_denoiser(name)
+    try:
+        export_onnx(artifact, tmp_path / "graph.onnx", "portable", calls)
+    except ModelError as error:
+        keep(name, {"portable_db": None, "portable_error": str(error)})
+        assert len(str(error).splitlines()) == 1
+        return
+    ratio = compared(name, artifact, tmp_path / "graph.onnx")
+    keep(name, {"portable_db": ratio, "portable_error": None})
+    assert ratio > 25
+
+
+def test_a_graph_that_no_runtime_takes_is_one_sentence_and_no_file(
+    tmp_path: Path, quantize_denoiser: Callable[[str], tuple[Artifact, Calls]]
+) -> None:
+    artifact, calls = quantize_denoiser("ZImageTransformer2DModel")
     with pytest.raises(ModelError) as caught:
         export_onnx(artifact, tmp_path / "graph.onnx", "portable", calls)
     assert len(str(caught.value).splitlines()) == 1

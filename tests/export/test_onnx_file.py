@@ -13,13 +13,15 @@ import numpy as np
 import onnx
 import pandas as pd
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
-from torch import Tensor, ones
+from torch import Tensor, nn, ones
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls
-from ptq_tdq.errors import ModelError, UsageError
+from ptq_tdq.errors import ArtifactMismatchError, ModelError, UsageError
+from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export import export_tables
 from ptq_tdq.export.onnx import FORMS, OnnxDenoiser, export_onnx, export_onnx_float
 from ptq_tdq.export.onnx import file as onnx_file
@@ -191,3 +193,31 @@ def test_a_missing_exporter_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
     with pytest.raises(UsageError, match=r"pip install 'ptq-tdq\[onnx\]'"):
         import ptq_tdq.export.onnx  # noqa: F401
+
+
+class Own(nn.Module):
+    """A denoiser outside diffusers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.time, self.last = nn.Linear(4, 8), nn.Linear(1, 8), nn.Linear(8, 4)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, N, 4]."""
+        result: Tensor = self.last((self.first(sample) + self.time(timestep[:, None, None] / 1000)).tanh())
+        return result
+
+
+def test_a_class_of_ones_own_is_exported_with_an_instance(
+    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(0)
+    arguments = {"sample": torch.randn(2, 3, 4), "timestep": torch.tensor([900.0, 100.0])}
+    artifact, calls = quantize_model(Own().requires_grad_(False), **arguments)
+    with pytest.raises(ArtifactMismatchError, match="is of a 'Own'"):
+        export_onnx(artifact, tmp_path / "model.onnx", "portable", calls)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Own())
+    export_onnx_float(artifact, tmp_path / "float.onnx", calls, model=Own())
+    graph, expected = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, Own())(**arguments)
+    assert sqnr_db(expected, graph(**arguments)) > 40
+    assert not hasattr(graph, "add_embedding")

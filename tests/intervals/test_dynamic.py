@@ -61,7 +61,21 @@ def test_the_network_reads_four_statistics_and_the_time_encoding() -> None:
     assert widths == {"dynamic-statistics": 4, "dynamic-statistics-time": 4 + 128}
 
 
-@pytest.mark.parametrize("zero_point", ["fixed", "step"])
+def test_the_statistics_are_minimum_maximum_mean_and_variance_in_units_of_the_static_range() -> None:
+    source = build("dynamic-statistics", bits=8)
+    x = activation(STEPS)
+    found = source.features(STEPS, torch.stack([x.amin(1), x.amax(1), x.mean(1), x.var(1, correction=0)], 1))  # type: ignore[operator]
+    seen: list[Tensor] = []
+    source.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]
+    source(STEPS, x)
+    torch.testing.assert_close(seen[0], found)
+    scaled = build_from("dynamic-statistics", watch(8 * x, STEPS, 8))
+    scaled.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]
+    scaled(STEPS, 8 * x)
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("zero_point", ["fixed", "own"])
 @pytest.mark.parametrize("method", NETWORKS)
 def test_a_network_starts_with_less_error_than_the_static_interval(method: str, zero_point: str) -> None:
     """On 8 samples of each step, whose mean drifts: the zero point in use is the static one whatever the choice."""
@@ -109,11 +123,11 @@ def test_gradients_reach_the_network_and_not_the_tensor(method: str) -> None:
 def test_what_is_kept_of_a_network_restores_it(method: str) -> None:
     source, x = build(method), activation(STEPS)
     state = torch.random.get_rng_state()
-    restored = restore_dynamic(method, source.zero_point, QType(8), source.generator)  # type: ignore[arg-type]
+    restored = restore_dynamic(method, source.zero_point, QType(8), source.generator, T + 1)  # type: ignore[arg-type]
     assert torch.equal(torch.random.get_rng_state(), state)
     for ours, theirs in zip(restored.half()(STEPS, x), source(STEPS, x), strict=True):
         assert torch.equal(ours, theirs)  # half(): intervals stay float32
     halves = {name: tensor.half() for name, tensor in source.generator.items()}  # type: ignore[union-attr]
     for wrong in ({"net.0.weight": torch.zeros(3)}, halves):
         with pytest.raises(ModelError, match=f"'{method}'"):
-            restore_dynamic(method, torch.tensor(3), QType(8), wrong)
+            restore_dynamic(method, torch.tensor(3), QType(8), wrong, T + 1)

@@ -20,7 +20,7 @@ from ptq_tdq.search import weight_qparams
 QUICK = ["static", "S_1", "S_2", "S_4", "S_7", "S_20", "S_1000", "step-table", "step-lsq"]
 
 
-@pytest.mark.parametrize("zero_point", ["fixed", "step"])
+@pytest.mark.parametrize("zero_point", ["fixed", "own"])
 @pytest.mark.parametrize("parameter", ["raw", "log"])
 @pytest.mark.parametrize("method", QUICK)
 def test_tables_hold_a_positive_interval_and_a_code_for_each_time_step(
@@ -72,15 +72,25 @@ def test_each_bin_is_the_search_over_its_own_samples_and_an_unseen_one_copies_it
 
 
 @pytest.mark.parametrize("method", ["step-table", "step-lsq"])
-@pytest.mark.parametrize("zero_point", ["fixed", "step"])
+@pytest.mark.parametrize("zero_point", ["fixed", "own"])
 def test_step_sources_hold_the_steps_and_are_linear_in_between(method: str, zero_point: str) -> None:
     observed = observe(zero_point=zero_point, drift=2.0)
     expected = np.interp(np.arange(T + 1), STEPS.numpy(), observed.steps.scale.numpy())
     scale, zero = build(method, observed).table(T)
     np.testing.assert_allclose(scale.numpy(), expected, rtol=1e-5)
-    at_steps = observed.steps.zero_point if zero_point == "step" else observed.static.zero_point.expand(len(STEPS))
+    at_steps = observed.steps.zero_point if zero_point == "own" else observed.static.zero_point.expand(len(STEPS))
     assert torch.equal(zero[STEPS.long()], at_steps.to(torch.int32))
     assert (zero.unique().numel() == 1) == (zero_point == "fixed")
+
+
+@pytest.mark.parametrize("method", ["S_1", "S_4", "S_10", "step-table", "step-lsq", "tdq", "tdq-thin"])
+def test_all_sources_have_the_same_freedom_of_zero_points(method: str) -> None:
+    """Where the activation drifts with t, each interval has its own zero point in every source, or in none."""
+    for choice in ("fixed", "own"):
+        observed = observe(zero_point=choice, drift=2.0)
+        _, zero = build(method, observed).table(T)
+        moves = choice == "own" and method != "S_1"
+        assert (zero != observed.static.zero_point).any() == moves
 
 
 def test_step_sources_accept_integer_steps() -> None:
@@ -97,7 +107,7 @@ ALL = [*((m, {}) for m in QUICK), ("tdq", {"start": "as-is"}), ("tdq-thin", {"st
 
 
 @pytest.mark.parametrize(("method", "options"), ALL)
-@pytest.mark.parametrize("zero_point", ["fixed", "step"])
+@pytest.mark.parametrize("zero_point", ["fixed", "own"])
 def test_each_sample_of_a_batch_has_its_own_time_step(method: str, options: dict[str, str], zero_point: str) -> None:
     source = build(method, observe(zero_point=zero_point, **options))
     t = torch.tensor([1000.0, 3.0, 3.0, 500.0, 0.0])
@@ -116,7 +126,7 @@ def test_gradients_reach_each_learned_parameter(method: str, options: dict[str, 
     learned = list(source.parameters())
     assert learned and all(p.grad is not None and bool((p.grad != 0).any()) for p in learned)
     raw = {id(p) for p in source.raw_parameters()}
-    assert raw == (set() if method.startswith("tdq") else {id(p) for p in learned})
+    assert raw == {id(p) for name, p in source.named_parameters() if not name.startswith("net.")} != set()
     assert list(build("step-table", observe()).parameters()) == []
 
 

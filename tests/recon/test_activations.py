@@ -11,6 +11,7 @@ from torch import Tensor
 from ptq_tdq import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.recon import UnitReport, reconstruct
 from ptq_tdq.recon.activations import _chances
 from ptq_tdq.recon.parts import Part, Parts, Place
 from ptq_tdq.recon.unit import Unit
@@ -18,6 +19,18 @@ from ptq_tdq.recon.unit import Unit
 
 def outputs(x: Tensor) -> Parts:
     return Parts((Part.of(x, slice(0, len(x)), (Place(0, 1),)),))
+
+
+def test_an_unlearned_unit_keeps_its_first_interval_and_nearest_rounding(
+    wrap: Callable[[Config], QuantizedModel], choose: Callable[..., Config], calls: Calls
+) -> None:
+    config = choose(method="static", interval_lr=1e-2, interval_parameter="log", activation_iterations=10)
+    quantized, reports = wrap(config), list[UnitReport]()
+    static = reconstruct(quantized, calls, config, unlearned={"conv_out"}, on_unit=reports.append)
+    assert {r.after == r.before for r in reports if r.unit == "conv_out"} == {True}
+    tables = {name: q.source.table(1)[0][0] for name, q in quantized.quantizers().items() if q.source}
+    moved = {name for name, scale in tables.items() if not torch.isclose(scale, static[name].scale, rtol=1e-5)}
+    assert moved - {"conv_in"} and "conv_out" not in moved  # x_t is not clipped
 
 
 @pytest.mark.parametrize("power", [1.5, 2.4])

@@ -15,12 +15,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ptq_tdq.calibrate import calibrate
+from ptq_tdq.calibration import calibrate
 from ptq_tdq.config import preset
 from ptq_tdq.errors import ResumeError
 from ptq_tdq.recon import RunDirectory
 
-FEW = {"scheme": "W4A8", "method": "dynamic-statistics", "activation_iterations": 1, "batch_size": 4}
+FEW = {
+    "scheme": "W4A8",
+    "method": "dynamic-statistics",
+    "activation_iterations": 1,
+    "weight_iterations": 1,
+    "batch_size": 4,
+}
 
 
 class Case:

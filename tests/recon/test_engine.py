@@ -58,8 +58,8 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     "choices",
     [
         {"method": "S_2"},
-        {"method": "tdq-thin", "module_start": "steps", "zero_point": "step"},
-        {"method": "tdq", "activation_iterations": 4, "rounding": "gptq"},
+        {"method": "tdq-thin", "module_start": "steps", "zero_point": "own"},
+        {"method": "tdq", "activation_iterations": 4, "rounding": "learned"},
         {"method": "dynamic"},
         {"method": "dynamic-statistics-time"},
         {
@@ -87,7 +87,7 @@ def test_no_unit_ends_worse_than_it_began(wrap: Wrap, choose: Choose, calls: Cal
             assert weight.rounding is None and weight.codes is not None
             assert weight.codes.max() <= 2**3 - 1 and weight.codes.unique().numel() > 1
     for quantizer in quantized.quantizers().values():
-        if choices["method"].startswith("dynamic"):
+        if quantizer.record.method.startswith("dynamic"):
             assert isinstance(quantizer.source, Dynamic) and not quantizer.source.training
             assert not any(p.requires_grad for p in quantizer.source.parameters())
         else:
@@ -168,7 +168,7 @@ class Stop(Exception):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     wrap: Wrap, choose: Choose, calls: Calls, tmp_path: Path, method: str, fraction: float
 ) -> None:
-    rounding = "gptq" if method == "tdq-thin" else "adaround"
+    rounding = "learned" if method == "tdq-thin" else "adaround"
     config = choose(method=method, weight_iterations=2, activation_iterations=2, bias_lr=1e-3, rounding=rounding)
     whole = wrap(config)
     expected = run(whole, calls, config)

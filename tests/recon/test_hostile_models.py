@@ -12,7 +12,7 @@ from recorded import calls_of
 from torch import Tensor
 
 from ptq_tdq.artifacts import encode_artifact
-from ptq_tdq.calibrate import calibrate
+from ptq_tdq.calibration import calibrate
 from ptq_tdq.config import preset
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.observe import Observer
@@ -22,7 +22,7 @@ Change = Callable[[UNet2DModel, Tensor], None]
 LAST, FIRST = slice(0, 4), slice(4, 8)  # samples at t = 999 and at t = 1
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"method": "tdq-thin", "module_start": "static"},
+    "default": {"method": "tdq-thin", "module_start": "static", "weight_iterations": 2},
     "paper": {"method": "tdq", "weight_iterations": 2},
     "qdiff": {"method": "S_2", "rounding": "gptq", "bias_lr": 1e-3, "loss_weights": "relative"},
 }

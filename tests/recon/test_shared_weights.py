@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ptq_tdq.calibrate import calibrate
+from ptq_tdq.calibration import calibrate
 from ptq_tdq.config import preset
 from ptq_tdq.errors import ResumeError
 from ptq_tdq.recon import UnitReport

@@ -140,7 +140,8 @@ def test_a_model_with_groups_of_calls_is_calibrated_whole() -> None:
     calls = wild_calls(model)
     assert len(calls.groups) == 2
     config = preset("default", scheme="W8A8", activation_iterations=2, compute_dtype="float32", eight_bit_layers="")
-    quantized = calibrate(model, config.changed({"float_input_layers": "", "weight_only_layers": ""}), calls)
+    few = {"weight_iterations": 2, "float_input_layers": "", "weight_only_layers": ""}
+    quantized = calibrate(model, config.changed(few), calls)
     assert list(quantized.quantizers()) == ["blocks.0.mix", "blocks.1.mix"]
     for chunk in calls.chunks(2):
         found, expected = quantized(**calls.inputs(chunk))[0], model(**calls.inputs(chunk))[0]

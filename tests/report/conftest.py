@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptq_tdq.calib_data import LoadedModel, LoopSampler, Sampled, Sampler
-from ptq_tdq.calibrate import calibrate
+from ptq_tdq.calibration import calibrate
 from ptq_tdq.config import Config
 from ptq_tdq.evaluate.trajectories import Reference, make_reference
 from ptq_tdq.identity import model_sha256

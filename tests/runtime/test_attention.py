@@ -101,9 +101,10 @@ class Denoiser(nn.Module):
         return {"sample": self.attending(x), "number": 3}
 
 
-@pytest.fixture(params=["table", "dynamic"])
+@pytest.fixture(params=["tdq-thin", "dynamic", "dynamic-token-tdq"])
 def method(request: pytest.FixtureRequest) -> str:
-    return "tdq-thin" if request.param == "table" else "dynamic"
+    name: str = request.param
+    return name
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

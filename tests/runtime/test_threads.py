@@ -47,7 +47,9 @@ def test_thousands_of_small_calls(both: Any) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 4, 6)
     _, integer = both(
-        Small(), [{"x": x * (1 + t / 300), "timestep": torch.full((2,), t)} for t in (1000.0, 500.0, 1.0)]
+        Small(),
+        [{"x": x * (1 + t / 300), "timestep": torch.full((2,), t)} for t in (1000.0, 500.0, 1.0)],
+        method="step-table",
     )
     run_both_ways(integer, calls_of(x, 2000), lambda y: y)
 

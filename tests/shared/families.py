@@ -1,4 +1,4 @@
-"""Keeps what works on each denoiser, for the README's table (``benchmarks/families.py``)."""
+"""Keeps what works on each denoiser, for the table in docs/models.md (``benchmarks/families.py``)."""
 
 from __future__ import annotations
 

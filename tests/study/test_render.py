@@ -8,9 +8,10 @@ import math
 from typing import Any
 
 import pytest
+from scipy.stats import ttest_1samp
 
 from ptq_tdq.errors import UsageError
-from ptq_tdq.study.render import difference, find_metric, listing, make_table, markdown, to_csv
+from ptq_tdq.study.render import differences, find_metric, listing, make_table, markdown, to_csv
 
 METRIC = find_metric("fd-c10")
 
@@ -62,25 +63,44 @@ def test_mean_deviation_and_the_paired_test_by_the_textbook() -> None:
     table = make_table(LINES, METRIC)
     entry = table.rows["qdiff", "W4A8"]["static"]
     assert entry.mean == pytest.approx(13 / 3) and entry.deviation == pytest.approx(math.sqrt(7 / 3))
-    found = difference(table, ("qdiff", "W4A8"), "tdq")
+    found = differences(table).get((("qdiff", "W4A8"), "tdq"))
     assert found is not None and found.seeds == 3 and found.mean == pytest.approx((-1.0 - 0.8 - 1.1) / 3)
     spread = math.sqrt(sum((d - found.mean) ** 2 for d in (-1.0, -0.8, -1.1)) / 2 / 3)
     t = found.mean / spread
     p = 1 - abs(t) / math.sqrt(t * t + 2)  # Student's t with 2 degrees of freedom, in closed form
     assert found.p == pytest.approx(p)
-    assert f"**-0.967** ({p:.2g})" in markdown(table)
+    low, high = ttest_1samp([-1.0, -0.8, -1.1], 0).confidence_interval(0.95)
+    assert found.interval == pytest.approx((low, high))
+    assert f"**-0.967** [{low:+.3f}, {high:+.3f}] ({p:.2g})" in markdown(table)
+
+
+def test_p_values_are_corrected_for_their_number() -> None:
+    """Holm's procedure on the p values 0.01, 0.04, 0.03 and 0.005, as R's p.adjust(c(...), "holm") gives it."""
+    changes = [two_seeds(p) for p in (0.01, 0.04, 0.03, 0.005)]
+    lines = [line("static", seed, 0.0) for seed in range(2)]
+    for i, pair in enumerate(changes, 2):
+        lines += [line(f"S_{i}", seed, value) for seed, value in enumerate(pair)]
+    found = differences(make_table(lines, METRIC))
+    corrected = [found[("qdiff", "W4A8"), f"S_{i}"].p for i in range(2, 6)]
+    assert corrected == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def two_seeds(p: float) -> tuple[float, float]:
+    """Two differences whose t-test gives ``p``: with one degree of freedom, t = cot(pi p / 2)."""
+    t = 1 / math.tan(math.pi * p / 2)
+    return t + 1, t - 1
 
 
 def test_only_seeds_that_both_have_are_compared() -> None:
     table = make_table([*LINES[:5], *(line("tdq", seed, 9.0) for seed in (1, 2))], METRIC)
-    found = difference(table, ("qdiff", "W4A8"), "tdq")
+    found = differences(table).get((("qdiff", "W4A8"), "tdq"))
     assert found is not None and (found.mean, found.seeds, found.p) == (5.0, 1, None)
-    assert difference(table, ("qdiff", "W4A8"), "S_4") is None
+    assert (("qdiff", "W4A8"), "S_4") not in differences(table)
 
 
 def test_equal_differences_have_no_p_value() -> None:
     lines = [line(method, seed, seed + add) for seed in (0, 1) for method, add in (("static", 0.0), ("tdq", 1.0))]
-    found = difference(make_table(lines, METRIC), ("qdiff", "W4A8"), "tdq")
+    found = differences(make_table(lines, METRIC)).get((("qdiff", "W4A8"), "tdq"))
     assert found is not None and found.p is None
 
 
@@ -131,7 +151,7 @@ def test_every_row_may_be_compared_with_s_1_of_one_preset() -> None:
             for seed, value in enumerate((3.0, 4.5, 6.0))]  # fmt: skip
     table = make_table([*LINES, *ours], METRIC, against="qdiff")
     for column in ("static", "tdq"):
-        found = difference(table, ("default", "W4A8"), column)
+        found = differences(table).get((("default", "W4A8"), column))
         assert found is not None and found.seeds == 3 and math.isclose(found.mean, -2 + 0.5 / 3)
     text = markdown(table).partition("Difference to S_1 of preset qdiff")[2]
     assert cells(text, "| preset") == ["preset", "scheme", "TDQ", "S_1", "S_20", "TDQ_thin:bias_lr=0"]
@@ -150,11 +170,15 @@ def test_a_list_has_a_line_per_method_and_compares_with_any_of_them() -> None:
     assert cells(text, "| preset")[3:] == [
         "FD-C10, lower is better", "difference", "KID-C10, lower is better", "difference",
     ]  # fmt: skip
-    found = difference(make_table(LINES, METRIC), ("qdiff", "W4A8"), "tdq")
-    assert found is not None and found.p is not None
-    assert cells(text, "| qdiff | W4A8 | S_1")[3:5] == ["4.333 ± 1.528", f"+0.967 ({found.p:.2g})"]
+    found = differences(make_table(lines, METRIC, against=":tdq"))[("qdiff", "W4A8"), "static"]
+    assert found.interval is not None
+    low, high = found.interval
+    change = f"+0.967 [{low:+.3f}, {high:+.3f}] ({found.p:.2g})"
+    assert cells(text, "| qdiff | W4A8 | S_1")[3:5] == ["4.333 ± 1.528", change]
     assert cells(text, "| qdiff | W4A8 | TDQ")[4] == "-" and cells(text, "| qdiff | W4A8 | FP")[4] == "-"
     assert cells(text, "| qdiff | W4A6 | S_20")[3:5] == ["2.500 (n = 1)", "-"], "no TDQ in this row"
     assert "difference to TDQ on the same seeds" in text
+    sized = [{**each, "size": {"mean_bits": {"weights": 4.5, "activations": 8}, "bytes": 3e6}} for each in lines]
+    assert cells(listing([make_table(sized, METRIC)]), "| qdiff | W4A8 | TDQ")[3:6] == ["4.50", "8.00", "3.00"]
     with pytest.raises(UsageError, match="has no TDQ_thin; --against takes"):
         make_table(LINES, METRIC, against=":tdq-thin")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from contextlib import AbstractContextManager, nullcontext
+import math
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.errors import ModelError, RuntimeUnsupportedError, UsageError
+from ptq_tdq.errors import ArtifactMismatchError, ModelError, RuntimeUnsupportedError, UsageError
 from ptq_tdq.export.onnx.runtimes import RUNTIMES
 from ptq_tdq.export.onnx.signature import RETURN_DICT, Leaf, Signature
 from ptq_tdq.export.onnx.skeleton import BATCH, METADATA
 from ptq_tdq.processor import instruction_set, sums_eight_bits
+from ptq_tdq.structure import Size, building, meta_model
 from ptq_tdq.timeaxis import TimeAxis
 
 Feed = dict[str, NDArray[Any]]
@@ -51,10 +54,12 @@ class DenoiserOutput(dict[str, Any]):
 class OnnxDenoiser(nn.Module):
     """``pipe.unet = OnnxDenoiser("model.onnx")``: runs a file of :func:`ptq_tdq.export.onnx.export_onnx` on the CPU.
 
-    It is called as the model that the file was made from, and returns what that returns. ``runtime`` is "onnxruntime"
-    or "openvino"; by default the one that the file was made for (onnxruntime for portable files). ``threads`` 0 leaves
-    their number to the runtime. Any scheduler, step count and batch size will do, and the time steps of a batch may
-    differ; ``facts["free_sizes"]`` says which other sizes may. OpenVINO compiles the graph once for each shape.
+    It is called as the model that the file was made from, and returns what that returns. Whatever else a pipeline asks
+    of its denoiser (``cache_context``, the size of a layer) is asked of the model without its weights, where that is
+    one of diffusers. ``runtime`` is "onnxruntime" or "openvino"; by default the one that the file was made for
+    (onnxruntime for portable files). ``threads`` 0 leaves their number to the runtime. Any scheduler, step count and
+    batch size will do, and the time steps of a batch may differ; ``facts["free_sizes"]`` says which other sizes may.
+    OpenVINO compiles the graph once for each shape.
 
     Raises :class:`ModelError` for a file that is none of ours or is for another runtime, :class:`UsageError` for a
     runtime that is unknown or not installed, and :class:`RuntimeUnsupportedError` for a file that this processor does
@@ -79,6 +84,7 @@ class OnnxDenoiser(nn.Module):
         self.config = Config(facts["model_config"])
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.call = Signature.from_dict(facts["call"])
+        self._structure = cache(partial(_structure, self.config, self.call.time, _size(graph)))
         self.axis = TimeAxis.from_dict(facts["time_axis"])
         self._inputs = {value.name: value.type.tensor_type for value in graph.input}
         self._signature = inspect.Signature([_parameter(p) for p in self.call.parameters])
@@ -99,9 +105,14 @@ class OnnxDenoiser(nn.Module):
         results = [torch.from_numpy(result).to(main.device, main.dtype) for result in self._rows(feed)]
         return self._returned(results, bool(return_dict))
 
-    def cache_context(self, name: str) -> AbstractContextManager[None]:
-        """Some pipelines name the calls of one step, for caches that a file does not have."""
-        return nullcontext()
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = None if "_structure" not in vars(self) else self._structure()
+            if model is None:
+                raise
+            return getattr(model, name)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, with defaults for what is left out."""
@@ -165,13 +176,14 @@ class OnnxDenoiser(nn.Module):
         return array
 
     def _rows(self, feed: Feed) -> list[NDArray[Any]]:
-        """The outputs for all samples, at once or, where the graph is of one, one by one."""
+        """The outputs for all samples: at once, or one by one where the graph is of one sample or of one time step."""
         leaves, time = self.call.leaves(), self.call.time
         main = next(leaf.name for leaf in leaves if leaf.name.partition(".")[0] == self.call.main)
         count = len(feed[main])
         if len(feed[time]) == 1:
             feed = feed | {time: np.repeat(feed[time], count, 0)}
-        if BATCH in self.facts["free_sizes"]:
+        mixed = self.facts["one_step"] and bool((feed[time] != feed[time][:1]).any())
+        if BATCH in self.facts["free_sizes"] and not mixed:
             return self._run(feed)
         parts = [self._run({leaf.name: leaf.one(feed[leaf.name], i, count) for leaf in leaves}) for i in range(count)]
         return [np.concatenate(results) for results in zip(*parts, strict=True)]
@@ -194,6 +206,17 @@ class OnnxDenoiser(nn.Module):
         if return_dict and self.call.fields:
             return DenoiserOutput(zip(self.call.fields, returned, strict=False))
         return returned
+
+
+def _size(graph: onnx.GraphProto) -> Size:
+    return Size(len(graph.initializer), sum(math.prod(tensor.dims) for tensor in graph.initializer))
+
+
+def _structure(config: dict[str, Any], time: str, size: Size) -> nn.Module | None:
+    """The model of a file without its weights, where it is one of diffusers."""
+    with suppress(ArtifactMismatchError), building():
+        return meta_model(config, time, size)
+    return None
 
 
 def _same(given: Any, recorded: Any) -> bool:

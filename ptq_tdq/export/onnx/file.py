@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+from torch import nn
 
 from ptq_tdq.artifacts import Artifact, write_atomic
 from ptq_tdq.calls import Calls
@@ -24,9 +25,12 @@ from ptq_tdq.export.tables import export_tables, interval_frame
 FORMS: dict[str, type[Portable]] = {"portable": Portable, "onnxruntime": OnnxRuntime, "openvino": OpenVINO}
 
 
-def export_onnx(artifact: Artifact, file: str | Path, runtime: str, calls: Calls) -> None:
+def export_onnx(
+    artifact: Artifact, file: str | Path, runtime: str, calls: Calls, *, model: nn.Module | None = None
+) -> None:
     """Write ``artifact`` as one ONNX graph for one of :data:`FORMS`.
 
+    ``model`` is an instance of a class that is not diffusers' own, as :func:`~ptq_tdq.load_quantized` takes it.
     ``calls`` are recorded calls of the model, of which one is enough: the graph's inputs are the tensors of its
     arguments, by name (``sample``, ``added_cond_kwargs.text_embeds``), in float32 where they are real; plain values
     are part of the graph. The batch may vary, and so may the size of images where the model takes others; all other
@@ -44,12 +48,17 @@ def export_onnx(artifact: Artifact, file: str | Path, runtime: str, calls: Calls
             f"The quantizer '{name}' asks a network for its interval at run time, which has no ONNX form; "
             "choose an artifact with another method."
         )
-    graph = encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls), runtime)
+    for name in artifact.by_token:
+        raise ModelError(
+            f"The quantizer '{name}' finds an interval for each token at run time, which has no ONNX form; "
+            "choose an artifact with another method."
+        )
+    graph = encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls, model), runtime)
     try_out(graph, calls)
     write_atomic(file, graph)
 
 
-def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls) -> Path:
+def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls, *, model: nn.Module | None = None) -> Path:
     """Write the graph in floating point, with the names of the interval table, and the table as CSV beside it.
 
     :mod:`ptq_tdq.export.onnx.floating` says how the two belong together. Returns the path of the table: that of
@@ -60,7 +69,7 @@ def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls) -> Pat
     if table == Path(file):
         raise UsageError(f"The interval table goes to '{table}'; name the graph '{table.stem}.onnx' instead.")
     interval_frame(artifact)  # the cheap reason to refuse comes first
-    graph = encode_onnx(artifact, Floating, make_skeleton(artifact, calls), "float")
+    graph = encode_onnx(artifact, Floating, make_skeleton(artifact, calls, model), "float")
     try_out(graph, calls)
     export_tables(artifact, table, "csv")
     write_atomic(file, graph)
@@ -90,5 +99,6 @@ def _facts(artifact: Artifact, skeleton: Skeleton, runtime: str) -> dict[str, An
         "runtime": runtime,
         "call": skeleton.signature.to_dict(),
         "free_sizes": skeleton.free,
+        "one_step": bool(artifact.config.get("one_step")),
         **{key: artifact.config[key] for key in keys},
     }

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
+import torch
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.export.onnx.floating import ANNOTATION
 from ptq_tdq.export.onnx.lookup import Lookup
-from ptq_tdq.export.onnx.nodes import Builder
+from ptq_tdq.export.onnx.nodes import Builder, axes
 from ptq_tdq.export.onnx.portable import Portable, swapped
 from ptq_tdq.export.onnx.skeleton import BATCH, DOMAIN, Skeleton
+from ptq_tdq.rotate import block_of, rotated, signs
 
 
 def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable]) -> ir.Model:
@@ -55,9 +58,24 @@ def _lower_nodes(graph: ir.Graph, b: Builder, lowering: Portable, artifact: Arti
             source, rank = node.inputs[0], _rank(node.outputs[0])
             assert source is not None
             if node.op_type == "Layer":
+                if records[name].rotated:
+                    source = _rotated(b, source, rank, records[name].splits[-1])
+                divisor = artifact.divisors.get(name)
+                source = source if divisor is None else b("Mul", source, divisor.reciprocal().numpy())
                 b.replace(node, lowering.layer(records[name], skeleton.layers[name], source, rank), name)
             elif not all(_only_in(products, user) for user, _ in node.outputs[0].uses()):
                 b.replace(node, lowering.quantizer(quantizers[name], source, rank), name)
+
+
+def _rotated(b: Builder, x: ir.Value, rank: int, channels: int) -> ir.Value:
+    """``x`` [..., C] of ``rank`` axes with its channels rotated; a 0 in a shape keeps the size."""
+    block, kept = block_of(channels), [0] * (rank - 1)
+    blocks = channels // block
+    y = b("Reshape", b("Mul", x, signs(channels).numpy()), axes(*kept, blocks, block))
+    y = b("MatMul", y, b.constant((rotated(torch.eye(block)) * signs(block)[:, None]).numpy()))
+    if blocks > 1:
+        y = b("Sub", y, b("Mul", b("ReduceSum", y, axes(rank - 1), keepdims=1), np.float32(2 / blocks)))
+    return b("Reshape", y, axes(*kept, channels))
 
 
 def _name_sizes(graph: ir.Graph, skeleton: Skeleton) -> None:

@@ -22,6 +22,7 @@ from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError
 from ptq_tdq.export.onnx.geometry import output_shape, unpadded
+from ptq_tdq.export.onnx.rewrite import InOtherWords
 from ptq_tdq.export.onnx.signature import Signature, describe
 from ptq_tdq.load import build_quantized
 from ptq_tdq.modules import ActivationQuantizer
@@ -97,14 +98,15 @@ class _Call(nn.Module):
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def make_skeleton(artifact: Artifact, calls: Calls) -> Skeleton:
+def make_skeleton(artifact: Artifact, calls: Calls, model: nn.Module | None = None) -> Skeleton:
     """Export the artifact's model (some 10 s to some minutes) as it is called in ``calls``.
 
+    ``model`` is one of the same structure, for classes that are not diffusers' own.
     The batch may vary, and the sizes of an image where the model itself takes others; a model whose batch cannot vary,
     such as one that takes lists, is exported for one sample. Raises :class:`ModelError` for a model that torch cannot
     export.
     """
-    quantized = build_quantized(artifact).float()
+    quantized = build_quantized(artifact, model).float()
     signature, rows = describe(quantized, calls)
     layers = {name: unpadded(layer.layer)[0] for name, layer in quantized.layers().items()}
     call = _Call(quantized.model, signature).eval()
@@ -166,7 +168,7 @@ def _axes(signature: Signature, inputs: dict[str, Tensor], sizes: Collection[str
 def _export(call: _Call, inputs: dict[str, Tensor], free: dict[str, dict[int, str]]) -> torch.export.ExportedProgram:
     """The traced model; the axes ``free`` become constants where the model's own code needs that."""
     shapes = ({name: dict.fromkeys(free.get(name, ()), torch.export.Dim.AUTO) for name in inputs},)
-    with _refusals():
+    with _refusals(), InOtherWords():
         return torch.export.export(call, (inputs,), dynamic_shapes=shapes, strict=False)
 
 

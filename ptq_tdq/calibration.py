@@ -92,10 +92,13 @@ def calibrate(
         reports.append(report)
         on_unit(report)
 
-    quantized.static = reconstruct(quantized, calls, config, single=plan.single, run=run, on_unit=hear)
+    quantized.static = reconstruct(
+        quantized, calls, config, single=plan.single, unlearned=plan.unlearned, run=run, on_unit=hear
+    )
     quantized.metrics = {
         "reconstruction": losses(reports),
         "coverage": plan.coverage,
+        "mean_bits": {"weights": plan.weight_bits, "activations": plan.activation_bits},
         "notices": list(plan.notices),
     }
     return quantized.finalize()
@@ -182,7 +185,9 @@ def identity(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def weight_identity(document: dict[str, Any]) -> dict[str, Any]:
-    """The part of :func:`identity` that phase W depends on."""
+    """The part of :func:`identity` that phase W depends on: all of it where that fits weights to activations' bits."""
+    if document["choices"]["equalize"] != "none" or document["choices"]["rotate"] == "auto":
+        return identity(document)
     found = {
         key: value for key, value in identity(document).items() if key.removeprefix("choice ") not in ACTIVATION_CHOICES
     }

@@ -1,0 +1,145 @@
+"""Channel equalization: a linear layer's large input channels are divided by factors that its weight takes over.
+
+    W x = (W diag(f)) (diag(1 / f) x),    f_c = |x_c|^a, a power of two
+
+(SmoothQuant, arXiv 2211.10438.) A few channels of a transformer are many times larger than the others, and one interval
+for all leaves the small ones few codes. How much the weight can take over depends on both bit widths, so the exponent a
+of each layer is the one with the least error of its outputs, on tokens that the factors were not made from. All steps
+count alike, whatever the size of their activations (PTQ4DiT, arXiv 2405.16005, weighs them too). Powers of two change
+no digit of the layer's output in floating point.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq_tdq.affine import fake_quantize
+from ptq_tdq.config import Config
+from ptq_tdq.intervals import source_class
+from ptq_tdq.modules import QuantLayer
+from ptq_tdq.modules.layers import layer_input
+from ptq_tdq.recon.streams import UnitCall
+from ptq_tdq.recon.unit import Unit
+from ptq_tdq.rotate import rotated
+from ptq_tdq.search import QParams, vector_qparams, weight_qparams
+
+EXPONENTS = (0.0, 0.25, 0.5, 0.75)
+ROWS = 2048  # tokens of a layer that are looked at, about
+MARGIN = 0.1  # of the error: a rotation costs a pass at run time
+LEAST = 64  # fewer tell nothing
+JUDGE = 4  # one in so many tokens judges the factors that the others give
+SEARCHED = 1 << 14  # of their values, to find an interval
+TINY = torch.finfo(torch.float32).tiny
+
+
+def equalize_unit(unit: Unit, call: UnitCall, config: Config, generator: torch.Generator) -> None:
+    """Equalize the unit's linear layers by their inputs in the quantized stream, before any weight is rounded.
+
+    With ``rotate`` "auto", those are rotated instead for which that leaves less error by more than ``MARGIN``.
+    """
+    layers = [layer for layer in unit.layers() if layer.mixable and not layer.record.rotated]
+    for layer, (x, number) in _inputs(unit, layers, call, generator).items():
+        if len(x) < LEAST:  # an expert that hardly anything is sent to
+            continue
+        divisor, turned = best_transform(layer, x, number, config)
+        if turned:
+            layer.record = replace(layer.record, rotated=True)
+        elif bool((divisor != 1).any()):
+            layer.equalize(divisor)
+
+
+def best_transform(layer: QuantLayer, x: Tensor, number: Tensor, config: Config) -> tuple[Tensor, bool]:
+    """The factors [C] of the best exponent for rows ``x`` [n, C] at the steps ``number`` [n]; or to rotate instead."""
+    weight, judge = layer.part(0), torch.arange(len(x), device=x.device) % JUDGE == 0
+    learned, judged = x[~judge], x[judge]
+    target, size = judged @ weight.t(), _size(learned, number[~judge])
+    energy = _of_steps(target.square().mean(1), number[judge])[number[judge]].clamp(min=TINY)
+
+    def error(seen: Tensor, given: Tensor, moved: Tensor) -> float:
+        output = _quantized_input(layer, seen, given) @ _quantized_weight(layer, moved, config).t()
+        return float(((output - target).square().mean(1) / energy).mean())
+
+    best, least = torch.ones_like(size), torch.inf
+    for exponent in EXPONENTS if config.equalize == "channels" else EXPONENTS[:1]:
+        divisor = power_of_two(size**exponent)
+        found = error(learned / divisor, judged / divisor, weight * divisor)
+        if found < least:
+            best, least = divisor, found
+    turns = config.rotate == "auto"
+    return best, turns and error(rotated(learned), rotated(judged), rotated(weight)) < (1 - MARGIN) * least
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """The powers of two nearest to sizes [C], in their geometric mean's unit."""
+    exponent = size.clamp(min=TINY).log2()
+    return (exponent - exponent.mean()).round().clamp(-16, 16).exp2()
+
+
+def _size(x: Tensor, number: Tensor) -> Tensor:
+    """The size of each channel [C]: root mean squares of the steps' own, each in the unit of its step."""
+    square = _of_steps(x.square(), number)
+    return (square / square.mean(1, keepdim=True).clamp(min=TINY)).mean(0).sqrt()
+
+
+def _of_steps(values: Tensor, number: Tensor) -> Tensor:
+    """Means of rows [n, ...] by their step: [K, ...]."""
+    count = int(number.max()) + 1
+    sums = values.new_zeros(count, *values.shape[1:]).index_add_(0, number, values)
+    rows = torch.bincount(number, minlength=count).clamp(min=1)
+    return sums / rows.view(-1, *(1,) * (values.ndim - 1))
+
+
+def _quantized_input(layer: QuantLayer, x: Tensor, judged: Tensor) -> Tensor:
+    """Rows ``judged`` behind a quantizer whose interval is that of ``x``, or of each of them."""
+    record, qtype = layer.record.inputs[0], layer.activation_quantizers()[0].qtype
+    if source_class(record.method).by_token:
+        found = vector_qparams(judged, qtype)
+        found = QParams(found.scale[:, None], found.zero_point[:, None])
+    else:
+        flat = x.flatten()
+        found = weight_qparams(flat[None, :: (len(flat) // SEARCHED) | 1], qtype)
+    return fake_quantize(judged, found.scale, found.zero_point, qtype)
+
+
+def _quantized_weight(layer: QuantLayer, weight: Tensor, config: Config) -> Tensor:
+    qtype = layer.weight_quantizers()[0].qtype
+    found = weight_qparams(weight, qtype, method="minmax", symmetric=config.symmetric_weights(qtype.bits))
+    return fake_quantize(weight, found.scale[:, None], found.zero_point[:, None], qtype)
+
+
+def _inputs(
+    unit: Unit, layers: list[QuantLayer], call: UnitCall, generator: torch.Generator
+) -> dict[QuantLayer, tuple[Tensor, Tensor]]:
+    """Some tokens [n, C] that each layer gets, and the number of their time steps [n]."""
+    each = -(-ROWS // len(unit.t))
+    number = torch.unique(unit.t, return_inverse=True)[1]
+    found: dict[QuantLayer, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+
+    def hear(steps: Tensor, layer: QuantLayer, args: Any, kwargs: Any) -> None:
+        x = layer_input(args, kwargs)
+        assert x is not None
+        rows = x.detach().reshape(-1, x.shape[-1])
+        wanted = each * len(steps)
+        index = torch.randint(len(rows), (wanted if len(rows) else 0,), generator=generator)
+        own = steps[index * len(steps) // len(rows)] if len(rows) else steps[:0]
+        found[layer].append((rows[index.to(rows.device)].float(), own.to(rows.device)))
+
+    for batch in unit.batches():
+        with ExitStack() as hooks, torch.no_grad():
+            for layer in layers:
+                handle = layer.register_forward_pre_hook(partial(hear, number[batch]), with_kwargs=True)
+                hooks.callback(handle.remove)
+            unit.run(call, batch)
+    return {layer: _joined(layer, parts) for layer, parts in found.items()}
+
+
+def _joined(layer: QuantLayer, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if not parts:
+        return layer.weight.new_empty(0, layer.weight.shape[1]), torch.empty(0, dtype=torch.int64)
+    return torch.cat([x for x, _ in parts]), torch.cat([number for _, number in parts])
