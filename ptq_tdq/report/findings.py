@@ -108,11 +108,11 @@ def _following(data: Json, artifact: Json) -> Iterator[str]:
         return
     if artifact["choice"]:
         yield artifact["choice"]
-    varies = median(t["varies"] for t in tables)
-    if varies < 1.005:
-        yield "The intervals are the same at every t."
+    moving = [t["varies"] for t in tables if t["varies"] >= 1.005]
+    if moving:
+        yield f"{len(moving)} of {len(tables)} intervals vary over t, by {median(moving):.2f}x (median)."
     else:
-        yield f"The intervals vary {varies:.2f}x over t (median of {len(tables)} activations)."
+        yield "The intervals are the same at every t."
     told = [t["follows"] for t in tables if t.get("follows") is not None]
     if told:
         yield (
