@@ -63,7 +63,7 @@ class TimedModel(nn.Module):
         arguments = bind(self.model, args, kwargs)
         t = self.axis.t(arguments.get(name)).to(self.device)
         x = arguments.get(main_argument_name(self.model))
-        if isinstance(x, Tensor) and len(t) not in (1, *x.shape):  # the samples may be in any dimension
+        if isinstance(x, Tensor) and x.ndim and len(t) not in (1, *x.shape):  # the samples may be in any dimension
             raise TimestepError(
                 f"The model was called with {len(t)} values of {name} for {len(x)} samples; pass one, or one for each."
             )

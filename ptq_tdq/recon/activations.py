@@ -225,13 +225,8 @@ def _learn(unit: Unit, call: UnitCall, target: Parts, config: Config, generator:
     with unit.learning():
         for _ in range(config.activation_iterations):
             index = unit.draw(config.batch_size, generator, chances)
-            loss = unit.learning_loss(call, target, config.loss_power, config, index)
-            if not loss.requires_grad:  # no output of any sample depends on what is learned
+            if not unit.descend(call, target, config.loss_power, config, index, optimizer, schedule):
                 break
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
     sources.eval()
 
 

@@ -158,6 +158,26 @@ class Unit:
                 found.append(torch.stack(each).view(-1, count).sum(0) if each else torch.zeros(count))
         return torch.cat(found)
 
+    def descend(
+        self,
+        call: UnitCall,
+        target: Parts,
+        power: float,
+        config: Config,
+        index: Tensor,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> bool:
+        """One step down the learning loss of samples ``index``; False where none depends on what is learned."""
+        loss = self.learning_loss(call, target, power, config, index)
+        if not loss.requires_grad:
+            return False
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        return True
+
     def _loss(self, call: UnitCall, output: Any, target: Parts, power: float, index: slice | Tensor) -> Tensor:
         part = call.output(output, index)
         return reconstruction_loss(part.real(slice(0, len(self.t[index]))), target.real(index), power)

@@ -201,13 +201,8 @@ def _learn_codes(unit: Unit, call: UnitCall, target: Parts, config: Config, gene
     with unit.learning():
         for iteration in range(1, iterations + 1):
             index = seen.draw(config.batch_size, generator)
-            loss = seen.learning_loss(call, target, config.loss_power, config, index)
-            if not loss.requires_grad:  # no output of any sample depends on what is learned
+            if not seen.descend(call, target, config.loss_power, config, index, optimizer, schedule):
                 break
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
             if iteration in checks:
                 now = judge.loss(call, target, config.loss_power)
                 if now < lowest:
