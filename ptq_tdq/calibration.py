@@ -17,10 +17,11 @@ from ptq_tdq.artifacts import check_draft
 from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, Config
-from ptq_tdq.errors import CalibrationSetError, NonFiniteError
+from ptq_tdq.errors import CalibrationSetError, ModelError, NonFiniteError
 from ptq_tdq.identity import base_config, model_sha256
+from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
-from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
 from ptq_tdq.recon import CHECKPOINT_FORM, RunDirectory, UnitReport, reconstruct
 from ptq_tdq.scheme import Scheme
 from ptq_tdq.wrap import folded_copy
@@ -65,18 +66,18 @@ def calibrate(
     :class:`~ptq_tdq.errors.ResumeError` (another run in the directory); at any time
     :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
     """
-    if not isinstance(model, nn.Module):
-        if not isinstance(model, LoadedModel):
-            model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
-        if calls is None:
-            calls = collect(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+    if not isinstance(model, nn.Module | LoadedModel):
+        model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
+    denoiser: nn.Module = model.denoiser if isinstance(model, LoadedModel) else model
+    _check_plain(denoiser)
+    if calls is None and isinstance(model, LoadedModel):
+        calls = collect(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
     elif calls is None:
         raise CalibrationSetError(
             f"A {type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
             "pass them, or pass its pipeline."
         )
     calls.check()
-    denoiser: nn.Module = model.denoiser if isinstance(model, LoadedModel) else model
     calls = calls.to(next(denoiser.parameters()).device)
     plan = make_plan(folded_copy(denoiser), config, calls)
     quantized = QuantizedModel.copy_of(denoiser, calls.axis, plan.layers)
@@ -107,7 +108,19 @@ def calibrate(
 def check_choices(model: LoadedModel, config: Config) -> None:
     """Raise what :func:`calibrate` would for choices that do not fit ``model``, before there is a calibration set."""
     call = first_call(model, config.num_inference_steps, config.seed)
+    _check_plain(model.denoiser)
     make_plan(folded_copy(model.denoiser), config, call)
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raise :class:`ModelError` for a model that is quantized or has adapters beside its layers."""
+    if getattr(model, "peft_config", None):
+        raise ModelError(
+            "The model has adapters that are not part of it; fuse them before calibration (pipe.fuse_lora(), "
+            "pipe.unload_lora_weights()), or load them onto the quantized model."
+        )
+    if any(isinstance(module, QuantLayer) for module in model.modules()):
+        raise ModelError("The model is quantized already; calibrate the full-precision one.")
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -159,16 +172,6 @@ def provenance(
         "seed": config.seed,
         "versions": {name: version(name) for name in ("ptq-tdq", "torch", "diffusers", "numpy", "safetensors")}
         | {"python": platform.python_version()},
-    }
-
-
-def buffer_dtypes(model: nn.Module) -> dict[str, str]:
-    """The dtypes of buffers that no file holds, where they are not those in which a model builds them."""
-    saved = model.state_dict().keys()
-    return {
-        name: str(buffer.dtype).removeprefix("torch.")
-        for name, buffer in model.named_buffers()
-        if name not in saved and buffer.dtype in (torch.float16, torch.bfloat16)
     }
 
 

@@ -7,6 +7,7 @@ rotary, masked or grouped attention and any processor of diffusers are alike her
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
 from itertools import cycle
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ptq_tdq.errors import ModelError
 from ptq_tdq.modules.activation import ActivationQuantizer
 from ptq_tdq.records import LayerRecord
 
@@ -79,7 +81,8 @@ class QuantProduct(nn.Module):
 class _Intercept(TorchFunctionMode):
     """Hands the calls of scaled_dot_product_attention inside one module to its products, in order.
 
-    Calls beyond them begin with the first one again: a module may go through its samples one by one.
+    Calls beyond them begin with the first one again: a module may go through its samples one by one. Raises
+    :class:`ModelError` for a softmax outside of them: the module then computes attention by hand.
     """
 
     def __init__(self, owner: nn.Module) -> None:
@@ -88,8 +91,13 @@ class _Intercept(TorchFunctionMode):
         self.next = cycle(products_of(owner))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not functional.scaled_dot_product_attention or _computing.get():
+        if _computing.get() or func not in (functional.scaled_dot_product_attention, *_BY_HAND):
             return func(*args, **(kwargs or {}))
+        if func in _BY_HAND:
+            raise ModelError(
+                f"A {type(self.owner).__name__} computes its attention by hand, where nothing is quantized; give it "
+                "back the processor that it was calibrated with (pipe.disable_attention_slicing(), set_attn_processor)."
+            )
         token = _computing.set(True)
         try:
             return next(self.next)(*args, **(kwargs or {}))
@@ -97,6 +105,7 @@ class _Intercept(TorchFunctionMode):
             _computing.reset(token)
 
 
+_BY_HAND = (functional.softmax, torch.softmax, Tensor.softmax)
 # torch's own function, where a product calls it, is not one of the products of a module around
 _computing: ContextVar[bool] = ContextVar("whether a product is being computed", default=False)
 
@@ -111,15 +120,15 @@ def attach(owner: nn.Module, product: nn.Module) -> None:
     """Give ``owner`` one more product, called as ``scaled_dot_product_attention`` is; the first one makes it listen."""
     if ATTRIBUTE not in owner._modules:
         owner.add_module(ATTRIBUTE, nn.ModuleList())
-        owner.__class__ = _listening(type(owner))  # type: ignore[arg-type]
+        owner.__class__ = _listening(type(owner))
     products = owner._modules[ATTRIBUTE]
     assert isinstance(products, nn.ModuleList)
     products.append(product)
 
 
 @cache
-def _listening(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class ``cls`` under its own name, whose calls are listened to.
+def _listening(cls: type[nn.Module]) -> Any:
+    """The class ``cls`` whose calls are listened to.
 
     Hooks would not do: torch does not run them when Ctrl-C ends a call, and the next call would find the mode in force.
     """
@@ -128,4 +137,10 @@ def _listening(cls: type[nn.Module]) -> type[nn.Module]:
         with _Intercept(self):
             return cls.__call__(self, *args, **kwargs)
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    return called_by(cls, call)
+
+
+def called_by(cls: type[nn.Module], call: Callable[..., Any], **others: Any) -> Any:
+    """The class ``cls`` under its own name, whose calls are ``call`` and which has ``others`` as attributes."""
+    own = {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), own | others)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +34,11 @@ class WeightQuantizer(nn.Module):
         """Set the final codes (integers), scale [O] or [1] and zero_point alike; learning ends."""
         self.rounding = None
         self.codes, self.scale, self.zero_point = codes.to(torch.uint8), scale, zero_point.to(torch.int32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model but stay float32: ``model.half()`` must not round the scales."""
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def dequantized(self) -> Tensor:
         """The weight that the codes stand for."""
