@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,8 +45,8 @@ def encode_artifact(artifact: Artifact) -> dict[str, bytes]:
     check_document(decode_json(encode_json(sign(document), CONFIG_FILE), CONFIG_FILE))
     check_artifact(artifact)
     files = {
-        TABLES_FILE: _save({k: v for name, table in artifact.tables.items() for k, v in table.tensors(name).items()}),
-        WEIGHTS_FILE: _save(_weight_tensors(artifact)),
+        TABLES_FILE: _save(table_tensors(artifact)),
+        WEIGHTS_FILE: _save(weight_tensors(artifact)),
         METRICS_FILE: encode_json(artifact.metrics, METRICS_FILE),
     }
     hashes = {name: sha256(data).hexdigest() for name, data in files.items()}
@@ -97,24 +98,44 @@ def read_artifact(path: str | Path) -> Artifact:
     for name, data in files.items():
         if sha256(data).hexdigest() != document["files"][name]:
             raise ArtifactCorruptError(f"{name} is not the file that was written; copy or make the artifact again.")
+    return assemble(
+        document,
+        _load(files[WEIGHTS_FILE], WEIGHTS_FILE),
+        _load(files[TABLES_FILE], TABLES_FILE),
+        decode_json(files[METRICS_FILE], METRICS_FILE),
+        _read(root / CARD_FILE).decode("utf-8", errors="replace"),
+    )
+
+
+def assemble(
+    document: dict[str, Any], weights: dict[str, Tensor], tables: dict[str, Tensor], metrics: dict[str, Any], card: str
+) -> Artifact:
+    """The artifact of a document that fits the schema, checked; the tensors leave their dictionaries.
+
+    Raises :class:`ArtifactCorruptError` where document and tensors contradict each other.
+    """
     layers = tuple(LayerRecord.from_dict(layer) for layer in document["layers"])
-    weights = _load(files[WEIGHTS_FILE], WEIGHTS_FILE)
     parts = {layer.name: _take_weight(weights, layer) for layer in layers if layer.weight_bits is not None}
     divisors = {name: weights.pop(key) for name in parts if (key := f"{name}.{_DIVISOR}") in weights}
     artifact = Artifact(
         config={key: value for key, value in document.items() if key not in DERIVED_KEYS},
         layers=layers,
-        tables=_tables(_load(files[TABLES_FILE], TABLES_FILE)),
+        tables=_tables(tables),
         weight_codes={name: codes for name, (codes, _, _) in parts.items()},
         weight_scale={name: scale for name, (_, scale, _) in parts.items()},
         weight_zero_point={name: zero_point for name, (_, _, zero_point) in parts.items()},
         float_state=weights,  # what the quantized layers have left
-        metrics=decode_json(files[METRICS_FILE], METRICS_FILE),
-        card=_read(root / CARD_FILE).decode("utf-8", errors="replace"),
+        metrics=metrics,
+        card=card,
         divisors=divisors,
     )
     check_artifact(artifact)
     return artifact
+
+
+def table_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    """The interval tables by their keys in a file."""
+    return {key: value for name, table in artifact.tables.items() for key, value in table.tensors(name).items()}
 
 
 def _tables(tensors: dict[str, Tensor]) -> dict[str, IntervalTable]:
@@ -125,7 +146,8 @@ def _tables(tensors: dict[str, Tensor]) -> dict[str, IntervalTable]:
     return tables
 
 
-def _weight_tensors(artifact: Artifact) -> dict[str, Tensor]:
+def weight_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    """All other tensors by their keys in a file, codes packed."""
     tensors = {}
     for layer in artifact.layers:
         if layer.weight_bits is not None:
@@ -156,9 +178,12 @@ def _take_weight(tensors: dict[str, Tensor], layer: LayerRecord) -> tuple[Tensor
 
 
 def _save(tensors: dict[str, Tensor]) -> bytes:
-    # Copies, because safetensors refuses tensors that share memory. One metadata key: several have a random order.
-    copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    return save(copies, metadata={"format": "pt"})
+    return save(copies(tensors), metadata={"format": "pt"})  # one key: several have a random order
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU and in one order; each has memory of its own, since safetensors refuses what is shared."""
+    return {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
 
 
 def _load(data: bytes, name: str) -> dict[str, Tensor]:
