@@ -2,9 +2,9 @@
 
 Nothing is learned: the inputs of all quantizers are counted in full precision at every step of some trajectories, and
 the best interval of each step is compared with the best one for all steps, both by the search of preset ``default``.
-``movement`` is the largest over the smallest width of the range from the 0.1th to the 99.9th percentile, over the steps;
-``gain_db`` is what following t adds to the activation's own SQNR, a mean over the steps, at each number of bits. One JSON
-line per model; ``--render`` prints the table and draws the figure.
+``movement`` is the widest over the narrowest range of a step, from the 0.1th to the 99.9th percentile; ``gain_db`` is
+what following t adds to the activation's own SQNR, a mean over the steps, at each number of bits. One JSON line per
+model; ``--render`` prints the table and draws the figure.
 """
 
 from __future__ import annotations
