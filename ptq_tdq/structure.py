@@ -190,8 +190,8 @@ def _check_types(cls: Any, config: dict[str, Any]) -> None:
         if not _fits(value, declared.get(name, Any)):
             wanted = getattr(declared[name], "__name__", declared[name])
             raise ArtifactMismatchError(
-                f"The artifact's model_config is none that its model takes ({name} = {str(value)[:100]!r} is no {wanted}); "
-                "make the artifact again."
+                f"The artifact's model_config is none that its model takes ({name} = {str(value)[:100]!r} is no "
+                f"{wanted}); make the artifact again."
             )
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class OnnxDenoiser(nn.Module):
         arguments = self._bind(args, kwargs)
         return_dict = arguments.pop(RETURN_DICT, False)
         feed: Feed = {}
-        self._fill(self.call.arguments, arguments, "", feed)
+        self._fill(self.call.arguments, _repeated(self.call.arguments, arguments, self.call.main), "", feed)
         self.axis.t(feed[self.call.time])  # refuses what the tables do not cover
         main = pytree.tree_leaves(arguments[self.call.main])[0]
         results = [torch.from_numpy(result).to(main.device, main.dtype) for result in self._rows(feed)]
@@ -157,10 +158,10 @@ class OnnxDenoiser(nn.Module):
         if value is None:
             raise ModelError(f"The graph needs {leaf.name}; call it as the model that it was made from.")
         if leaf.kind == "each":
-            return [self._array(Leaf(leaf.name, "shared"), item) for item in value]
+            return [self._array(replace(leaf, kind="shared"), item) for item in value]
         kind = self._inputs[leaf.name]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        tensor = torch.as_tensor(value).detach().cpu()
+        tensor = leaf.real(torch.as_tensor(value).detach().cpu())
         array = (tensor.float() if tensor.is_floating_point() else tensor).numpy().astype(dtype)
         if leaf.name == self.call.time and array.ndim < 2:
             return array.reshape(-1)
@@ -217,6 +218,21 @@ def _structure(config: dict[str, Any], time: str, size: Size) -> nn.Module | Non
     with suppress(ArtifactMismatchError), building():
         return meta_model(config, time, size)
     return None
+
+
+def _repeated(recorded: dict[str, Any], given: dict[str, Any], main: str) -> dict[str, Any]:
+    """The arguments with each plain list that says the same of every sample (its size, say) as long as the recorded."""
+    samples = given.get(main)
+    count = len(samples) if isinstance(samples, list) or (isinstance(samples, Tensor) and samples.ndim) else 0
+
+    def as_recorded(tree: Any, value: Any) -> Any:
+        plain = not any(isinstance(leaf, Leaf | Tensor) for leaf in pytree.tree_leaves((tree, value)))
+        if not plain or not isinstance(tree, list) or not isinstance(value, list) or len(value) != count:
+            return value
+        alike = all(item == items[0] for items in (tree, value) for item in items)
+        return value[:1] * len(tree) if alike else value
+
+    return {name: as_recorded(recorded.get(name), value) for name, value in given.items()}
 
 
 def _same(given: Any, recorded: Any) -> bool:
