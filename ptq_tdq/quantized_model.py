@@ -101,13 +101,13 @@ class QuantizedModel(TimedModel):
         if getattr(self.model, "peft_config", None):
             raise ModelError("The model has adapters, which an artifact does not hold; unload them before saving it.")
         layers = self.layers()
-        records = {name: replace(x.record, dtype=_name(own_weight(x.layer).dtype)) for name, x in layers.items()}
+        dtypes = {name: _name(own_weight(layer.layer).dtype) for name, layer in layers.items()}
         if not self.provenance or any(w.codes is None for layer in layers.values() for w in layer.weight_quantizers()):
             raise ModelError("The model is not calibrated yet; pass it through calibrate() before saving it.")
         parts = {name: layer.weight_quantizers() for name, layer in layers.items()}
         return Artifact(
             config={**self.provenance, "buffer_dtypes": buffer_dtypes(self.model)},
-            layers=tuple(records.get(record.name, record) for record in self.plan),
+            layers=tuple(replace(record, dtype=dtypes.get(record.name, record.dtype)) for record in self.plan),
             tables={name: table_of(quantizer) for name, quantizer in self.quantizers().items()},
             weight_codes={name: _joined(part) for name, part in parts.items()},
             weight_scale={name: torch.stack([_known(w.scale) for w in part], 1) for name, part in parts.items()},
