@@ -100,13 +100,13 @@ class Training:
         torch.manual_seed(generator_of(f"noise of process {processes.rank()}", config.seed, iteration).initial_seed())
         numbers = self.data.order(iteration, config.batch_size, config.seed)
         noise = generator_of("data", config.seed, iteration).initial_seed()
+        self.optimizer.zero_grad()
         total = torch.zeros((), device=self.student.quantized.device)
         for piece in range(config.accumulation):
             start = (processes.rank() * config.accumulation + piece) * self.size
             batches = self.data.draw(numbers, slice(start, start + self.size), torch.Generator().manual_seed(noise))
             total += self._descend(batches, iteration, last=piece == config.accumulation - 1)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         decay = min(config.ema, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(self.averages, [p.detach() for p in self.learned.values()], 1 - decay)
         self.losses.append(float(processes.mean(total)))

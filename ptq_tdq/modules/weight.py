@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.affine import dequantize
-from ptq_tdq.rounding import AdaRound, LearnedCodes
+from ptq_tdq.rounding import AdaRound, LearnedCodes, LearnedWeight
 from ptq_tdq.scheme import QType
 
 
@@ -22,7 +22,7 @@ class WeightQuantizer(nn.Module):
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.qtype = QType(bits)
-        self.rounding: AdaRound | LearnedCodes | None = None
+        self.rounding: AdaRound | LearnedCodes | LearnedWeight | None = None
         self.register_buffer("codes", None, persistent=False)
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("zero_point", None, persistent=False)

@@ -38,10 +38,10 @@ def denoiser() -> SmallDenoiser:
 
 @pytest.fixture(scope="session")
 def calls(denoiser: SmallDenoiser) -> Calls:
-    """64 trajectories of three steps; x_t is larger at large t."""
+    """256 trajectories of three steps; x_t is larger at large t."""
     with record(denoiser) as recorded, torch.no_grad():
         for t in (999.0, 500.0, 1.0):
-            denoiser(images(64) * (0.5 + t / 1000), torch.full((64,), t))
+            denoiser(images(256) * (0.5 + t / 1000), torch.full((256,), t))
     return recorded
 
 
@@ -52,7 +52,7 @@ def calibrated(denoiser: SmallDenoiser, calls: Calls) -> Callable[..., Quantized
 
     def of(scheme: str = "W2A4", method: str = "static") -> QuantizedModel:
         if (scheme, method) not in made:
-            few = {"weight_iterations": 20, "activation_iterations": 20, "compute_dtype": "float32"}
+            few = {"rounding": "gptq", "activation_iterations": 20, "compute_dtype": "float32", "eight_bit_layers": ()}
             made[scheme, method] = calibrate(denoiser, preset("default", scheme=scheme, method=method, **few), calls)
         return made[scheme, method]
 
@@ -64,7 +64,7 @@ def choose() -> Callable[..., FinetuneConfig]:
     """Build a config of few iterations."""
 
     def make(**choices: Any) -> FinetuneConfig:
-        few = {"iterations": 30, "batch_size": 16, "weight_lr": 3e-3, "warmup": 3, "ema": 0.8}
+        few = {"iterations": 50, "batch_size": 16, "weight_lr": 1e-3, "warmup": 3, "ema": 0.8}
         return FinetuneConfig(**{**few, "compute_dtype": "float32", **choices})
 
     return make
