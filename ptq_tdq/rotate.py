@@ -17,6 +17,7 @@ from torch import Tensor
 
 WIDEST = 64  # columns of a matrix that is multiplied with
 
+
 def rotated(x: Tensor) -> Tensor:
     """R times each of the vectors of x [..., C]."""
     block = block_of(x.shape[-1])

@@ -128,5 +128,5 @@ def test_a_graph_reads_no_other_file(exported: tuple[Artifact, Path], tmp_path: 
     tensor = next(x for x in model.graph.initializer if x.external_data)
     next(entry for entry in tensor.external_data if entry.key == "location").value = "../secret"
     (tmp_path / "t0000.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(ModelError, match="asks for the file '../secret'"):
+    with pytest.raises(ModelError, match=r"asks for the file '\.\./secret'"):
         OnnxDenoiser(tmp_path)
