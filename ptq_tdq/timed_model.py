@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import bind, main_argument_name
 from ptq_tdq.errors import ModelError, TimestepError
+from ptq_tdq.modules.products import one_by_one
 from ptq_tdq.timeaxis import TimeAxis, at
 
 
@@ -71,7 +72,7 @@ class TimedModel(nn.Module):
             args, kwargs, arguments = in_float32(args), in_float32(kwargs), in_float32(arguments)
         if self.one_step and len(steps := t.unique()) > 1:
             return merged([self._all_at(step, arguments) for step in steps], [t == step for step in steps])
-        with at(t):
+        with at(t), one_by_one(self.one_step):
             return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:

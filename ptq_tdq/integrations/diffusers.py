@@ -206,7 +206,11 @@ def _timed(cls: type[nn.Module]) -> Any:
         with _plain_classes(self):
             cls.load_lora_adapter(self, *args, **kwargs)  # type: ignore[attr-defined]
 
-    return called_by(cls, call, untimed=cls, load_lora_adapter=load_lora_adapter, fuse_lora=_refuse_to_fuse)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = kwargs.get("dtype") == self.dtype  # asked for by what loads image prompts
+        return nn.Module.to(self, *args, **kwargs) if own else cls.to(self, *args, **kwargs)
+
+    return called_by(cls, call, untimed=cls, load_lora_adapter=load_lora_adapter, fuse_lora=_refuse_to_fuse, to=to)
 
 
 def _refuse_to_fuse(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -231,7 +235,10 @@ def _plain_classes(model: nn.Module) -> Iterator[None]:
 
 @cache
 def _of_both(cls: type[nn.Module]) -> Any:
-    return type(cls.__name__, (QuantLayer, cls), {})
+    def new(own: type, *args: Any, **kwargs: Any) -> nn.Module:
+        return cls(*args, **kwargs)  # what PEFT makes of this class is its own
+
+    return type(cls.__name__, (QuantLayer, cls), {"__new__": new})
 
 
 def _cast(artifact: Artifact, dtype: torch.dtype, keep: frozenset[str]) -> Artifact:

@@ -7,10 +7,11 @@ rotary, masked or grouped attention and any processor of diffusers are alike her
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from itertools import cycle
+from itertools import chain, cycle, repeat
 from typing import Any
 
 import torch
@@ -81,14 +82,17 @@ class QuantProduct(nn.Module):
 class _Intercept(TorchFunctionMode):
     """Hands the calls of scaled_dot_product_attention inside one module to its products, in order.
 
-    Calls beyond them begin with the first one again: a module may go through its samples one by one. Raises
-    :class:`ModelError` for a softmax outside of them: the module then computes attention by hand.
+    Calls beyond them, which calibration has not seen, stay in floating point (an image prompt beside a text); inside
+    :func:`one_by_one` they begin with the first one again. Raises :class:`ModelError` for a softmax outside of them:
+    the module then computes attention by hand.
     """
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self.owner = owner
-        self.next = cycle(products_of(owner))
+        products = products_of(owner)
+        beyond = repeat(functional.scaled_dot_product_attention)
+        self.next = cycle(products) if _one_by_one.get() else chain(products, beyond)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _computing.get() or func not in (functional.scaled_dot_product_attention, *_BY_HAND):
@@ -106,8 +110,19 @@ class _Intercept(TorchFunctionMode):
 
 
 _BY_HAND = (functional.softmax, torch.softmax, Tensor.softmax)
+_one_by_one: ContextVar[bool] = ContextVar("whether modules may go through their samples one by one", default=True)
 # torch's own function, where a product calls it, is not one of the products of a module around
 _computing: ContextVar[bool] = ContextVar("whether a product is being computed", default=False)
+
+
+@contextmanager
+def one_by_one(may: bool) -> Iterator[None]:
+    """Say for a ``with`` block whether modules may go through their samples one by one, each with all products."""
+    token = _one_by_one.set(may)
+    try:
+        yield
+    finally:
+        _one_by_one.reset(token)
 
 
 def products_of(owner: nn.Module) -> list[Any]:

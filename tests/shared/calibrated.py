@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,9 @@ class Calibrated:
     artifact: Path
     drawn: Tensor
 
-    def pipe(self, folder: Path | None = None, **options: Any) -> Any:
-        """The pipeline in a folder; by default in full precision."""
-        return load(folder or self.full, **options)
+    def pipe(self) -> Any:
+        """The pipeline in full precision."""
+        return copy.deepcopy(_once(self.full))
 
     def quantized(self) -> Any:
         """The pipeline with the artifact's denoiser."""
@@ -57,6 +59,11 @@ class Calibrated:
 
     def draw(self, pipe: Any, **options: Any) -> Tensor:
         return draw(self.entry, pipe, **options)
+
+
+@cache
+def _once(folder: Path) -> Any:
+    return load(folder)
 
 
 def load(folder: Path, **options: Any) -> Any:
