@@ -56,6 +56,14 @@ def solve_order(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return order, torch.linalg.cholesky(correlation).mul_(size[:, None]), added
 
 
+def absorbed(cross: Tensor, solve: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """``C H^-1`` [O, K] with H damped as in ``solve``, which is from :func:`solve_order`."""
+    order, lower, _ = solve
+    result = torch.empty_like(cross)
+    result[:, order] = torch.cholesky_solve(cross[:, order].t(), lower).t()
+    return result
+
+
 def nearest(weight: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
     """Codes (float64, whole numbers) of ``weight``, each rounded alone; all shapes broadcast."""
     return torch.round(weight.double() / scale).add_(zero_point).clamp_(qtype.qmin, qtype.qmax)

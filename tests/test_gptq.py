@@ -63,6 +63,23 @@ def test_it_is_close_to_the_best_of_all_roundings_and_nearest_is_not() -> None:
     assert mine_ratio < 1.5 < nearest_ratio, ratios
 
 
+def test_codes_are_those_of_the_published_recursion() -> None:
+    """Frantar et al., algorithm 1, in numpy: columns one after the other, by the Cholesky factor of the inverse."""
+    torch.manual_seed(1)
+    qtype, weight, x = QType(4), torch.randn(5, 90).double(), correlated(300, 90).double()
+    hessian, scale, zero = x.t() @ x / 300, torch.rand(5, 1).expand(5, 90) * 0.2 + 0.1, torch.full((5, 90), 8)
+    order = np.argsort(-hessian.diagonal().numpy(), kind="stable")
+    h = hessian.numpy()[np.ix_(order, order)]
+    upper = np.linalg.cholesky(np.linalg.inv(h + DAMPING * np.diag(np.diag(h)))).T
+    w, s, expected = weight.numpy()[:, order].copy(), scale.double().numpy(), np.empty((5, 90))
+    for k in range(90):
+        code = np.clip(np.rint(w[:, k] / s[:, k]) + 8, 0, 15)
+        expected[:, order[k]] = code
+        error = (w[:, k] - (code - 8) * s[:, k]) / upper[k, k]
+        w[:, k:] -= error[:, None] * upper[k, k:]
+    np.testing.assert_array_equal(rounded(weight, hessian, scale, zero, qtype).numpy(), expected)
+
+
 def test_rows_and_the_order_of_columns_do_not_matter() -> None:
     torch.manual_seed(3)
     qtype, weight, x = QType(3), torch.randn(6, 130), correlated(400, 130)

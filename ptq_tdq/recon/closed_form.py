@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.config import Config
-from ptq_tdq.gptq import compensated, gptq, layer_error, nearest, solve_order
+from ptq_tdq.gptq import absorbed, compensated, gptq, layer_error, nearest, solve_order
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.recon.moments import Inputs, inputs, same_input
 from ptq_tdq.recon.streams import UnitCall
@@ -67,21 +67,20 @@ def _solve(
     """
     codes, lost = torch.empty_like(weight, dtype=torch.uint8), known.lost
     for columns in known.blocks(taps):
-        hessian, cross = known.moments(columns)
-        target, solve = compensated(weight[:, columns], hessian, cross, damping), solve_order(hessian)
+        hessian, (cross, *earlier) = known.moments(columns)
+        own, solve = weight[:, columns], solve_order(hessian)
+        better = compensated(own, hessian, cross, damping)
+        target = better + sum(absorbed(of_blocks, solve) for of_blocks in earlier)
         # the rows of a weight are rounded apart from each other: some at a time, which bounds the memory
-        for rows in torch.arange(len(weight), device=weight.device).split(
-            max(1, PIECE // len(factors) // len(hessian))
-        ):
+        for rows in torch.arange(len(own), device=own.device).split(max(1, PIECE // len(factors) // len(hessian))):
             codes[rows, columns], factor = _best_codes(
                 target[rows], hessian, solve, scale[rows], zero_point[rows], part[columns], qtype, factors
             )
             scale[rows] = _times(scale[rows], factor[:, None])
         rounded = (codes[:, columns] - zero_point[:, part[columns]]) * scale[:, part[columns]]
-        change = (weight[:, columns] - rounded).double()
-        lost = lost + change @ known.mean[columns]
+        lost = lost + (own - rounded).double() @ known.mean[columns]
         if columns.stop < weight.shape[1]:
-            known.taken(columns, change)
+            known.solved(columns, better - own, better - rounded)
         factors = (1.0,)
     return codes, scale, lost.float()
 

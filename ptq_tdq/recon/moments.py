@@ -20,44 +20,46 @@ ROWS = 32  # inputs that are looked at for each column of the weight, about
 KEPT = 1 << 28  # numbers that are kept of all of them, at most
 PIECE = 1 << 23  # numbers that are picked at once
 SUMMED = 1 << 13  # rows whose products are summed in float32
-COLUMNS = 3072  # of the weight that are solved for together, at most
+COLUMNS = 6144  # of the weight that are solved for together, at most
 
 
 class Inputs:
-    """Rows of the quantized inputs x_hat [K] of a layer (of one group of it), and what their errors cost its outputs.
+    """Rows of the quantized inputs x_hat [K] of a layer (of one group of it), and what its outputs lack [O].
 
-    ``mean`` [K] is the mean of x_hat and ``lost`` [O] that of d = W (x - x_hat), x being the full-precision inputs,
-    until something is :meth:`taken`; both float64. Rows are kept in float32, once :meth:`close` has taken the means
-    (where ``centred``) and powers of two out of them: a second moment less the square of a mean is noise where inputs
-    hardly vary, and squares of all that float32 holds need float64, in which the sums are.
+    ``mean`` [K] is the mean of x_hat and ``lost`` [O] that of d = W (x - x_hat), x being the full-precision inputs;
+    both float64. Where the layer is solved in several blocks, e is what rounding the blocks so far has lost. Rows are
+    kept in float32, once :meth:`close` has taken the means (where ``centred``) and powers of two out of them: a second
+    moment less the square of a mean is noise where inputs hardly vary, and squares of all that float32 holds need
+    float64, in which the sums are.
     """
 
     def __init__(self, outputs: int, columns: int, device: torch.device) -> None:
-        self.count, self.centred = 0, False
+        self.count = 0
         self.mean, self.lost = (torch.zeros(n, dtype=torch.float64, device=device) for n in (columns, outputs))
-        self._rows: list[tuple[Tensor, Tensor]] = []
-        self._exponents: list[Tensor] = []
+        self._x: list[Tensor] = []
+        self._lost: list[list[Tensor]] = [[]]  # d and, from the second block on, e
+        self._exponents: list[Tensor] = []  # of x and of what is lost
 
     def add(self, x: Tensor, difference: Tensor) -> None:
         """Rows ``x`` [n, K] of x_hat and ``difference`` [n, O] of d, float32."""
         self.count += len(x)
         self.mean += x.sum(0, dtype=torch.float64)
         self.lost += difference.sum(0, dtype=torch.float64)
-        self._rows += zip(x.split(SUMMED), difference.split(SUMMED), strict=True)
+        self._x += x.split(SUMMED)
+        self._lost[0] += difference.split(SUMMED)
 
     def close(self, *, centred: bool) -> Inputs:
         """All rows are there; the moments are about the means where ``centred``. Returns itself."""
-        self.centred = centred
-        for number, mean in enumerate((self.mean, self.lost)):
+        for mean, pieces in ((self.mean, self._x), (self.lost, self._lost[0])):
             mean /= self.count or 1  # an expert that no sample reached has no moments
             largest = torch.zeros_like(mean)
-            for rows in self._rows:
+            for rows in pieces:
                 if centred:
-                    rows[number].copy_(rows[number].double().sub_(mean))
-                torch.maximum(largest, rows[number].abs().amax(0), out=largest)
+                    rows.copy_(rows.double().sub_(mean))
+                torch.maximum(largest, rows.abs().amax(0), out=largest)
             self._exponents.append(torch.frexp(largest).exponent.double())
-            for rows in self._rows:
-                rows[number].copy_(torch.ldexp(rows[number].double(), -self._exponents[number]))
+            for rows in pieces:
+                rows.copy_(torch.ldexp(rows.double(), -self._exponents[-1]))
         return self
 
     def blocks(self, taps: int) -> list[slice]:
@@ -67,29 +69,34 @@ class Inputs:
         edges = [taps * (channels * i // count) for i in range(count + 1)]
         return list(map(slice, edges, edges[1:]))
 
-    def moments(self, columns: slice) -> tuple[Tensor, Tensor]:
-        """E[x_hat x_hat^T] [k, k] of some columns, and E[d x_hat^T] [O, k]; float64."""
-        of_x, of_d = self._exponents[0][columns], self._exponents[1]
-        hessian, cross = (of_x.new_zeros(n, len(of_x)) for n in (len(of_x), len(of_d)))
+    def moments(self, columns: slice) -> tuple[Tensor, list[Tensor]]:
+        """E[x_hat x_hat^T] [k, k] of some columns, and E[d x_hat^T], perhaps E[e x_hat^T] [O, k]; float64."""
+        of_x, of_lost = self._exponents[0][columns], self._exponents[1]
+        hessian = of_x.new_zeros(len(of_x), len(of_x))
         edges = range(0, len(of_x), -(-len(of_x) // 4))
-        for x, difference in self._rows:
-            x = x[:, columns]
-            cross += difference.t() @ x
+        for rows in self._x:
+            x = rows[:, columns]
             for i in edges:  # the upper triangle, nearly
                 some = slice(i, i + edges.step)
                 hessian[some, i:] += x[:, some].t() @ x[:, i:]
         hessian = (hessian.triu() + hessian.triu(1).t()) / (self.count or 1)
-        cross /= self.count or 1
-        return torch.ldexp(torch.ldexp(hessian, of_x), of_x[:, None]), torch.ldexp(
-            torch.ldexp(cross, of_x), of_d[:, None]
-        )
+        found = []
+        for pieces in self._lost:
+            cross = of_x.new_zeros(len(of_lost), len(of_x))
+            for rows, lost in zip(self._x, pieces, strict=True):
+                cross += lost.t() @ rows[:, columns]
+            found.append(torch.ldexp(torch.ldexp(cross / (self.count or 1), of_x), of_lost[:, None]))
+        return torch.ldexp(torch.ldexp(hessian, of_x), of_x[:, None]), found
 
-    def taken(self, columns: slice, change: Tensor) -> None:
-        """From now on d has what a ``change`` [O, k] of the weight takes from it: d + change x_hat."""
-        of_x, of_d = self._exponents[0][columns], self._exponents[1]
-        factor = torch.ldexp(torch.ldexp(change.double(), of_x), -of_d[:, None]).float().t()
-        for x, difference in self._rows:
-            difference.addmm_(x[:, columns], factor)
+    def solved(self, columns: slice, made_up: Tensor, lost: Tensor) -> None:
+        """Some columns have ``made_up`` for d and ``lost`` by rounding so much of their weight [O, k]."""
+        if len(self._lost) == 1:
+            self._lost.append([torch.zeros_like(rows) for rows in self._lost[0]])
+        of_x, of_lost = self._exponents[0][columns], self._exponents[1]
+        for change, pieces in zip((-made_up, lost), self._lost, strict=True):
+            factor = torch.ldexp(torch.ldexp(change, of_x), -of_lost[:, None]).float().t()
+            for rows, piece in zip(self._x, pieces, strict=True):
+                piece.addmm_(rows[:, columns], factor)
 
 
 class _Reached(Exception):
@@ -152,8 +159,7 @@ def _pick(
 ) -> None:  # fmt: skip
     """Add rows of a batch of one layer's inputs, as many of each sample as ``samples`` of them are to give."""
     outputs, columns = weights[0].shape
-    rows = min(ROWS * columns, KEPT // (len(weights) * (columns + outputs)))
-    each = -(-rows // samples)
+    each = -(-rows_of(len(weights), columns, outputs) // samples)
     pick = picker(layer.layer, quantized, each, generator)
     piece = max(1, PIECE // (each * len(weights) * columns))
     for values in zip(quantized.split(piece), original.split(piece), strict=True):
@@ -161,6 +167,11 @@ def _pick(
         for group, (weight, own) in enumerate(zip(weights, groups, strict=True)):
             x = seen[:, group]
             own.add(x.contiguous(), _product(meant[:, group].double() - x, weight.t()).float())
+
+
+def rows_of(groups: int, columns: int, outputs: int) -> int:
+    """How many rows of a layer's inputs are looked at, at most."""
+    return min(ROWS * columns, KEPT // (groups * (columns + outputs)))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -69,9 +69,10 @@ class Store:
                     os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
                 return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
         except OSError as error:
+            folder, count = self.folder or tempfile.gettempdir(), size * dtype.itemsize
             raise OutputError(
-                f"{size * dtype.itemsize:,} bytes of the streams cannot be kept in {self.folder or tempfile.gettempdir()} "
-                f"({reason(error)}); free some space or record fewer calls."
+                f"{count:,} bytes of the streams cannot be kept in {folder} ({reason(error)}); free some space "
+                "or record fewer calls."
             ) from error
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from unit_calls import call_of
 
 from ptq_tdq.modules import QuantLayer, layer_kind
-from ptq_tdq.recon.moments import Inputs, inputs
+from ptq_tdq.recon.moments import inputs
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 
@@ -58,7 +58,7 @@ def test_moments_of_the_inputs_give_those_of_the_outputs(name: str, centred: boo
     parts = zip(found, weights, y.chunk(groups, 1), lost.chunk(groups, 1), strict=True)
     for i, (m, weight, a, d) in enumerate(parts):
         mean_a, mean_d = (value.chunk(groups)[i] for value in about)
-        hessian, cross = m.close(centred=centred).moments(slice(0, weight.shape[1]))
+        hessian, (cross,) = m.close(centred=centred).moments(slice(0, weight.shape[1]))
         torch.testing.assert_close(weight @ m.mean, a.mean(0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(m.lost, d.mean(0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(
@@ -81,7 +81,7 @@ def test_moments_of_hostile_inputs_are_finite_and_semidefinite(size: float, cent
     calls = [call_of("a", value * size) for value in (full, 0.9 * full)]
     ((rows,),) = inputs(unit, [wrapped], *calls, torch.Generator().manual_seed(0))
     rows.close(centred=centred)
-    hessian, cross = rows.moments(slice(0, 6))
+    hessian, (cross,) = rows.moments(slice(0, 6))
     assert all(bool(value.isfinite().all()) for value in (hessian, cross, rows.mean, rows.lost))
     assert bool((hessian[0] == 0).all()) and (not centred or bool((hessian[1] == 0).all()))
     spread = hessian.diagonal().sqrt().clamp(min=1e-300)
