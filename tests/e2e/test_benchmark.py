@@ -73,6 +73,24 @@ def test_the_table_comes_from_the_lines_alone(whole: Path, cli: Any, tmp_path: P
     assert refused.code != 0 and "one --metric" in refused.err
 
 
+def test_shards_joined_by_concatenation_are_the_whole_study(study: Any, whole: Path, cli: Any, tmp_path: Path) -> None:
+    parts = [tmp_path / f"{number}.jsonl" for number in range(2)]
+    for number, part in enumerate(parts):
+        result = cli(*study, "--results", part, "--shard", f"{number}/2")
+        assert (result.code, result.out, result.err) == (0, "", "")
+    joined = tmp_path / "joined.jsonl"
+    joined.write_text("".join(part.read_text() for part in parts))
+    assert measured(joined) == measured(whole) and len(measured(parts[0])) == 3
+    tables = [cli("benchmark", "--render", path, *METRIC).out for path in (joined, whole)]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("shard", ["2/2", "0", "-1/2", "0/0", "1/x", "1/99999999"])
+def test_what_is_no_shard_is_one_sentence(shard: str, study: Any, cli: Any, tmp_path: Path) -> None:
+    result = cli(*study, "--results", tmp_path / "a.jsonl", "--shard", shard)
+    assert result.code == 2 and f"'{shard}' is no shard; write I/N" in result.err
+
+
 def test_a_finished_study_runs_nothing_and_another_one_is_refused(study: Any, whole: Path, cli: Any) -> None:
     before = whole.read_bytes()
     assert cli(*study, "--results", whole).code == 0
