@@ -89,8 +89,8 @@ class LearnedCodes(nn.Module):
 class LearnedWeight(nn.Module):
     """A weight and its scales that are learned by LSQ (arXiv 1902.08153), from given codes.
 
-    At the start the ``weight`` (any shape) is moved near the middle of the cells of its ``codes``: nearest rounding gives
-    these, and the first steps do not undo what others have rounded for. ``scale`` (float32) and ``zero_point``
+    At the start the ``weight`` (any shape) is moved near the middle of the cells of its ``codes``: nearest rounding
+    gives these, and the first steps do not undo what others have rounded for. ``scale`` (float32) and ``zero_point``
     broadcast against it; the scale is learned as a logarithm.
     """
 

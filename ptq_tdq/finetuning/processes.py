@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
 from torch import Tensor, distributed
 
 PATIENCE = timedelta(hours=12)  # the first process may collect calls while others wait
 
 
-def join(device: torch.device | str) -> None:
-    """Join the other processes of a launch, if there are any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo", timeout=PATIENCE)
+def join(device: str) -> str:
+    """Join the other processes of a launch, if there are any; returns the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        return device
+    on_gpu = device.partition(":")[0] == "cuda"
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else device
 
 
 def leave() -> None:

@@ -81,7 +81,8 @@ def finetune(
     training = Training(Student(quantized, teacher, config), teacher, source, config)
     checkpoint = None
     if run_directory is not None:
-        checkpoint = Checkpoint(run_directory, _identity(found, config, source), on_notice)
+        with processes.first_alone():
+            checkpoint = Checkpoint(run_directory, _identity(found, config, source), on_notice)
     before = training.judge()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         training.run(checkpoint, on_iteration)
