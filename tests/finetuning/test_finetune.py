@@ -211,14 +211,3 @@ def test_wrong_requests_are_one_sentence(
 def test_a_wrong_choice_is_one_sentence(choices: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         FinetuneConfig().changed(choices)
-
-
-def test_each_sample_is_seen_once_an_epoch(calls: Calls) -> None:
-    data = RecordedCalls(calls)
-    seen = torch.cat([data.order(i, 16, seed=3) for i in range(data.count)])
-    for epoch in seen.split(data.count):
-        assert torch.equal(epoch.sort().values, torch.arange(data.count))
-    assert not torch.equal(*(seen.split(data.count)[:2]))
-    learned = set(calls.trajectory[data.rows].tolist())
-    rows = sum(batch.rows for batch in data.judges())
-    assert rows == 48 and len(learned) == 112  # one trajectory in eight judges
