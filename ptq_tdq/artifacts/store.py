@@ -17,7 +17,7 @@ from ptq_tdq.artifacts.atomic import check_target, publish_directory, write_file
 from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, check_document, decode_json, encode_json, sign
 from ptq_tdq.artifacts.packing import pack, unpack
 from ptq_tdq.errors import ArtifactCorruptError, ArtifactError, ConfigError, OutputError
-from ptq_tdq.files import read_file, reason
+from ptq_tdq.files import check_tensors, read_file, reason
 from ptq_tdq.records import LayerRecord
 
 TABLES_FILE = "interval_tables.safetensors"
@@ -26,7 +26,7 @@ METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
 _DATA_FILES = (TABLES_FILE, WEIGHTS_FILE, METRICS_FILE)  # README.md is prose that its owner may edit: not hashed
 _MOST_DIMS = 5  # of a weight
-MOST_BYTES = 1 << 26  # of a file of text
+MOST_BYTES, MOST_NETWORK = 1 << 26, 1 << 20  # of a file of text, of what finds one interval at run time
 _DIVISOR = "input_divisor"
 _WEIGHT_PARTS = ("weight_codes", "weight_shape", "weight_scale", "weight_zero_point")
 
@@ -94,7 +94,8 @@ def read_artifact(path: str | Path) -> Artifact:
         raise ArtifactError(f"'{root}' has no {CONFIG_FILE}; give the path of a ptq-tdq artifact.")
     document = decode_json(_read(root / CONFIG_FILE), CONFIG_FILE)
     check_document(document)
-    files = {name: _read(root / name) for name in _DATA_FILES}
+    most = {TABLES_FILE: _most_of_tables(document)}
+    files = {name: _read(root / name, most.get(name)) for name in _DATA_FILES}
     for name, data in files.items():
         if sha256(data).hexdigest() != document["files"][name]:
             raise ArtifactCorruptError(f"{name} is not the file that was written; copy or make the artifact again.")
@@ -194,9 +195,18 @@ def _load(data: bytes, name: str) -> dict[str, Tensor]:
         raise ArtifactCorruptError(f"{name} is not a safetensors file ({error}); make the artifact again.") from error
 
 
-def _read(path: Path) -> bytes:
+def _most_of_tables(document: dict[str, Any]) -> int:
+    """Bytes that the tables of a document can have: two numbers of four bytes for each t, or a small network."""
+    quantizers = sum(len(layer["inputs"]) for layer in document["layers"])
+    return MOST_BYTES + quantizers * (8 * (document["time_axis"]["num_train_timesteps"] + 1) + MOST_NETWORK)
+
+
+def _read(path: Path, most: int | None = None) -> bytes:
     try:
-        return read_file(path, MOST_BYTES if path.suffix in (".json", ".md") else None)
+        if path.suffix in (".json", ".md"):
+            return read_file(path, MOST_BYTES)
+        check_tensors(path, most)
+        return read_file(path)
     except OSError as error:
         raise ArtifactCorruptError(
             f"{path.name} cannot be read ({reason(error)}); copy or make the artifact again."

@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from ptq_tdq.artifacts import publish_directory, write_atomic
+from ptq_tdq.artifacts import check_target, publish_directory, write_atomic
+from ptq_tdq.artifacts.atomic import write_file
 from ptq_tdq.errors import OutputError
 
 
@@ -187,3 +193,86 @@ def test_files_and_mount_points_cannot_become_a_folder(tmp_path: Path) -> None:
         _publish(tmp_path / "file")
     with pytest.raises(OutputError, match="mount point"), publish_directory("/", overwrite=True):
         pass
+
+
+def _killed(write: Callable[[], object], last: int) -> bool:
+    """Run ``write`` in a process that is killed when it touches hidden files for the ``last`` time; whether it was."""
+    seen = 0
+
+    def watch(event: str, args: tuple[object, ...]) -> None:
+        nonlocal seen
+        if event in ("open", "os.mkdir", "os.rename", "os.rmdir") and any("ptq-tdq" in str(arg) for arg in args):
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (process := os.fork()):
+        with suppress(BaseException):  # nothing of this process comes back into the test
+            sys.addaudithook(watch)
+            write()
+            os._exit(0)
+        os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def _overwrite(target: Path) -> None:
+    with publish_directory(target, overwrite=True) as folder:
+        for name in ("a", "b"):
+            write_file(folder / name, b"new")
+
+
+def _found(target: Path) -> list[tuple[str, bytes]]:
+    files = [target] if target.is_file() else sorted(target.iterdir())
+    return [(path.name, path.read_bytes()) for path in files]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_killed_at_any_moment_the_old_or_the_new_is_there_and_the_next_run_removes_the_rest(
+    tmp_path: Path, kind: str
+) -> None:
+    new = [("out", b"new")] if kind == "file" else [("a", b"new"), ("b", b"new")]
+    for last in range(1, 30):
+        target = tmp_path / str(last) / "out"
+        old = target if kind == "file" else target / "c"
+        old.parent.mkdir(parents=True)
+        old.write_bytes(b"old")
+        killed = _killed(partial(_write if kind == "file" else _overwrite, target), last)
+        left = [name for name in os.listdir(target.parent) if name != "out"]
+        check_target(target.with_name("other"))
+        assert [name for name in os.listdir(target.parent) if name != "out"] == left, "they are not of that target"
+        if kind == "folder":
+            check_target(target, overwrite=True)
+            assert _found(target) in ([("c", b"old")], new)
+        else:
+            assert _found(target) in ([("out", b"old")], new)
+            _write(target)
+        filled = [name for name in os.listdir(target.parent) if name != "out" and os.listdir(target.parent / name)]
+        assert filled == []
+        if not killed:
+            break
+    assert not killed and last > 4
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with publish_directory(tmp_path / "out", overwrite=True) as folder:
+        (folder / "file").touch()
+        check_target(tmp_path / "out")
+        _publish(tmp_path / "out")
+        assert (folder / "file").exists()
+
+
+def test_two_writers_of_one_file_leave_one_of_both(tmp_path: Path) -> None:
+    def write(text: bytes) -> None:
+        for _ in range(30):
+            write_atomic(tmp_path / "out", text * 1000)
+
+    writers = [threading.Thread(target=write, args=(text,)) for text in (b"a", b"b")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert (tmp_path / "out").read_bytes() in (b"a" * 1000, b"b" * 1000)
+    assert os.listdir(tmp_path) == ["out"]
