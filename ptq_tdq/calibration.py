@@ -22,7 +22,7 @@ from ptq_tdq.identity import base_config, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
-from ptq_tdq.recon import CHECKPOINT_FORM, RunDirectory, UnitReport, reconstruct
+from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
 from ptq_tdq.scheme import Scheme
 from ptq_tdq.wrap import folded_copy
 
@@ -41,6 +41,7 @@ def calibrate(
     model_id: str | None = None,
     run_directory: Path | None = None,
     weights_directory: Path | None = None,
+    cache_budget: int = CACHE_BYTES,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
     on_notice: Callable[[str], None] = _log.warning,
 ) -> QuantizedModel:
@@ -55,10 +56,11 @@ def calibrate(
     arguments such as guidance_scale) say what the pipeline samples for the calibration set. ``model_id`` is the model's
     name in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
     stopped. With a ``weights_directory`` as well, phase W is kept there: runs that differ only in what phase A decides
-    may share it, one after the other. ``on_unit`` gets a report of each finished unit. ``on_notice`` gets a sentence
-    for each damaged file of an unfinished run, whose unit is done again; by default that is logged. The result's
-    :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit ("reconstruction"), its
-    :attr:`notices` what stays in floating point and why.
+    may share it, one after the other. Where more than ``cache_budget`` bytes flow between units, they lie in files that
+    are gone with the run; the result is the same. ``on_unit`` gets a report of each finished unit. ``on_notice`` gets a
+    sentence for each damaged file of an unfinished run, whose unit is done again; by default that is logged. The
+    result's :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit
+    ("reconstruction"), its :attr:`notices` what stays in floating point and why.
 
     Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
     :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model,
@@ -94,7 +96,14 @@ def calibrate(
         on_unit(report)
 
     quantized.static = reconstruct(
-        quantized, calls, config, single=plan.single, unlearned=plan.unlearned, run=run, on_unit=hear
+        quantized,
+        calls,
+        config,
+        single=plan.single,
+        unlearned=plan.unlearned,
+        run=run,
+        budget=cache_budget,
+        on_unit=hear,
     )
     quantized.metrics = {
         "reconstruction": losses(reports),
@@ -105,11 +114,25 @@ def calibrate(
     return quantized.finalize()
 
 
-def check_choices(model: LoadedModel, config: Config) -> None:
-    """Raise what :func:`calibrate` would for choices that do not fit ``model``, before there is a calibration set."""
+def foresee(model: LoadedModel, config: Config, *, cache_budget: int = CACHE_BYTES) -> Forecast:
+    """What :func:`calibrate` will take, before there is a calibration set, at the price of a few calls.
+
+    Raises what it would for choices that do not fit ``model``.
+    """
     call = first_call(model, config.num_inference_steps, config.seed)
     _check_plain(model.denoiser)
-    make_plan(folded_copy(model.denoiser), config, call)
+    plan = make_plan(folded_copy(model.denoiser), config, call)
+    quantized = QuantizedModel.copy_of(model.denoiser, call.axis, plan.layers)
+    samples, steps = config.samples_per_step * len(call), config.calibration_steps
+    trajectories = samples * min(config.thinning, steps)
+    return make_forecast(
+        quantized,
+        call,
+        config,
+        rows=samples * steps,
+        sampled=trajectories * config.num_inference_steps,
+        budget=cache_budget,
+    )
 
 
 def _check_plain(model: nn.Module) -> None:

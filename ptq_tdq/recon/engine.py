@@ -17,9 +17,9 @@ from ptq_tdq.recon.activations import reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
 from ptq_tdq.recon.equalize import equalize_unit
 from ptq_tdq.recon.parts import Parts, Store
-from ptq_tdq.recon.size import UnitSize, stream_bytes, unit_sizes
+from ptq_tdq.recon.size import UnitSize, at_once, stream_bytes, unit_sizes
 from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, sweep
-from ptq_tdq.recon.unit import MOST, Unit
+from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.search import QParams
@@ -27,7 +27,6 @@ from ptq_tdq.wrap import switched
 
 CHUNK = 64
 CACHE_BYTES = 2 << 30  # streams larger than this live in memory-mapped files, where nothing else is said
-WORKING_BYTES = 2 << 30  # of what a step of learning makes, with as many samples at once
 JUDGES = 8  # one in so many trajectories is held out
 
 Phase = Literal["weights", "activations"]
@@ -107,7 +106,7 @@ class _Engine:
 
     def unit(self, name: str, spans: tuple[slice, ...] = ()) -> Unit:
         module = self.quantized.model.get_submodule(name)
-        most = min(MOST, max(1, WORKING_BYTES // max(1, self.sizes.get(name, UnitSize()).made)))
+        most = at_once(self.sizes.get(name, UnitSize()))
         return Unit(name, module, self.t, spans, name in self.single, self.device, self.held_out, most=most)
 
     def pass_over(self, phase: Phase) -> None:

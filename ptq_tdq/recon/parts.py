@@ -64,7 +64,7 @@ class Store:
             return torch.empty(shape, dtype=dtype, device=self.device)
         size = torch.Size(shape).numel()
         try:
-            with tempfile.NamedTemporaryFile(prefix="ptq-tdq-", dir=self.folder) as file:
+            with tempfile.NamedTemporaryFile(prefix=".ptq-tdq-", suffix=".tmp", dir=self.folder) as file:
                 if size and hasattr(os, "posix_fallocate"):  # else a full disk ends the process at the first write
                     os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
                 return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)

@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ptq_tdq.modules import ActivationQuantizer
+from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.recon.unit import MOST
+
+WORKING_BYTES = 2 << 30  # of what a step of learning makes
 
 
 @dataclass
@@ -27,7 +30,7 @@ class UnitSize:
     ``made`` is all that its operations make, which is about what a learning step keeps, ``most`` what is alive at once.
     When it is called, ``given`` of units before it is still alive, and ``own`` of what the model has made in between;
     ``inputs`` are its arguments, ``outputs`` what it gives. ``operations`` are floating-point ones, two for each
-    multiply-accumulate.
+    multiply-accumulate; ``places`` is at how many places of its input each layer's weight is multiplied.
     """
 
     made: int = 0
@@ -37,6 +40,7 @@ class UnitSize:
     inputs: int = 0
     outputs: int = 0
     operations: int = 0
+    places: dict[str, int] = field(default_factory=dict)
 
 
 def unit_sizes(quantized: QuantizedModel, arguments: dict[str, Any]) -> dict[str, UnitSize]:
@@ -47,6 +51,7 @@ def unit_sizes(quantized: QuantizedModel, arguments: dict[str, Any]) -> dict[str
         module = quantized.model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(partial(counter.enter, name), with_kwargs=True))
         handles.append(module.register_forward_hook(counter.leave))
+    handles += [layer.register_forward_hook(counter.place) for layer in quantized.layers().values()]
     try:
         with torch.no_grad(), _watched(quantized, counter), counter:
             quantized(**arguments)
@@ -54,6 +59,11 @@ def unit_sizes(quantized: QuantizedModel, arguments: dict[str, Any]) -> dict[str
         for handle in handles:
             handle.remove()
     return counter.sizes
+
+
+def at_once(size: UnitSize) -> int:
+    """Samples that a unit runs with: as many as a step of learning holds in memory."""
+    return min(MOST, max(1, WORKING_BYTES // max(1, size.made)))
 
 
 def stream_bytes(sizes: dict[str, UnitSize], samples: int) -> int:
@@ -100,6 +110,10 @@ class _Counter(TorchDispatchMode):
         kept = sum(n for key, n in self.bytes.items() if key in self.given)
         size.given, size.own = max(size.given, kept), max(size.own, self.before - kept)
         size.inputs = max(size.inputs, _bytes((args, kwargs)))
+
+    def place(self, layer: nn.Module, args: Any, output: Tensor) -> None:
+        assert isinstance(layer, QuantLayer)
+        self.sizes[self.now].places[layer.record.name] = output.numel() // len(layer.weight)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         size = self.sizes[self.now]
