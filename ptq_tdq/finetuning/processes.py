@@ -50,6 +50,8 @@ def first_alone() -> Iterator[None]:
     """The first process runs the body before all others: it makes the files that they then read."""
     if count() > 1 and rank() > 0:
         distributed.barrier()
-    yield
-    if count() > 1 and rank() == 0:
-        distributed.barrier()
+    try:
+        yield
+    finally:
+        if count() > 1 and rank() == 0:
+            distributed.barrier()

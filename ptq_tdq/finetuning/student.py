@@ -17,7 +17,7 @@ from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import outputs_first, own_weight
 from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon.activations import freeze
+from ptq_tdq.recon import activations
 from ptq_tdq.rotate import rotated
 from ptq_tdq.rounding import LearnedWeight
 
@@ -45,8 +45,7 @@ class Student(nn.Module):
             parameter.requires_grad_(parameter.is_floating_point())
         for layer in quantized.layers().values():
             own_weight(layer.layer).requires_grad_(False)  # what the codes stood for; ``rounding`` learns
-        for source in self.sources():
-            source.train()
+        self.freeze(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Prediction [B, ...] for the arguments of one call, float32, and what its quantizers add to the loss."""
@@ -83,26 +82,26 @@ class Student(nn.Module):
             for (rate, decay), params in found.items()
         ]
 
-    def freeze_intervals(self) -> None:
-        """Begin the last part of the iterations."""
-        for function in self.functions.values():
-            function.frozen = True
+    def freeze(self, frozen: bool = True) -> None:
+        """Begin the last part of the iterations, for quantizers that freeze: no dropout in their networks either."""
+        for name, quantizer in self.quantized.quantizers().items():
+            function = self.functions[name]
+            function.frozen = frozen and function.freezes
+            if quantizer.source is not None:
+                quantizer.source.train(not function.frozen)
 
     @contextmanager
     def judged(self) -> Iterator[None]:
-        """Run as the finished model will: without dropout in networks and noise in quantizers."""
-        before = {name: function.frozen for name, function in self.functions.items()}
-        self.freeze_intervals()
+        """Run as the finished model will."""
+        before = any(function.frozen for function in self.functions.values())
+        self.freeze()
         for source in self.sources():
             source.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            for source in self.sources():
-                source.train()
-            for name, function in self.functions.items():
-                function.frozen = before[name]
+            self.freeze(before)
 
     def first_not_finite(self, arguments: dict[str, Any]) -> str | None:
         """The first layer that gives NaN or Inf in a call, if there is one."""
@@ -133,7 +132,7 @@ class Student(nn.Module):
         for quantizer in self.quantized.quantizers().values():
             assert quantizer.source is not None
             quantizer.source.eval()
-            freeze(quantizer, self.quantized.axis.num_train_timesteps)
+            activations.freeze(quantizer, self.quantized.axis.num_train_timesteps)
             quantizer.function = fake_quantize
         self.quantized.requires_grad_(False)
         return self.quantized.finalize()

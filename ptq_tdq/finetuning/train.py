@@ -95,8 +95,7 @@ class Training:
         factor = _factor(iteration, config)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        if iteration >= config.freeze_from * config.iterations:
-            self.student.freeze_intervals()
+        self.student.freeze(iteration >= config.freeze_from * config.iterations)
         torch.manual_seed(generator_of(f"noise of process {processes.rank()}", config.seed, iteration).initial_seed())
         numbers = self.data.order(iteration, config.batch_size, config.seed)
         noise = generator_of("data", config.seed, iteration).initial_seed()

@@ -23,11 +23,12 @@ class Quantizer(ABC):
 
     ``absorbs`` says whether a weight behind the activation can take over a constant factor: there is none behind the
     operands of attention products. ``ratio``, where a quantizer learns it, is the logarithm of such a factor.
-    ``frozen`` is set for the last part of the iterations, when intervals learn no more. ``penalty`` is what the last
-    forward pass adds to the loss.
+    For the last part of the iterations ``frozen`` is set where a quantizer ``freezes``: intervals learn no more.
+    ``penalty`` is what the last forward pass adds to the loss.
     """
 
     name: ClassVar[str]
+    freezes: ClassVar[bool] = False
     registry: ClassVar[dict[str, type[Quantizer]]] = {}
 
     def __init_subclass__(cls) -> None:

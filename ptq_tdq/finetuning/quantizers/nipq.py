@@ -18,6 +18,7 @@ class NIPQ(Quantizer):
     """
 
     name = "nipq"
+    freezes = True
 
     def __call__(self, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
         if self.frozen:
