@@ -234,7 +234,7 @@ def test_truncated_tensors_with_a_valid_hash(folder: Path, name: str, size: int)
 def test_a_file_far_larger_than_its_tensors_is_not_read(folder: Path, name: str) -> None:
     with (folder / name).open("ab") as file:
         file.truncate(3 << 30)
-    with pytest.raises(ArtifactCorruptError, match="not as long as its header says"):
+    with pytest.raises(ArtifactCorruptError, match=r"not as long as its header says|it has more than"):
         read_artifact(folder)
 
 
