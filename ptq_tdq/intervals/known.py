@@ -31,6 +31,6 @@ class Known(Observed):
         return QParams(histogram.centres[best], own if zero_point is None else zero_point.expand_as(own).to(own.dtype))
 
     @property
-    def curve(self) -> QParams:  # type: ignore[override]
+    def curve(self) -> QParams:
         """The table itself: what calibration smoothed need not be smoothed again."""
         return self._table
