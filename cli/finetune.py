@@ -9,8 +9,8 @@ from typing import Any
 import click
 from rich.table import Table
 
-from ptq_tdq.artifacts import check_output, read_artifact
-from ptq_tdq.calib_data import collect_cached
+from ptq_tdq.artifacts import Artifact, check_output, read_artifact
+from ptq_tdq.calib_data import LoadedModel, collect_cached
 from ptq_tdq.cli.options import (
     FilePath,
     json_option,
@@ -29,6 +29,7 @@ from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference
 from ptq_tdq.finetuning import FinetuneConfig, IterationReport, check_start, finetune, processes, recipe
 from ptq_tdq.load import build_quantized
+from ptq_tdq.quantized_model import QuantizedModel
 
 FLAGS = {  # choice -> metavar, help
     "iterations": ("N", "How many; a checkpoint is kept every checkpoint_every of them."),
@@ -139,12 +140,7 @@ def finetune_command(
     found: dict[str, Comparison] = {}
     if samples:
         say.line("Measuring against full precision, from noise that nothing has seen")
-        steps = config.num_inference_steps
-        reference = make_reference(model, samples=samples, num_inference_steps=steps, seed=config.seed)
-        calibrated = build_quantized(stored, model.denoiser).to(tuned.device)
-        found = {"calibrated": compare(reference, calibrated), "fine-tuned": compare(reference, tuned)}
-        tuned.metrics |= {"samples": samples, "num_inference_steps": steps}
-        tuned.metrics["finetune"] |= {name: comparison.to_dict() for name, comparison in found.items()}
+        found = _measure(model, stored, tuned, config, samples)
     tuned.save_pretrained(output_dir, overwrite=overwrite)
     discard(unfinished)
     if as_json:
@@ -152,6 +148,19 @@ def finetune_command(
     elif not quiet:
         _show(tuned.metrics["finetune"]["held_out"], found)
         show_files(output_dir, time.perf_counter() - began)
+
+
+def _measure(
+    model: LoadedModel, stored: Artifact, tuned: QuantizedModel, config: FinetuneConfig, samples: int
+) -> dict[str, Comparison]:
+    """Both models against full precision; the metrics of ``tuned`` hold it too."""
+    steps = config.num_inference_steps
+    reference = make_reference(model, samples=samples, num_inference_steps=steps, seed=config.seed)
+    calibrated = build_quantized(stored, model.denoiser).to(tuned.device)
+    found = {"calibrated": compare(reference, calibrated), "fine-tuned": compare(reference, tuned)}
+    tuned.metrics |= {"samples": samples, "num_inference_steps": steps}
+    tuned.metrics["finetune"] |= {name: comparison.to_dict() for name, comparison in found.items()}
+    return found
 
 
 class _Training(Progress):

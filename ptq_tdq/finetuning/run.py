@@ -102,6 +102,12 @@ def check_start(
 ) -> None:
     """Raise what :func:`finetune` would for a model, choices and kind of data that do not fit together."""
     denoiser = model.denoiser if isinstance(model, LoadedModel) else model
+    shares = processes.count() * config.accumulation
+    if config.batch_size % shares:
+        raise ConfigError(
+            f"batch_size must be a multiple of accumulation times the number of processes ({shares}). "
+            f"Got {config.batch_size} instead."
+        )
     check_base_model(artifact, model.sha256 if isinstance(model, LoadedModel) else model_sha256(model))
     if any(layer.dtype != "float32" for layer in artifact.layers) or artifact.config.get("buffer_dtypes"):
         raise ConfigError("Weights learn in float32; calibrate the model in float32 to fine-tune it.")

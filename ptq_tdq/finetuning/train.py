@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ptq_tdq.calls import prediction
-from ptq_tdq.errors import ConfigError, NonFiniteError
+from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.finetuning import processes
 from ptq_tdq.finetuning.checkpoint import Checkpoint
 from ptq_tdq.finetuning.config import FinetuneConfig
@@ -38,15 +38,8 @@ class Training:
     """A student, its optimizer and the averages of what it learns."""
 
     def __init__(self, student: Student, teacher: nn.Module, data: Data, config: FinetuneConfig) -> None:
-        """Raises :class:`ConfigError` where the processes cannot share the batch."""
         self.student, self.teacher, self.data, self.config = student, teacher, data, config
-        shares = processes.count() * config.accumulation
-        if config.batch_size % shares:
-            raise ConfigError(
-                f"batch_size must be a multiple of accumulation times the number of processes ({shares}). "
-                f"Got {config.batch_size} instead."
-            )
-        self.size = config.batch_size // shares  # of one piece in one process
+        self.size = config.batch_size // (processes.count() * config.accumulation)  # of one piece in one process
         self.learned = student.learned()
         self.optimizer = torch.optim.AdamW(student.groups(config))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
