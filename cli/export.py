@@ -15,7 +15,7 @@ from ptq_tdq.cli.original import load_original
 from ptq_tdq.errors import UsageError
 from ptq_tdq.export import export_tables
 
-TABLES, GRAPHS = ("csv", "json", "npz"), ("onnx", "onnx-float")
+TABLES, GRAPHS, COMPONENT = ("csv", "json", "npz"), ("onnx", "onnx-float"), "diffusers"
 RUNTIMES = ("portable", "onnxruntime", "openvino", "qdq")
 
 
@@ -24,10 +24,10 @@ RUNTIMES = ("portable", "onnxruntime", "openvino", "qdq")
 @click.option(
     "--format",
     "kind",
-    type=click.Choice([*TABLES, *GRAPHS]),
+    type=click.Choice([*TABLES, *GRAPHS, COMPONENT]),
     default="csv",
     show_default=True,
-    help="Tables (csv, json, npz), or a graph (onnx, onnx-float).",
+    help="Tables (csv, json, npz), a graph (onnx, onnx-float), or a component of a pipeline (diffusers).",
 )
 @click.option(
     "--runtime",
@@ -41,7 +41,7 @@ RUNTIMES = ("portable", "onnxruntime", "openvino", "qdq")
     type=click.IntRange(1, 1 << 16),
     help="With --runtime qdq: steps of a sampling run, whose time steps get graphs.  [default: as calibrated]",
 )
-@click.option("--output", type=FilePath(), required=True, help="The file to write; with --runtime qdq the folder.")
+@click.option("--output", type=FilePath(), required=True, help="The file to write; the folder of diffusers and of qdq.")
 @click.option(
     "--calls",
     "calls_file",
@@ -70,6 +70,8 @@ def export_command(
     quantized model as one graph, with the tables inside and the arguments of the model's calls, the time step among
     them, as inputs; or, with --runtime qdq, a folder of graphs in which intervals are constants. onnx-float is for
     hardware teams: the graph in floating point whose nodes have the names of the table, and the table as CSV beside it.
+    diffusers is a folder that takes the denoiser's place in a saved pipeline, for programs that import
+    ptq_tdq.integrations.diffusers.
 
     Sizes that a graph fixes (of a latent, of a prompt) are those of the recorded call, so of --height, --width and the
     like.
@@ -78,13 +80,17 @@ def export_command(
         raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
     if steps is not None and (runtime != "qdq" or calls_file is not None):
         raise UsageError("--steps goes with --runtime qdq and without --calls, which bring their own time steps.")
-    if runtime == "qdq":
+    if runtime == "qdq" or kind == COMPONENT:
         check_target(output)
     elif output.is_dir():
         raise UsageError(f"The output '{output}' is a folder; name a file in it.")
     stored, written = read_artifact(artifact), [output]
     if kind in TABLES:
         export_tables(stored, output, kind)
+    elif kind == COMPONENT:
+        from ptq_tdq.integrations.diffusers import export_component  # seconds of import
+
+        export_component(stored, output)
     else:
         from ptq_tdq.export import onnx  # an extra
 

@@ -31,10 +31,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ptq_tdq.artifacts import Artifact, component_document, component_tensors, decode_component
+from ptq_tdq.artifacts import (
+    Artifact,
+    component_document,
+    component_tensors,
+    decode_component,
+    publish_directory,
+)
 from ptq_tdq.errors import ArtifactCorruptError, ConfigError, MissingExtraError, ModelError
 from ptq_tdq.identity import base_config
-from ptq_tdq.load import find_artifact
+from ptq_tdq.load import build_quantized, find_artifact
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.products import called_by
 from ptq_tdq.quantized_model import QuantizedModel
@@ -185,6 +191,17 @@ def as_diffusers(quantized: QuantizedModel) -> Any:
     if not isinstance(getattr(model, "hf_quantizer", None), PtqTdqQuantizer):
         PtqTdqQuantizer(PtqTdqConfig()).adopt(quantized)
     return model
+
+
+def export_component(artifact: Artifact, path: str | Path) -> None:
+    """Write the folder of a pipeline's component, all or nothing.
+
+    Raises :class:`~ptq_tdq.errors.OutputError` where that is impossible, :class:`~ptq_tdq.errors.ArtifactMismatchError`
+    for a class that is not diffusers' own.
+    """
+    model = as_diffusers(build_quantized(artifact))
+    with publish_directory(path) as folder:
+        model.save_pretrained(folder)
 
 
 class _InPlace(QuantizedModel):

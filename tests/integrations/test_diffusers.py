@@ -16,6 +16,7 @@ from diffusers.quantizers import DiffusersAutoQuantizer
 from safetensors.torch import load_file, save_file
 
 from ptq_tdq import calibrate, load_quantized
+from ptq_tdq.cli.main import main
 from ptq_tdq.errors import ArtifactCorruptError, ArtifactMismatchError, ConfigError, ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.integrations.diffusers import PtqTdqConfig, as_diffusers
@@ -31,6 +32,14 @@ def saved(calibrated: Callable[[str], Calibrated], tmp_path_factory: pytest.Temp
     pipe.unet = as_diffusers(load_quantized(given.artifact))
     pipe.save_pretrained(folder)
     return folder
+
+
+def test_the_command_writes_the_folder_that_a_pipeline_would(
+    stable_diffusion: Calibrated, saved: Path, tmp_path: Path
+) -> None:
+    main(["export", str(stable_diffusion.artifact), "--format", "diffusers", "--output", str(tmp_path / "unet"), "-q"])
+    for name in ("config.json", WEIGHTS):
+        assert (tmp_path / "unet" / name).read_bytes() == (saved / "unet" / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "DiTPipeline"])
