@@ -79,24 +79,7 @@ class Cell:
         """Whether a line of a results file was measured with these choices."""
         if line["evaluation"] != self.evaluation:
             return False
-        return self.method == FULL_PRECISION or self.choices == line_choices(line)
-
-
-_BEFORE = {  # choices that the first lines do not name, as they were then
-    "backend": "simulated",
-    "correction": "none",
-    "round_again": False,
-    "thinning": 1,
-    "scale_lr": 1e-3,
-    "activation_inputs": "quantized",
-    "loss_weights": "uniform",
-    "thin_encoding": "normalize",
-}
-
-
-def line_choices(line: Mapping[str, Any]) -> dict[str, Any]:
-    """What :attr:`Cell.choices` was when a line was written."""
-    return {**_BEFORE, **line["choices"]}
+        return self.method == FULL_PRECISION or bool(self.choices == line["choices"])
 
 
 def make_cells(
