@@ -33,8 +33,10 @@ FLAGS = {  # choice of the preset -> metavar, help
     "scheme": ("W<bits>A<bits>", "Bits of weights and activations, 2 to 8 each."),
     "method": (
         "NAME",
-        "static, S_N (S_4: 4 intervals), tdq, tdq-thin, step-table, step-lsq, dynamic, dynamic-statistics, "
-        "dynamic-statistics-time, dynamic-token, dynamic-token-static, dynamic-token-table or dynamic-token-tdq.",
+        "Intervals of activations: auto (static or tdq-thin, whichever pays), static (S_1: one learned number for all "
+        "t), S_N (one for each Nth of the time axis: S_4), tdq and tdq-thin (networks of t), step-table and step-lsq "
+        "(one for each sampling step, searched or learned); at run time dynamic, dynamic-statistics, "
+        "dynamic-statistics-time, dynamic-token, dynamic-token-static, dynamic-token-table, dynamic-token-tdq.",
     ),
     "samples_per_step": ("N", "Calibration samples at each step; in all N times --calibration-steps."),
     "calibration_steps": ("N", "How many of the sampler's steps calibration looks at; all, if it has fewer."),

@@ -10,7 +10,7 @@ import click
 from ptq_tdq.artifacts import Artifact, check_base_model, check_target, read_artifact
 from ptq_tdq.calib_data import collect
 from ptq_tdq.calls import Calls
-from ptq_tdq.cli.options import FilePath, original_options, quiet_option, verbose_option
+from ptq_tdq.cli.options import FilePath, json_option, original_options, print_json, quiet_option, verbose_option
 from ptq_tdq.cli.original import load_original
 from ptq_tdq.errors import UsageError
 from ptq_tdq.export import export_tables
@@ -50,6 +50,7 @@ RUNTIMES = ("portable", "onnxruntime", "openvino", "qdq")
     "takes the time steps of all.  [default: they are recorded while the full-precision model samples]",
 )
 @original_options
+@json_option
 @verbose_option
 @quiet_option
 def export_command(
@@ -60,6 +61,7 @@ def export_command(
     output: Path,
     calls_file: Path | None,
     source: str | None,
+    as_json: bool,
     verbose: bool,
     quiet: bool,
     **given: Any,
@@ -107,7 +109,9 @@ def export_command(
             onnx.export_onnx(stored, output, runtime or "portable", calls)
         else:
             written.append(onnx.export_onnx_float(stored, output, calls))
-    if not quiet:
+    if as_json:
+        print_json({"written": [str(path) for path in written]})
+    elif not quiet:
         click.echo(f"Wrote {' and '.join(map(str, written))}", err=True)
 
 

@@ -35,9 +35,20 @@ def saved(calibrated: Callable[[str], Calibrated], tmp_path_factory: pytest.Temp
 
 
 def test_the_command_writes_the_folder_that_a_pipeline_would(
-    stable_diffusion: Calibrated, saved: Path, tmp_path: Path
+    stable_diffusion: Calibrated, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["export", str(stable_diffusion.artifact), "--format", "diffusers", "--output", str(tmp_path / "unet"), "-q"])
+    main(
+        [
+            "export",
+            str(stable_diffusion.artifact),
+            "--format",
+            "diffusers",
+            "--output",
+            str(tmp_path / "unet"),
+            "--json",
+        ]
+    )
+    assert json.loads(capsys.readouterr().out) == {"written": [str(tmp_path / "unet")]}
     for name in ("config.json", WEIGHTS):
         assert (tmp_path / "unet" / name).read_bytes() == (saved / "unet" / name).read_bytes()
 
