@@ -135,7 +135,7 @@ def attach(owner: nn.Module, product: nn.Module) -> None:
     """Give ``owner`` one more product, called as ``scaled_dot_product_attention`` is; the first one makes it listen."""
     if ATTRIBUTE not in owner._modules:
         owner.add_module(ATTRIBUTE, nn.ModuleList())
-        owner.__class__ = _listening(type(owner))
+        owner.__class__ = _listening(type(owner))  # type: ignore[arg-type]
     products = owner._modules[ATTRIBUTE]
     assert isinstance(products, nn.ModuleList)
     products.append(product)
