@@ -71,7 +71,8 @@ class RecordedCalls(Data):
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
         known = calls.trajectory.unique()
-        held = known[HELD_OUT - 1 :: HELD_OUT] if len(known) >= HELD_OUT else known[len(known) // 2 + 1 :][:1]
+        # in a row: thinned trajectories take turns at the steps
+        held = known[len(known) - max(len(known) // HELD_OUT, min(1, len(known) - 1)) :]
         judging = torch.isin(calls.trajectory, held)
         self.rows, judges = (~judging).nonzero().flatten(), judging.nonzero().flatten()
         judges = judges if len(judges) else self.rows
