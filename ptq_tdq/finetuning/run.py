@@ -179,6 +179,6 @@ def _describe(
     method = artifact.config["method"] if config.method == KEEP else config.method
     about = {"choices": config.to_dict(), "data_sha256": data.identity}
     finished.provenance = {**artifact.config, "method": method, "finetune": about}
-    kept = ("coverage", "mean_bits", "notices")
+    kept = ("coverage", "mean_bits", "notices", "reconstruction")
     finished.metrics = {key: value for key, value in artifact.metrics.items() if key in kept}
     finished.metrics["finetune"] = {"held_out": held_out, "losses": segments(losses)}
