@@ -43,7 +43,7 @@ def folded_copy(model: nn.Module) -> nn.Module:
     shared = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if type(p) is nn.Parameter
     }
-    return fold(copy.deepcopy(model, shared).eval().requires_grad_(False))  # type: ignore[arg-type]
+    return fold(copy.deepcopy(model, shared).eval().requires_grad_(False))
 
 
 def fold(model: nn.Module) -> nn.Module:
