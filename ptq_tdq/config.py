@@ -91,7 +91,7 @@ class Config(Choices):
     attention: bool = True
     softmax_bits: int = 8
     # phase W
-    rotate: Literal["none", "hadamard", "auto"] = "none"
+    rotate: Literal["none", "hadamard", "auto"] = "auto"
     equalize: Literal["none", "channels"] = "none"
     weight_granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     weight_range: Literal["mse", "minmax"] = "mse"
@@ -201,6 +201,7 @@ _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share; x_t is cl
     "num_inference_steps": 100,
     "weight_only_layers": (),
     "float_input_layers": (),
+    "rotate": "none",
     "weight_symmetric": "never",
     "rounding": "adaround",
     "round_again": False,
