@@ -62,7 +62,7 @@ if not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"):
     raise MissingExtraError("Pipelines with quantized components need diffusers 0.40 or newer; upgrade diffusers.")
 
 
-class PtqTdqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class PtqTdqConfig(QuantizationConfigMixin):
     """Which artifact's quantized model takes the place of a component that is loaded in full precision.
 
     ``artifact`` is a folder or a hub id. The pipeline gives the structure; all weights are those of the artifact::
@@ -74,7 +74,7 @@ class PtqTdqConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, artifact: str | Path | None = None, *, document: dict[str, Any] | None = None) -> None:
-        self.quant_method = Method.PTQ_TDQ
+        self.quant_method = Method.PTQ_TDQ  # type: ignore[assignment]
         self.artifact, self.document = artifact, document
 
     @classmethod
@@ -92,7 +92,7 @@ class PtqTdqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": self.quant_method.value} | {key: (self.document or {}).get(key) for key in shown}
 
 
-class PtqTdqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class PtqTdqQuantizer(DiffusersQuantizer):
     """Loads what was calibrated before; diffusers makes one for each model that it loads.
 
     ``quantized`` is the :class:`~ptq_tdq.QuantizedModel` around the very model that diffusers holds.
@@ -106,6 +106,7 @@ class PtqTdqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: PtqTdqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.quantization_config: PtqTdqConfig
         self.quantized: QuantizedModel
         self._dtype: torch.dtype | None = None
         self._files: list[str] = []
@@ -115,7 +116,7 @@ class PtqTdqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 "(ptq-tdq calibrate, or save_pretrained of what ptq_tdq.calibrate gives)."
             )
 
-    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+    def update_torch_dtype(self, torch_dtype: Any) -> Any:
         if torch_dtype is not None and torch_dtype not in _DTYPES:
             raise ConfigError(f"A quantized model computes in float32, bfloat16 or float16. Got {torch_dtype} instead.")
         self._dtype = torch_dtype
@@ -160,7 +161,7 @@ class PtqTdqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self.quantization_config.artifact = None
         self.quantization_config.document = component_document(quantized.to_artifact())
         model.register_to_config(quantization_config=self.quantization_config)
-        quantized.__class__, model.__class__ = _InPlace, _timed(type(model))
+        quantized.__class__, model.__class__ = _InPlace, _timed(type(model))  # type: ignore[arg-type]
         self.quantized, model.hf_quantizer = quantized, self
         model.is_quantized, model.quantization_method = True, Method.PTQ_TDQ
         return model
@@ -242,7 +243,7 @@ def _plain_classes(model: nn.Module) -> Iterator[None]:
     """While open, each quantized layer is of its original's class too: PEFT asks for it before it goes beside one."""
     layers = [layer for layer in model.modules() if isinstance(layer, QuantLayer)]
     for layer in layers:
-        layer.__class__ = _of_both(type(layer.layer))
+        layer.__class__ = _of_both(type(layer.layer))  # type: ignore[arg-type]
     try:
         yield
     finally:
