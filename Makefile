@@ -23,6 +23,7 @@ lint: $(VENV)/.installed-dev
 	rm -rf $(TREE) && mkdir -p $(TREE)/ptq_tdq
 	ln -s $(CURDIR)/ptq_tdq/* $(CURDIR)/cli $(CURDIR)/calib_data $(TREE)/ptq_tdq/
 	MYPYPATH=$(TREE) $(BIN)/mypy --strict -p ptq_tdq
+	MYPYPATH=$(TREE) $(BIN)/mypy --strict examples
 	cd $(TREE) && $(abspath $(BIN))/lint-imports --no-cache --config $(CURDIR)/pyproject.toml
 
 docs: $(VENV)/.installed-dev  ## the site of the documentation, into build/site
