@@ -101,7 +101,7 @@ class SharedWeights:
                     self._places[key],
                     len(data),
                     tensor.dtype,
-                    shape=ir.Shape(tensor.shape),
+                    shape=ir.Shape(tensor.numpy().shape),
                     name=value.name or "",
                 )
 
