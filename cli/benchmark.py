@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ptq_tdq.artifacts import check_folder, write_atomic
+from ptq_tdq.artifacts import alone, check_folder, write_atomic
 from ptq_tdq.calib_data import load_model
 from ptq_tdq.cli.options import FilePath, backend_option, model_options, quiet_option, threads_option, verbose_option
 from ptq_tdq.config import PRESETS
@@ -25,7 +25,7 @@ from ptq_tdq.study.cell import check_plans, sampling_sha256
 from ptq_tdq.study.matrix import METHODS, Cell, make_cells
 from ptq_tdq.study.render import Table, find_metric, listing, make_table, markdown, require_comparable, title, to_csv
 from ptq_tdq.study.results import Line, read_lines, unfinished
-from ptq_tdq.study.run import run_study, seconds_left
+from ptq_tdq.study.run import run_study, seconds_left, work_folder
 
 FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
     "markdown": lambda tables: "\n".join(map(markdown, tables)),
@@ -167,6 +167,7 @@ def benchmark_command(
         _give(read_lines(render), metrics, against, form, output)
         return
     cells = make_cells(_names(presets), _names(schemes), _names(methods), _numbers(seeds), settings, samples, backend)
+    context.with_resource(alone(work_folder(results)))
     planned = [{"preset": c.preset, "method": c.method, "evaluation": c.evaluation} for c in cells]
     if shard:
         if output:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ptq_tdq.artifacts import check_output
+from ptq_tdq.artifacts import alone, check_output
 from ptq_tdq.calib_data import collect_cached, load_model, with_scheduler
 from ptq_tdq.calibration import calibrate, foresee
 from ptq_tdq.cli.options import (
@@ -23,7 +23,7 @@ from ptq_tdq.cli.options import (
     verbose_option,
 )
 from ptq_tdq.cli.progress import Progress, show_files, show_forecast, show_gain
-from ptq_tdq.cli.unfinished import discard, unfinished_folder
+from ptq_tdq.cli.unfinished import clear, discard, unfinished_folder
 from ptq_tdq.config import COLLECT_CHOICES, PRESETS, Config, preset, read_config_file
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.trajectories import compare, make_reference
@@ -145,9 +145,10 @@ def calibrate_command(
     check_room(found, unfinished)
     if dry_run:
         return
+    context.with_resource(alone(unfinished))
     calls = collect_cached(model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_CHOICES})
     if not resume:
-        discard(unfinished)
+        clear(unfinished)
     with say.units():
         quantized = calibrate(
             model,

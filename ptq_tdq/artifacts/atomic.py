@@ -84,6 +84,23 @@ def check_folder(path: str | Path) -> None:
             write_file(probe / _NEW, b"")
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Make a folder and keep other processes from it while the block runs; it goes again if nothing is in it.
+
+    Raises :class:`OutputError` where another process has it.
+    """
+    check_folder(path)
+    with holding(path) as held:
+        if held is False or not path.exists():  # another process has it, or has just finished
+            raise OutputError(f"Another run works in '{path}'; wait for its end or choose another output.")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.rmdir()
+
+
 def check_target(path: str | Path, overwrite: bool = False) -> None:
     """Raise :class:`OutputError` for a directory that :func:`publish_directory` would refuse."""
     target = Path(path).resolve()

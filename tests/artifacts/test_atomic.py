@@ -255,6 +255,50 @@ def test_killed_at_any_moment_the_old_or_the_new_is_there_and_the_next_run_remov
     assert not killed and last > 4
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_disk_that_is_full_at_any_moment_keeps_the_old_or_has_the_new(tmp_path: Path, kind: str) -> None:
+    write, new = (_write, [("out", b"new")]) if kind == "file" else (_overwrite, [("a", b"new"), ("b", b"new")])
+    refused = 0
+    for last in range(1, 30):
+        target = tmp_path / str(last) / "out"
+        old = target if kind == "file" else target / "c"
+        old.parent.mkdir(parents=True)
+        old.write_bytes(b"old")
+        with pytest.MonkeyPatch.context() as patch:
+            left = _full_from(last, patch)
+            with suppress(OutputError):
+                write(target)
+        found = _found(target)
+        assert found == new or (found == [(old.name, b"old")] and not left(0))
+        assert os.listdir(target.parent) == ["out"]
+        refused += found != new
+        if left(0):
+            break
+    assert refused > 3 and found == new
+
+
+def _full_from(last: int, patch: pytest.MonkeyPatch) -> Callable[[int], int]:
+    """Refuse, once, the ``last`` call that takes room on the disk; how many are left until then."""
+    room = [last]
+
+    def take(count: int = 1) -> int:
+        room[0] -= count
+        return max(0, room[0])
+
+    def refusing(call: Callable[..., object], always: bool) -> Callable[..., object]:
+        def instead(*args: object, **kwargs: object) -> object:
+            takes = always or (len(args) > 1 and isinstance(args[1], int) and args[1] & os.O_CREAT)
+            if takes and take() == 0 and room[0] == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return call(*args, **kwargs)
+
+        return instead
+
+    for name in ("mkdir", "rename", "replace", "fsync", "open"):
+        patch.setattr(os, name, refusing(getattr(os, name), name != "open"))
+    return take
+
+
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with publish_directory(tmp_path / "out", overwrite=True) as folder:

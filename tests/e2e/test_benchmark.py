@@ -118,7 +118,7 @@ def test_samples_may_come_from_integers_and_a_method_without_tables_says_that_it
     assert other.code == 2 and "backend integer" in other.err
 
 
-def test_a_study_that_is_killed_goes_on_and_ends_with_the_same_numbers(
+def test_a_study_is_run_once_at_a_time_and_goes_on_after_a_kill_with_the_same_numbers(
     study: Any, whole: Path, cli: Any, tmp_path: Path
 ) -> None:
     results = tmp_path / "killed.jsonl"
@@ -127,6 +127,10 @@ def test_a_study_that_is_killed_goes_on_and_ends_with_the_same_numbers(
     try:
         while process.poll() is None and (not results.exists() or results.read_bytes().count(b"\n") < 3):
             time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)
+        second = cli(*study, "--results", results)
+        assert (second.code, second.err.count("\n")) == (1, 1)
+        assert f"Another run works in '{results}.work'; wait" in second.err
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     finally:
