@@ -99,7 +99,7 @@ class _Intercept(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func in _BY_HAND:
             raise ModelError(
-                f"A {type(self.owner).__name__} computes its attention by hand, where nothing is quantized; give it "
+                f"The {type(self.owner).__name__} computes attention by hand, where nothing is quantized; give it "
                 "back the processor that it was calibrated with (pipe.disable_attention_slicing(), set_attn_processor)."
             )
         token = _computing.set(True)

@@ -108,14 +108,16 @@ def test_the_extra_arguments_of_a_control_net(pipe: Any, stable_diffusion: Calib
 
 
 def test_an_image_prompt_beside_the_text(pipe: Any, stable_diffusion: Calibrated) -> None:
-    full, drawn = stable_diffusion.pipe(), []
+    full, integer, drawn = stable_diffusion.pipe(), stable_diffusion.pipe(), []
+    integer.unet = load_quantized(stable_diffusion.artifact, backend="integer")
     generator = torch.Generator().manual_seed(0)
     weights = image_prompt(full.unet, generator)
     embeds = [torch.randn(2, 1, 16, generator=generator)]
-    for each in (full, pipe):
+    for each in (full, pipe, integer):
         each.unet._load_ip_adapter_weights([weights])
         drawn.append(stable_diffusion.draw(each, ip_adapter_image_embeds=embeds))
-    assert sqnr_db(stable_diffusion.drawn, drawn[0]) < 20 < sqnr_db(*drawn)
+    assert sqnr_db(stable_diffusion.drawn, drawn[0]) < 20
+    assert all(sqnr_db(drawn[0], quantized) > 20 for quantized in drawn[1:])
 
 
 def image_prompt(unet: nn.Module, generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
