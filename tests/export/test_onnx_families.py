@@ -54,7 +54,12 @@ def compared(name: str, artifact: Artifact, file: Path) -> float:
     for t in ([601.0], [1000.0, 2.5, 333.0]):
         arguments = denoiser.inputs(len(t), torch.tensor(t))
         with torch.no_grad():
-            expected, got = simulated(**arguments), graph(**arguments)
+            expected = simulated(**arguments)
+        try:
+            got = graph(**arguments)
+        except ModelError as error:  # a list of samples, of which one has another size than the recorded ones
+            assert "export it with such calls" in str(error) and any(isinstance(x, list) for x in arguments.values())
+            continue
         assert isinstance(got, tuple) == isinstance(expected, tuple)
         assert isinstance(got, tuple) or list(got) == list(expected)  # names of what it returns
         ratios.append(sqnr_db(prediction(expected), prediction(got)))

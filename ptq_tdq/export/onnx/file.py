@@ -23,6 +23,7 @@ from ptq_tdq.export.onnx.runtimes import QDQ
 from ptq_tdq.export.onnx.skeleton import METADATA, Skeleton, make_skeleton
 from ptq_tdq.export.onnx.trial import try_file, try_out
 from ptq_tdq.export.tables import export_tables, interval_frame
+from ptq_tdq.load import build_quantized
 
 FORMS: dict[str, type[Portable]] = {"portable": Portable, "onnxruntime": OnnxRuntime, "openvino": OpenVINO}
 
@@ -56,7 +57,7 @@ def export_onnx(
             "choose an artifact with another method."
         )
     graph = encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls, model), runtime)
-    try_out(graph, calls)
+    try_out(graph, calls, build_quantized(artifact, model))
     write_atomic(file, graph)
 
 
@@ -72,7 +73,10 @@ def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls, *, mod
         raise UsageError(f"The interval table goes to '{table}'; name the graph '{table.stem}.onnx' instead.")
     interval_frame(artifact)  # the cheap reason to refuse comes first
     graph = encode_onnx(artifact, Floating, make_skeleton(artifact, calls, model), "float")
-    try_out(graph, calls)
+    simulated = build_quantized(artifact, model)
+    for quantizer in simulated.quantizers().values():
+        quantizer.enabled = False
+    try_out(graph, calls, simulated)
     export_tables(artifact, table, "csv")
     write_atomic(file, graph)
     return table
@@ -90,7 +94,7 @@ def export_onnx_steps(
     skeleton = make_skeleton(artifact, calls, model)
     with publish_directory(folder, overwrite) as target:
         write_steps(artifact, target, skeleton, groups)
-        try_file(target, calls)
+        try_file(target, calls, build_quantized(artifact, model))
     return groups
 
 

@@ -249,8 +249,10 @@ def _tidy(model: ir.Model, signature: Signature) -> None:
     for thing in (model, graph, *graph, *graph.inputs, *graph.initializers.values(), *inner):
         thing.metadata_props.clear()
         thing.doc_string = None
-    for number, value in enumerate(inner):  # the exporter's own names may be those of arguments
-        value.name = f"value_{number}"
+    taken = {leaf.name for leaf in signature.leaves()} | set(signature.output_names())
+    for number, value in enumerate(inner):
+        if value.name in taken:  # the exporter's own names are those of operations
+            value.name = f"{value.name}/{number}"
     for value, leaf in zip(graph.inputs, signature.leaves(), strict=True):
         value.name = leaf.name
     for value, name in zip(graph.outputs, signature.output_names(), strict=True):
