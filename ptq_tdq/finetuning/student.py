@@ -103,13 +103,13 @@ class Student(nn.Module):
         finally:
             self.freeze(before)
 
-    def first_not_finite(self, arguments: dict[str, Any]) -> str | None:
-        """The first layer that gives NaN or Inf in a call, if there is one."""
+    def first_to_overflow(self, arguments: dict[str, Any]) -> str | None:
+        """The first layer that gives NaN, Inf or numbers whose squares are, in a call, if there is one."""
         found: list[str] = []
 
         def look(name: str) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if not all(bool(x.isfinite().all()) for x in tensors_of(output)):
+                if not all(bool(x.float().square().isfinite().all()) for x in tensors_of(output)):
                     found.append(name)
 
             return hook

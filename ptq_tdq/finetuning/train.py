@@ -128,8 +128,8 @@ class Training:
             return prediction(self.teacher(**batch.arguments)).float()
 
     def _why(self, iteration: int, batch: Batch) -> str:
-        layer = self.student.first_not_finite(batch.arguments)
-        where = f"{layer} gives NaN or Inf" if layer else "the loss is NaN or Inf"
+        layer = self.student.first_to_overflow(batch.arguments)
+        where = f"{layer} overflows or gives NaN" if layer else "the loss is NaN or Inf"
         return f"At iteration {iteration + 1} {where}; lower the learning rates (weight_lr, interval_lr, module_lr)."
 
     def _state(self) -> dict[str, Tensor]:

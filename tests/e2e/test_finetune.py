@@ -22,7 +22,7 @@ START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
 FEW = (
     *("--iterations", "6", "--trajectories", "16", "--batch-size", "8"),
     *("--set", "num_inference_steps=4", "--set", "warmup=1", "--set", "checkpoint_every=2"),
-    *("--evaluation-samples", "0", "--threads", "1"),
+    *("--evaluation-samples", "2", "--threads", "1"),
 )
 
 
@@ -32,14 +32,19 @@ def artifact(calibrated: Callable[[Path], Path], conditional: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(artifact: Path, conditional: Path, cli: Any, shared_cache: Path, tmp_path_factory: Any) -> Path:
-    """What an uninterrupted run writes."""
-    folder: Path = tmp_path_factory.mktemp("tuned") / "out"
+def run(artifact: Path, conditional: Path, cli: Any, shared_cache: Path, tmp_path_factory: Any) -> tuple[Any, Path]:
+    """An uninterrupted run, and what it writes."""
+    folder = tmp_path_factory.mktemp("tuned") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PTQ_TDQ_CACHE", str(shared_cache))
-        result = cli("finetune", artifact, "--model", conditional, "--output-dir", folder, *FEW)
+        result = cli("finetune", artifact, "--model", conditional, "--output-dir", folder, *FEW, "-v")
     assert result.code == 0, result.err
-    return folder
+    return result, folder
+
+
+@pytest.fixture(scope="module")
+def whole(run: tuple[Any, Path]) -> Path:
+    return run[1]
 
 
 def test_every_command_takes_the_result(whole: Path, cli: Any, conditional: Path, tmp_path: Path) -> None:
@@ -49,23 +54,19 @@ def test_every_command_takes_the_result(whole: Path, cli: Any, conditional: Path
     exported = cli("export", whole, "--format", "json", "--output", tmp_path / "tables.json")
     assert exported.code == 0, exported.err
     for backend in ("simulated", "integer"):
-        run = ("evaluate", whole, "--model", conditional, "--samples", 8, "--num-inference-steps", 2, "--json")
-        measured = cli(*run, "--backend", backend, "--threads", 1)
+        request = ("evaluate", whole, "--model", conditional, "--samples", 8, "--num-inference-steps", 2, "--json")
+        measured = cli(*request, "--backend", backend, "--threads", 1)
         assert measured.code == 0, measured.err
         assert json.loads(measured.out)["samples"] == 8
 
 
-def test_the_result_is_shown_beside_the_calibrated_model(
-    artifact: Path, conditional: Path, cli: Any, tmp_path: Path
-) -> None:
-    few = [text if text != "0" else "2" for text in FEW]  # evaluation samples
-    shown = cli("finetune", artifact, "--model", conditional, "--output-dir", tmp_path / "out", *few, "-v")
-    assert shown.code == 0, shown.err
+def test_the_result_is_shown_beside_the_calibrated_model(run: tuple[Any, Path]) -> None:
+    shown, folder = run
     assert "fine-tuned" in shown.out and "final latents (SQNR, dB)" in shown.out
     assert "iteration 6/6 loss" in shown.err and "minutes left" in shown.err
-    metrics = read_artifact(tmp_path / "out").metrics["finetune"]
+    metrics = read_artifact(folder).metrics["finetune"]
     assert sorted(metrics) == ["calibrated", "fine-tuned", "held_out", "losses"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["out"]
 
 
 def test_a_killed_run_ends_with_the_same_bytes(
@@ -100,8 +101,8 @@ def test_images_and_latents_are_learned_from(artifact: Path, conditional: Path, 
     found = []
     for name in ("images", "images.npz"):
         out = tmp_path / f"of-{name}"
-        run = ("finetune", artifact, "--model", conditional, "--data", tmp_path / name, "--output-dir", out)
-        result = cli(*run, *FEW)
+        request = ("finetune", artifact, "--model", conditional, "--data", tmp_path / name, "--output-dir", out)
+        result = cli(*request, *FEW)
         assert result.code == 0, result.err
         found.append(read_artifact(out).metrics["finetune"])
     assert found[0] == found[1]

@@ -177,7 +177,7 @@ def test_nan_stops_with_the_iteration_and_the_layer(
     denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
 ) -> None:
     config = choose(weight_lr=1e30, schedule="constant", warmup=0)
-    with pytest.raises(NonFiniteError, match=r"At iteration 2 [\w.]+ gives NaN or Inf; lower the learning rates"):
+    with pytest.raises(NonFiniteError, match=r"At iteration 2 [\w.]+ overflows or gives NaN; lower the learning rates"):
         finetune(denoiser, calibrated(), config, calls)
 
 
