@@ -24,7 +24,8 @@ from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.closed_form import FACTORS, PIECE
 from ptq_tdq.recon.moments import COLUMNS, rows_of
 from ptq_tdq.recon.size import UnitSize, at_once, stream_bytes, unit_sizes
-from ptq_tdq.scheme import QType
+from ptq_tdq.recon.weights import LEARNED_BITS
+from ptq_tdq.scheme import MAX_BITS, QType
 
 WITH_GRADIENTS = 3.0  # cost of a step of learning, in forward passes
 PICKING = 7000  # cost of a number of a layer's input that is picked and scaled, in operations
@@ -79,7 +80,7 @@ def make_forecast(
         seconds += _closed_form_seconds(own, size, config, rows, products)
     weights = sum(layer.weight.numel() for layer in layers.values())
     kept = sum(p.nbytes for p in quantized.parameters())
-    bits = [layer.record.weight_bits or 8 for layer in layers.values()]
+    bits = [layer.record.weight_bits or MAX_BITS for layer in layers.values()]
     packed = sum(layer.weight.numel() * b // 8 for layer, b in zip(layers.values(), bits, strict=True))
     floating = kept - 4 * weights
     recorded = rows * _bytes(call) // len(call)
@@ -196,8 +197,13 @@ def _passes(layers: Sequence[QuantLayer], config: Config, rows: int) -> tuple[fl
         first += inputs
     elif config.rounding == "adaround":
         first += learned * config.weight_iterations
+    if config.equalize == "channels" or config.rotate == "auto":
+        first += 1
     learns = 2.0 if config.method == "auto" else 1.0
     second = 7.0 + learns * learned * config.activation_iterations
+    bits = min((layer.record.weight_bits or MAX_BITS for layer in layers), default=MAX_BITS)
+    if config.rounding == "learned" and bits <= LEARNED_BITS:
+        second += learned * config.weight_iterations
     return first, second + inputs + 1 if closed and config.round_again else second
 
 

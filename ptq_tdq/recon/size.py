@@ -90,7 +90,7 @@ class _Counter(TorchDispatchMode):
     vectors = None
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[str, UnitSize] = {"": UnitSize()}
         self.now, self.before = "", 0
         self.holders = Counter[int]()  # tensors that hold each storage
