@@ -46,7 +46,7 @@ class FinetuneConfig(Choices):
     iterations: int = 1000
     batch_size: int = 32
     accumulation: int = 1
-    weight_lr: float = 1e-4
+    weight_lr: float = 2e-4
     scale_lr: float = 1e-3
     interval_lr: float = 1e-3
     module_lr: float = 1e-3

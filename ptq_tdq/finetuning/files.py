@@ -122,8 +122,9 @@ def _encode(images: Tensor, vae: Any) -> Tensor:
     encoded = vae.encode(images.to(vae.device, vae.dtype))
     if not hasattr(encoded, "latent_dist"):
         raise ConfigError(f"A {type(vae).__name__} has no distribution of latents; give an npz file of latents.")
-    latents: Tensor = encoded.latent_dist.mode().float().cpu()
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    latents: Tensor = (encoded.latent_dist.mode().float().cpu() - shift) * vae.config.scaling_factor
+    return latents
 
 
 def _labels(labels: Any, count: int, num_classes: int, path: Path) -> Tensor | None:

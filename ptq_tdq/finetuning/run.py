@@ -130,13 +130,15 @@ def read(
         if not isinstance(model, LoadedModel):
             raise ConfigError("Fine-tuning on files needs the model's scheduler; pass its pipeline, or load_model's.")
         return read_data(Path(data), model, artifact.time_axis, denoise=config.loss != "distillation")
-    calls = collect(model, **recipe(config)) if data is None else data
-    calls.check()
+    if data is None:
+        assert isinstance(model, LoadedModel)
+        data = collect(model, **recipe(config))
+    data.check()
     denoiser = model.denoiser if isinstance(model, LoadedModel) else model
-    return RecordedCalls(replace(calls.to(next(denoiser.parameters()).device), axis=artifact.time_axis))
+    return RecordedCalls(replace(data.to(next(denoiser.parameters()).device), axis=artifact.time_axis))
 
 
-def recipe(config: FinetuneConfig) -> dict[str, int]:
+def recipe(config: FinetuneConfig) -> dict[str, Any]:
     """Which trajectories a model samples to learn on them: arguments of :func:`~ptq_tdq.calib_data.collect`."""
     thinning = min(THINNING, config.num_inference_steps, config.trajectories)
     return {

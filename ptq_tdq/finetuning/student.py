@@ -156,7 +156,7 @@ def _begin_weight(layer: QuantLayer, weight: Tensor) -> None:
 
 def _end_weight(layer: QuantLayer) -> None:
     """The codes and scales that a layer has learned; a factor of its input goes into the scales."""
-    functions = [q.function for q in layer.activation_quantizers()] or [None] * len(layer.ranges)
+    functions: list[Any] = [q.function for q in layer.activation_quantizers()] or [None] * len(layer.ranges)
     for index, (quantizer, function) in enumerate(zip(layer.weight_quantizers(), functions, strict=True)):
         learned, ratio = quantizer.rounding, getattr(function, "ratio", None)
         assert isinstance(learned, LearnedWeight) and quantizer.zero_point is not None
