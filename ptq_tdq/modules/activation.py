@@ -19,8 +19,8 @@ class ActivationQuantizer(nn.Module):
     """Passes its input through until ``enabled``; with an ``observer`` it only watches.
 
     ``along`` is the dimension of x that the operation sums over: its vectors are tokens. It is None for a convolution,
-    which sums over positions too: a token is then the whole sample. ``function`` is what quantizes; fine-tuning puts one
-    with other gradients there.
+    which sums over positions too: a token is then the whole sample. ``function`` is what quantizes; fine-tuning puts
+    one with other gradients there.
     """
 
     def __init__(self, record: QuantizerRecord, along: int | None = -1) -> None:
