@@ -198,7 +198,8 @@ def _load(data: bytes, name: str) -> dict[str, Tensor]:
 def _most_of_tables(document: dict[str, Any]) -> int:
     """Bytes that the tables of a document can have: two numbers of four bytes for each t, or a small network."""
     quantizers = sum(len(layer["inputs"]) for layer in document["layers"])
-    return MOST_BYTES + quantizers * (8 * (document["time_axis"]["num_train_timesteps"] + 1) + MOST_NETWORK)
+    steps = int(document["time_axis"]["num_train_timesteps"]) + 1
+    return MOST_BYTES + quantizers * (8 * steps + MOST_NETWORK)
 
 
 def _read(path: Path, most: int | None = None) -> bytes:

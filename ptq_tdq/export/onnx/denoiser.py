@@ -109,7 +109,7 @@ class OnnxDenoiser(nn.Module):
         self.axis.t(feed[self.call.time])  # refuses what the tables do not cover
         main = pytree.tree_leaves(arguments[self.call.main])[0]
         results = [torch.from_numpy(result).to(main.device, main.dtype) for result in self._rows(feed)]
-        return self._returned(results, bool(return_dict))
+        return self._returned(results, len(arguments[self.call.main]), bool(return_dict))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -204,7 +204,7 @@ class OnnxDenoiser(nn.Module):
         known = ", ".join(f"{step:g}" for step in sorted(step for steps, _ in self._graphs for step in steps or []))
         raise TimestepError(f"There is no graph for t = {t:g}, only for {known}; export those steps too.")
 
-    def _returned(self, results: list[Tensor], return_dict: bool) -> Any:
+    def _returned(self, results: list[Tensor], samples: int, return_dict: bool) -> Any:
         """The results in the tree that the model returns."""
         found = dict(zip(self.call.output_names(), results, strict=True))
         lists = any(leaf.kind == "each" for leaf in self.call.leaves())
@@ -213,7 +213,7 @@ class OnnxDenoiser(nn.Module):
             if isinstance(tree, Leaf):
                 return found[tree.name]
             if isinstance(tree, list) and lists and len(tree) == 1:  # one tensor for each sample
-                return list(fill(tree[0]))
+                return list(fill(tree[0]).chunk(samples))
             if isinstance(tree, list | tuple):
                 return type(tree)(map(fill, tree))
             return {key: fill(item) for key, item in tree.items()} if isinstance(tree, dict) else tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ class Pair:
         return Pair(real, self.real * other.imag + self.imag * other.real)
 
 
-_MAKERS = {"polar": Pair.polar, "complex": Pair, "view_as_complex": Pair.of_last_axis}
+_MAKERS: dict[str, Callable[..., Pair]] = {"polar": Pair.polar, "complex": Pair, "view_as_complex": Pair.of_last_axis}
 
 
 class InReals(nn.Module):
