@@ -16,14 +16,13 @@ from torch import nn
 from ptq_tdq.artifacts import check_draft
 from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
 from ptq_tdq.calls import Calls
-from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, Config
+from ptq_tdq.config import COLLECT_CHOICES, Config
 from ptq_tdq.errors import CalibrationSetError, ModelError, NonFiniteError
 from ptq_tdq.identity import base_config, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
 from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
-from ptq_tdq.scheme import Scheme
 from ptq_tdq.wrap import folded_copy
 
 _log = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ def calibrate(
     quantized.provenance |= {"one_step": bool(plan.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = plan.notices
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
-    run = _open_run(run_directory, weights_directory, quantized.provenance, on_notice)
+    run = _open_run(run_directory, weights_directory, config, quantized.provenance, on_notice)
     reports: list[UnitReport] = []
 
     def hear(report: UnitReport) -> None:
@@ -154,11 +153,15 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def _open_run(
-    folder: Path | None, weights: Path | None, document: dict[str, Any], on_notice: Callable[[str], None]
+    folder: Path | None,
+    weights: Path | None,
+    config: Config,
+    document: dict[str, Any],
+    on_notice: Callable[[str], None],
 ) -> RunDirectory | None:
     if folder is None:
         return None
-    shared = RunDirectory(weights, weight_identity(document), on_notice=on_notice) if weights else None
+    shared = RunDirectory(weights, weight_identity(document, config), on_notice=on_notice) if weights else None
     return RunDirectory(folder, identity(document), weights=shared, on_notice=on_notice)
 
 
@@ -210,14 +213,10 @@ def identity(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def weight_identity(document: dict[str, Any]) -> dict[str, Any]:
-    """The part of :func:`identity` that phase W depends on: all of it where that fits weights to activations' bits."""
-    if document["choices"]["equalize"] != "none" or document["choices"]["rotate"] == "auto":
-        return identity(document)
-    found = {
-        key: value for key, value in identity(document).items() if key.removeprefix("choice ") not in ACTIVATION_CHOICES
-    }
-    return {**found, "choice scheme": f"W{Scheme.parse(document['scheme']).weight_bits}"}
+def weight_identity(document: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The part of :func:`identity` that phase W depends on."""
+    found = {key: value for key, value in identity(document).items() if not key.startswith("choice ")}
+    return found | {f"choice {key}": value for key, value in config.weight_choices().items()}
 
 
 def _name(model: Any) -> str:

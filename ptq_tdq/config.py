@@ -168,6 +168,15 @@ class Config(Choices):
             activation=self.thin_activation,
         )
 
+    def weight_choices(self) -> dict[str, Any]:
+        """What phase W depends on: transforms of inputs on the bits and kind of their intervals too."""
+        fitted = self.equalize != "none" or self.rotate == "auto"
+        free = ACTIVATION_CHOICES - ({"fixed_layers"} if fitted else set())
+        found = {key: value for key, value in self.to_dict().items() if key not in free}
+        if fitted:
+            return {**found, "intervals of tokens": source_class(self.method).by_token}
+        return {**found, "scheme": f"W{self.parsed_scheme.weight_bits}"}
+
     def symmetric_weights(self, bits: int) -> bool:
         """Whether weights of so many bits have the middle code as their zero point."""
         return self.weight_symmetric == "always" or (self.weight_symmetric == "8-bit" and bits == 8)
@@ -186,7 +195,7 @@ COLLECT_CHOICES = (
 )
 """What a calibration set depends on: arguments of :func:`~ptq_tdq.calib_data.collect`."""
 
-ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is there in part
+ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on, as a rule
     (
         *("preset", "method", "token_intervals", "softmax_bits", "fixed_layers", "activation_inputs"),
         "activation_range",
