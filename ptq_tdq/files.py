@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISREG
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # a system without such locks
-    fcntl = None  # type: ignore[assignment]
 
 _MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 
@@ -66,7 +65,7 @@ def holding(path: Path) -> Iterator[bool | None]:
 
     The system lets go of it when a process ends, however that happens.
     """
-    if fcntl is None:
+    if sys.platform == "win32":  # without such locks
         yield None
         return
     descriptor = os.open(path, os.O_RDONLY)
