@@ -177,7 +177,7 @@ def _check_integers(config: dict[str, Any], size: Size) -> None:
             )
 
 
-_PLAIN: dict[Any, Any] = {float: (int, float), int: int, bool: int, str: str, dict: dict, type(None): ()}
+_PLAIN: dict[Any, Any] = {float: (int, float), int: int, bool: int, str: str, dict: dict, type(None): type(None)}
 
 
 def _check_types(cls: Any, config: dict[str, Any]) -> None:
@@ -186,8 +186,10 @@ def _check_types(cls: Any, config: dict[str, Any]) -> None:
         declared = get_type_hints(cls.__init__)
     except Exception:  # of any type: names that are there for type checkers only
         return
+    parameters = inspect.signature(cls.__init__).parameters
     for name, value in config.items():
-        if not _fits(value, declared.get(name, Any)):
+        given = value is not None or name not in parameters or parameters[name].default is not None
+        if given and not _fits(value, declared.get(name, Any)):
             wanted = getattr(declared[name], "__name__", declared[name])
             raise ArtifactMismatchError(
                 f"The artifact's model_config is none that its model takes ({name} = {str(value)[:100]!r} is no "
@@ -196,17 +198,17 @@ def _check_types(cls: Any, config: dict[str, Any]) -> None:
 
 
 def _fits(value: Any, declared: Any) -> bool:
-    """Whether a value of JSON is of a declared type; None is of any, and sequences may be nested."""
+    """Whether a value of JSON is of a declared type; sequences may be nested and hold None."""
     kind, args = get_origin(declared) or declared, [arg for arg in get_args(declared) if arg is not ...]
-    if value is None:
-        return True
     if kind in (Union, UnionType):
         return any(_fits(value, arg) for arg in args)
     if kind is Literal:
         return value in args
     if kind in (list, tuple, Sequence):
         takes = [*args, declared] if args else [Any]
-        return isinstance(value, list | tuple) and all(any(_fits(item, take) for take in takes) for item in value)
+        return isinstance(value, list | tuple) and all(
+            item is None or any(_fits(item, take) for take in takes) for item in value
+        )
     return isinstance(value, _PLAIN.get(kind, object))
 
 
