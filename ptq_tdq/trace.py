@@ -64,7 +64,7 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
         alone, together = watcher.look(one), watcher.look(two, again=True)
     except REFUSALS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(f"{type(model).__name__} refuses the recorded calls ({reason}); record calls of it.") from error
+        raise ModelError(f"{type(model).__name__} refuses the recorded calls ({reason}); record its own.") from error
     for name, layer in watcher.layers.items():
         layer.rows = _rows(alone.inputs[name], together.inputs.get(name, []))
     mixed = {name for name, of in alone.products.items() if _rows(of, together.products.get(name, [])) is None}
