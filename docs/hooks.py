@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -30,6 +31,7 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
 HOME = "README.md"
 
 
+@event_priority(100)  # before mkdocstrings looks for it
 def on_config(config: MkDocsConfig) -> None:
     """Lay the package out as it is installed: mkdocstrings does not follow the mapping of pyproject.toml, nor links."""
     tree = ROOT / "build" / "docs" / "ptq_tdq"
