@@ -166,7 +166,7 @@ def _pick(
         seen, meant = map(pick, values)
         for group, (weight, own) in enumerate(zip(weights, groups, strict=True)):
             x = seen[:, group]
-            own.add(x.contiguous(), _product(meant[:, group].double() - x, weight.t()).float())
+            own.add(x.float().contiguous(), _product(meant[:, group].double() - x, weight.t()).float())
 
 
 def rows_of(groups: int, columns: int, outputs: int) -> int:
