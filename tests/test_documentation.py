@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 import yaml
 
 import ptq_tdq
@@ -71,6 +72,7 @@ def test_commands_exist_with_their_options(page: Path) -> None:
 def test_the_tutorial_of_a_module_and_the_interval_source_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(IntervalSource, "registry", dict(IntervalSource.registry))
+    torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "tutorial"}
     for name in ("tutorial/own-module", "how-to/interval-source"):
         for block in CODE.findall((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")):
