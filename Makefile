@@ -8,13 +8,13 @@ BIN := $(VENV)/bin
 # The installed layout as a folder of links: mypy and import-linter do not follow the package-dir mapping of pyproject.toml.
 TREE := build/lint
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed  ## calibrate the embedded reference model
 	$(BIN)/ptq-tdq calibrate --output-dir $(OUT)
 
-test: lint  ## lint, then every test that is not marked slow
+test: lint docs  ## lint and documentation, then every test that is not marked slow
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/.installed-dev
@@ -23,7 +23,11 @@ lint: $(VENV)/.installed-dev
 	rm -rf $(TREE) && mkdir -p $(TREE)/ptq_tdq
 	ln -s $(CURDIR)/ptq_tdq/* $(CURDIR)/cli $(CURDIR)/calib_data $(TREE)/ptq_tdq/
 	MYPYPATH=$(TREE) $(BIN)/mypy --strict -p ptq_tdq
+	MYPYPATH=$(TREE) $(BIN)/mypy --strict examples
 	cd $(TREE) && $(abspath $(BIN))/lint-imports --no-cache --config $(CURDIR)/pyproject.toml
+
+docs: $(VENV)/.installed-dev  ## the site of the documentation, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

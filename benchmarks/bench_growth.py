@@ -1,10 +1,11 @@
 """Time and peak memory of calibration against the number of calibration pairs, of blocks and of parameters.
 
 Every point is a run of its own in a child process: a U-Net with random weights, calibrated in few iterations on random
-pairs. "Own" memory is what the process itself has allocated (RssAnon, sampled 100 times a second); the largest resident
-set has the streams in memory-mapped files in it as well, as far as the system keeps their pages. What python, the
-libraries and the model alone need is measured before and given beside it. One JSON line per point; the figure is drawn
-from the lines.
+pairs; with series "whole" the U-Net of Stable Diffusion 1.5 and DiT-XL/2, in all iterations. "Own" memory is what the
+process itself has allocated (RssAnon, sampled 100 times a second); the largest resident set has the streams in
+memory-mapped files in it as well, as far as the system keeps their pages. What python, the libraries and the model
+alone need is measured before and given beside it, and what ``--dry-run`` would have said ("forecast"). One JSON line
+per point; the figure is drawn from the lines.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ from typing import Any
 
 import click
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from facts import facts
 
 from ptq_tdq import calibrate, preset, record
+from ptq_tdq.plan import make_plan
+from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.recon import CACHE_BYTES, make_forecast
+from ptq_tdq.wrap import folded_copy
 
 RESULTS = Path(__file__).parent / "results" / "growth.jsonl"
 STEPS, SEED = 8, 0  # distinct time steps in a set
@@ -32,28 +37,41 @@ STEPS, SEED = 8, 0  # distinct time steps in a set
 
 @dataclass(frozen=True)
 class Point:
-    """One model and one set: residual blocks per level (2 levels down, 2 up), channels (c, 2c), size of the images."""
+    """One model and one set: residual blocks per level (2 levels down, 2 up), channels (c, 2c), size of the images.
+
+    Or a ``model`` by name, in its own configuration.
+    """
 
     series: str
     pairs: int = 64
     blocks: int = 1
     channels: int = 64
     size: int = 8
+    model: str = ""
 
 
 POINTS = (
     *(Point("pairs", pairs=n, channels=32, size=16) for n in (64, 256, 1024, 4096)),
     *(Point("blocks", blocks=n) for n in (1, 2, 4, 8)),
     *(Point("parameters", channels=c, size=8) for c in (32, 64, 128, 256, 352)),
+    Point("whole", size=64, model="sd15"),
+    Point("whole", size=32, model="dit-xl"),
 )
+FEW = {"activation_iterations": 4, "batch_size": 16}
 
 
-def measure(point: Point) -> dict[str, Any]:
-    """Calibrate one model in this process."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(SEED)
-    model = UNet2DModel(
+def make(point: Point) -> tuple[Any, dict[str, Any]]:
+    """A model, and its arguments of all pairs beside x and t."""
+    if point.model == "sd15":
+        return UNet2DConditionModel(sample_size=64, cross_attention_dim=768), {
+            "encoder_hidden_states": torch.randn(point.pairs, 77, 768)
+        }
+    if point.model == "dit-xl":
+        return DiTTransformer2DModel(
+            num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32,
+            activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_elementwise_affine=False,
+        ), {"class_labels": torch.arange(point.pairs)}  # fmt: skip
+    return UNet2DModel(
         sample_size=point.size,
         in_channels=4,
         out_channels=4,
@@ -61,21 +79,32 @@ def measure(point: Point) -> dict[str, Any]:
         block_out_channels=(point.channels, 2 * point.channels),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
+    ), {}
+
+
+def measure(point: Point) -> dict[str, Any]:
+    """Calibrate one model in this process."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(SEED)
+    model, others = make(point)
     model.eval().requires_grad_(False)
     x = torch.randn(point.pairs, 4, point.size, point.size)
     t = torch.linspace(0, 999, STEPS).round().repeat(-(-point.pairs // STEPS))[: point.pairs]
     with torch.no_grad(), record(model, num_train_timesteps=1000) as calls:
-        for rows in torch.arange(point.pairs).split(64):
-            model(x[rows], t[rows])
+        for rows in torch.arange(point.pairs).split(64 if not point.model else 8):
+            model(x[rows], timestep=t[rows].long(), **{name: value[rows] for name, value in others.items()})
+    config = preset("default", scheme="W4A8" if point.model else "W4A6", **{} if point.model else FEW)
+    plan = make_plan(folded_copy(model), config, calls)
+    quantized = QuantizedModel.copy_of(model, calls.axis, plan.layers)
+    foreseen = make_forecast(quantized, calls, config, rows=point.pairs, sampled=0, budget=CACHE_BYTES)
+    del quantized
     memory = OwnMemory()
     before = memory.now()
     memory.start()
     began_cpu, began = time.process_time(), time.perf_counter()
     units = []
-    calibrate(
-        model, preset("default", scheme="W4A6", activation_iterations=4, batch_size=16), calls, on_unit=units.append
-    )
+    calibrate(model, config, calls, on_unit=units.append)
     return {
         **asdict(point),
         "units": len(units) // 2,
@@ -87,6 +116,7 @@ def measure(point: Point) -> dict[str, Any]:
         },
         "own_peak_bytes": memory.stop(),
         "own_bytes_before": before,
+        "forecast": foreseen.to_dict(),
         "resident_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -140,7 +170,7 @@ def main(results: Path, series: str, render: bool, child: str | None) -> None:
 
 
 def key(line: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(line[name] for name in ("series", "pairs", "blocks", "channels", "size"))
+    return tuple(line.get(name, "") for name in ("series", "pairs", "blocks", "channels", "size", "model"))
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:

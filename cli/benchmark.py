@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -13,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ptq_tdq.artifacts import check_folder, write_atomic
+from ptq_tdq.artifacts import alone, check_folder, write_atomic
 from ptq_tdq.calib_data import load_model
 from ptq_tdq.cli.options import FilePath, backend_option, model_options, quiet_option, threads_option, verbose_option
 from ptq_tdq.config import PRESETS
@@ -24,13 +25,25 @@ from ptq_tdq.study.cell import check_plans, sampling_sha256
 from ptq_tdq.study.matrix import METHODS, Cell, make_cells
 from ptq_tdq.study.render import Table, find_metric, listing, make_table, markdown, require_comparable, title, to_csv
 from ptq_tdq.study.results import Line, read_lines, unfinished
-from ptq_tdq.study.run import run_study, seconds_left
+from ptq_tdq.study.run import run_study, seconds_left, work_folder
 
 FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
     "markdown": lambda tables: "\n".join(map(markdown, tables)),
     "list": listing,
     "csv": lambda tables: to_csv(tables[0]),
 }
+
+
+class Shard(click.ParamType[slice]):
+    """I/N: every N-th, from the I-th."""
+
+    name = "shard"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> slice:
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", value) if isinstance(value, str) else None
+        if not found or int(found[1]) >= int(found[2]):
+            self.fail(f"{value!r} is no shard; write I/N with I from 0 to N - 1, such as 0/4.", param, ctx)
+        return slice(int(found[1]), None, int(found[2]))
 
 
 @click.command("benchmark")
@@ -65,6 +78,13 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
     default=Path("benchmark.jsonl"),
     show_default=True,
     help="The file of finished cells; the same command goes on after them.",
+)
+@click.option(
+    "--shard",
+    type=Shard(),
+    metavar="I/N",
+    help="Run only every N-th cell, from the I-th (0 to N - 1), into a results file of its own; the files of all, "
+    "joined by cat, are that of the whole run.",
 )
 @backend_option
 @click.option(
@@ -114,6 +134,7 @@ def benchmark_command(
     samples: int,
     settings: tuple[str, ...],
     results: Path,
+    shard: slice | None,
     backend: Backend,
     workers: int,
     flags: str,
@@ -146,10 +167,15 @@ def benchmark_command(
         _give(read_lines(render), metrics, against, form, output)
         return
     cells = make_cells(_names(presets), _names(schemes), _names(methods), _numbers(seeds), settings, samples, backend)
+    context.with_resource(alone(work_folder(results)))
+    planned = [{"preset": c.preset, "method": c.method, "evaluation": c.evaluation} for c in cells]
+    if shard:
+        if output:
+            raise UsageError("--output takes the table of all shards; join their files and give them to --render.")
+        cells = cells[shard]
     lines = read_lines(results)
     model = load_model(source, **given)
     left = unfinished(cells, lines, model.sha256, sampling_sha256(model))
-    planned = [{"preset": c.preset, "method": c.method, "evaluation": c.evaluation} for c in cells]
     require_comparable([*lines, *planned], against)
     if grids:
         check_folder(grids)
@@ -163,7 +189,7 @@ def benchmark_command(
             left, results, source=source, given=given, command=command, count=workers, grids=grids,
             on_line=bars.finished, on_say=bars.now,
         )  # fmt: skip
-    if not quiet or output:
+    if not shard and (not quiet or output):
         _give(read_lines(results), metrics, against, form, output)
 
 

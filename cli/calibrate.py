@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from ptq_tdq.artifacts import check_output
+from ptq_tdq.artifacts import alone, check_output
 from ptq_tdq.calib_data import collect_cached, load_model, with_scheduler
-from ptq_tdq.calibration import calibrate, check_choices
+from ptq_tdq.calibration import calibrate, foresee
 from ptq_tdq.cli.options import (
     FilePath,
+    Size,
     json_option,
     model_options,
     print_json,
@@ -21,18 +22,21 @@ from ptq_tdq.cli.options import (
     threads_option,
     verbose_option,
 )
-from ptq_tdq.cli.progress import Progress, show_files, show_gain
-from ptq_tdq.cli.unfinished import discard, unfinished_folder
+from ptq_tdq.cli.progress import Progress, show_files, show_forecast, show_gain
+from ptq_tdq.cli.unfinished import clear, discard, unfinished_folder
 from ptq_tdq.config import COLLECT_CHOICES, PRESETS, Config, preset, read_config_file
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.trajectories import compare, make_reference
+from ptq_tdq.recon import CACHE_BYTES, check_room
 
 FLAGS = {  # choice of the preset -> metavar, help
     "scheme": ("W<bits>A<bits>", "Bits of weights and activations, 2 to 8 each."),
     "method": (
         "NAME",
-        "static, S_N (S_4: 4 intervals), tdq, tdq-thin, step-table, step-lsq, dynamic, dynamic-statistics, "
-        "dynamic-statistics-time, dynamic-token, dynamic-token-static, dynamic-token-table or dynamic-token-tdq.",
+        "Intervals of activations: auto (static or tdq-thin, whichever pays), static (S_1: one learned number for all "
+        "t), S_N (one for each Nth of the time axis: S_4), tdq and tdq-thin (networks of t), step-table and step-lsq "
+        "(one for each sampling step, searched or learned); at run time dynamic, dynamic-statistics, "
+        "dynamic-statistics-time, dynamic-token, dynamic-token-static, dynamic-token-table, dynamic-token-tdq.",
     ),
     "samples_per_step": ("N", "Calibration samples at each step; in all N times --calibration-steps."),
     "calibration_steps": ("N", "How many of the sampler's steps calibration looks at; all, if it has fewer."),
@@ -69,6 +73,14 @@ def _choice_flags(command: Any) -> Any:
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any choice by name; --show-config lists them."
 )
 @click.option("--show-config", is_flag=True, help="Print every choice as JSON, fit for --config, and stop.")
+@click.option(
+    "--cache-budget",
+    type=Size(),
+    default=CACHE_BYTES,
+    show_default="2GiB",
+    help="What flows between blocks is kept in memory up to so much; more lies in files in OUTPUT_DIR.partial.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what the run will take (memory, disk, time) and stop.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with an unfinished run.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
 @click.option(
@@ -93,6 +105,8 @@ def calibrate_command(
     config_file: Path | None,
     settings: tuple[str, ...],
     show_config: bool,
+    cache_budget: int,
+    dry_run: bool,
     resume: bool,
     overwrite: bool,
     evaluation_samples: int | None,
@@ -125,10 +139,16 @@ def calibrate_command(
     for notice in model.notices:
         say.notice(notice)
     say.config(config)
-    check_choices(model, config)
+    found = foresee(model, config, cache_budget=cache_budget)
+    if dry_run:
+        print_json(found.to_dict()) if as_json else show_forecast(found)
+    check_room(found, unfinished)
+    if dry_run:
+        return
+    context.with_resource(alone(unfinished))
     calls = collect_cached(model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_CHOICES})
     if not resume:
-        discard(unfinished)
+        clear(unfinished)
     with say.units():
         quantized = calibrate(
             model,
@@ -136,6 +156,7 @@ def calibrate_command(
             calls,
             model_id=model_id,
             run_directory=unfinished,
+            cache_budget=cache_budget,
             on_unit=say.unit,
             on_notice=say.notice,
         )

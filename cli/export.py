@@ -7,21 +7,16 @@ from typing import Any
 
 import click
 
-from ptq_tdq.artifacts import Artifact, check_base_model, read_artifact
+from ptq_tdq.artifacts import Artifact, check_base_model, check_target, read_artifact
 from ptq_tdq.calib_data import collect
 from ptq_tdq.calls import Calls
-from ptq_tdq.cli.options import FilePath, original_options, quiet_option, verbose_option
+from ptq_tdq.cli.options import FilePath, json_option, original_options, print_json, quiet_option, verbose_option
 from ptq_tdq.cli.original import load_original
 from ptq_tdq.errors import UsageError
 from ptq_tdq.export import export_tables
 
-TABLES, GRAPHS = ("csv", "json", "npz"), ("onnx", "onnx-float")
-RUNTIMES = ("portable", "onnxruntime", "openvino")
-ONE_CALL: dict[str, Any] = {
-    "samples_per_step": 1,
-    "calibration_steps": 1,
-    "num_inference_steps": 2,
-}  # what a graph needs to see
+TABLES, GRAPHS, COMPONENT = ("csv", "json", "npz"), ("onnx", "onnx-float"), "diffusers"
+RUNTIMES = ("portable", "onnxruntime", "openvino", "qdq")
 
 
 @click.command("export")
@@ -29,35 +24,44 @@ ONE_CALL: dict[str, Any] = {
 @click.option(
     "--format",
     "kind",
-    type=click.Choice([*TABLES, *GRAPHS]),
+    type=click.Choice([*TABLES, *GRAPHS, COMPONENT]),
     default="csv",
     show_default=True,
-    help="Tables (csv, json, npz), or a graph (onnx, onnx-float).",
+    help="Tables (csv, json, npz), a graph (onnx, onnx-float), or a component of a pipeline (diffusers).",
 )
 @click.option(
     "--runtime",
     type=click.Choice(RUNTIMES),
     help="With --format onnx: what the graph will run on. Only onnxruntime and openvino get integer kernels out of "
-    "theirs; portable runs everywhere.  [default: portable]",
+    "theirs; portable runs everywhere; qdq is a folder of static graphs, one for each time step, as hardware "
+    "toolchains take them.  [default: portable]",
 )
-@click.option("--output", type=FilePath(dir_okay=False), required=True, help="The file to write.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1, 1 << 16),
+    help="With --runtime qdq: steps of a sampling run, whose time steps get graphs.  [default: as calibrated]",
+)
+@click.option("--output", type=FilePath(), required=True, help="The file to write; the folder of diffusers and of qdq.")
 @click.option(
     "--calls",
     "calls_file",
     type=FilePath(),
-    help="For a graph: recorded calls of the model (Calls.save), of which one is enough.  [default: one is recorded "
-    "while the full-precision model samples]",
+    help="For a graph: recorded calls of the model (Calls.save), of which one is enough, but for --runtime qdq, which "
+    "takes the time steps of all.  [default: they are recorded while the full-precision model samples]",
 )
 @original_options
+@json_option
 @verbose_option
 @quiet_option
 def export_command(
     artifact: Path,
     kind: str,
     runtime: str | None,
+    steps: int | None,
     output: Path,
     calls_file: Path | None,
     source: str | None,
+    as_json: bool,
     verbose: bool,
     quiet: bool,
     **given: Any,
@@ -66,33 +70,53 @@ def export_command(
 
     csv, json and npz hold the interval tables: layer, t, scale, zero_point, qmin, qmax, lo, hi. onnx is the whole
     quantized model as one graph, with the tables inside and the arguments of the model's calls, the time step among
-    them, as inputs. onnx-float is for hardware teams: the graph in floating point whose nodes have the names of the
-    table, and the table as CSV beside it.
+    them, as inputs; or, with --runtime qdq, a folder of graphs in which intervals are constants. onnx-float is for
+    hardware teams: the graph in floating point whose nodes have the names of the table, and the table as CSV beside it.
+    diffusers is a folder that takes the denoiser's place in a saved pipeline, for programs that import
+    ptq_tdq.integrations.diffusers.
 
     Sizes that a graph fixes (of a latent, of a prompt) are those of the recorded call, so of --height, --width and the
     like.
     """
     if runtime is not None and kind != "onnx":
         raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
+    if steps is not None and (runtime != "qdq" or calls_file is not None):
+        raise UsageError("--steps goes with --runtime qdq and without --calls, which bring their own time steps.")
+    if runtime == "qdq" or kind == COMPONENT:
+        check_target(output)
+    elif output.is_dir():
+        raise UsageError(f"The output '{output}' is a folder; name a file in it.")
     stored, written = read_artifact(artifact), [output]
     if kind in TABLES:
         export_tables(stored, output, kind)
+    elif kind == COMPONENT:
+        from ptq_tdq.integrations.diffusers import export_component  # seconds of import
+
+        export_component(stored, output)
     else:
         from ptq_tdq.export import onnx  # an extra
 
         if not quiet:
             click.echo("Exporting the graph; this takes from seconds to minutes.", err=True)
-        calls = Calls.load(calls_file) if calls_file is not None else _record(stored, source, given)
-        if kind == "onnx":
+        if calls_file is not None:
+            calls = Calls.load(calls_file)
+        else:
+            count = steps or stored.config["choices"]["num_inference_steps"]
+            calls = _record(stored, source, count if runtime == "qdq" else 1, given)
+        if runtime == "qdq":
+            onnx.export_onnx_steps(stored, output, calls)
+        elif kind == "onnx":
             onnx.export_onnx(stored, output, runtime or "portable", calls)
         else:
             written.append(onnx.export_onnx_float(stored, output, calls))
-    if not quiet:
+    if as_json:
+        print_json({"written": [str(path) for path in written]})
+    elif not quiet:
         click.echo(f"Wrote {' and '.join(map(str, written))}", err=True)
 
 
-def _record(stored: Artifact, source: str | None, given: dict[str, Any]) -> Calls:
-    """One call of the full-precision model, as its own sampling makes it."""
+def _record(stored: Artifact, source: str | None, steps: int, given: dict[str, Any]) -> Calls:
+    """Calls of the full-precision model for one sample, as its own sampling makes them."""
     model = load_original(source, stored, **given)
     check_base_model(stored, model.sha256)
-    return collect(model, **ONE_CALL)
+    return collect(model, samples_per_step=1, calibration_steps=steps, num_inference_steps=max(2, steps))

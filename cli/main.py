@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": "Show what this processor, its compiler and the installed packages can do.",
     "evaluate": "Measure what ARTIFACT loses against its full-precision model.",
     "export": "Write ARTIFACT for other programs.",
+    "finetune": "Train the weights and intervals of ARTIFACT together.",
     "inspect": "Show model, choices, sizes, and each quantizer of ARTIFACT.",
     "report": "Draw each ARTIFACT: intervals, distributions, errors, samples.",
     "sample": "Sample with ARTIFACT and with its full-precision model, from the same noise, into a PNG.",

@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,23 @@ scheduler_option: Decorator = click.option(
     metavar="CLASS",
     help="Any diffusers scheduler, e.g. EulerDiscreteScheduler.  [default: the model's own]",
 )
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 2GiB, 512MiB, 1.5 GB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE | re.ASCII)
+        if not found:
+            self.fail(f"{value!r} is no size; write a number and a unit, such as 2GiB or 512MiB.", param, ctx)
+        number, prefix, binary = found.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+
+
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 backend_option: Decorator = click.option(
     "--backend",

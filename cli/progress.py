@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -14,7 +15,8 @@ from rich.table import Table
 from ptq_tdq.cli.options import result_console
 from ptq_tdq.config import Config
 from ptq_tdq.evaluate.trajectories import Comparison
-from ptq_tdq.recon import UnitReport
+from ptq_tdq.recon import Forecast, UnitReport
+from ptq_tdq.recon.forecast import size_text
 
 PHASES = {"weights": "Learning to round weights", "activations": "Learning activation intervals"}
 
@@ -88,6 +90,21 @@ class Progress:
 
 def _text(value: object) -> str:
     return "+".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def show_forecast(found: Forecast) -> None:
+    """What a run will take, on stdout."""
+    where = "on disk" if found.streams_on_disk else "in memory"
+    lines = {
+        "blocks": f"{found.units}, with {found.layers} quantized layers",
+        "recorded calls": f"{found.rows:,} rows, {size_text(found.recorded_bytes)}",
+        "between blocks": f"{size_text(found.stream_bytes)}, {where}",
+        "memory": f"{size_text(found.memory_bytes)} at the peak",
+        "disk": f"{size_text(found.disk_bytes)} at the peak",
+        "time": f"{found.recording_seconds / 60:.1f} minutes of sampling, then {found.seconds / 60:.1f} minutes",
+    }
+    for name, text in lines.items():
+        click.echo(f"{name:15}{text}")
 
 
 def show_gain(method: str, learned: Comparison, static: Comparison) -> None:

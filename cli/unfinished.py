@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from ptq_tdq.errors import OutputError
 
 # What a run puts there, and what a write that was killed leaves behind.
-_OWN = ("run.json", "weights-*.safetensors", "activations-*.safetensors", ".ptq-tdq-*.tmp")
+_OWN = ("run.json", "weights-*.safetensors", "activations-*.safetensors", "finetune.safetensors", ".ptq-tdq-*.tmp")
 
 
 def unfinished_folder(output_dir: Path) -> Path:
@@ -24,13 +25,22 @@ def unfinished_folder(output_dir: Path) -> Path:
     return folder
 
 
-def discard(folder: Path) -> None:
-    """Remove an unfinished run, and nothing else."""
+def clear(folder: Path) -> None:
+    """Remove what an unfinished run has kept, and nothing else."""
     for path in _own(folder):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove an unfinished run with its folder."""
+    clear(folder)
     if folder.is_dir():
         folder.rmdir()
 
 
 def _own(folder: Path) -> list[Path]:
-    return [path for pattern in _OWN for path in folder.glob(pattern) if not path.is_dir()]
+    """Its files, and the hidden folders of its writers."""
+    return [path for pattern in _OWN for path in folder.glob(pattern) if path.is_dir() == (pattern == _OWN[-1])]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ptq_tdq.calls import Calls, record
     from ptq_tdq.config import Config, preset
     from ptq_tdq.errors import PtqTdqError
+    from ptq_tdq.finetuning import FinetuneConfig, finetune
     from ptq_tdq.load import load_quantized
     from ptq_tdq.quantized_model import QuantizedModel
     from ptq_tdq.scheme import Scheme
@@ -21,11 +22,13 @@ __version__ = version("ptq-tdq")
 __all__ = [
     "Calls",
     "Config",
+    "FinetuneConfig",
     "PtqTdqError",
     "QuantizedModel",
     "Scheme",
     "calibrate",
     "collect",
+    "finetune",
     "load_model",
     "load_quantized",
     "preset",
@@ -38,6 +41,7 @@ _HOMES = {  # imported when they are first used: `ptq-tdq --help` needs no torch
     **dict.fromkeys(("Calls", "record"), "calls"),
     **dict.fromkeys(("Config", "preset"), "config"),
     "PtqTdqError": "errors",
+    **dict.fromkeys(("FinetuneConfig", "finetune"), "finetuning"),
     "load_quantized": "load",
     "QuantizedModel": "quantized_model",
     "Scheme": "scheme",

@@ -73,3 +73,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) ->
     the dtype of x.
     """
     return _FakeQuantize.apply(x, scale, zero_point.to(scale.dtype), qtype.qmin, qtype.qmax)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def learned_step_size(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
+    """:func:`fake_quantize` with the scale's gradient times ``1 / sqrt(n qmax)``, n values to a scale (LSQ, 2.2)."""
+    factor = (x.numel() / scale.numel() * qtype.qmax) ** -0.5
+    return fake_quantize(x, scale.detach() + (scale - scale.detach()) * factor, zero_point, qtype)

@@ -16,13 +16,13 @@ from torch import nn
 from ptq_tdq.artifacts import check_draft
 from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
 from ptq_tdq.calls import Calls
-from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, Config
-from ptq_tdq.errors import CalibrationSetError, NonFiniteError
+from ptq_tdq.config import COLLECT_CHOICES, Config
+from ptq_tdq.errors import CalibrationSetError, ModelError, NonFiniteError
 from ptq_tdq.identity import base_config, model_sha256
+from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
-from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon import CHECKPOINT_FORM, RunDirectory, UnitReport, reconstruct
-from ptq_tdq.scheme import Scheme
+from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
+from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
 from ptq_tdq.wrap import folded_copy
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def calibrate(
     model_id: str | None = None,
     run_directory: Path | None = None,
     weights_directory: Path | None = None,
+    cache_budget: int = CACHE_BYTES,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
     on_notice: Callable[[str], None] = _log.warning,
 ) -> QuantizedModel:
@@ -54,10 +55,11 @@ def calibrate(
     arguments such as guidance_scale) say what the pipeline samples for the calibration set. ``model_id`` is the model's
     name in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
     stopped. With a ``weights_directory`` as well, phase W is kept there: runs that differ only in what phase A decides
-    may share it, one after the other. ``on_unit`` gets a report of each finished unit. ``on_notice`` gets a sentence
-    for each damaged file of an unfinished run, whose unit is done again; by default that is logged. The result's
-    :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit ("reconstruction"), its
-    :attr:`notices` what stays in floating point and why.
+    may share it, one after the other. Where more than ``cache_budget`` bytes flow between units, they lie in files that
+    are gone with the run; the result is the same. ``on_unit`` gets a report of each finished unit. ``on_notice`` gets a
+    sentence for each damaged file of an unfinished run, whose unit is done again; by default that is logged. The
+    result's :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit
+    ("reconstruction"), its :attr:`notices` what stays in floating point and why.
 
     Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
     :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model,
@@ -65,18 +67,18 @@ def calibrate(
     :class:`~ptq_tdq.errors.ResumeError` (another run in the directory); at any time
     :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
     """
-    if not isinstance(model, nn.Module):
-        if not isinstance(model, LoadedModel):
-            model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
-        if calls is None:
-            calls = collect(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+    if not isinstance(model, nn.Module | LoadedModel):
+        model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
+    denoiser: nn.Module = model.denoiser if isinstance(model, LoadedModel) else model
+    _check_plain(denoiser)
+    if calls is None and isinstance(model, LoadedModel):
+        calls = collect(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
     elif calls is None:
         raise CalibrationSetError(
             f"A {type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
             "pass them, or pass its pipeline."
         )
     calls.check()
-    denoiser: nn.Module = model.denoiser if isinstance(model, LoadedModel) else model
     calls = calls.to(next(denoiser.parameters()).device)
     plan = make_plan(folded_copy(denoiser), config, calls)
     quantized = QuantizedModel.copy_of(denoiser, calls.axis, plan.layers)
@@ -85,7 +87,7 @@ def calibrate(
     quantized.provenance |= {"one_step": bool(plan.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = plan.notices
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
-    run = _open_run(run_directory, weights_directory, quantized.provenance, on_notice)
+    run = _open_run(run_directory, weights_directory, config, quantized.provenance, on_notice)
     reports: list[UnitReport] = []
 
     def hear(report: UnitReport) -> None:
@@ -93,7 +95,14 @@ def calibrate(
         on_unit(report)
 
     quantized.static = reconstruct(
-        quantized, calls, config, single=plan.single, unlearned=plan.unlearned, run=run, on_unit=hear
+        quantized,
+        calls,
+        config,
+        single=plan.single,
+        unlearned=plan.unlearned,
+        run=run,
+        budget=cache_budget,
+        on_unit=hear,
     )
     quantized.metrics = {
         "reconstruction": losses(reports),
@@ -104,10 +113,36 @@ def calibrate(
     return quantized.finalize()
 
 
-def check_choices(model: LoadedModel, config: Config) -> None:
-    """Raise what :func:`calibrate` would for choices that do not fit ``model``, before there is a calibration set."""
+def foresee(model: LoadedModel, config: Config, *, cache_budget: int = CACHE_BYTES) -> Forecast:
+    """What :func:`calibrate` will take, before there is a calibration set, at the price of a few calls.
+
+    Raises what it would for choices that do not fit ``model``.
+    """
     call = first_call(model, config.num_inference_steps, config.seed)
-    make_plan(folded_copy(model.denoiser), config, call)
+    _check_plain(model.denoiser)
+    plan = make_plan(folded_copy(model.denoiser), config, call)
+    quantized = QuantizedModel.copy_of(model.denoiser, call.axis, plan.layers)
+    samples, steps = config.samples_per_step * len(call), config.calibration_steps
+    trajectories = samples * min(config.thinning, steps)
+    return make_forecast(
+        quantized,
+        call,
+        config,
+        rows=samples * steps,
+        sampled=trajectories * config.num_inference_steps,
+        budget=cache_budget,
+    )
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raise :class:`ModelError` for a model that is quantized or has adapters beside its layers."""
+    if getattr(model, "peft_config", None):
+        raise ModelError(
+            "The model has adapters that are not part of it; fuse them before calibration (pipe.fuse_lora(), "
+            "pipe.unload_lora_weights()), or load them onto the quantized model."
+        )
+    if any(isinstance(module, QuantLayer) for module in model.modules()):
+        raise ModelError("The model is quantized already; calibrate the full-precision one.")
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -118,11 +153,15 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def _open_run(
-    folder: Path | None, weights: Path | None, document: dict[str, Any], on_notice: Callable[[str], None]
+    folder: Path | None,
+    weights: Path | None,
+    config: Config,
+    document: dict[str, Any],
+    on_notice: Callable[[str], None],
 ) -> RunDirectory | None:
     if folder is None:
         return None
-    shared = RunDirectory(weights, weight_identity(document), on_notice=on_notice) if weights else None
+    shared = RunDirectory(weights, weight_identity(document, config), on_notice=on_notice) if weights else None
     return RunDirectory(folder, identity(document), weights=shared, on_notice=on_notice)
 
 
@@ -162,16 +201,6 @@ def provenance(
     }
 
 
-def buffer_dtypes(model: nn.Module) -> dict[str, str]:
-    """The dtypes of buffers that no file holds, where they are not those in which a model builds them."""
-    saved = model.state_dict().keys()
-    return {
-        name: str(buffer.dtype).removeprefix("torch.")
-        for name, buffer in model.named_buffers()
-        if name not in saved and buffer.dtype in (torch.float16, torch.bfloat16)
-    }
-
-
 def identity(document: dict[str, Any]) -> dict[str, Any]:
     """What must not change between two sittings of one run, by key; causes come before what follows from them."""
     return {
@@ -184,14 +213,10 @@ def identity(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def weight_identity(document: dict[str, Any]) -> dict[str, Any]:
-    """The part of :func:`identity` that phase W depends on: all of it where that fits weights to activations' bits."""
-    if document["choices"]["equalize"] != "none" or document["choices"]["rotate"] == "auto":
-        return identity(document)
-    found = {
-        key: value for key, value in identity(document).items() if key.removeprefix("choice ") not in ACTIVATION_CHOICES
-    }
-    return {**found, "choice scheme": f"W{Scheme.parse(document['scheme']).weight_bits}"}
+def weight_identity(document: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The part of :func:`identity` that phase W depends on."""
+    found = {key: value for key, value in identity(document).items() if not key.startswith("choice ")}
+    return found | {f"choice {key}": value for key, value in config.weight_choices().items()}
 
 
 def _name(model: Any) -> str:

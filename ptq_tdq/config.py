@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from sys import float_info
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self
 
+from ptq_tdq.choices import Choices, checked
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.files import read_file, reason
 from ptq_tdq.intervals import Encoding, IntervalOptions, source_class
@@ -25,11 +26,11 @@ first_time_embedding: the first of the layers whose input depends on t alone.
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Choices):
     """All choices of one run. The defaults are preset ``default``.
 
-    Each is checked and brought to the one form that is saved: text is read as the choice's type, "w4a8 " is "W4A8", a
-    list names each of its items once. Raises :class:`ConfigError` (:class:`SchemeError` for the scheme).
+    Each is checked and brought to the one form that is saved: "w4a8 " is "W4A8". Raises :class:`ConfigError`
+    (:class:`SchemeError` for the scheme).
 
     Layers: ``eight_bit_layers``, ``weight_only_layers`` (8-bit weights, inputs in floating point),
     ``float_input_layers`` (weights of the scheme, inputs in floating point), ``float_layers`` and ``fixed_layers`` hold
@@ -90,7 +91,7 @@ class Config:
     attention: bool = True
     softmax_bits: int = 8
     # phase W
-    rotate: Literal["none", "hadamard", "auto"] = "none"
+    rotate: Literal["none", "hadamard", "auto"] = "auto"
     equalize: Literal["none", "channels"] = "none"
     weight_granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     weight_range: Literal["mse", "minmax"] = "mse"
@@ -125,19 +126,26 @@ class Config:
     thin_encoding: Encoding = "normalize"
     thin_activation: Literal["relu", "silu", "tanh"] = "silu"
 
+    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "seed": (0, 1 << 32),
+        **dict.fromkeys(("samples_per_step", "num_inference_steps", "calibration_steps"), (1, 1 << 20)),
+        **dict.fromkeys(("thinning", "batch_size"), (1, 1 << 20)),
+        **dict.fromkeys(("weight_iterations", "activation_iterations"), (0, 1 << 31)),
+        **dict.fromkeys(("rounding_loss", "bias_lr", "scale_lr"), (0, inf)),
+        **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "damping"), (float_info.min, inf)),
+        **dict.fromkeys(("loss_power", "rounding_b_start", "rounding_b_end"), (1, inf)),  # below 1 no gradient at 0
+        "rounding_warmup": (0, 1),
+        "softmax_bits": (MIN_BITS, MAX_BITS + 1),
+    }
+
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        super().__post_init__()
         if self.preset not in PRESETS:
             raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}. Got {self.preset!r} instead.")
         object.__setattr__(self, "scheme", str(Scheme.parse(self.scheme)))
         if self.compute_dtype == "auto":
             object.__setattr__(self, "compute_dtype", "bfloat16" if has_bfloat16() else "float32")
         source_class(self.method)
-        for name, (least, limit) in _BOUNDS.items():
-            value = getattr(self, name)
-            if not least <= value < limit:
-                raise ConfigError(f"{name} must be {_bounds(least, limit)}. Got {value} instead.")
         if self.calibration_steps > self.num_inference_steps:
             raise ConfigError(
                 f"calibration_steps must not exceed num_inference_steps ({self.num_inference_steps}). "
@@ -160,26 +168,25 @@ class Config:
             activation=self.thin_activation,
         )
 
+    def weight_choices(self) -> dict[str, Any]:
+        """What phase W depends on: transforms of inputs on the bits and kind of their intervals too."""
+        fitted = self.equalize != "none" or self.rotate == "auto"
+        free = ACTIVATION_CHOICES - ({"fixed_layers"} if fitted else set())
+        found = {key: value for key, value in self.to_dict().items() if key not in free}
+        if fitted:
+            return {**found, "intervals of tokens": source_class(self.method).by_token}
+        return {**found, "scheme": f"W{self.parsed_scheme.weight_bits}"}
+
     def symmetric_weights(self, bits: int) -> bool:
         """Whether weights of so many bits have the middle code as their zero point."""
         return self.weight_symmetric == "always" or (self.weight_symmetric == "8-bit" and bits == 8)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data, every choice by name."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-
-    def changed(self, choices: Mapping[str, Any]) -> Config:
-        """A copy with some choices replaced; values may be text, as a flag gives them. Raises :class:`ConfigError`.
-
-        ``calibration_steps`` follow fewer ``num_inference_steps`` unless they are named too.
-        """
-        unknown = sorted(set(choices) - {f.name for f in fields(self)})
-        if unknown:
-            raise ConfigError(f"There is no choice named {unknown[0]!r}; the choices are {', '.join(self.to_dict())}.")
+    def changed(self, choices: Mapping[str, Any]) -> Self:
+        """As the base says; ``calibration_steps`` follow fewer ``num_inference_steps`` unless they are named too."""
         if "num_inference_steps" in choices and "calibration_steps" not in choices:
-            steps = _checked("num_inference_steps", choices["num_inference_steps"], int)
+            steps = checked("num_inference_steps", choices["num_inference_steps"], int)
             choices = {**choices, "calibration_steps": min(self.calibration_steps, max(steps, 1))}
-        return replace(self, **choices)
+        return super().changed(choices)
 
 
 COLLECT_CHOICES = (
@@ -188,7 +195,7 @@ COLLECT_CHOICES = (
 )
 """What a calibration set depends on: arguments of :func:`~ptq_tdq.calib_data.collect`."""
 
-ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is there in part
+ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on, as a rule
     (
         *("preset", "method", "token_intervals", "softmax_bits", "fixed_layers", "activation_inputs"),
         "activation_range",
@@ -198,70 +205,12 @@ ACTIVATION_CHOICES = frozenset(  # what phase W does not depend on; "scheme" is 
     )
 )
 
-_BOUNDS: Mapping[str, tuple[float, float]] = {  # least value, and the first that is too large
-    "seed": (0, 1 << 32),
-    **dict.fromkeys(("samples_per_step", "num_inference_steps", "calibration_steps"), (1, 1 << 20)),
-    **dict.fromkeys(("thinning", "batch_size"), (1, 1 << 20)),
-    **dict.fromkeys(("weight_iterations", "activation_iterations"), (0, 1 << 31)),
-    **dict.fromkeys(("rounding_loss", "bias_lr", "scale_lr"), (0, inf)),
-    **dict.fromkeys(("weight_lr", "interval_lr", "module_lr", "damping"), (float_info.min, inf)),
-    **dict.fromkeys(("loss_power", "rounding_b_start", "rounding_b_end"), (1, inf)),  # below 1 no gradient at 0
-    "rounding_warmup": (0, 1),
-    "softmax_bits": (MIN_BITS, MAX_BITS + 1),
-}
-
-
-def _bounds(least: float, limit: float) -> str:
-    if limit < inf:
-        return f"at least {least} and below {limit}"
-    return f"at least {least} and finite" if least in (0, 1) else "above 0 and finite"
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as ``kind`` (bool, int, float, str, Literal or tuple of one of these), read from text where needed."""
-    if get_origin(kind) is tuple:
-        if not isinstance(value, str | list | tuple):
-            raise ConfigError(f"{name} must be a list. Got {value!r} instead.")
-        items = [v for v in map(str.strip, value.split(",")) if v] if isinstance(value, str) else list(value)
-        return tuple(dict.fromkeys(_checked(name, item, get_args(kind)[0]) for item in items))
-    if isinstance(value, str):
-        value = value.strip()
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-        raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}. Got {value!r} instead.")
-    try:
-        return _read(value, kind)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name} must be of type {kind.__name__}. Got {value!r} instead.") from None
-
-
-def _read(value: Any, kind: type) -> Any:
-    """``value`` as a bool, int, float or str; raises KeyError, TypeError, ValueError or OverflowError."""
-    if kind is str:
-        str.encode(value)  # a file name that is not UTF-8 could not be saved
-        return value
-    if kind is bool:
-        return value if isinstance(value, bool) else {"true": True, "false": False}[str.lower(value)]
-    if isinstance(value, str):
-        if not value.isascii() or "_" in value:  # int() reads the digits of all scripts
-            raise ValueError
-        return kind(value)
-    number = kind(value)
-    if isinstance(value, bool) or number != value:
-        raise ValueError
-    return number
-
-
 _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share; x_t is clipped in none, whatever the method
     "thinning": 1,
     "num_inference_steps": 100,
     "weight_only_layers": (),
     "float_input_layers": (),
+    "rotate": "none",
     "weight_symmetric": "never",
     "rounding": "adaround",
     "round_again": False,

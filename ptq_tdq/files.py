@@ -1,9 +1,19 @@
-"""Reading files that come from elsewhere: what is no regular file, or far too large, is not read at all."""
+"""Files that come from elsewhere: what is no regular file, or far too large, is not read; who holds one is known."""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISREG
+
+if sys.platform != "win32":
+    import fcntl
+
+_MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 
 
 def read_file(path: Path, most: int | None = None) -> bytes:
@@ -12,15 +22,67 @@ def read_file(path: Path, most: int | None = None) -> bytes:
     Raises :class:`OSError` for anything else (a pipe or a device may never end), also for a name that the system cannot
     take; :func:`reason` says what is wrong.
     """
+    check_file(path, most)
+    return path.read_bytes()
+
+
+def check_file(path: Path, most: int | None = None) -> int:
+    """The size of a regular file of at most ``most`` bytes; raises as :func:`read_file` does."""
     try:
         info = path.stat()
-        if not S_ISREG(info.st_mode):
-            raise OSError(0, "it is not a regular file")
-        if most is not None and info.st_size > most:
-            raise OSError(0, f"it has more than {most:,} bytes")
-        return path.read_bytes()
     except ValueError as error:  # a NUL in the name
         raise OSError(0, str(error)) from None
+    if not S_ISREG(info.st_mode):
+        raise OSError(0, "it is not a regular file")
+    if most is not None and info.st_size > most:
+        raise OSError(0, f"it has more than {most:,} bytes")
+    return info.st_size
+
+
+def check_tensors(path: Path, most: int | None = None) -> None:
+    """Raise :class:`OSError` for a file that is not as long as its safetensors header says, or has over ``most`` bytes.
+
+    Nothing but the header is read.
+    """
+    size = check_file(path, most)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size, _MOST_HEADER):
+            raise OSError(0, "it has no header of tensors")
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            whole = size == 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            raise OSError(0, "it has no header of tensors") from None
+    if not whole:
+        raise OSError(0, "it is not as long as its header says")
+
+
+@contextmanager
+def holding(path: Path) -> Iterator[bool | None]:
+    """Hold a file or folder while the block runs: True; False where another holds it, None where none can be held.
+
+    The system lets go of it when a process ends, however that happens.
+    """
+    if sys.platform == "win32":  # without such locks
+        yield None
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield _hold(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hold(descriptor: int) -> bool | None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
 
 
 def reason(error: Exception) -> str:

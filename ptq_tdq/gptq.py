@@ -6,7 +6,9 @@ follow, which then takes up the difference of the means) its squared error is, b
 
     tr((W* - W_hat) H (W* - W_hat)^T)    with    W* = W + C H^-1.
 
-GPTQ rounds W* one input channel after another; what a channel loses is made up for by those that are still free.
+GPTQ rounds W* one input channel after another; what a channel loses is made up for by those that are still free. With
+H = L L^T the error of a row is |L^T d|^2, d = W* - W_hat, so from the last channel to the first each one can cancel
+what the channels behind it have left in its own term (Babai's nearest plane). One factorization serves all rows.
 
 Both solve with the inputs' correlations, H = D R D with D = diag(sqrt(H_kk)), and damp R: so a channel in other units
 (x_k larger, W_k smaller) changes nothing, one huge channel does not drown the others, and R + damping I can be factored
@@ -21,8 +23,8 @@ from torch import Tensor
 
 from ptq_tdq.scheme import QType
 
-BLOCK = 64  # columns whose updates are applied to all later ones at once
-DAMPING = 0.01  # of GPTQ's own inverse, as published
+BLOCK = 32  # columns that take over at once what all columns behind them have left
+DAMPING = 0.01  # of GPTQ's own factor, as published
 
 
 def correlations(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -30,7 +32,8 @@ def correlations(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     hessian = hessian.double()
     size = hessian.diagonal().clamp(min=0).sqrt()
     size = torch.where(size > 0, size, 1.0)
-    result = hessian / size[:, None] / size
+    result = hessian / size[:, None]
+    result /= size
     result.fill_diagonal_(1 + damping)
     return result, size
 
@@ -43,39 +46,61 @@ def compensated(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) 
     return weight.double() + change
 
 
-def solve_order(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """The order of the columns [K] (falling H_kk), and the upper Cholesky factor of H's inverse in that order."""
-    order = hessian.diagonal().argsort(descending=True, stable=True)
+def solve_order(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of the columns [K] (rising H_kk); in it the lower Cholesky factor [K, K] of the damped H, and what
+    damping has added to its diagonal [K].
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True).flip(0)
     correlation, size = correlations(hessian[order[:, None], order], DAMPING)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation))
-    return order, torch.linalg.cholesky(inverse, upper=True) / size
+    added = correlation.diagonal() * size.square() - hessian.diagonal()[order]
+    return order, torch.linalg.cholesky(correlation).mul_(size[:, None]), added
+
+
+def absorbed(cross: Tensor, solve: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """``C H^-1`` [O, K] with H damped as in ``solve``, which is from :func:`solve_order`."""
+    order, lower, _ = solve
+    result = torch.empty_like(cross)
+    result[:, order] = torch.cholesky_solve(cross[:, order].t(), lower).t()
+    return result
 
 
 def nearest(weight: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
-    """Codes (float64, whole numbers) of ``weight``, each rounded alone; all shapes are equal."""
+    """Codes (float64, whole numbers) of ``weight``, each rounded alone; all shapes broadcast."""
     return torch.round(weight.double() / scale).add_(zero_point).clamp_(qtype.qmin, qtype.qmax)
 
 
-def gptq(weight: Tensor, order: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
-    """Codes (float64, whole numbers) [R, K] of ``weight`` [R, K]; ``order``, ``upper`` are from :func:`solve_order`.
+def gptq(
+    weight: Tensor, solve: tuple[Tensor, Tensor, Tensor], scale: Tensor, zero_point: Tensor, qtype: QType
+) -> tuple[Tensor, Tensor]:
+    """Codes (float32, whole numbers) [F, R, K] of ``weight`` [R, K] with each of F scales, and :func:`layer_error`
+    [F, R] of what each leaves.
 
-    ``scale`` and ``zero_point`` [R, K] may differ between columns. A diagonal H gives rounding to nearest. Where no
-    code is clipped, the error in the damped H is at most ``sum_k (s_k / 2 U_kk)^2`` (Babai's nearest plane), U being
-    ``upper``. That bounds the loss; it does not make each row better than :func:`nearest`.
+    ``solve`` is from :func:`solve_order`; ``scale`` [F, R, K] and ``zero_point`` [R, K] may differ between columns. A
+    diagonal H gives rounding to nearest. Where no code is clipped, the error in the damped H is at most
+    ``sum_k (s_k L_kk / 2)^2`` (Babai's nearest plane), L being the factor. That bounds the loss; it does not make each
+    row better than :func:`nearest`.
     """
-    w, s, z = (v[:, order].t().double().contiguous() for v in (weight, scale, zero_point))
-    codes = torch.empty_like(w)
-    for start in range(0, len(w), BLOCK):
-        stop = min(start + BLOCK, len(w))
-        inner, block, errors = upper[start:stop, start:stop], w[start:stop], torch.empty_like(w[start:stop])
-        for i, k in enumerate(range(start, stop)):
-            codes[k] = torch.round(block[i] / s[k]).add_(z[k]).clamp_(qtype.qmin, qtype.qmax)
-            errors[i] = (block[i] - (codes[k] - z[k]) * s[k]) / inner[i, i]
-            block[i + 1 :].addmm_(inner[i, i + 1 :, None], errors[i, None], alpha=-1)
-        w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    order, lower, added = solve
+    w, diagonal = weight.double().t()[order].contiguous(), lower.diagonal()
+    lost = w.new_empty(len(order), *scale.shape[:2])
+    codes, errors = lost.float(), torch.zeros_like(lost[0])
+    for stop in range(len(order), 0, -BLOCK):
+        start = max(stop - BLOCK, 0)
+        inner = lower[start:stop, start:stop]
+        left = (lower[stop:, start:stop].t() @ lost[stop:].flatten(1)).view(-1, *errors.shape)
+        for k in reversed(range(start, stop)):
+            i, column = k - start, int(order[k])
+            s, z = scale[..., column].double(), zero_point[:, column]
+            pull = (inner[i + 1 :, i] @ lost[k + 1 : stop].flatten(1)).view_as(errors).add_(left[i])
+            aim = w[k] + pull / diagonal[k]
+            codes[k] = code = torch.round(aim / s).add_(z).clamp_(qtype.qmin, qtype.qmax)
+            rounded = (code - z) * s
+            lost[k] = w[k] - rounded
+            errors += ((aim - rounded) * diagonal[k]).square_()
+    errors -= torch.einsum("kfr,k->fr", lost.square(), added)
     result = torch.empty_like(codes)
     result[order] = codes
-    return result.t().contiguous()
+    return result.permute(1, 2, 0), errors
 
 
 def layer_error(difference: Tensor, hessian: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def load_quantized(
         raise ConfigError(f"The backend must be one of {', '.join(get_args(Backend))}. Got {backend!r} instead.")
     if backend == "integer" and torch.device(device).type != "cpu":
         raise ConfigError(f'The backend "integer" runs on the CPU only. Got device {str(device)!r} instead.')
-    artifact = read_artifact(_folder(source))
+    artifact = find_artifact(source)
     if backend == "integer":
         from ptq_tdq.runtime import IntegerModel
 
@@ -86,6 +86,11 @@ def build_quantized(artifact: Artifact, model: nn.Module | None = None) -> Quant
     """The simulated model of an artifact in memory; raises :class:`ArtifactMismatchError` where they do not fit."""
     with building():
         return QuantizedModel.from_artifact(hollow_model(artifact, model), artifact)
+
+
+def find_artifact(source: str | Path) -> Artifact:
+    """The artifact in a folder, or of a hub id; raises what :func:`~ptq_tdq.artifacts.read_artifact` raises."""
+    return read_artifact(_folder(source))
 
 
 def _folder(source: str | Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ptq_tdq.fit import check_fit
 from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
 from ptq_tdq.intervals.table import TableSource
-from ptq_tdq.modules import ActivationQuantizer, QuantLayer
+from ptq_tdq.modules import ActivationQuantizer, QuantLayer, WeightQuantizer
 from ptq_tdq.modules.layers import own_weight
 from ptq_tdq.modules.products import ATTRIBUTE
 from ptq_tdq.records import LayerRecord
@@ -97,15 +98,18 @@ class QuantizedModel(TimedModel):
 
     def to_artifact(self) -> Artifact:
         """The model as plain data."""
+        if getattr(self.model, "peft_config", None):
+            raise ModelError("The model has adapters, which an artifact does not hold; unload them before saving it.")
         layers = self.layers()
+        dtypes = {name: _name(own_weight(layer.layer).dtype) for name, layer in layers.items()}
         if not self.provenance or any(w.codes is None for layer in layers.values() for w in layer.weight_quantizers()):
             raise ModelError("The model is not calibrated yet; pass it through calibrate() before saving it.")
         parts = {name: layer.weight_quantizers() for name, layer in layers.items()}
         return Artifact(
-            config=self.provenance,
-            layers=self.plan,
+            config={**self.provenance, "buffer_dtypes": buffer_dtypes(self.model)},
+            layers=tuple(replace(record, dtype=dtypes.get(record.name, record.dtype)) for record in self.plan),
             tables={name: table_of(quantizer) for name, quantizer in self.quantizers().items()},
-            weight_codes={name: torch.cat([_known(w.codes) for w in part], 1) for name, part in parts.items()},
+            weight_codes={name: _joined(part) for name, part in parts.items()},
             weight_scale={name: torch.stack([_known(w.scale) for w in part], 1) for name, part in parts.items()},
             weight_zero_point={
                 name: torch.stack([_known(w.zero_point) for w in part], 1) for name, part in parts.items()
@@ -149,9 +153,17 @@ class QuantizedModel(TimedModel):
         return quantized.finalize()
 
     def finalize(self) -> QuantizedModel:
-        """Replace the layers' original weights by the quantized ones and switch all quantizers on."""
-        for layer in self.layers().values():
+        """Replace the layers' original weights by the quantized ones and switch all quantizers on.
+
+        From here on nothing is in the memory of the model that this is a copy of.
+        """
+        layers = self.layers().values()
+        for layer in layers:
             layer.finalize()
+        new = {id(p) for layer in layers for p in layer.layer.parameters()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in new:
+                parameter.data = parameter.detach().clone()
         return self.quantize()
 
     def _float_state(self) -> dict[str, Tensor]:
@@ -163,6 +175,26 @@ class QuantizedModel(TimedModel):
             elif key.endswith(".layer.bias"):
                 state[key.replace(".layer.bias", ".bias")] = value
         return state
+
+
+def buffer_dtypes(model: nn.Module) -> dict[str, str]:
+    """The dtypes of buffers that no file holds, where they are not those in which a model builds them."""
+    saved = model.state_dict().keys()
+    return {
+        name: _name(buffer.dtype)
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.dtype in (torch.float16, torch.bfloat16)
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _joined(parts: list[WeightQuantizer]) -> Tensor:
+    """The codes of all channel ranges."""
+    codes = [_known(part.codes) for part in parts]
+    return codes[0] if len(codes) == 1 else torch.cat(codes, 1)
 
 
 def _known(value: Tensor | None) -> Tensor:

@@ -15,22 +15,32 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+WIDEST = 64  # columns of a matrix that is multiplied with
+
 
 def rotated(x: Tensor) -> Tensor:
     """R times each of the vectors of x [..., C]."""
     block = block_of(x.shape[-1])
-    y: Tensor = (x * signs(x.shape[-1]).to(x)).unflatten(-1, (-1, block))
-    width = 1
-    while width < block:
-        low, high = y.unflatten(-1, (-1, 2, width)).unbind(-2)
-        y = torch.stack([low + high, low - high], -2).flatten(-3)
-        width *= 2
-    y = y * block**-0.5
+    right = min(block, WIDEST)  # H_b is a Kronecker product of smaller ones
+    y: Tensor = (x * signs(x.shape[-1]).to(x)).unflatten(-1, (-1, block // right, right))
+    y = y @ (hadamard(right) * block**-0.5).to(x)
+    if block > right:
+        y = hadamard(block // right).to(x) @ y
+    y = y.flatten(-2)
     blocks = y.shape[-2]
     if blocks > 1:
         y = y - y.sum(-2, keepdim=True) * (2 / blocks)
     rotated: Tensor = y.flatten(-2)
     return rotated
+
+
+@lru_cache
+def hadamard(size: int) -> Tensor:
+    """H [size, size] of a power of two, entries 1 and -1."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1, 1], [1, -1]]), matrix)
+    return matrix
 
 
 def block_of(channels: int) -> int:

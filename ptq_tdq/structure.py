@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,7 @@ def meta_model(config: dict[str, Any], time: str, size: Size) -> nn.Module:
     """
     cls = _denoiser(config, time)
     _check_integers(config, size)
+    _check_types(cls, config)
     with torch.device("meta"), _Limit(size):
         structure = cls.from_config(config)
     assert isinstance(structure, nn.Module)
@@ -173,6 +175,41 @@ def _check_integers(config: dict[str, Any], size: Size) -> None:
             raise ArtifactMismatchError(
                 f"The artifact's model_config holds a number beyond {largest}; make the artifact again."
             )
+
+
+_PLAIN: dict[Any, Any] = {float: (int, float), int: int, bool: int, str: str, dict: dict, type(None): type(None)}
+
+
+def _check_types(cls: Any, config: dict[str, Any]) -> None:
+    """Refuse entries of other types than the constructor declares: what only forward reads would fail in a call."""
+    try:
+        declared = get_type_hints(cls.__init__)
+    except Exception:  # of any type: names that are there for type checkers only
+        return
+    parameters = inspect.signature(cls.__init__).parameters
+    for name, value in config.items():
+        given = value is not None or name not in parameters or parameters[name].default is not None
+        if given and not _fits(value, declared.get(name, Any)):
+            wanted = getattr(declared[name], "__name__", declared[name])
+            raise ArtifactMismatchError(
+                f"The artifact's model_config is none that its model takes ({name} = {str(value)[:100]!r} is no "
+                f"{wanted}); make the artifact again."
+            )
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    """Whether a value of JSON is of a declared type; sequences may be nested and hold None."""
+    kind, args = get_origin(declared) or declared, [arg for arg in get_args(declared) if arg is not ...]
+    if kind in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if kind is Literal:
+        return value in args
+    if kind in (list, tuple, Sequence):
+        takes = [*args, declared] if args else [Any]
+        return isinstance(value, list | tuple) and all(
+            item is None or any(_fits(item, take) for take in takes) for item in value
+        )
+    return isinstance(value, _PLAIN.get(kind, object))
 
 
 class _Limit(TorchFunctionMode):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import bind, main_argument_name
-from ptq_tdq.errors import TimestepError
+from ptq_tdq.errors import ModelError, TimestepError
+from ptq_tdq.modules.products import one_by_one
 from ptq_tdq.timeaxis import TimeAxis, at
 
 
@@ -61,8 +62,8 @@ class TimedModel(nn.Module):
         """
         name = self.axis.argument
         arguments = bind(self.model, args, kwargs)
-        t = self.axis.t(arguments.get(name)).to(self.device)
-        x = arguments.get(main_argument_name(self.model))
+        t, x = self.axis.t(arguments.get(name)), arguments.get(main_argument_name(self.model))
+        t = t.to(x.device if isinstance(x, Tensor) else self.device)  # offloaded parameters are on no device
         if isinstance(x, Tensor) and x.ndim and len(t) not in (1, *x.shape):  # the samples may be in any dimension
             raise TimestepError(
                 f"The model was called with {len(t)} values of {name} for {len(x)} samples; pass one, or one for each."
@@ -71,8 +72,11 @@ class TimedModel(nn.Module):
             args, kwargs, arguments = in_float32(args), in_float32(kwargs), in_float32(arguments)
         if self.one_step and len(steps := t.unique()) > 1:
             return merged([self._all_at(step, arguments) for step in steps], [t == step for step in steps])
-        with at(t):
-            return self.model(*args, **kwargs)
+        with at(t), one_by_one(self.one_step):
+            return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
     @property
     def one_step(self) -> bool:
@@ -84,7 +88,14 @@ class TimedModel(nn.Module):
         name = self.axis.argument
         value = torch.full_like(arguments[name], self.axis.value(step).item())
         with at(step[None]):
-            return self.model(**{**arguments, name: value})
+            return self._call(**{**arguments, name: value})
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises :class:`ModelError`: a pipeline loads adapters, but unloads them from diffusers' own classes alone."""
+        raise ModelError(
+            "Adapters are loaded onto a simulated model of diffusers' own class: "
+            "pipe.unet = ptq_tdq.integrations.diffusers.as_diffusers(ptq_tdq.load_quantized(...))."
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -55,13 +55,16 @@ class Trace:
 
 
 def trace(model: nn.Module, calls: Calls) -> Trace:
-    """Watch ``model`` on rows of ``calls``; raises :class:`ModelError` where it cannot run two rows at once."""
+    """Watch ``model`` on rows of ``calls``; raises :class:`ModelError` where it refuses one or two rows of them."""
     group = calls.groups[0]
     pair = torch.tensor([0, 1 if len(group) > 1 else 0])
     one, two = (group.arguments(index) for index in (pair[:1], pair))
     watcher = Watcher(model)
-    alone = watcher.look(one)
-    together = watcher.look(two, again=True)
+    try:
+        alone, together = watcher.look(one), watcher.look(two, again=True)
+    except REFUSALS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ModelError(f"{type(model).__name__} refuses the recorded calls ({reason}); record its own.") from error
     for name, layer in watcher.layers.items():
         layer.rows = _rows(alone.inputs[name], together.inputs.get(name, []))
     mixed = {name for name, of in alone.products.items() if _rows(of, together.products.get(name, [])) is None}

@@ -36,8 +36,14 @@ def insert(model: nn.Module, record: LayerRecord) -> None:
 
 
 def folded_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in evaluation mode and without gradients, with reparametrized weights made plain."""
-    return fold(copy.deepcopy(model).eval().requires_grad_(False))
+    """A copy in evaluation mode and without gradients, with reparametrized weights made plain.
+
+    Its parameters are in the memory of the model's: neither may be written to, only exchanged.
+    """
+    shared = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if type(p) is nn.Parameter
+    }
+    return fold(copy.deepcopy(model, shared).eval().requires_grad_(False))
 
 
 def fold(model: nn.Module) -> nn.Module:

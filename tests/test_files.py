@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
-from ptq_tdq.files import read_file, reason
+from ptq_tdq.files import check_tensors, holding, read_file, reason
 
 
 def test_a_file_is_read_up_to_the_limit_and_not_beyond(tmp_path: Path) -> None:
@@ -40,3 +44,50 @@ def test_a_name_without_a_file_says_why(name: str, said: str, tmp_path: Path) ->
     with pytest.raises(OSError) as error:
         read_file(tmp_path / name)
     assert said in reason(error.value)
+
+
+def test_tensors_are_as_many_as_their_header_says(tmp_path: Path) -> None:
+    path, data = tmp_path / "tensors", save({"a": torch.ones(3), "b": torch.zeros(2)}, metadata={"c": "d"})
+    path.write_bytes(data)
+    check_tensors(path, len(data))
+    path.write_bytes(save({}))
+    check_tensors(path)
+    for altered in (data + b"x", data[:-1], data[:9], data[:3], b"", (2**63).to_bytes(8, "little") + data[8:]):
+        path.write_bytes(altered)
+        with pytest.raises(OSError):
+            check_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "header", [b"[]", b"{", b'{"a": 1}', b'{"a": {}}', b'{"a": {"data_offsets": [1]}}', b"[" * 10_000]
+)
+def test_another_header_is_none_of_tensors(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "tensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(OSError) as error:
+        check_tensors(tmp_path / "tensors")
+    assert reason(error.value) == "it has no header of tensors"
+
+
+def test_large_files_of_tensors_are_refused_by_their_headers(tmp_path: Path) -> None:
+    data = save({"a": torch.ones(3)})
+    for start, most in ((b"", None), (data, None), (data.replace(b"12", b"9" * 9), 1 << 20)):
+        with (tmp_path / "sparse").open("wb") as file:
+            file.write(start)
+            file.truncate(3 << 30)
+        with pytest.raises(OSError):
+            check_tensors(tmp_path / "sparse", most)
+
+
+def test_a_file_is_held_by_one_until_it_is_let_go_or_killed(tmp_path: Path) -> None:
+    with holding(tmp_path) as first, holding(tmp_path) as second:
+        assert (first, second) == (True, False)
+    program = "import sys; from pathlib import Path; from ptq_tdq.files import holding\n"
+    program += "with holding(Path(sys.argv[1])) as held:\n print(held, flush=True)\n input()"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "True\n"
+        with holding(tmp_path) as held:
+            assert held is False
+        other.kill()
+    with holding(tmp_path) as held:
+        assert held is True

@@ -362,3 +362,11 @@ def test_units_whose_rows_are_of_no_one_sample_run_at_one_t(way: str, single: bo
     model = Folded(way).requires_grad_(False)
     plan = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 3, 4), torch.tensor([3, 5])))
     assert plan.single == ({"inside"} if single else set())
+
+
+def test_calls_that_the_model_refuses_are_one_sentence(tiny_unet: Callable[..., UNet2DModel]) -> None:
+    model, labels = tiny_unet(num_class_embeds=3), torch.tensor([0, 1])
+    calls = calls_of(model, torch.randn(2, 3, 8, 8), torch.tensor([3, 5]), class_labels=labels)
+    calls.groups[0].leaf("class_labels")[1] = 99
+    with pytest.raises(ModelError, match="UNet2DModel refuses the recorded calls"):
+        make_plan(model, preset("default"), calls)

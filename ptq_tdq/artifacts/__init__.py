@@ -1,8 +1,9 @@
 """Artifact directories: plain data on disk, checked byte by byte."""
 
 from ptq_tdq.artifacts.artifact import Artifact, IntervalTable, check_artifact, check_base_model
-from ptq_tdq.artifacts.atomic import check_folder, check_target, publish_directory, write_atomic
+from ptq_tdq.artifacts.atomic import alone, check_folder, check_target, publish_directory, write_atomic
 from ptq_tdq.artifacts.card import model_card
+from ptq_tdq.artifacts.component import component_document, component_tensors, decode_component
 from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, check_draft, schema
 from ptq_tdq.artifacts.packing import pack, unpack
 from ptq_tdq.artifacts.store import check_output, encode_artifact, read_artifact, write_artifact
@@ -13,12 +14,16 @@ __all__ = [
     "SCHEMA_VERSION",
     "Artifact",
     "IntervalTable",
+    "alone",
     "check_artifact",
     "check_base_model",
     "check_draft",
     "check_folder",
     "check_output",
     "check_target",
+    "component_document",
+    "component_tensors",
+    "decode_component",
     "encode_artifact",
     "model_card",
     "pack",

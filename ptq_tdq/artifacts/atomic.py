@@ -8,9 +8,11 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 
 from ptq_tdq.errors import OutputError
+from ptq_tdq.files import holding
 
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or choose another folder"),
@@ -18,6 +20,7 @@ _ADVICE = {
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of its path is a file, choose another path"),
     errno.ENOTEMPTY: "choose another folder or ask to overwrite it",
 }
+_NEW, _OLD = "new", "old"  # in the hidden folder of a writer
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -38,12 +41,9 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         if target.exists() and not target.is_file():  # /dev/stdout and the like must not become regular files
             raise OutputError(f"The output '{target}' is not a regular file; choose another path.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = _sibling(target)
-        try:
-            write_file(partial, data)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with _workshop(target) as folder:
+            write_file(folder / _NEW, data)
+            os.replace(folder / _NEW, target)
         _sync_directory(target.parent)
 
 
@@ -58,14 +58,11 @@ def publish_directory(path: str | Path, overwrite: bool = False) -> Iterator[Pat
     with _output_errors(target):
         check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = _sibling(target)
-        folder.mkdir()
-        try:
-            yield folder
+        with _workshop(target) as folder:
+            (folder / _NEW).mkdir()
+            yield folder / _NEW
             _sync_tree(folder)
             _move_into_place(folder, target, overwrite)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         _sync_directory(target.parent)
 
 
@@ -83,16 +80,31 @@ def check_folder(path: str | Path) -> None:
     folder = Path(path).resolve()
     with _output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = _sibling(folder / "probe")
+        with _workshop(folder / "probe") as probe:
+            write_file(probe / _NEW, b"")
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Make a folder and keep other processes from it while the block runs; it goes again if nothing is in it.
+
+    Raises :class:`OutputError` where another process has it.
+    """
+    check_folder(path)
+    with holding(path) as held:
+        if held is False or not path.exists():  # another process has it, or has just finished
+            raise OutputError(f"Another run works in '{path}'; wait for its end or choose another output.")
         try:
-            write_file(probe, b"")
+            yield
         finally:
-            probe.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.rmdir()
 
 
 def check_target(path: str | Path, overwrite: bool = False) -> None:
     """Raise :class:`OutputError` for a directory that :func:`publish_directory` would refuse."""
     target = Path(path).resolve()
+    _clear(target)
     if target.exists() and not target.is_dir():
         raise OutputError(f"The output '{target}' is a file, not a folder; choose another path.")
     if os.path.ismount(target):
@@ -108,22 +120,44 @@ def check_target(path: str | Path, overwrite: bool = False) -> None:
 
 
 def _move_into_place(folder: Path, target: Path, overwrite: bool) -> None:
+    new, old = folder / _NEW, folder / _OLD
     if not (overwrite and target.exists()):
-        os.rename(folder, target)  # the system itself refuses a target that has been filled in the meantime
+        os.rename(new, target)  # the system itself refuses a target that has been filled in the meantime
         return
-    old = _sibling(target)
-    os.rename(target, old)  # a process killed right here leaves both directories whole, under hidden names
+    os.rename(target, old)  # killed right here, the old folder comes back with the next run
     try:
-        os.rename(folder, target)
+        os.rename(new, target)
     except BaseException:
         os.rename(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _sibling(target: Path) -> Path:
-    """Make up a hidden name in the same folder, hence on the same file system: renaming from it is atomic."""
-    return target.with_name(f".ptq-tdq-{secrets.token_hex(8)}.tmp")
+@contextmanager
+def _workshop(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target, hence on the same file system: renaming from it is atomic."""
+    _clear(target)
+    folder = target.with_name(f"{_hidden(target)}{secrets.token_hex(8)}.tmp")
+    folder.mkdir()
+    try:
+        with holding(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hidden(target: Path) -> str:
+    """How the names of the hidden folders of a target begin; its own name may be as long as the system takes."""
+    return f".ptq-tdq-{sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
+
+
+def _clear(target: Path) -> None:
+    """Remove what killed writers have left; what one of them was about to replace comes back."""
+    for folder in target.parent.glob(f"{_hidden(target)}*.tmp"):
+        with suppress(OSError), holding(folder) as held:
+            if held and any(folder.iterdir()):  # an empty one may have been made a moment ago
+                if not target.exists() and (folder / _OLD).exists():
+                    os.rename(folder / _OLD, target)
+                shutil.rmtree(folder)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -58,6 +58,7 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         "scheme": scheme,
         "method": config["method"],
         "preset": config["preset"],
+        **_training(config.get("finetune")),
         "time steps": config["time_axis"]["num_train_timesteps"],
         "seed": config["seed"],
         "base model (SHA-256 of the weights)": config["base_model"]["sha256"],
@@ -75,6 +76,14 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         measured=measured,
         facts="\n".join(f"| {_cell(name)} | {_cell(str(value))} |" for name, value in facts.items()),
     )
+
+
+def _training(about: Any) -> dict[str, str]:
+    """The training that followed calibration, if any did."""
+    choices = about.get("choices") if isinstance(about, dict) else None
+    if not isinstance(choices, dict):
+        return {}
+    return {"fine-tuned": f"{choices.get('iterations')} iterations, quantizer {choices.get('quantizer')}"}
 
 
 def _front_matter(base_model: str | None, scheme: str) -> str:

@@ -57,12 +57,7 @@ def check_document(document: dict[str, Any]) -> None:
 
     Raises :class:`ArtifactMismatchError` for another schema version, :class:`ArtifactCorruptError` for anything else.
     """
-    version = document.get("schema_version")
-    if type(version) is int and version != SCHEMA_VERSION:
-        raise ArtifactMismatchError(
-            f"The artifact has schema_version {version}, this ptq-tdq reads {SCHEMA_VERSION}; "
-            f"install a ptq-tdq that reads schema_version {version}."
-        )
+    check_version(document)
     if document != sign(document):
         raise ArtifactCorruptError(f"{CONFIG_FILE} does not match its config_sha256; copy or make the artifact again.")
     error = best_match(_validator().iter_errors(document))
@@ -72,16 +67,31 @@ def check_document(document: dict[str, Any]) -> None:
         )
 
 
+def check_version(document: dict[str, Any]) -> None:
+    """Raise :class:`ArtifactMismatchError` for a document of another schema version."""
+    version = document.get("schema_version")
+    if type(version) is int and version != SCHEMA_VERSION:
+        raise ArtifactMismatchError(
+            f"The artifact has schema_version {version}, this ptq-tdq reads {SCHEMA_VERSION}; "
+            f"install a ptq-tdq that reads schema_version {version}."
+        )
+
+
 def check_draft(config: dict[str, Any], layers: list[dict[str, Any]]) -> None:
     """Check all of a document that is known before its data files exist; raises :class:`ConfigError`.
 
     ``config`` is the document without the keys that are made when it is written.
     """
+    if problem := find_problem({**config, "schema_version": SCHEMA_VERSION, "layers": layers}):
+        raise ConfigError(f"No artifact could say so: {problem}; change that choice.")
+
+
+def find_problem(document: dict[str, Any]) -> str | None:
+    """What the schema has against a document whose files and hash are not there yet, or None."""
     empty = dict.fromkeys(schema()["properties"]["files"]["required"], sha256(b"").hexdigest())
-    document = {**config, "schema_version": SCHEMA_VERSION, "layers": layers, "files": empty}
-    plain = json.loads(encode_json(sign(document), CONFIG_FILE))
-    if error := best_match(_validator().iter_errors(plain)):
-        raise ConfigError(f"No artifact could say so: {error.json_path} {error.message[:200]}; change that choice.")
+    plain = json.loads(encode_json(sign({**document, "files": empty}), CONFIG_FILE))
+    error = best_match(_validator().iter_errors(plain))
+    return None if error is None else f"{error.json_path} {error.message[:200]}"
 
 
 def _validator() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ from ptq_tdq.artifacts.atomic import check_target, publish_directory, write_file
 from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, check_document, decode_json, encode_json, sign
 from ptq_tdq.artifacts.packing import pack, unpack
 from ptq_tdq.errors import ArtifactCorruptError, ArtifactError, ConfigError, OutputError
-from ptq_tdq.files import read_file, reason
+from ptq_tdq.files import check_tensors, read_file, reason
 from ptq_tdq.records import LayerRecord
 
 TABLES_FILE = "interval_tables.safetensors"
@@ -25,7 +26,7 @@ METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
 _DATA_FILES = (TABLES_FILE, WEIGHTS_FILE, METRICS_FILE)  # README.md is prose that its owner may edit: not hashed
 _MOST_DIMS = 5  # of a weight
-MOST_BYTES = 1 << 26  # of a file of text
+MOST_BYTES, MOST_NETWORK = 1 << 26, 1 << 20  # of a file of text, of what finds one interval at run time
 _DIVISOR = "input_divisor"
 _WEIGHT_PARTS = ("weight_codes", "weight_shape", "weight_scale", "weight_zero_point")
 
@@ -44,8 +45,8 @@ def encode_artifact(artifact: Artifact) -> dict[str, bytes]:
     check_document(decode_json(encode_json(sign(document), CONFIG_FILE), CONFIG_FILE))
     check_artifact(artifact)
     files = {
-        TABLES_FILE: _save({k: v for name, table in artifact.tables.items() for k, v in table.tensors(name).items()}),
-        WEIGHTS_FILE: _save(_weight_tensors(artifact)),
+        TABLES_FILE: _save(table_tensors(artifact)),
+        WEIGHTS_FILE: _save(weight_tensors(artifact)),
         METRICS_FILE: encode_json(artifact.metrics, METRICS_FILE),
     }
     hashes = {name: sha256(data).hexdigest() for name, data in files.items()}
@@ -93,28 +94,49 @@ def read_artifact(path: str | Path) -> Artifact:
         raise ArtifactError(f"'{root}' has no {CONFIG_FILE}; give the path of a ptq-tdq artifact.")
     document = decode_json(_read(root / CONFIG_FILE), CONFIG_FILE)
     check_document(document)
-    files = {name: _read(root / name) for name in _DATA_FILES}
+    most = {TABLES_FILE: _most_of_tables(document)}
+    files = {name: _read(root / name, most.get(name)) for name in _DATA_FILES}
     for name, data in files.items():
         if sha256(data).hexdigest() != document["files"][name]:
             raise ArtifactCorruptError(f"{name} is not the file that was written; copy or make the artifact again.")
+    return assemble(
+        document,
+        _load(files[WEIGHTS_FILE], WEIGHTS_FILE),
+        _load(files[TABLES_FILE], TABLES_FILE),
+        decode_json(files[METRICS_FILE], METRICS_FILE),
+        _read(root / CARD_FILE).decode("utf-8", errors="replace"),
+    )
+
+
+def assemble(
+    document: dict[str, Any], weights: dict[str, Tensor], tables: dict[str, Tensor], metrics: dict[str, Any], card: str
+) -> Artifact:
+    """The artifact of a document that fits the schema, checked; the tensors leave their dictionaries.
+
+    Raises :class:`ArtifactCorruptError` where document and tensors contradict each other.
+    """
     layers = tuple(LayerRecord.from_dict(layer) for layer in document["layers"])
-    weights = _load(files[WEIGHTS_FILE], WEIGHTS_FILE)
     parts = {layer.name: _take_weight(weights, layer) for layer in layers if layer.weight_bits is not None}
     divisors = {name: weights.pop(key) for name in parts if (key := f"{name}.{_DIVISOR}") in weights}
     artifact = Artifact(
         config={key: value for key, value in document.items() if key not in DERIVED_KEYS},
         layers=layers,
-        tables=_tables(_load(files[TABLES_FILE], TABLES_FILE)),
+        tables=_tables(tables),
         weight_codes={name: codes for name, (codes, _, _) in parts.items()},
         weight_scale={name: scale for name, (_, scale, _) in parts.items()},
         weight_zero_point={name: zero_point for name, (_, _, zero_point) in parts.items()},
         float_state=weights,  # what the quantized layers have left
-        metrics=decode_json(files[METRICS_FILE], METRICS_FILE),
-        card=_read(root / CARD_FILE).decode("utf-8", errors="replace"),
+        metrics=metrics,
+        card=card,
         divisors=divisors,
     )
     check_artifact(artifact)
     return artifact
+
+
+def table_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    """The interval tables by their keys in a file."""
+    return {key: value for name, table in artifact.tables.items() for key, value in table.tensors(name).items()}
 
 
 def _tables(tensors: dict[str, Tensor]) -> dict[str, IntervalTable]:
@@ -125,7 +147,8 @@ def _tables(tensors: dict[str, Tensor]) -> dict[str, IntervalTable]:
     return tables
 
 
-def _weight_tensors(artifact: Artifact) -> dict[str, Tensor]:
+def weight_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    """All other tensors by their keys in a file, codes packed."""
     tensors = {}
     for layer in artifact.layers:
         if layer.weight_bits is not None:
@@ -156,9 +179,12 @@ def _take_weight(tensors: dict[str, Tensor], layer: LayerRecord) -> tuple[Tensor
 
 
 def _save(tensors: dict[str, Tensor]) -> bytes:
-    # Copies, because safetensors refuses tensors that share memory. One metadata key: several have a random order.
-    copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    return save(copies, metadata={"format": "pt"})
+    return save(copies(tensors), metadata={"format": "pt"})  # one key: several have a random order
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU and in one order; each has memory of its own, since safetensors refuses what is shared."""
+    return {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
 
 
 def _load(data: bytes, name: str) -> dict[str, Tensor]:
@@ -169,9 +195,19 @@ def _load(data: bytes, name: str) -> dict[str, Tensor]:
         raise ArtifactCorruptError(f"{name} is not a safetensors file ({error}); make the artifact again.") from error
 
 
-def _read(path: Path) -> bytes:
+def _most_of_tables(document: dict[str, Any]) -> int:
+    """Bytes that the tables of a document can have: two numbers of four bytes for each t, or a small network."""
+    quantizers = sum(len(layer["inputs"]) for layer in document["layers"])
+    steps = int(document["time_axis"]["num_train_timesteps"]) + 1
+    return MOST_BYTES + quantizers * (8 * steps + MOST_NETWORK)
+
+
+def _read(path: Path, most: int | None = None) -> bytes:
     try:
-        return read_file(path, MOST_BYTES if path.suffix in (".json", ".md") else None)
+        if path.suffix in (".json", ".md"):
+            return read_file(path, MOST_BYTES)
+        check_tensors(path, most)
+        return read_file(path)
     except OSError as error:
         raise ArtifactCorruptError(
             f"{path.name} cannot be read ({reason(error)}); copy or make the artifact again."

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ptq_tdq.calls.arguments import Each, Group, Place
 from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.files import check_tensors, reason
 
 FOREIGN = "The file '{}' is no calibration set of ptq-tdq, or its header was altered; record it again."
+MAPPED = 1 << 30  # bytes of a file above which it is mapped into memory
 _METADATA_KEY = "ptq_tdq_calls"  # one key: safetensors writes several in random order
 
 
@@ -28,7 +30,7 @@ def digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -40,17 +42,23 @@ def encode(header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file, verified; raises :class:`CalibrationSetError`."""
+    """Header and tensors of a file, verified; raises :class:`CalibrationSetError`.
+
+    The tensors of a large file stay in it, and the system reads what is used.
+    """
     try:
+        check_tensors(Path(path))
         with safe_open(path, framework="pt") as opened:
             header = json.loads((opened.metadata() or {})[_METADATA_KEY])
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            if Path(path).stat().st_size <= MAPPED:
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         intact = header.pop("sha256") == digest(header, tensors)
     except FileNotFoundError as error:
         raise CalibrationSetError(f"There is no calibration set at '{path}'; check the path.") from error
     except (OSError, SafetensorError) as error:
         raise CalibrationSetError(
-            f"The calibration set '{path}' is truncated or is no safetensors file; record it again ({error})."
+            f"The calibration set '{path}' is truncated or is no safetensors file; record it again ({reason(error)})."
         ) from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
         raise CalibrationSetError(FOREIGN.format(path)) from error

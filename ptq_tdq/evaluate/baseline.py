@@ -20,6 +20,7 @@ from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.evaluate import c10, quality
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import Progress, Reference, compare, finite, make_reference, run
+from ptq_tdq.files import check_tensors
 
 RECORDED = 50
 """Samples whose every step is compared; all are compared at the end of their way."""
@@ -137,6 +138,7 @@ def load_baseline(folder: Path, model: LoadedModel, **request: int) -> Baseline 
     """
     try:
         calls = Calls.load(folder / CALLS)
+        check_tensors(folder / TENSORS)
         with safe_open(folder / TENSORS, framework="pt") as file:
             facts = json.loads(file.metadata()["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ class ActivationQuantizer(nn.Module):
     """Passes its input through until ``enabled``; with an ``observer`` it only watches.
 
     ``along`` is the dimension of x that the operation sums over: its vectors are tokens. It is None for a convolution,
-    which sums over positions too: a token is then the whole sample.
+    which sums over positions too: a token is then the whole sample. ``function`` is what quantizes; fine-tuning puts
+    one with other gradients there.
     """
 
     def __init__(self, record: QuantizerRecord, along: int | None = -1) -> None:
@@ -27,6 +30,7 @@ class ActivationQuantizer(nn.Module):
         self.enabled = False
         self.observer: Observer | None = None
         self.source: IntervalSource | None = None
+        self.function: Callable[[Tensor, Tensor, Tensor, QType], Tensor] = fake_quantize
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ...] -> the same shape, on the grid of the interval at each sample's t."""
@@ -38,7 +42,7 @@ class ActivationQuantizer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # intervals are float32 whatever the products are
             seen = self._tokens(x) if self.source.by_token else x
             scale, zero_point = self.source(present(len(x), x.device), seen)
-        return fake_quantize(x, self._beside(scale, x), self._beside(zero_point, x), self.qtype)
+        return self.function(x, self._beside(scale, x), self._beside(zero_point, x), self.qtype)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """x as [B, ..., K], its tokens last."""

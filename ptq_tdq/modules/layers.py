@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -185,10 +185,18 @@ class QuantLayer(nn.Module):
         """Whether input channels may be rotated or divided by factors: a linear layer whose input has an interval."""
         return self.kind.channel_dim == -1 and len(self.inputs) == 1
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model but keep what is beside the weight in float32."""
+        kept = {name: value for name, value in self._buffers.items() if value is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers |= {name: value.to(fn(value).device) for name, value in kept.items()}
+        return self
+
     def equalize(self, divisor: Tensor) -> None:
         """Divide the input's channels by powers of two [C], and multiply the weight's: the output keeps its digits."""
         with torch.no_grad():
-            own_weight(self.layer).mul_(divisor.to(own_weight(self.layer).dtype))
+            weight = own_weight(self.layer)
+            self.layer.weight = nn.Parameter(weight * divisor.to(weight.dtype), requires_grad=False)
         self.divisor = divisor
 
     def activation_quantizers(self) -> list[ActivationQuantizer]:
@@ -222,12 +230,18 @@ class QuantLayer(nn.Module):
             self._known = weight
         return self._known
 
+    def forget(self) -> None:
+        """Drop what follows from the codes and the original; it is computed again where it is asked for."""
+        self._known, self._rotated = None, None
+
     def finalize(self) -> None:
         """Replace the original weight by the quantized one, and the bias by the corrected one."""
         with torch.no_grad():
-            own_weight(self.layer).copy_(self.quantized_weight())
+            weight = self.quantized_weight().to(own_weight(self.layer).dtype)
+            self.layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
             if self.bias is not None and self.shift is not None:
-                self.bias.copy_(self.bias + self.shift)
+                bias = (self.bias + self.shift).to(self.bias.dtype)
+                self.layer.bias = nn.Parameter(bias, requires_grad=False)
                 self.shift.zero_()
         self._known, self._rotated, self.finished = None, None, True
 
@@ -254,6 +268,9 @@ class QuantLayer(nn.Module):
         if self.record.rotated and not self.finished and not self._at_work():  # the original, bit for bit
             return self.kind.operation(self.layer, input, own_weight(self.layer), self.bias)
         x = self.quantized_input(input)
+        if self.finished and x.dtype == own_weight(self.layer).dtype:
+            y: Tensor = self.layer(x)  # called, so that what moves its weight to and fro knows
+            return y
         if not self.weights_enabled:
             weight = self.weight if self.record.rotated else own_weight(self.layer)
             return self.kind.operation(self.layer, x, weight, self.bias)

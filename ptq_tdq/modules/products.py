@@ -7,9 +7,11 @@ rotary, masked or grouped attention and any processor of diffusers are alike her
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from itertools import cycle
+from itertools import chain, cycle, repeat
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ptq_tdq.errors import ModelError
 from ptq_tdq.modules.activation import ActivationQuantizer
 from ptq_tdq.records import LayerRecord
 
@@ -79,17 +82,26 @@ class QuantProduct(nn.Module):
 class _Intercept(TorchFunctionMode):
     """Hands the calls of scaled_dot_product_attention inside one module to its products, in order.
 
-    Calls beyond them begin with the first one again: a module may go through its samples one by one.
+    Calls beyond them, which calibration has not seen, stay in floating point (an image prompt beside a text); inside
+    :func:`one_by_one` they begin with the first one again. Raises :class:`ModelError` for a softmax outside of them:
+    the module then computes attention by hand.
     """
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self.owner = owner
-        self.next = cycle(products_of(owner))
+        products = products_of(owner)
+        beyond = repeat(functional.scaled_dot_product_attention)
+        self.next = cycle(products) if _one_by_one.get() else chain(products, beyond)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not functional.scaled_dot_product_attention or _computing.get():
+        if _computing.get() or func not in (functional.scaled_dot_product_attention, *_BY_HAND):
             return func(*args, **(kwargs or {}))
+        if func in _BY_HAND:
+            raise ModelError(
+                f"The {type(self.owner).__name__} computes attention by hand, where nothing is quantized; give it "
+                "back the processor that it was calibrated with (pipe.disable_attention_slicing(), set_attn_processor)."
+            )
         token = _computing.set(True)
         try:
             return next(self.next)(*args, **(kwargs or {}))
@@ -97,8 +109,20 @@ class _Intercept(TorchFunctionMode):
             _computing.reset(token)
 
 
+_BY_HAND = (functional.softmax, torch.softmax, Tensor.softmax)
+_one_by_one: ContextVar[bool] = ContextVar("whether modules may go through their samples one by one", default=True)
 # torch's own function, where a product calls it, is not one of the products of a module around
 _computing: ContextVar[bool] = ContextVar("whether a product is being computed", default=False)
+
+
+@contextmanager
+def one_by_one(may: bool) -> Iterator[None]:
+    """Say for a ``with`` block whether modules may go through their samples one by one, each with all products."""
+    token = _one_by_one.set(may)
+    try:
+        yield
+    finally:
+        _one_by_one.reset(token)
 
 
 def products_of(owner: nn.Module) -> list[Any]:
@@ -118,8 +142,8 @@ def attach(owner: nn.Module, product: nn.Module) -> None:
 
 
 @cache
-def _listening(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class ``cls`` under its own name, whose calls are listened to.
+def _listening(cls: type[nn.Module]) -> Any:
+    """The class ``cls`` whose calls are listened to.
 
     Hooks would not do: torch does not run them when Ctrl-C ends a call, and the next call would find the mode in force.
     """
@@ -128,4 +152,10 @@ def _listening(cls: type[nn.Module]) -> type[nn.Module]:
         with _Intercept(self):
             return cls.__call__(self, *args, **kwargs)
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    return called_by(cls, call)
+
+
+def called_by(cls: type[nn.Module], call: Callable[..., Any], **others: Any) -> Any:
+    """The class ``cls`` under its own name, whose calls are ``call`` and which has ``others`` as attributes."""
+    own = {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), own | others)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from ptq_tdq.affine import dequantize
-from ptq_tdq.rounding import AdaRound, LearnedCodes
+from ptq_tdq.rounding import AdaRound, LearnedCodes, LearnedWeight
 from ptq_tdq.scheme import QType
 
 
@@ -19,7 +22,7 @@ class WeightQuantizer(nn.Module):
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.qtype = QType(bits)
-        self.rounding: AdaRound | LearnedCodes | None = None
+        self.rounding: AdaRound | LearnedCodes | LearnedWeight | None = None
         self.register_buffer("codes", None, persistent=False)
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("zero_point", None, persistent=False)
@@ -31,6 +34,11 @@ class WeightQuantizer(nn.Module):
         """Set the final codes (integers), scale [O] or [1] and zero_point alike; learning ends."""
         self.rounding = None
         self.codes, self.scale, self.zero_point = codes.to(torch.uint8), scale, zero_point.to(torch.int32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model but stay float32: ``model.half()`` must not round the scales."""
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def dequantized(self) -> Tensor:
         """The weight that the codes stand for."""

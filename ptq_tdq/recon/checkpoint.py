@@ -7,6 +7,7 @@ its unit a second time and nothing else: units are deterministic, so later ones 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -21,6 +22,7 @@ from torch import Tensor
 from ptq_tdq.artifacts import IntervalTable, write_atomic
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError, ResumeError
+from ptq_tdq.files import check_tensors
 from ptq_tdq.intervals import source_class
 from ptq_tdq.intervals.auto import FOLLOWING, SIMPLE, TOKEN, Auto
 from ptq_tdq.intervals.dynamic import Dynamic
@@ -35,6 +37,8 @@ CHECKPOINT_FORM = 5  # changes with the names and the meaning of the tensors in 
 Tensors = dict[str, Tensor]
 Saved = tuple[Tensors, tuple[float, float]]
 Form = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+_SPARE_BYTES = 1 << 24  # of a file, for its header
 
 # What safetensors and torch raise for files that are no checkpoints.
 _DAMAGE = (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError, AssertionError)
@@ -115,6 +119,7 @@ class RunDirectory:
         if path.is_dir():
             raise ResumeError(f"{path} is a folder where a finished unit would be kept; move it away.")
         try:
+            check_tensors(path, _SPARE_BYTES + sum(math.prod(shape) * kind.itemsize for kind, shape in form.values()))
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118

@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from ptq_tdq.calls import Calls, tensors_of
+from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
 from ptq_tdq.recon.equalize import equalize_unit
 from ptq_tdq.recon.parts import Parts, Store
+from ptq_tdq.recon.size import UnitSize, at_once, stream_bytes, unit_sizes
 from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, sweep
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
@@ -25,7 +26,7 @@ from ptq_tdq.search import QParams
 from ptq_tdq.wrap import switched
 
 CHUNK = 64
-CACHE_BYTES = 2 << 30  # streams larger than this live in memory-mapped files
+CACHE_BYTES = 2 << 30  # streams larger than this live in memory-mapped files, where nothing else is said
 JUDGES = 8  # one in so many trajectories is held out
 
 Phase = Literal["weights", "activations"]
@@ -52,16 +53,17 @@ def reconstruct(
     single: Collection[str] = (),
     unlearned: Collection[str] = (),
     run: RunDirectory | None = None,
+    budget: int = CACHE_BYTES,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
 ) -> dict[str, QParams]:
     """Quantize all units of the model; leaves its quantizers on, with final codes and interval tables.
 
     Units in ``single`` run with one time step at a time, those in ``unlearned`` keep first intervals and nearest
-    rounding. Finished units are kept in ``run`` and read from it. Returns the static interval of each activation
-    quantizer.
+    rounding. Finished units are kept in ``run`` and read from it. Streams of more than ``budget`` bytes are kept in
+    memory-mapped files, in the folder of the run. Returns the static interval of each activation quantizer.
     Raises :class:`~ptq_tdq.errors.NonFiniteError` naming the layer and t.
     """
-    engine = _Engine(quantized, calls, config, single, unlearned, run, on_unit)
+    engine = _Engine(quantized, calls, config, single, unlearned, run, budget, on_unit)
     quantized.quantize(weights=False, activations=False)
     engine.pass_over("weights")
     engine.pass_over("activations")
@@ -87,13 +89,16 @@ class _Engine:
         single: Collection[str],
         unlearned: Collection[str],
         run: RunDirectory | None,
+        budget: int,
         on_unit: Callable[[UnitReport], None],
     ) -> None:
         self.quantized, self.calls, self.config, self.run, self.on_unit = quantized, calls, config, run, on_unit
         self.t, self.single, self.unlearned = calls.t.cpu(), single, unlearned
         self.units = quantized.units()
         self.device = quantized.device
-        self.store = Store(_stream_bytes(quantized, calls) > CACHE_BYTES, self.device)
+        self.sizes = unit_sizes(quantized, calls.inputs(slice(0, 1)))
+        on_disk = stream_bytes(self.sizes, len(calls)) > budget
+        self.store = Store(on_disk, self.device, run.path if run else None)
         self.static: dict[str, QParams] = {}
         number = calls.trajectory.cpu().unique(return_inverse=True)[1]
         count = int(number.max()) + 1
@@ -101,7 +106,8 @@ class _Engine:
 
     def unit(self, name: str, spans: tuple[slice, ...] = ()) -> Unit:
         module = self.quantized.model.get_submodule(name)
-        return Unit(name, module, self.t, spans, name in self.single, self.device, self.held_out)
+        most = at_once(self.sizes.get(name, UnitSize()))
+        return Unit(name, module, self.t, spans, name in self.single, self.device, self.held_out, most=most)
 
     def pass_over(self, phase: Phase) -> None:
         """Both streams through all units, each of which is learned or restored when its turn comes."""
@@ -126,7 +132,10 @@ class _Engine:
                 else:
                     self.restore(phase, index, unit, saved)
                 done.append(unit.name)
-            return target, unit.outputs(mine, self.store)
+            outputs = unit.outputs(mine, self.store)
+            for layer in unit.layers():
+                layer.forget()
+            return target, outputs
 
         sweep(self.quantized.model, self.units, self.chunks(), self.store, process)
 
@@ -178,19 +187,3 @@ class _Engine:
         if self.run:
             self.run.write(phase, index, snapshot(unit, phase, self.static, self.calls.axis.length), losses)
         self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, time.perf_counter() - began))
-
-
-def _stream_bytes(quantized: QuantizedModel, calls: Calls) -> int:
-    """An upper bound of what both streams hold: the outputs of all units for all samples."""
-    total = 0
-
-    def count(module: Any, args: Any, output: Any) -> None:
-        nonlocal total
-        total += sum(x.nbytes for x in tensors_of(output))
-
-    handles = [quantized.model.get_submodule(name).register_forward_hook(count) for name in quantized.units()]
-    with torch.no_grad():
-        quantized.model(**calls.inputs(slice(0, 1)))
-    for handle in handles:
-        handle.remove()
-    return 2 * total * len(calls)

@@ -7,6 +7,7 @@ alike ones is a part.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.errors import ModelError
+from ptq_tdq.errors import ModelError, OutputError
+from ptq_tdq.files import reason
 
 
 class Place(NamedTuple):
@@ -37,10 +39,13 @@ Layout = tuple[Place | None, ...]
 
 
 class Store:
-    """Keeps streams on ``device`` or, with ``on_disk``, in unlinked memory-mapped files that the system pages out."""
+    """Keeps streams on ``device`` or, with ``on_disk``, in memory-mapped files that the system pages out.
 
-    def __init__(self, on_disk: bool, device: torch.device | str = "cpu") -> None:
-        self.on_disk, self.device = on_disk, torch.device(device)
+    The files have no name, so they are gone with the run, however it ends; they are on the disk of ``folder``.
+    """
+
+    def __init__(self, on_disk: bool, device: torch.device | str = "cpu", folder: Path | None = None) -> None:
+        self.on_disk, self.device, self.folder = on_disk, torch.device(device), folder
 
     def join(self, chunks: Sequence[Tensor]) -> Tensor:
         """The rows of all chunks."""
@@ -54,16 +59,21 @@ class Store:
         return whole
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor where this store keeps them."""
+        """An uninitialised tensor where this store keeps them; raises :class:`OutputError` where the disk is full."""
         if not self.on_disk:
             return torch.empty(shape, dtype=dtype, device=self.device)
-        with tempfile.NamedTemporaryFile(prefix="ptq-tdq-", delete=False) as file:
-            path = Path(file.name)
+        size = torch.Size(shape).numel()
         try:
-            size = torch.Size(shape).numel()
-            return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
-        finally:
-            path.unlink()
+            with tempfile.NamedTemporaryFile(prefix=".ptq-tdq-", suffix=".tmp", dir=self.folder) as file:
+                if size and hasattr(os, "posix_fallocate"):  # else a full disk ends the process at the first write
+                    os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+                return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+        except OSError as error:
+            folder, count = self.folder or tempfile.gettempdir(), size * dtype.itemsize
+            raise OutputError(
+                f"{count:,} bytes of the streams cannot be kept in {folder} ({reason(error)}); free some space "
+                "or record fewer calls."
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)

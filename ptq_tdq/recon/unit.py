@@ -19,7 +19,7 @@ from ptq_tdq.recon.parts import Part, Parts, Store
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.timeaxis import at
 
-EVALUATION_BATCH = 64
+MOST = 64  # samples that run at once
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Unit:
 
     ``spans`` are the samples that may run together, by default all. A ``single`` unit takes samples of one time step at
     a time. ``held_out`` [N] marks the samples of the trajectories that only judge what is learned; ``among`` [N] those
-    that are drawn, run and counted in a loss, by default all.
+    that are drawn, run and counted in a loss, by default all. ``most`` samples run at once.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Unit:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     held_out: Tensor | None = None
     among: Tensor | None = None
+    most: int = MOST
 
     @cached_property
     def cells(self) -> list[Tensor]:
@@ -90,7 +91,7 @@ class Unit:
     def batches(self) -> Iterator[slice | Tensor]:
         """All samples, some of one cell at a time."""
         for cell in self.cells:
-            for piece in cell.split(EVALUATION_BATCH):
+            for piece in cell.split(self.most):
                 start, stop = int(piece[0]), int(piece[-1]) + 1
                 yield slice(start, stop) if stop - start == len(piece) else piece
 
@@ -169,13 +170,34 @@ class Unit:
         schedule: torch.optim.lr_scheduler.LRScheduler,
     ) -> bool:
         """One step down the learning loss of samples ``index``; False where none depends on what is learned."""
-        loss = self.learning_loss(call, target, power, config, index)
-        if not loss.requires_grad:
-            return False
         optimizer.zero_grad()
-        loss.backward()
+        if not self.backward(call, target, power, config, index):
+            return False
         optimizer.step()
         schedule.step()
+        return True
+
+    def backward(
+        self,
+        call: UnitCall,
+        target: Parts,
+        power: float,
+        config: Config,
+        index: Tensor,
+        penalties: Sequence[Tensor] = (),
+    ) -> bool:
+        """Add the gradients of the learning loss of samples ``index``, and of ``penalties``.
+
+        False where the loss does not depend on what is learned; nothing is then added.
+        """
+        pieces = index.split(self.most)
+        for number, some in enumerate(pieces, 1):
+            loss = self.learning_loss(call, target, power, config, some) * (len(some) / len(index))
+            if not loss.requires_grad:
+                return False
+            last = number == len(pieces)
+            # what the pieces share, soft weights, is kept until the last one; the rest goes with its loss
+            sum(penalties if last else (), loss).backward(retain_graph=not last)
         return True
 
     def _loss(self, call: UnitCall, output: Any, target: Parts, power: float, index: slice | Tensor) -> Tensor:

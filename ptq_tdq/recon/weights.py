@@ -168,20 +168,16 @@ def _learn(
     )
     for iteration in range(config.weight_iterations):
         index = unit.draw(config.batch_size, generator)
-        loss = unit.learning_loss(call, target, LOSS_POWER, config, index)
-        if not loss.requires_grad:  # no output of any sample depends on what is learned
-            break
         b = annealed_b(
             iteration / config.weight_iterations,
             warmup=config.rounding_warmup,
             start=config.rounding_b_start,
             end=config.rounding_b_end,
         )
-        if b is not None:
-            for rounding in roundings:
-                loss = loss + config.rounding_loss * rounding.regularizer(b)
+        penalties = [] if b is None else [config.rounding_loss * rounding.regularizer(b) for rounding in roundings]
         optimizer.zero_grad()
-        loss.backward()
+        if not unit.backward(call, target, LOSS_POWER, config, index, penalties):
+            break
         optimizer.step()
 
 

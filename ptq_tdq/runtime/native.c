@@ -165,28 +165,63 @@ int norm_quantize(const Frame *f, const float *x, const float *shift, const floa
     return failed;
 }
 
+/* ROWS x 2 vectors of sums: as many as the registers hold. */
+#if defined(__AVX512F__)
+enum { ROWS = 8, LANES = 16, COLUMNS = 2 * LANES };
+#else
+enum { ROWS = 6, LANES = 8, COLUMNS = 2 * LANES };
+#endif
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+
+/* The Hadamard transform of each run of `block` values of y [channels], times gain. */
+static void hadamard(float *y, int64_t channels, int64_t block, float gain) {
+    int64_t width = 1;
+    if (block % LANES == 0) { /* the first stages at once, as a product with the matrix of LANES */
+        vec rows[LANES];
+        for (int r = 0; r < LANES; r++)
+            for (int i = 0; i < LANES; i++) rows[r][i] = __builtin_parity((unsigned)(r & i)) ? -gain : gain;
+        for (int64_t start = 0; start < channels; start += LANES) {
+            vec sum = {0};
+            for (int r = 0; r < LANES; r++) sum += rows[r] * y[start + r];
+            *(vec *)(y + start) = sum;
+        }
+        for (width = LANES; width < block; width *= 2)
+            for (int64_t start = 0; start < channels; start += 2 * width)
+                for (int64_t i = start; i < start + width; i += LANES) {
+                    const vec low = *(vec *)(y + i), high = *(vec *)(y + i + width);
+                    *(vec *)(y + i) = low + high;
+                    *(vec *)(y + i + width) = low - high;
+                }
+        return;
+    }
+    for (; width < block; width *= 2)
+        for (int64_t start = 0; start < channels; start += 2 * width)
+            for (int64_t i = start; i < start + width; i++) {
+                const float low = y[i], high = y[i + width];
+                y[i] = low + high;
+                y[i + width] = low - high;
+            }
+    for (int64_t i = 0; i < channels; i++) y[i] *= gain;
+}
+
 /* Each row times diag(signs), then (I - 2/blocks 11^T) (x) Hadamard / sqrt(block): rotated() of rotate.py. */
 void rotate(const float *x, const float *signs, int64_t rows, int64_t channels, float *out) {
+    enum { STRIP = 64 };
     const int64_t block = channels & -channels, blocks = channels / (block ? block : 1);
     const float gain = 1.0f / sqrtf((float)block), share = 2.0f / (float)blocks;
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         float *y = out + row * channels;
         for (int64_t i = 0; i < channels; i++) y[i] = x[row * channels + i] * signs[i];
-        for (int64_t width = 1; width < block; width *= 2)
-            for (int64_t start = 0; start < channels; start += 2 * width)
-                for (int64_t i = start; i < start + width; i++) {
-                    const float low = y[i], high = y[i + width];
-                    y[i] = low + high;
-                    y[i + width] = low - high;
-                }
-        for (int64_t i = 0; i < channels; i++) y[i] *= gain;
-        if (blocks > 1)
-            for (int64_t i = 0; i < block; i++) {
-                float sum = 0;
-                for (int64_t k = i; k < channels; k += block) sum += y[k];
-                for (int64_t k = i; k < channels; k += block) y[k] -= sum * share;
-            }
+        hadamard(y, channels, block, gain);
+        for (int64_t first = 0; blocks > 1 && first < block; first += STRIP) {
+            const int64_t last = first + STRIP < block ? first + STRIP : block;
+            float sums[STRIP] = {0};
+            for (int64_t start = 0; start < channels; start += block)
+                for (int64_t i = first; i < last; i++) sums[i - first] += y[start + i] * share;
+            for (int64_t start = 0; start < channels; start += block)
+                for (int64_t i = first; i < last; i++) y[start + i] -= sums[i - first];
+        }
     }
 }
 
@@ -199,14 +234,6 @@ typedef struct {
     int64_t mask_batch, mask_head, mask_row;
     float factor, qmax[4];
 } Attention;
-
-/* ROWS x 2 vectors of sums: as many as the registers hold. */
-#if defined(__AVX512F__)
-enum { ROWS = 8, LANES = 16, COLUMNS = 2 * LANES };
-#else
-enum { ROWS = 6, LANES = 8, COLUMNS = 2 * LANES };
-#endif
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 
 /* out [ROWS, COLUMNS] = a [ROWS, inner] b [inner, COLUMNS]; the operands are integers, the sums exact below 2^24. */
 static void product(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, float *out,

@@ -112,7 +112,7 @@ def _measure(
         cell.config,
         calls,
         run_directory=own,
-        weights_directory=work / f"weights-{_name(weight_identity(document))}",
+        weights_directory=work / f"weights-{_name(weight_identity(document, cell.config))}",
         on_unit=on_unit,
     )
     began = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptq_tdq.config import ACTIVATION_CHOICES, COLLECT_CHOICES, PRESETS, Config, preset
+from ptq_tdq.config import COLLECT_CHOICES, PRESETS, Config, preset
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.ptqd import CorrectionName, read_correction
 from ptq_tdq.intervals import source_class
@@ -70,33 +70,15 @@ class Cell:
         baseline = f"baseline {json.dumps(self.evaluation)}"
         if self.method == FULL_PRECISION:
             return frozenset((baseline,))
-        choices = {key: value for key, value in self.config.to_dict().items() if key not in ACTIVATION_CHOICES}
-        choices["scheme"] = self.config.parsed_scheme.weight_bits
+        weights = f"weights {json.dumps(self.config.weight_choices())}"
         calibration = [getattr(self.config, key) for key in COLLECT_CHOICES]
-        return frozenset((baseline, f"weights {json.dumps(choices)}", f"calibration {calibration}"))
+        return frozenset((baseline, weights, f"calibration {calibration}"))
 
     def same(self, line: Mapping[str, Any]) -> bool:
         """Whether a line of a results file was measured with these choices."""
         if line["evaluation"] != self.evaluation:
             return False
-        return self.method == FULL_PRECISION or self.choices == line_choices(line)
-
-
-_BEFORE = {  # choices that the first lines do not name, as they were then
-    "backend": "simulated",
-    "correction": "none",
-    "round_again": False,
-    "thinning": 1,
-    "scale_lr": 1e-3,
-    "activation_inputs": "quantized",
-    "loss_weights": "uniform",
-    "thin_encoding": "normalize",
-}
-
-
-def line_choices(line: Mapping[str, Any]) -> dict[str, Any]:
-    """What :attr:`Cell.choices` was when a line was written."""
-    return {**_BEFORE, **line["choices"]}
+        return self.method == FULL_PRECISION or bool(self.choices == line["choices"])
 
 
 def make_cells(

@@ -10,7 +10,7 @@ from typing import Any
 
 from ptq_tdq.errors import OutputError, UsageError
 from ptq_tdq.files import read_file, reason
-from ptq_tdq.study.matrix import FULL_PRECISION, Cell, line_choices
+from ptq_tdq.study.matrix import FULL_PRECISION, Cell
 
 Line = dict[str, Any]
 MOST_BYTES = 1 << 28
@@ -28,7 +28,7 @@ def read_lines(path: Path) -> list[Line]:
     lines = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
-            lines.append(_known(json.loads(line)))
+            lines.append(_checked(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"Line {number} of '{path}' is no result of a study; choose another file.") from None
     return lines
@@ -95,18 +95,14 @@ def _place(key: tuple[str, str, str, int], evaluation: Mapping[str, int]) -> tup
 def _difference(cell: Cell, line: Line) -> str:
     wanted, stored = dict[str, Any](cell.evaluation), dict(line["evaluation"])
     if cell.method != FULL_PRECISION:
-        wanted, stored = wanted | cell.choices, stored | line_choices(line)
+        wanted, stored = wanted | cell.choices, stored | line["choices"]
     for key in [*wanted, *stored]:
         if wanted.get(key) != stored.get(key):
             return f"{key} {stored.get(key)} where this study has {wanted.get(key)}"
     return "another model, or other prompts, classes or arguments of its pipeline"
 
 
-def _known(line: Line) -> Line:
-    """A line in today's form; the first study's lines had their results at the top level."""
-    if "results" not in line:
-        keys = ("latent_sqnr_db", "mean_noise_sqnr_db")
-        line = {**line, "preset": line["choices"]["preset"], "results": {key: line[key] for key in keys}}
+def _checked(line: Line) -> Line:
     kinds = {**dict.fromkeys(("preset", "scheme", "method", "model_sha256"), str), "seed": int}
     for key, kind in {**kinds, "results": dict, "evaluation": dict}.items():
         if not isinstance(line[key], kind):

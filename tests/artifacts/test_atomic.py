@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from ptq_tdq.artifacts import publish_directory, write_atomic
+from ptq_tdq.artifacts import check_target, publish_directory, write_atomic
+from ptq_tdq.artifacts.atomic import write_file
 from ptq_tdq.errors import OutputError
 
 
@@ -187,3 +193,130 @@ def test_files_and_mount_points_cannot_become_a_folder(tmp_path: Path) -> None:
         _publish(tmp_path / "file")
     with pytest.raises(OutputError, match="mount point"), publish_directory("/", overwrite=True):
         pass
+
+
+def _killed(write: Callable[[], object], last: int) -> bool:
+    """Run ``write`` in a process that is killed when it touches hidden files for the ``last`` time; whether it was."""
+    seen = 0
+
+    def watch(event: str, args: tuple[object, ...]) -> None:
+        nonlocal seen
+        if event in ("open", "os.mkdir", "os.rename", "os.rmdir") and any("ptq-tdq" in str(arg) for arg in args):
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (process := os.fork()):
+        with suppress(BaseException):  # nothing of this process comes back into the test
+            sys.addaudithook(watch)
+            write()
+            os._exit(0)
+        os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def _overwrite(target: Path) -> None:
+    with publish_directory(target, overwrite=True) as folder:
+        for name in ("a", "b"):
+            write_file(folder / name, b"new")
+
+
+def _found(target: Path) -> list[tuple[str, bytes]]:
+    files = [target] if target.is_file() else sorted(target.iterdir())
+    return [(path.name, path.read_bytes()) for path in files]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_killed_at_any_moment_the_old_or_the_new_is_there_and_the_next_run_removes_the_rest(
+    tmp_path: Path, kind: str
+) -> None:
+    new = [("out", b"new")] if kind == "file" else [("a", b"new"), ("b", b"new")]
+    for last in range(1, 30):
+        target = tmp_path / str(last) / "out"
+        old = target if kind == "file" else target / "c"
+        old.parent.mkdir(parents=True)
+        old.write_bytes(b"old")
+        killed = _killed(partial(_write if kind == "file" else _overwrite, target), last)
+        left = [name for name in os.listdir(target.parent) if name != "out"]
+        check_target(target.with_name("other"))
+        assert [name for name in os.listdir(target.parent) if name != "out"] == left, "they are not of that target"
+        if kind == "folder":
+            check_target(target, overwrite=True)
+            assert _found(target) in ([("c", b"old")], new)
+        else:
+            assert _found(target) in ([("out", b"old")], new)
+            _write(target)
+        filled = [name for name in os.listdir(target.parent) if name != "out" and os.listdir(target.parent / name)]
+        assert filled == []
+        if not killed:
+            break
+    assert not killed and last > 4
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_disk_that_is_full_at_any_moment_keeps_the_old_or_has_the_new(tmp_path: Path, kind: str) -> None:
+    write, new = (_write, [("out", b"new")]) if kind == "file" else (_overwrite, [("a", b"new"), ("b", b"new")])
+    refused = 0
+    for last in range(1, 30):
+        target = tmp_path / str(last) / "out"
+        old = target if kind == "file" else target / "c"
+        old.parent.mkdir(parents=True)
+        old.write_bytes(b"old")
+        with pytest.MonkeyPatch.context() as patch:
+            left = _full_from(last, patch)
+            with suppress(OutputError):
+                write(target)
+        found = _found(target)
+        assert found == new or (found == [(old.name, b"old")] and not left(0))
+        assert os.listdir(target.parent) == ["out"]
+        refused += found != new
+        if left(0):
+            break
+    assert refused > 3 and found == new
+
+
+def _full_from(last: int, patch: pytest.MonkeyPatch) -> Callable[[int], int]:
+    """Refuse, once, the ``last`` call that takes room on the disk; how many are left until then."""
+    room = [last]
+
+    def take(count: int = 1) -> int:
+        room[0] -= count
+        return max(0, room[0])
+
+    def refusing(call: Callable[..., object], always: bool) -> Callable[..., object]:
+        def instead(*args: object, **kwargs: object) -> object:
+            takes = always or (len(args) > 1 and isinstance(args[1], int) and args[1] & os.O_CREAT)
+            if takes and take() == 0 and room[0] == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return call(*args, **kwargs)
+
+        return instead
+
+    for name in ("mkdir", "rename", "replace", "fsync", "open"):
+        patch.setattr(os, name, refusing(getattr(os, name), name != "open"))
+    return take
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with publish_directory(tmp_path / "out", overwrite=True) as folder:
+        (folder / "file").touch()
+        check_target(tmp_path / "out")
+        _publish(tmp_path / "out")
+        assert (folder / "file").exists()
+
+
+def test_two_writers_of_one_file_leave_one_of_both(tmp_path: Path) -> None:
+    def write(text: bytes) -> None:
+        for _ in range(30):
+            write_atomic(tmp_path / "out", text * 1000)
+
+    writers = [threading.Thread(target=write, args=(text,)) for text in (b"a", b"b")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert (tmp_path / "out").read_bytes() in (b"a" * 1000, b"b" * 1000)
+    assert os.listdir(tmp_path) == ["out"]

@@ -226,7 +226,25 @@ def test_one_altered_byte_names_the_file(folder: Path) -> None:
 def test_truncated_tensors_with_a_valid_hash(folder: Path, name: str, size: int) -> None:
     (folder / name).write_bytes((folder / name).read_bytes()[:size])
     resign(folder)
-    with pytest.raises(ArtifactCorruptError, match=f"{name} is not a safetensors file"):
+    with pytest.raises(ArtifactCorruptError, match=f"{name} cannot be read"):
+        read_artifact(folder)
+
+
+@pytest.mark.parametrize("name", ["interval_tables.safetensors", "weights.safetensors"])
+def test_a_file_far_larger_than_its_tensors_is_not_read(folder: Path, name: str) -> None:
+    with (folder / name).open("ab") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ArtifactCorruptError, match=r"not as long as its header says|it has more than"):
+        read_artifact(folder)
+
+
+def test_tables_far_larger_than_their_quantizers_are_not_read(folder: Path) -> None:
+    name, size = "interval_tables.safetensors", 3 << 30
+    header = json.dumps({"a.scale": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    with (folder / name).open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    with pytest.raises(ArtifactCorruptError, match="it has more than"):
         read_artifact(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,4 +125,14 @@ def edited(path: Path, change: Any) -> None:
 def test_a_header_that_nobody_wrote(path: Path, change: Any) -> None:
     edited(path, change)
     with pytest.raises(CalibrationSetError, match="is no calibration set of ptq-tdq"):
+        Calls.load(path)
+
+
+def test_a_pipe_and_a_file_far_larger_than_its_tensors_are_not_read(path: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CalibrationSetError, match="it is not a regular file"):
+        Calls.load(tmp_path / "pipe")
+    with path.open("ab") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(CalibrationSetError, match="not as long as its header says"):
         Calls.load(path)

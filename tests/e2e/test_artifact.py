@@ -96,12 +96,13 @@ def test_batches_of_mixed_t_are_what_each_sample_gets_alone(calibrated: Any, con
     model = load_quantized(calibrated(conditional))
     x, labels = inputs(model)
     t = torch.tensor([0.0, 300.5, 301.0, 999.0])
-    together = predict(model, t)
+    together, noise = predict(model, t), []
     for i in range(4):
         with torch.no_grad():
             alone = model(x[i : i + 1], t[i : i + 1], labels["class_labels"][i : i + 1]).sample
-        # sums in another order may put a value on the other side of a rounding tie
-        assert (together[i : i + 1] - alone).pow(2).mean() < 1e-4 * alone.pow(2).mean()
+        noise.append(float((together[i : i + 1] - alone).pow(2).mean() / alone.pow(2).mean()))
+    # sums in another order may put a value on the other side of a rounding tie; another t leaves ten times as much
+    assert max(noise) < 1e-3 and sum(value < 1e-10 for value in noise) >= 3
     assert not torch.equal(together, predict(model, torch.full((4,), 300.5)))
 
 

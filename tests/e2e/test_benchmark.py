@@ -73,6 +73,24 @@ def test_the_table_comes_from_the_lines_alone(whole: Path, cli: Any, tmp_path: P
     assert refused.code != 0 and "one --metric" in refused.err
 
 
+def test_shards_joined_by_concatenation_are_the_whole_study(study: Any, whole: Path, cli: Any, tmp_path: Path) -> None:
+    parts = [tmp_path / f"{number}.jsonl" for number in range(2)]
+    for number, part in enumerate(parts):
+        result = cli(*study, "--results", part, "--shard", f"{number}/2")
+        assert (result.code, result.out, result.err) == (0, "", "")
+    joined = tmp_path / "joined.jsonl"
+    joined.write_text("".join(part.read_text() for part in parts))
+    assert measured(joined) == measured(whole) and len(measured(parts[0])) == 3
+    tables = [cli("benchmark", "--render", path, *METRIC).out for path in (joined, whole)]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("shard", ["2/2", "0", "-1/2", "0/0", "1/x", "1/99999999"])
+def test_what_is_no_shard_is_one_sentence(shard: str, study: Any, cli: Any, tmp_path: Path) -> None:
+    result = cli(*study, "--results", tmp_path / "a.jsonl", "--shard", shard)
+    assert result.code == 2 and f"'{shard}' is no shard; write I/N" in result.err
+
+
 def test_a_finished_study_runs_nothing_and_another_one_is_refused(study: Any, whole: Path, cli: Any) -> None:
     before = whole.read_bytes()
     assert cli(*study, "--results", whole).code == 0
@@ -100,7 +118,7 @@ def test_samples_may_come_from_integers_and_a_method_without_tables_says_that_it
     assert other.code == 2 and "backend integer" in other.err
 
 
-def test_a_study_that_is_killed_goes_on_and_ends_with_the_same_numbers(
+def test_a_study_is_run_once_at_a_time_and_goes_on_after_a_kill_with_the_same_numbers(
     study: Any, whole: Path, cli: Any, tmp_path: Path
 ) -> None:
     results = tmp_path / "killed.jsonl"
@@ -109,6 +127,10 @@ def test_a_study_that_is_killed_goes_on_and_ends_with_the_same_numbers(
     try:
         while process.poll() is None and (not results.exists() or results.read_bytes().count(b"\n") < 3):
             time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)
+        second = cli(*study, "--results", results)
+        assert (second.code, second.err.count("\n")) == (1, 1)
+        assert f"Another run works in '{results}.work'; wait" in second.err
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     finally:

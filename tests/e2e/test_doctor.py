@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_extra_for_users_is_explained() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(EXTRAS) == set(extras) - {"dev", "bench"}
+    assert set(EXTRAS) == set(extras) - {"dev", "bench", "docs"}
 
 
 def test_the_facts_are_those_of_the_interpreter(cli: Any) -> None:

@@ -125,6 +125,8 @@ CASES: dict[str, tuple[Change, str]] = {
     "10^7 classes": (config(num_class_embeds=10**7), "far larger model than its tensors"),
     "another number of classes": (config(num_class_embeds=4), r"class_embedding\.weight' is torch.float32 \[3, 32\]"),
     "other blocks": (config(down_block_types=["DownBlock2D", "DownBlock2D"]), "no layer 'down_blocks.1.attentions"),
+    "groups of half a channel": (config(norm_num_groups=0.5), "norm_num_groups = .0.5. is no int"),
+    "a list of heads": (config(attention_head_dim=[8, 8]), "attention_head_dim = .* is no int"),
     "blocks of no kind": (config(down_block_types=["os.system", "exec"]), "model_config is none that"),
 }
 SCRIPT = """

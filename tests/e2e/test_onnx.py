@@ -15,9 +15,10 @@ from pipelines import PIPELINES
 
 from ptq_tdq import load_quantized
 from ptq_tdq.calib_data import collect, load_model
-from ptq_tdq.cli.export import ONE_CALL, RUNTIMES
+from ptq_tdq.cli.export import RUNTIMES
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export.onnx import FORMS, OnnxDenoiser
+from ptq_tdq.export.onnx.runtimes import QDQ
 
 QUICK = (
     *("--samples-per-step", "2", "--calibration-steps", "2", "--num-inference-steps", "3", "--evaluation-samples", "0"),
@@ -47,7 +48,8 @@ def test_a_pipeline_samples_with_the_exported_file(
     with Image.open(picture) as opened:
         assert opened.format == "PNG"
 
-    collect(load_model(str(pipeline)), **ONE_CALL).save(tmp_path / "calls.safetensors")
+    one = {"samples_per_step": 1, "calibration_steps": 1, "num_inference_steps": 2}
+    collect(load_model(str(pipeline)), **one).save(tmp_path / "calls.safetensors")
     again = ("--calls", tmp_path / "calls.safetensors", "--output", tmp_path / "again.onnx")
     assert cli("export", calibrated(pipeline), "--format", "onnx", *again).code == 0
     assert (tmp_path / "again.onnx").read_bytes() == file.read_bytes()
@@ -81,7 +83,7 @@ def test_a_prompt_and_guidance_reach_the_file(cli: Callable[..., Any], tmp_path:
 
 
 def test_the_command_knows_all_runtimes() -> None:
-    assert tuple(FORMS) == RUNTIMES
+    assert (*FORMS, QDQ) == RUNTIMES
 
 
 def test_calls_that_are_not_there(

@@ -15,6 +15,8 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from ptq_tdq.files import holding
+
 START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
 
 
@@ -144,6 +146,8 @@ def test_no_resume_starts_afresh(
     partial = killed("weights", out)
     for path in partial.iterdir():
         path.write_bytes(b"damaged")
+    (partial / ".ptq-tdq-of-a-killed-writer.tmp").mkdir()
+    (partial / ".ptq-tdq-of-a-killed-writer.tmp" / "new").write_bytes(b"half")
     result = cli("calibrate", "--model", pipeline, "--output-dir", out, *small, "--no-resume")
     assert (result.code, result.err) == (0, "")
     assert contents(out) == contents(calibrated(pipeline))
@@ -187,6 +191,17 @@ def test_a_folder_of_the_user_with_the_name_of_an_unfinished_run_is_left_alone(
         result = cli("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small, *flags)
         assert result.code == 1 and "holds 'letter.txt', which is no part of one" in result.err
     assert contents(tmp_path) == {"out.partial/letter.txt": b"mine"}
+
+
+def test_two_runs_in_one_folder_are_one_sentence(
+    cli: Any, small: tuple[str, ...], pipeline: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    with holding(tmp_path / "out.partial") as held:
+        result = cli("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small)
+    assert held and result.code == 1 and result.err.count("\n") == 1
+    assert f"Another run works in '{tmp_path / 'out.partial'}'; wait for its end" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
 @pytest.mark.parametrize(("stop", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

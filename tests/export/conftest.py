@@ -167,9 +167,15 @@ def artifact_of() -> Callable[[str], Artifact]:
 
 
 @pytest.fixture(scope="session")
-def calls() -> Calls:
-    """Recorded calls of the tiny model."""
-    return make_calls(make_unet(), **inputs())
+def unet() -> UNet2DModel:
+    """The tiny model."""
+    return make_unet()
+
+
+@pytest.fixture(scope="session")
+def calls(unet: UNet2DModel) -> Calls:
+    """Recorded calls of it."""
+    return make_calls(unet, **inputs())
 
 
 @pytest.fixture(scope="session")

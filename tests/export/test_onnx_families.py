@@ -54,7 +54,12 @@ def compared(name: str, artifact: Artifact, file: Path) -> float:
     for t in ([601.0], [1000.0, 2.5, 333.0]):
         arguments = denoiser.inputs(len(t), torch.tensor(t))
         with torch.no_grad():
-            expected, got = simulated(**arguments), graph(**arguments)
+            expected = simulated(**arguments)
+        try:
+            got = graph(**arguments)
+        except ModelError as error:  # a list of samples, of which one has another size than the recorded ones
+            assert "export it with such calls" in str(error) and any(isinstance(x, list) for x in arguments.values())
+            continue
         assert isinstance(got, tuple) == isinstance(expected, tuple)
         assert isinstance(got, tuple) or list(got) == list(expected)  # names of what it returns
         ratios.append(sqnr_db(prediction(expected), prediction(got)))
@@ -81,8 +86,8 @@ def test_any_other_denoiser_becomes_a_right_graph_or_one_sentence(
 def test_a_graph_that_no_runtime_takes_is_one_sentence_and_no_file(
     tmp_path: Path, quantize_denoiser: Callable[[str], tuple[Artifact, Calls]]
 ) -> None:
-    artifact, calls = quantize_denoiser("ZImageTransformer2DModel")
-    with pytest.raises(ModelError) as caught:
+    artifact, calls = quantize_denoiser("OmniGenTransformer2DModel")
+    with pytest.raises(ModelError, match="depends on values of tensors") as caught:
         export_onnx(artifact, tmp_path / "graph.onnx", "portable", calls)
     assert len(str(caught.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn, ones
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.calls import Calls
+from ptq_tdq.calls import Calls, prediction
 from ptq_tdq.errors import ArtifactMismatchError, ModelError, UsageError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export import export_tables
@@ -27,6 +28,7 @@ from ptq_tdq.export.onnx import FORMS, OnnxDenoiser, export_onnx, export_onnx_fl
 from ptq_tdq.export.onnx import file as onnx_file
 from ptq_tdq.export.onnx.file import encode_onnx
 from ptq_tdq.export.onnx.skeleton import Skeleton
+from ptq_tdq.export.onnx.trial import try_out
 from ptq_tdq.load import build_quantized
 from ptq_tdq.timeaxis import TimeAxis
 
@@ -221,3 +223,13 @@ def test_a_class_of_ones_own_is_exported_with_an_instance(
     graph, expected = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, Own())(**arguments)
     assert sqnr_db(expected, graph(**arguments)) > 40
     assert not hasattr(graph, "add_embedding")
+
+
+def test_a_graph_that_computes_something_else_is_refused(
+    encode: Callable[[str, str], bytes], artifact_of: Callable[[str], Artifact], calls: Calls
+) -> None:
+    graph, simulated = encode("W4A6", "portable"), build_quantized(artifact_of("W4A6"))
+    try_out(graph, calls, simulated)
+    for change in (lambda x: x + 1, lambda x: -x, lambda x: x.transpose(-1, -2), lambda x: x * math.nan):
+        with pytest.raises(ModelError, match="computes something else"):
+            try_out(graph, calls, lambda change=change, **inputs: change(prediction(simulated(**inputs))))

@@ -103,6 +103,20 @@ def test_every_flipped_bit_of_a_small_file_is_found(tmp_path: Path) -> None:
     assert len(notices) > 0.9 * 8 * len(whole)
 
 
+def test_a_file_far_larger_than_the_unit_is_not_read(tmp_path: Path) -> None:
+    notices: list[str] = []
+    run = RunDirectory(tmp_path, {"model": "m"}, on_notice=notices.append)
+    path, size = tmp_path / "weights-0000.safetensors", 3 << 30
+    header = json.dumps({"a": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)
+    assert run.read("weights", 0, {"a": (torch.float32, (2,))}) is None
+    path.unlink()
+    os.mkfifo(path)
+    assert run.read("weights", 0, {"a": (torch.float32, (2,))}) is None
+    assert len(notices) == 2
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"[]", b"[[1]]", b"null", b"5", b'"text"', b"{}", b"\xff\xfe", b"[" * 100_000, b'{"sha256": 1}']
 )

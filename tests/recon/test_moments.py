@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from unit_calls import call_of
 
 from ptq_tdq.modules import QuantLayer, layer_kind
-from ptq_tdq.recon.moments import moments
+from ptq_tdq.recon.moments import inputs
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 
@@ -44,7 +44,7 @@ def test_moments_of_the_inputs_give_those_of_the_outputs(name: str, centred: boo
     full = torch.randn(N, *shape) + 1
     seen = full + 0.2 * torch.randn(N, *shape)
     calls = [call_of("a", value) for value in (full, seen)]
-    found = moments(unit, wrapped, *calls, torch.Generator().manual_seed(0), centred=centred)
+    (found,) = inputs(unit, [wrapped], *calls, torch.Generator().manual_seed(0))
 
     def outputs(x: Tensor) -> Tensor:
         y = layer(x) if layer.bias is None else layer(x) - layer(torch.zeros_like(x))
@@ -58,12 +58,13 @@ def test_moments_of_the_inputs_give_those_of_the_outputs(name: str, centred: boo
     parts = zip(found, weights, y.chunk(groups, 1), lost.chunk(groups, 1), strict=True)
     for i, (m, weight, a, d) in enumerate(parts):
         mean_a, mean_d = (value.chunk(groups)[i] for value in about)
-        torch.testing.assert_close(weight @ m.mean.double(), a.mean(0), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(m.lost.double(), d.mean(0), rtol=1e-4, atol=1e-4)
-        hessian = (a - mean_a).T @ (a - mean_a) / len(a)
-        torch.testing.assert_close(weight @ m.hessian.double() @ weight.T, hessian, rtol=1e-3, atol=1e-4)
-        cross = (d - mean_d).T @ (a - mean_a) / len(a)
-        torch.testing.assert_close(m.cross.double() @ weight.T, cross, rtol=1e-3, atol=1e-4)
+        hessian, (cross,) = m.close(centred=centred).moments(slice(0, weight.shape[1]))
+        torch.testing.assert_close(weight @ m.mean, a.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(m.lost, d.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            weight @ hessian @ weight.T, (a - mean_a).T @ (a - mean_a) / len(a), rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(cross @ weight.T, (d - mean_d).T @ (a - mean_a) / len(a), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -78,11 +79,13 @@ def test_moments_of_hostile_inputs_are_finite_and_semidefinite(size: float, cent
     full[:, 0], full[:, 1], full[:, 3], full[:, 4] = 0.0, 0.7, full[:, 2], 1 + 1e-6 * full[:, 4]
     unit = Unit("a", wrapped, torch.zeros(200))
     calls = [call_of("a", value * size) for value in (full, 0.9 * full)]
-    (found,) = moments(unit, wrapped, *calls, torch.Generator().manual_seed(0), centred=centred)
-    assert all(bool(value.isfinite().all()) for value in (found.hessian, found.cross, found.mean, found.lost))
-    assert bool((found.hessian[0] == 0).all()) and (not centred or bool((found.hessian[1] == 0).all()))
-    spread = found.hessian.diagonal().sqrt().clamp(min=1e-300)
-    assert torch.linalg.eigvalsh(found.hessian / spread[:, None] / spread).min() > -1e-5
+    ((rows,),) = inputs(unit, [wrapped], *calls, torch.Generator().manual_seed(0))
+    rows.close(centred=centred)
+    hessian, (cross,) = rows.moments(slice(0, 6))
+    assert all(bool(value.isfinite().all()) for value in (hessian, cross, rows.mean, rows.lost))
+    assert bool((hessian[0] == 0).all()) and (not centred or bool((hessian[1] == 0).all()))
+    spread = hessian.diagonal().sqrt().clamp(min=1e-300)
+    assert torch.linalg.eigvalsh(hessian / spread[:, None] / spread).min() > -1e-5
     if centred:
         expected = (0.9 * full * torch.tensor(size)).double().var(0, correction=0)
-        torch.testing.assert_close(found.hessian.diagonal(), expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(hessian.diagonal(), expected, rtol=1e-4, atol=0)

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.errors import ArtifactMismatchError, ModelError, RuntimeUnsupportedError, UsageError
-from ptq_tdq.export.onnx.runtimes import RUNTIMES
+from ptq_tdq.errors import ArtifactMismatchError, ModelError, RuntimeUnsupportedError, TimestepError, UsageError
+from ptq_tdq.export.onnx.runtimes import QDQ, RUNTIMES, WEIGHTS
 from ptq_tdq.export.onnx.signature import RETURN_DICT, Leaf, Signature
 from ptq_tdq.export.onnx.skeleton import BATCH, METADATA
 from ptq_tdq.processor import instruction_set, sums_eight_bits
 from ptq_tdq.structure import Size, building, meta_model
-from ptq_tdq.timeaxis import TimeAxis
+from ptq_tdq.timeaxis import NEAR, TimeAxis
 
 Feed = dict[str, NDArray[Any]]
 
@@ -54,6 +55,8 @@ class DenoiserOutput(dict[str, Any]):
 class OnnxDenoiser(nn.Module):
     """``pipe.unet = OnnxDenoiser("model.onnx")``: runs a file of :func:`ptq_tdq.export.onnx.export_onnx` on the CPU.
 
+    Or a folder of :func:`ptq_tdq.export.onnx.export_onnx_steps`: each call takes the graph of its own time step.
+
     It is called as the model that the file was made from, and returns what that returns. Whatever else a pipeline asks
     of its denoiser (``cache_context``, the size of a layer) is asked of the model without its weights, where that is
     one of diffusers. ``runtime`` is "onnxruntime" or "openvino"; by default the one that the file was made for
@@ -68,16 +71,18 @@ class OnnxDenoiser(nn.Module):
 
     def __init__(self, file: str | Path, *, runtime: str | None = None, threads: int = 0) -> None:
         super().__init__()
-        graph, facts = _read(Path(file))
+        files = _files(Path(file))
+        graph, facts = _read(files[0])
         made_for = str(facts["runtime"])
         chosen = runtime or (made_for if made_for in RUNTIMES else "onnxruntime")
         if chosen not in RUNTIMES:
             raise UsageError(f"The runtime must be one of {', '.join(RUNTIMES)}. Got {chosen!r} instead.")
-        if made_for not in ("portable", "float", chosen):
+        if made_for not in ("portable", "float", QDQ, chosen):
             raise ModelError(f"'{file}' was exported for {made_for}; export it for {chosen}.")
-        if made_for in RUNTIMES and not sums_eight_bits():
+        exact = sums_eight_bits()
+        if not exact and (made_for in RUNTIMES or (made_for, chosen) == (QDQ, "openvino")):
             raise RuntimeUnsupportedError(
-                f"'{file}' has 8-bit products, whose sums {made_for} lets saturate on this processor "
+                f"'{file}' has 8-bit products, whose sums {chosen} lets saturate on this processor "
                 f"({instruction_set()}, no VNNI); export it with --runtime portable."
             )
         self.facts, self.runtime = facts, chosen
@@ -88,7 +93,8 @@ class OnnxDenoiser(nn.Module):
         self.axis = TimeAxis.from_dict(facts["time_axis"])
         self._inputs = {value.name: value.type.tensor_type for value in graph.input}
         self._signature = inspect.Signature([_parameter(p) for p in self.call.parameters])
-        self._run = RUNTIMES[chosen](Path(file), threads)
+        integers = exact or made_for != QDQ
+        self._graphs = [(_read(f)[1].get("steps"), RUNTIMES[chosen](f, threads, integers)) for f in files]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward.
@@ -99,11 +105,11 @@ class OnnxDenoiser(nn.Module):
         arguments = self._bind(args, kwargs)
         return_dict = arguments.pop(RETURN_DICT, False)
         feed: Feed = {}
-        self._fill(self.call.arguments, arguments, "", feed)
+        self._fill(self.call.arguments, _repeated(self.call.arguments, arguments, self.call.main), "", feed)
         self.axis.t(feed[self.call.time])  # refuses what the tables do not cover
         main = pytree.tree_leaves(arguments[self.call.main])[0]
         results = [torch.from_numpy(result).to(main.device, main.dtype) for result in self._rows(feed)]
-        return self._returned(results, bool(return_dict))
+        return self._returned(results, len(arguments[self.call.main]), bool(return_dict))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -157,10 +163,10 @@ class OnnxDenoiser(nn.Module):
         if value is None:
             raise ModelError(f"The graph needs {leaf.name}; call it as the model that it was made from.")
         if leaf.kind == "each":
-            return [self._array(Leaf(leaf.name, "shared"), item) for item in value]
+            return [self._array(replace(leaf, kind="shared"), item) for item in value]
         kind = self._inputs[leaf.name]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        tensor = torch.as_tensor(value).detach().cpu()
+        tensor = leaf.real(torch.as_tensor(value).detach().cpu())
         array = (tensor.float() if tensor.is_floating_point() else tensor).numpy().astype(dtype)
         if leaf.name == self.call.time and array.ndim < 2:
             return array.reshape(-1)
@@ -182,13 +188,23 @@ class OnnxDenoiser(nn.Module):
         count = len(feed[main])
         if len(feed[time]) == 1:
             feed = feed | {time: np.repeat(feed[time], count, 0)}
-        mixed = self.facts["one_step"] and bool((feed[time] != feed[time][:1]).any())
+        one_step = self.facts["one_step"] or "steps" in self.facts
+        mixed = one_step and bool((feed[time] != feed[time][:1]).any())
         if BATCH in self.facts["free_sizes"] and not mixed:
             return self._run(feed)
         parts = [self._run({leaf.name: leaf.one(feed[leaf.name], i, count) for leaf in leaves}) for i in range(count)]
         return [np.concatenate(results) for results in zip(*parts, strict=True)]
 
-    def _returned(self, results: list[Tensor], return_dict: bool) -> Any:
+    def _run(self, feed: Feed) -> list[NDArray[Any]]:
+        """The outputs of the graph, or of that for the step of all rows."""
+        t = float(self.axis.t(torch.from_numpy(feed[self.call.time]))[0])
+        for steps, run in self._graphs:
+            if steps is None or any(abs(t - step) < NEAR for step in steps):
+                return run(feed)
+        known = ", ".join(f"{step:g}" for step in sorted(step for steps, _ in self._graphs for step in steps or []))
+        raise TimestepError(f"There is no graph for t = {t:g}, only for {known}; export those steps too.")
+
+    def _returned(self, results: list[Tensor], samples: int, return_dict: bool) -> Any:
         """The results in the tree that the model returns."""
         found = dict(zip(self.call.output_names(), results, strict=True))
         lists = any(leaf.kind == "each" for leaf in self.call.leaves())
@@ -197,7 +213,7 @@ class OnnxDenoiser(nn.Module):
             if isinstance(tree, Leaf):
                 return found[tree.name]
             if isinstance(tree, list) and lists and len(tree) == 1:  # one tensor for each sample
-                return list(fill(tree[0]))
+                return list(fill(tree[0]).chunk(samples))
             if isinstance(tree, list | tuple):
                 return type(tree)(map(fill, tree))
             return {key: fill(item) for key, item in tree.items()} if isinstance(tree, dict) else tree
@@ -219,6 +235,21 @@ def _structure(config: dict[str, Any], time: str, size: Size) -> nn.Module | Non
     return None
 
 
+def _repeated(recorded: dict[str, Any], given: dict[str, Any], main: str) -> dict[str, Any]:
+    """The arguments with each plain list that says the same of every sample (its size, say) as long as the recorded."""
+    samples = given.get(main)
+    count = len(samples) if isinstance(samples, list) or (isinstance(samples, Tensor) and samples.ndim) else 0
+
+    def as_recorded(tree: Any, value: Any) -> Any:
+        plain = not any(isinstance(leaf, Leaf | Tensor) for leaf in pytree.tree_leaves((tree, value)))
+        if not plain or not isinstance(tree, list) or not isinstance(value, list) or len(value) != count:
+            return value
+        alike = all(item == items[0] for items in (tree, value) for item in items)
+        return value[:1] * len(tree) if alike else value
+
+    return {name: as_recorded(recorded.get(name), value) for name, value in given.items()}
+
+
 def _same(given: Any, recorded: Any) -> bool:
     """Whether a plain value is the one that was recorded; an empty dictionary is none."""
     if isinstance(given, Tensor):
@@ -233,6 +264,16 @@ def _parameter(stored: dict[str, Any]) -> inspect.Parameter:
     return inspect.Parameter(stored["name"], kind, default=default)
 
 
+def _files(path: Path) -> list[Path]:
+    """The graph, or those of a folder."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("*.onnx"))
+    if not found:
+        raise ModelError(f"'{path}' has no graphs; give the path of what `ptq-tdq export` has written.")
+    return found
+
+
 def _read(file: Path) -> tuple[onnx.GraphProto, dict[str, Any]]:
     """The graph and what the file says of itself."""
     try:
@@ -243,4 +284,7 @@ def _read(file: Path) -> tuple[onnx.GraphProto, dict[str, Any]]:
         raise ModelError(f"'{file}' cannot be read ({reason}); give the path of an ONNX file.") from error
     except Exception as error:  # protobuf's own type of error is private
         raise ModelError(f"'{file}' is not an ONNX file that `ptq-tdq export` has written.") from error
+    places = {entry.value for x in model.graph.initializer for entry in x.external_data if entry.key == "location"}
+    if not places <= {WEIGHTS}:
+        raise ModelError(f"'{file}' asks for the file '{(places - {WEIGHTS}).pop()[:100]}', which we have not written.")
     return model.graph, facts

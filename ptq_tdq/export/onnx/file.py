@@ -10,17 +10,20 @@ import onnx
 import onnx_ir as ir
 from torch import nn
 
-from ptq_tdq.artifacts import Artifact, write_atomic
+from ptq_tdq.artifacts import Artifact, publish_directory, write_atomic
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError, UsageError
+from ptq_tdq.export.onnx.by_step import SharedWeights, Static, frozen, groups_of_steps
 from ptq_tdq.export.onnx.floating import Floating
 from ptq_tdq.export.onnx.lowering import lower
 from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
 from ptq_tdq.export.onnx.openvino_form import OpenVINO
 from ptq_tdq.export.onnx.portable import Portable
+from ptq_tdq.export.onnx.runtimes import QDQ
 from ptq_tdq.export.onnx.skeleton import METADATA, Skeleton, make_skeleton
-from ptq_tdq.export.onnx.trial import try_out
+from ptq_tdq.export.onnx.trial import try_file, try_out
 from ptq_tdq.export.tables import export_tables, interval_frame
+from ptq_tdq.load import build_quantized
 
 FORMS: dict[str, type[Portable]] = {"portable": Portable, "onnxruntime": OnnxRuntime, "openvino": OpenVINO}
 
@@ -54,7 +57,7 @@ def export_onnx(
             "choose an artifact with another method."
         )
     graph = encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls, model), runtime)
-    try_out(graph, calls)
+    try_out(graph, calls, build_quantized(artifact, model))
     write_atomic(file, graph)
 
 
@@ -70,27 +73,67 @@ def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls, *, mod
         raise UsageError(f"The interval table goes to '{table}'; name the graph '{table.stem}.onnx' instead.")
     interval_frame(artifact)  # the cheap reason to refuse comes first
     graph = encode_onnx(artifact, Floating, make_skeleton(artifact, calls, model), "float")
-    try_out(graph, calls)
+    simulated = build_quantized(artifact, model)
+    for quantizer in simulated.quantizers().values():
+        quantizer.enabled = False
+    try_out(graph, calls, simulated)
     export_tables(artifact, table, "csv")
     write_atomic(file, graph)
     return table
+
+
+def export_onnx_steps(
+    artifact: Artifact, folder: str | Path, calls: Calls, *, model: nn.Module | None = None, overwrite: bool = False
+) -> list[list[float]]:
+    """Write a folder of static graphs (``t0981.onnx``, ...) for the time steps of ``calls``, and their weights.
+
+    :mod:`ptq_tdq.export.onnx.by_step` says what they are. Returns the steps of each graph. Raises :class:`ModelError`
+    for dynamic quantizers, and as :func:`export_onnx` does.
+    """
+    groups = groups_of_steps(artifact, [float(t) for t in calls.t.unique()])
+    skeleton = make_skeleton(artifact, calls, model)
+    with publish_directory(folder, overwrite) as target:
+        write_steps(artifact, target, skeleton, groups)
+        try_file(target, calls, build_quantized(artifact, model))
+    return groups
+
+
+def write_steps(artifact: Artifact, folder: Path, skeleton: Skeleton, groups: list[list[float]]) -> None:
+    """The files of a folder, one graph for each group; ``skeleton`` is of the same artifact."""
+    weights = SharedWeights(folder)
+    for steps in groups:
+        lowered = lower(skeleton, frozen(artifact, steps[0]), Static)
+        lowered.metadata_props[METADATA] = json.dumps({**_facts(artifact, skeleton, QDQ), "steps": steps})
+        weights.take(lowered)
+        file = folder / f"t{steps[0]:04g}.onnx"
+        file.write_bytes(_serialized(lowered))
+        _check(file)
 
 
 def encode_onnx(artifact: Artifact, form: type[Portable], skeleton: Skeleton, runtime: str) -> bytes:
     """The file's bytes; ``skeleton`` is of the same artifact, ``runtime`` what the file says that it is for."""
     model = lower(skeleton, artifact, form)
     model.metadata_props[METADATA] = json.dumps(_facts(artifact, skeleton, runtime))
+    data = _serialized(model)
+    _check(data)
+    return data
+
+
+def _serialized(model: ir.Model) -> bytes:
     proto = ir.to_proto(model)
     try:
         data: bytes = proto.SerializeToString(deterministic=True)
     except ValueError as error:
         raise ModelError(f"The model does not fit into the 2 GB of an ONNX file ({error}).") from error
+    return data
+
+
+def _check(model: bytes | Path) -> None:
     try:
-        onnx.checker.check_model(data, full_check=True)
+        onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # of several unrelated types, from C++
         reason = str(error).strip().splitlines()[0][:200]
         raise ModelError(f"torch has exported the model to a graph that is not valid ONNX ({reason}).") from error
-    return data
 
 
 def _facts(artifact: Artifact, skeleton: Skeleton, runtime: str) -> dict[str, Any]:

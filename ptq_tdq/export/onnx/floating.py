@@ -22,7 +22,17 @@ from ptq_tdq.records import LayerRecord, QuantizerRecord
 ANNOTATION = "quant_parameter_tensor_names"  # where onnx_ir looks for them
 
 
-class Floating(Portable):
+class Paired(Portable):
+    """Products of operands that are quantized each by itself."""
+
+    def product(
+        self, a: QuantizerRecord, x: ir.Value, b: QuantizerRecord, y: ir.Value, transposed: bool, rank: int
+    ) -> ir.Value:
+        left, right = self.quantizer(a, x, rank), self.quantizer(b, y, rank)
+        return self.b("MatMul", left, self.b("Transpose", right, perm=swapped(rank)) if transposed else right)
+
+
+class Floating(Paired):
     """Lowers to the plain operations."""
 
     def layer(self, record: LayerRecord, module: nn.Module, x: ir.Value, rank: int) -> ir.Value:
@@ -47,12 +57,6 @@ class Floating(Portable):
         zero_point = b.initializer(f"{weight.name}_zero_point", weight.zero_point)
         real.meta[ANNOTATION] = {"SCALE_TENSOR": scale.name, "ZERO_POINT_TENSOR": zero_point.name}
         return real
-
-    def product(
-        self, a: QuantizerRecord, x: ir.Value, b: QuantizerRecord, y: ir.Value, transposed: bool, rank: int
-    ) -> ir.Value:
-        left, right = self.quantizer(a, x, rank), self.quantizer(b, y, rank)
-        return self.b("MatMul", left, self.b("Transpose", right, perm=swapped(rank)) if transposed else right)
 
     def quantizer(self, record: QuantizerRecord, x: ir.Value, rank: int) -> ir.Value:
         return self.b("Identity", x, name=record.name)

@@ -24,7 +24,7 @@ class Builder:
         self.graph = graph
         self.prefix = ""
         self._nodes: list[ir.Node] = []
-        self._names: Counter[str] = Counter()  # of nodes,
+        self._names = Counter(str(value.name) for value in graph.inputs)  # and of nodes,
         self._replaced: Counter[str] = Counter()  # and of what took a node's place: a layer may run twice in a call
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
 

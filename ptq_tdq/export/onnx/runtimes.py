@@ -12,14 +12,20 @@ from numpy.typing import NDArray
 from ptq_tdq.export.extras import need
 
 Run = Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]]
+QDQ = "qdq"  # what a graph says it was made for whose integer kernels the runtime makes itself
+WEIGHTS = "weights.bin"  # the file that the graphs of a folder share
 
 
-def open_onnxruntime(file: Path, threads: int) -> Run:
-    """Run ``file`` with onnxruntime; ``threads`` 0 leaves their number to it."""
+def open_onnxruntime(file: Path, threads: int, integers: bool = True) -> Run:
+    """Run ``file`` with onnxruntime; ``threads`` 0 leaves their number to it.
+
+    Without ``integers`` products between QuantizeLinear and DequantizeLinear are computed in floating point.
+    """
     ort = need("onnxruntime", "onnx")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", str(int(not integers)))
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     known = {value.name for value in session.get_inputs()}
 
@@ -30,7 +36,7 @@ def open_onnxruntime(file: Path, threads: int) -> Run:
     return run
 
 
-def open_openvino(file: Path, threads: int) -> Run:
+def open_openvino(file: Path, threads: int, integers: bool = True) -> Run:
     """Run ``file`` with OpenVINO, which compiles the graph once for each shape of its inputs."""
     ov = need("openvino", "openvino")
     core = ov.Core()
@@ -52,4 +58,4 @@ def open_openvino(file: Path, threads: int) -> Run:
     return run
 
 
-RUNTIMES: dict[str, Callable[[Path, int], Run]] = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}
+RUNTIMES: dict[str, Callable[[Path, int, bool], Run]] = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}

@@ -31,13 +31,18 @@ class Leaf:
     """A tensor's place in the tree of a call.
 
     ``kind`` is "rows" (of samples, along ``dim``, with ``several`` of each sample or one), "each" (the place of a list
-    with one tensor per sample) or "shared".
+    with one tensor per sample) or "shared". A ``complex`` tensor [...] is an input [..., 2].
     """
 
     name: str
     kind: Kind
     dim: int = 0
     several: bool = False
+    complex: bool = False
+
+    def real(self, value: Tensor) -> Tensor:
+        """What the graph is given for an argument."""
+        return torch.view_as_real(value.to(torch.complex64)) if self.complex else value
 
     def one(self, value: Any, index: int, count: int) -> NDArray[Any]:
         """The part of one of ``count`` samples."""
@@ -81,7 +86,9 @@ class Signature:
         def one(leaf: Any) -> Any:
             if not isinstance(leaf, Leaf):
                 return leaf
-            return [tensors[leaf.name]] if leaf.kind == "each" else tensors[leaf.name]
+            tensor = tensors[leaf.name]
+            tensor = torch.view_as_complex(tensor) if leaf.complex else tensor
+            return [tensor] if leaf.kind == "each" else tensor
 
         filled: dict[str, Any] = pytree.tree_map(one, self.arguments)
         return filled | self.as_tuple()
@@ -152,11 +159,12 @@ def _named(value: Any, name: str, group: Group) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_named(item, f"{name}.{i}", group) for i, item in enumerate(value))
     if isinstance(value, Place):
-        if isinstance(group.rows[value.index], Each):
-            return Leaf(name, "each")
-        return Leaf(name, "rows", value.dim, value.several)
+        rows = group.rows[value.index]
+        if isinstance(rows, Each):
+            return Leaf(name, "each", complex=rows.items[0].is_complex())
+        return Leaf(name, "rows", value.dim, value.several, rows.is_complex())
     if isinstance(value, Tensor):
-        return Leaf(name, "shared")
+        return Leaf(name, "shared", complex=value.is_complex())
     if not isinstance(value, _PLAIN):
         raise ModelError(f"The model is called with {name} of type {type(value).__name__}, which no graph can have.")
     return value
@@ -170,6 +178,7 @@ def _tensors(arguments: Any, tree: Any, group: Group) -> Iterator[tuple[str, Ten
             recorded = group.rows[value.index] if isinstance(value, Place) else value
             tensor = recorded.items[0] if isinstance(recorded, Each) else recorded
             assert isinstance(tensor, Tensor)
+            tensor = leaf.real(tensor)
             yield leaf.name, tensor.float() if tensor.is_floating_point() else tensor
 
 
@@ -213,7 +222,7 @@ def _takes_float(model: nn.Module, arguments: dict[str, Any], time: str) -> bool
 
 def _pack(value: Any) -> Any:
     if isinstance(value, Leaf):
-        return {"input": [value.name, value.kind, value.dim, value.several]}
+        return {"input": [value.name, value.kind, value.dim, value.several, value.complex]}
     if isinstance(value, dict):
         return {"dict": {key: _pack(item) for key, item in value.items()}}
     if isinstance(value, list | tuple):

@@ -22,6 +22,7 @@ from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError
 from ptq_tdq.export.onnx.geometry import output_shape, unpadded
+from ptq_tdq.export.onnx.reals import InReals, has_complex
 from ptq_tdq.export.onnx.rewrite import InOtherWords
 from ptq_tdq.export.onnx.signature import Signature, describe
 from ptq_tdq.load import build_quantized
@@ -168,8 +169,13 @@ def _axes(signature: Signature, inputs: dict[str, Tensor], sizes: Collection[str
 def _export(call: _Call, inputs: dict[str, Tensor], free: dict[str, dict[int, str]]) -> torch.export.ExportedProgram:
     """The traced model; the axes ``free`` become constants where the model's own code needs that."""
     shapes = ({name: dict.fromkeys(free.get(name, ()), torch.export.Dim.AUTO) for name in inputs},)
-    with _refusals(), InOtherWords():
-        return torch.export.export(call, (inputs,), dynamic_shapes=shapes, strict=False)
+    words = InOtherWords()
+    with _refusals(words.reads):
+        with words:
+            exported = torch.export.export(call, (inputs,), dynamic_shapes=shapes, strict=False)
+        if has_complex(exported):
+            exported = torch.export.export(InReals(exported), (inputs,), dynamic_shapes=shapes, strict=False)
+        return exported
 
 
 def _accepts(module: nn.Module, signature: Signature, rows: Callable[[int], dict[str, Tensor]], name: str) -> bool:
@@ -195,13 +201,23 @@ def _convert(exported: torch.export.ExportedProgram) -> Any:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """One sentence for whatever torch, or the model's own code, says while it is traced."""
+def _refusals(reads: Collection[str] = ()) -> Iterator[None]:
+    """One sentence for whatever torch, or the model's own code, says while it is traced.
+
+    ``reads`` are the ways in which the code has read values of tensors by then.
+    """
     try:
         with _quiet(), torch.no_grad():
             yield
+    except ModelError:
+        raise
     except Exception as error:  # of many unrelated types
-        raise ModelError(f"torch cannot export the model to ONNX ({_reason(error)}).") from error
+        reason = _reason(error)
+        if reads:
+            reason = (
+                f"its code depends on values of tensors ({', '.join(sorted(reads))}), and a graph is one code for all"
+            )
+        raise ModelError(f"torch cannot export the model to ONNX ({reason}).") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -233,6 +249,10 @@ def _tidy(model: ir.Model, signature: Signature) -> None:
     for thing in (model, graph, *graph, *graph.inputs, *graph.initializers.values(), *inner):
         thing.metadata_props.clear()
         thing.doc_string = None
+    taken = {leaf.name for leaf in signature.leaves()} | set(signature.output_names())
+    for number, value in enumerate(inner):
+        if value.name in taken:  # the exporter's own names are those of operations
+            value.name = f"{value.name}/{number}"
     for value, leaf in zip(graph.inputs, signature.leaves(), strict=True):
         value.name = leaf.name
     for value, name in zip(graph.outputs, signature.output_names(), strict=True):
@@ -271,12 +291,13 @@ def _choose_by_logic(graph: ir.Graph) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back what the exporter says about packages that are not installed and about its own future."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnxscript"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

@@ -1,0 +1,212 @@
+"""Fine-tuning on the embedded model: quantizers with and without TDQ, the supplement's Tables 1, 2, 5, 6 and 7.
+
+A cell is a scheme, a quantizer, an interval source, choices that differ, a seed and a number of iterations. Each starts
+at a calibrated artifact of its scheme and seed with one interval per activation, kept in WORK with the full-precision
+side of the evaluation. First and last layer, time embedding and attention products stay in floating point, as in the
+authors' code. The JSON line of a finished cell is appended and synced at once; cells whose line is there are skipped,
+and an interrupted one goes on at its last checkpoint. ``--render`` prints the tables: means and deviations over seeds.
+``--tables`` says which cells: 5 (quantizers), 6 (bits), 1 (dynamic), 2 (time encodings), 7 (initialisations), data
+(training on images beside imitation; needs ``--data``), minutes (fewer and more iterations).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import click
+import torch
+from facts import facts
+
+from ptq_tdq import FinetuneConfig, calibrate, finetune, load_model, preset
+from ptq_tdq.artifacts import Artifact, read_artifact
+from ptq_tdq.calib_data import LoadedModel, collect_cached
+from ptq_tdq.config import COLLECT_CHOICES
+from ptq_tdq.evaluate.baseline import Baseline, load_baseline, make_baseline, save_baseline
+from ptq_tdq.finetuning import IterationReport, recipe
+from ptq_tdq.load import build_quantized
+
+RESULTS = Path(__file__).parent / "results" / "finetune.jsonl"
+AUTHORS = {  # what stays in floating point in the authors' code
+    "float_layers": ("first", "last", "time_embedding"),
+    "eight_bit_layers": (),
+    "weight_only_layers": (),
+    "attention": False,
+    "method": "static",
+}
+SHOWN = ("fd_c10", "fd_c10_second", "latent_sqnr_db", "mean_noise_sqnr_db")
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line to be; no quantizer: calibrated only."""
+
+    scheme: str
+    seed: int
+    quantizer: str | None = None
+    method: str = "keep"
+    iterations: int = 0
+    data: bool = False
+    choices: dict[str, Any] = field(default_factory=dict)
+
+    def key(self) -> str:
+        return json.dumps(vars(self), sort_keys=True)
+
+
+Kind = tuple[str, str, str, dict[str, Any], int, bool]
+"""Scheme, quantizer, method, choices, the divisor of the iterations, and whether it learns from images."""
+START = {"module_start": "as-is"}  # in whose place a fitted start would hide the initialisation
+TABLES: dict[str, list[Kind]] = {
+    "5": [("W4A4", q, m, {}, 1, False) for q in ("lsq", "pact", "nipq", "duq") for m in ("static", "tdq")],
+    "6": [("W3A3", q, m, {}, 1, False) for q in ("lsq", "duq") for m in ("static", "tdq")],
+    "1": [
+        ("W4A4", "lsq", m, {}, 1, False)
+        for m in ("static", "dynamic", "dynamic-statistics", "dynamic-statistics-time", "tdq")
+    ],
+    "2": [
+        ("W4A4", "lsq", "tdq", {**START, "time_encoding": e}, 1, False)
+        for e in ("none", "normalize", "fourier", "frequency")
+    ],
+    "7": [
+        ("W4A4", "lsq", "tdq", {**START, "module_weights": w}, 1, False) for w in ("he", "gaussian", "zero", "xavier")
+    ],
+    "data": [("W4A4", "lsq", "tdq", {}, 1, data) for data in (False, True)],
+    "minutes": [("W4A4", "lsq", "tdq", {}, part, False) for part in (8, 4, 2, 1)],
+}
+
+
+def cells(tables: list[str], seeds: int, iterations: int) -> Iterator[Cell]:
+    """The cells of some tables, the first seed of all of them first."""
+    kinds = [kind for table in tables for kind in TABLES[table]]
+    for seed in range(seeds):
+        for scheme in dict.fromkeys(scheme for scheme, *_ in kinds):
+            yield Cell(scheme, seed)
+        for scheme, quantizer, method, choices, part, data in kinds:
+            yield Cell(scheme, seed, quantizer, method, max(1, iterations // part), data, choices)
+
+
+class Bench:
+    """The embedded model with what cells share."""
+
+    def __init__(self, work: Path, data: Path | None, samples: int, steps: int, calibration: dict[str, Any]) -> None:
+        self.work, self.data, self.samples, self.steps, self.calibration = work, data, samples, steps, calibration
+        self.model: LoadedModel = load_model()
+        self._baselines: dict[int, Baseline] = {}
+
+    def run(self, cell: Cell, base: dict[str, Any]) -> Line:
+        """The line of a cell."""
+        began, held_out = self.artifact(cell.scheme, cell.seed), None
+        quantized = build_quantized(began, self.model.denoiser)
+        if cell.quantizer:
+            config = FinetuneConfig(
+                **{**base, **cell.choices},
+                quantizer=cell.quantizer,
+                method=cell.method,
+                iterations=cell.iterations,
+                seed=cell.seed,
+            )
+            data = self.data if cell.data else collect_cached(self.model, **recipe(config))
+            folder = (
+                self.work
+                / f"{cell.scheme}-{cell.quantizer}-{hashlib.sha256(cell.key().encode()).hexdigest()[:12]}.partial"
+            )
+            quantized = finetune(self.model, began, config, data, run_directory=folder, on_iteration=_say)
+            held_out = quantized.metrics["finetune"]["held_out"]
+        measured = self.baseline(cell.seed).measure(quantized).results
+        return {"key": cell.key(), **vars(cell), "base": base, "held_out": held_out, **measured, "facts": facts()}
+
+    def artifact(self, scheme: str, seed: int) -> Artifact:
+        """The calibrated model of a scheme and a seed."""
+        folder = self.work / f"calibrated-{scheme}-{seed}"
+        if not folder.exists():
+            config = preset("default", **{**AUTHORS, **self.calibration, "scheme": scheme, "seed": seed})
+            calls = collect_cached(self.model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+            calibrate(self.model, config, calls, run_directory=folder.with_suffix(".partial")).save_pretrained(folder)
+        return read_artifact(folder)
+
+    def baseline(self, seed: int) -> Baseline:
+        """Full precision, from the noise of a seed."""
+        if seed not in self._baselines:
+            request = {"samples": self.samples, "num_inference_steps": self.steps, "seed": seed}
+            folder = self.work / f"baseline-{seed}"
+            found = load_baseline(folder, self.model, **request)
+            if found is None:
+                found = make_baseline(self.model, **request)
+                folder.mkdir(exist_ok=True)
+                save_baseline(folder, found)
+            self._baselines[seed] = found
+        return self._baselines[seed]
+
+
+def _say(report: IterationReport) -> None:
+    if report.iteration % 50 == 0:
+        left = report.seconds * (report.total - report.iteration) / 60
+        click.echo(f"{report.iteration}/{report.total} loss {report.loss:.5f}, {left:.0f} minutes left", err=True)
+
+
+def render(lines: list[Line]) -> str:
+    """Markdown: mean and deviation over seeds."""
+    groups: dict[tuple[Any, ...], list[Line]] = {}
+    for line in lines:
+        what = line["scheme"], line["quantizer"] or "calibrated only", line["method"], line["iterations"]
+        groups.setdefault((*what, line["data"], json.dumps(line["choices"])), []).append(line)
+    heads = "scheme", "quantizer", "method", "iterations", "images", "choices", "seeds", *SHOWN
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for key, found in groups.items():
+        values = [[line[name] for line in found if line.get(name) is not None] for name in SHOWN]
+        rows.append(f"| {' | '.join([*map(str, key), str(len(found)), *map(_mean, values)])} |")
+    return "\n".join(rows)
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+@click.command()
+@click.option("--tables", default="5,6")
+@click.option("--seeds", default=3)
+@click.option("--iterations", default=2000)
+@click.option("--samples", default=1000)
+@click.option("--steps", default=25, help="Of the sampler.")
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="npz of images, for table 'data'.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("finetune.jsonl.work"))
+@click.option("--set", "settings", multiple=True, help="KEY=VALUE of fine-tuning, in all cells.")
+@click.option("--calibration", multiple=True, help="KEY=VALUE of calibration, in all cells.")
+@click.option("--threads", default=1)
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+@click.option("--render", "rendered", is_flag=True, help="Only print the tables.")
+def main(tables: str, seeds: int, iterations: int, rendered: bool, results: Path, threads: int, **options: Any) -> None:
+    """Run the cells that have no line yet."""
+    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    if rendered:
+        click.echo(render(known))
+        return
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    base, calibration = (dict(x.split("=", 1) for x in options[name]) for name in ("settings", "calibration"))
+    options["work"].mkdir(parents=True, exist_ok=True)
+    bench = Bench(options["work"], options["data"], options["samples"], options["steps"], calibration)
+    done = {line["key"] for line in known}
+    for cell in cells(tables.split(","), seeds, iterations):
+        if cell.key() in done or (cell.data and bench.data is None):
+            continue
+        click.echo(cell.key(), err=True)
+        line = bench.run(cell, base)
+        done.add(cell.key())
+        with results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""``ptq-tdq finetune``: weights and intervals of a calibrated model learn together."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from ptq_tdq.artifacts import Artifact, check_output, read_artifact
+from ptq_tdq.calib_data import LoadedModel, collect_cached
+from ptq_tdq.cli.options import (
+    FilePath,
+    json_option,
+    original_options,
+    print_json,
+    quiet_option,
+    result_console,
+    threads_option,
+    verbose_option,
+)
+from ptq_tdq.cli.original import load_original
+from ptq_tdq.cli.progress import Progress, show_files
+from ptq_tdq.cli.unfinished import discard, unfinished_folder
+from ptq_tdq.config import read_config_file
+from ptq_tdq.errors import ConfigError
+from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference
+from ptq_tdq.finetuning import FinetuneConfig, IterationReport, check_start, finetune, processes, recipe
+from ptq_tdq.load import build_quantized
+from ptq_tdq.quantized_model import QuantizedModel
+
+FLAGS = {  # choice -> metavar, help
+    "iterations": ("N", "How many; a checkpoint is kept every checkpoint_every of them."),
+    "method": ("NAME", "An interval source for all activations, or keep."),
+    "quantizer": ("NAME", "How activations are quantized while they learn: lsq, pact, nipq or duq."),
+    "loss": ("NAME", "distillation, denoising (with --data), or auto: denoising where there are data."),
+    "trajectories": ("N", "Without --data: how many full-precision trajectories to learn on."),
+    "batch_size": ("N", "Samples of an iteration, of all processes together."),
+    "seed": ("N", "Seed of trajectories, order and noise."),
+}
+SPOKEN = 100  # lines of -v in a run
+
+
+def _choice_flags(command: Any) -> Any:
+    defaults = FinetuneConfig().to_dict()
+    for name, (metavar, text) in reversed(FLAGS.items()):
+        flag = f"--{name.replace('_', '-')}"
+        command = click.option(flag, name, metavar=metavar, help=f"{text}  [default: {defaults[name]}]")(command)
+    return command
+
+
+@click.command("finetune")
+@click.argument("artifact", type=FilePath())
+@original_options
+@click.option("--output-dir", type=FilePath(), required=True, help="The artifact directory to write.")
+@click.option(
+    "--data",
+    type=FilePath(),
+    help="A folder of images, or an npz file of images or latents.  [default: none, full precision is imitated]",
+)
+@_choice_flags
+@click.option("--config", "config_file", type=FilePath(), help="TOML or JSON file of choices.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any choice by name; --show-config lists them."
+)
+@click.option("--show-config", is_flag=True, help="Print every choice as JSON, fit for --config, and stop.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with an unfinished run.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
+@click.option(
+    "--evaluation-samples",
+    type=click.IntRange(min=0, max=1 << 20),
+    show_default="64; 4 with a pipeline",
+    help="Samples on which the result is measured; 0 measures nothing.",
+)
+@threads_option
+@json_option
+@verbose_option
+@quiet_option
+@click.pass_context
+def finetune_command(
+    context: click.Context,
+    /,
+    artifact: Path,
+    source: str | None,
+    output_dir: Path,
+    data: Path | None,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+    show_config: bool,
+    resume: bool,
+    overwrite: bool,
+    evaluation_samples: int | None,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Train the weights and intervals of ARTIFACT together.
+
+    Without --data the model learns to predict what its full-precision original does, on trajectories of that. Writes
+    an artifact directory that every other command takes. An interrupted run is kept in OUTPUT_DIR.partial; the same
+    command goes on at its last checkpoint. Started by torchrun or accelerate launch, processes share each batch.
+    """
+    began = time.perf_counter()
+    config = _resolve(config_file, {key: given.pop(key) for key in FLAGS}, settings)
+    if show_config:
+        print_json(config.to_dict())
+        return
+    check_output(output_dir, overwrite=overwrite)
+    unfinished = unfinished_folder(output_dir)
+    stored = read_artifact(artifact)
+    context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on at the last checkpoint."
+    given["device"] = processes.join(given["device"])
+    first = processes.rank() == 0
+    say = _Training(quiet=quiet or not first, verbose=verbose)
+    try:
+        model = load_original(source, stored, **given)
+        check_start(model, stored, config, data)
+        if first and not resume:
+            discard(unfinished)
+        with processes.first_alone():
+            calls = collect_cached(model, on_progress=say.collecting, **recipe(config)) if data is None else None
+        tuned = finetune(
+            model,
+            stored,
+            config,
+            data or calls,
+            run_directory=unfinished,
+            on_iteration=say.iteration,
+            on_notice=say.notice,
+        )
+    finally:
+        say.stop()
+        processes.leave()
+    if not first:
+        return
+    samples = min(64, model.sampler.batch) if evaluation_samples is None else evaluation_samples
+    found: dict[str, Comparison] = {}
+    if samples:
+        say.line("Measuring against full precision, from noise that nothing has seen")
+        found = _measure(model, stored, tuned, config, samples)
+    tuned.save_pretrained(output_dir, overwrite=overwrite)
+    discard(unfinished)
+    if as_json:
+        print_json({"output_dir": str(output_dir), **tuned.metrics})
+    elif not quiet:
+        _show(tuned.metrics["finetune"]["held_out"], found)
+        show_files(output_dir, time.perf_counter() - began)
+
+
+def _measure(
+    model: LoadedModel, stored: Artifact, tuned: QuantizedModel, config: FinetuneConfig, samples: int
+) -> dict[str, Comparison]:
+    """Both models against full precision; the metrics of ``tuned`` hold it too."""
+    steps = config.num_inference_steps
+    reference = make_reference(model, samples=samples, num_inference_steps=steps, seed=config.seed)
+    calibrated = build_quantized(stored, model.denoiser).to(tuned.device)
+    found = {"calibrated": compare(reference, calibrated), "fine-tuned": compare(reference, tuned)}
+    tuned.metrics |= {"samples": samples, "num_inference_steps": steps}
+    tuned.metrics["finetune"] |= {name: comparison.to_dict() for name, comparison in found.items()}
+    return found
+
+
+class _Training(Progress):
+    """Progress of the iterations: a bar with loss and speed, with -v a line now and then."""
+
+    def iteration(self, report: IterationReport) -> None:
+        note = f"loss {report.loss:.4g}, {1 / max(report.seconds, 1e-9):.2g} iterations/s"
+        self._advance("Fine-tuning", report.iteration, report.total, note)
+        if self.verbose and report.iteration % max(1, report.total // SPOKEN) == 0:
+            left = report.seconds * (report.total - report.iteration) / 60
+            self.line(f"iteration {report.iteration}/{report.total} {note}, {left:.1f} minutes left")
+
+    def stop(self) -> None:
+        self._bars.stop()
+
+
+def _resolve(file: Path | None, flags: dict[str, str | None], settings: tuple[str, ...]) -> FinetuneConfig:
+    """Config file, then flags, then ``--set``."""
+    choices: dict[str, Any] = dict(read_config_file(file)) if file else {}
+    choices |= {key: value for key, value in flags.items() if value is not None}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes KEY=VALUE. Got {text!r} instead.")
+        choices[key.strip().replace("-", "_")] = value.strip()
+    return FinetuneConfig().changed(choices)
+
+
+def _show(held_out: dict[str, float], found: dict[str, Comparison]) -> None:
+    """The model before and after, on stdout."""
+    table = Table(title="Calibrated and fine-tuned")
+    for column in ("", "calibrated", "fine-tuned"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("loss on held-out samples", *(f"{value:.4g}" for value in held_out.values()))
+    if found:
+        table.add_row("prediction, mean over t (SQNR, dB)", *(f"{x.mean_noise_sqnr_db:.2f}" for x in found.values()))
+        table.add_row("final latents (SQNR, dB)", *(f"{x.latent_sqnr_db:.2f}" for x in found.values()))
+    result_console().print(table)

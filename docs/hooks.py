@@ -1,0 +1,159 @@
+"""What mkdocs shows beside the pages of this folder: files of the repository that they link to, and generated pages.
+
+A link that leaves this folder (``../CHANGELOG.md``) leads to a copy of that file on the site, under ``repository/``,
+and so on from there; the home page is the repository's README. Command line, choices and artifact format are written
+from click, ``Config``, ``ARCHITECTURE.md`` and the JSON Schema, never by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+import ptq_tdq
+from ptq_tdq.artifacts import schema
+from ptq_tdq.cli.main import COMMANDS, cli
+from ptq_tdq.config import PRESETS, Config, preset
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
+HOME = "README.md"
+
+
+@event_priority(100)  # before mkdocstrings looks for it
+def on_config(config: MkDocsConfig) -> None:
+    """Lay the package out as it is installed: mkdocstrings does not follow the mapping of pyproject.toml, nor links."""
+    tree = ROOT / "build" / "docs" / "ptq_tdq"
+    shutil.rmtree(tree, ignore_errors=True)
+    code = shutil.ignore_patterns("__pycache__", "*.safetensors")
+    for source, place in (("ptq_tdq", tree), ("cli", tree / "cli"), ("calib_data", tree / "calib_data")):
+        shutil.copytree(ROOT / source, place, ignore=code)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages and every file of the repository that a page leads to."""
+    pages = {"command-line": command_line(), "choices": choices(), "artifact": artifact(), "api": api()}
+    for name, text in pages.items():
+        files.append(File.generated(config, f"reference/{name}.md", content=text))
+    waiting = [HOME, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
+    seen = set(waiting)
+    while waiting:
+        source = waiting.pop()
+        name = site_path(source)
+        file = files.src_uris.get(name) or File.generated(config, name, content=(ROOT / source).read_bytes())
+        if name not in files.src_uris:
+            files.append(file)
+        if source.endswith(".md"):
+            found = {target(source, link) for link in LINK.findall(file.content_string)}
+            waiting += sorted(found - seen)
+            seen |= found
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let links lead to the copies."""
+    here = page.file.src_uri
+    copied = here.startswith("repository/")
+    source = HOME if here == "index.md" else here.removeprefix("repository/") if copied else f"docs/{here}"
+
+    def moved(match: re.Match[str]) -> str:
+        return os.path.relpath(site_path(target(source, match[1])), PurePosixPath(here).parent)
+
+    return LINK.sub(moved, markdown)
+
+
+def target(source: str, link: str) -> str:
+    """The file of the repository that a link in ``source`` names."""
+    path = os.path.normpath(PurePosixPath(source).parent / link)
+    return f"{path}/README.md" if (ROOT / path).is_dir() else path
+
+
+def site_path(source: str) -> str:
+    """Where a file of the repository is on the site."""
+    if source == HOME:
+        return "index.md"
+    return source.removeprefix("docs/") if source.startswith("docs/") else f"repository/{source}"
+
+
+def command_line() -> str:
+    """Every command with its arguments and options, from click."""
+    parts = [
+        "# Command line",
+        "`ptq-tdq COMMAND --help` prints the same. Exit codes: 0, 1 for a failure, 2 for a wrong request, 130 for "
+        "Ctrl-C, 143 for SIGTERM. Completion in bash, and likewise in zsh and fish:",
+        '    eval "$(_PTQ_TDQ_COMPLETE=bash_source ptq-tdq)"',
+    ]
+    context = click.Context(cli, info_name="ptq-tdq")
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None
+        inner = click.Context(command, info_name=name, parent=context)
+        usage = " ".join(command.collect_usage_pieces(inner))
+        records = [record for p in command.params if (record := p.get_help_record(inner)) is not None]
+        rows = [(f"`{flags}`", text.replace("[", r"\[").replace("|", r"\|")) for flags, text in records]
+        prose = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
+        parts += [f"## {name}", f"    ptq-tdq {name} {usage}", prose, table(("option", "what it does"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def choices() -> str:
+    """Every choice with its alternatives and its value in each preset, from ``Config``."""
+    presets = {name: preset(name).to_dict() for name in PRESETS}
+    hints = get_type_hints(Config)
+    rows = [
+        (f"`{name}`", alternatives(hints[name]), *(shown(values[name]) for values in presets.values()))
+        for name in Config().to_dict()
+    ]
+    text = (
+        "Each is changed by `--set name=value`, in a file (`--config choices.toml`) or in Python "
+        '(`ptq_tdq.preset("default", name=value)`), and is saved with the result. '
+        "[How to choose](../how-to/choose.md) names those that matter, [`Config`](api.md) says what they do."
+    )
+    return f"# Choices\n\n{text}\n\n{table(('choice', 'values', *presets), rows)}\n"
+
+
+def alternatives(kind: Any) -> str:
+    """The values of a choice of this type."""
+    if get_origin(kind) is tuple:
+        return f"list of {alternatives(get_args(kind)[0])}"
+    return ", ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else str(kind.__name__)
+
+
+def shown(value: Any) -> str:
+    """A value as a cell."""
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def artifact() -> str:
+    """The artifact format, from ARCHITECTURE.md and the schema."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    directory, lookup = (text.split(f"\n## {name}\n")[1].split("\n## ")[0] for name in ("Artifact directory", "Lookup"))
+    document = json.dumps(schema(), indent=2)
+    parts = ("# Artifacts", directory, "## Lookup", lookup, "## ptq_tdq_config.json", f"```json\n{document}\n```")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def api() -> str:
+    """The public names, each where it lives."""
+    text = "All of `ptq_tdq.__all__`, and what `import ptq_tdq.integrations.diffusers` adds."
+    public = [getattr(ptq_tdq, name) for name in ptq_tdq.__all__]
+    names = [f"::: {x.__module__}.{x.__qualname__}" for x in public if x.__module__ != "ptq_tdq.errors"]
+    others = [f"::: ptq_tdq.integrations.diffusers.{name}" for name in ("as_diffusers", "PtqTdqConfig")]
+    return "\n\n".join(["# Python", text, *names, *others, ""])
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(' '.join(cell.split()) for cell in row)} |" for row in lines)

@@ -1,0 +1,186 @@
+"""From a calibrated artifact and its full-precision model to a fine-tuned one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptq_tdq.artifacts import CONFIG_FILE, Artifact, check_base_model, encode_artifact
+from ptq_tdq.calib_data import LoadedModel, collect, from_pipeline
+from ptq_tdq.calls import Calls
+from ptq_tdq.errors import CalibrationSetError, ConfigError
+from ptq_tdq.finetuning import processes
+from ptq_tdq.finetuning.checkpoint import Checkpoint
+from ptq_tdq.finetuning.config import KEEP, FinetuneConfig
+from ptq_tdq.finetuning.data import Data, RecordedCalls
+from ptq_tdq.finetuning.files import read_data
+from ptq_tdq.finetuning.sources import begin_sources
+from ptq_tdq.finetuning.student import Student
+from ptq_tdq.finetuning.train import IterationReport, Training, segments
+from ptq_tdq.identity import model_sha256
+from ptq_tdq.load import build_quantized, find_artifact
+from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.wrap import folded_copy
+
+_log = logging.getLogger(__name__)
+THINNING = 8  # each trajectory gives every so many of its steps: trajectories count, not rows
+PROBED = 4  # of the calls that judge, in which unknown intervals are observed
+
+
+def finetune(
+    model: Any,
+    artifact: str | Path | Artifact | QuantizedModel,
+    config: FinetuneConfig | None = None,
+    data: Calls | str | Path | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+    call: Mapping[str, Any] | None = None,
+    run_directory: Path | None = None,
+    on_iteration: Callable[[IterationReport], None] = lambda report: None,
+    on_notice: Callable[[str], None] = _log.warning,
+) -> QuantizedModel:
+    """Train weights and intervals of a calibrated model together; neither ``model`` nor ``artifact`` change.
+
+    ``model`` is the full-precision model: a pipeline of diffusers, what :func:`~ptq_tdq.load_model` gives, or, with
+    ``data`` recorded of it (:func:`ptq_tdq.record`), any module. ``artifact`` is a folder, a hub id, or what
+    :func:`~ptq_tdq.calibrate` gave::
+
+        quantized = calibrate(pipe, preset("default", scheme="W3A4"))
+        pipe.unet = finetune(pipe, quantized, FinetuneConfig(iterations=2000))
+
+    Without ``data`` the model samples trajectories (``prompts``, ``classes`` and ``call`` say of what) and learns to
+    predict on them what full precision does. ``data`` may be recorded calls, a folder of images or an npz file
+    (:func:`~ptq_tdq.finetuning.files.read_data`). With a ``run_directory`` an interrupted run goes on at its last
+    checkpoint. Processes that torch.distributed has joined share each batch. The result's metrics have the losses on
+    held-out samples before and after ("finetune").
+
+    Raises before the first iteration: :class:`~ptq_tdq.errors.ArtifactMismatchError` for another model's artifact,
+    :class:`~ptq_tdq.errors.ConfigError` and :class:`~ptq_tdq.errors.CalibrationSetError` for choices and data that do
+    not fit, :class:`~ptq_tdq.errors.ResumeError` for another run in the directory; at any time
+    :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the iteration and the layer).
+    """
+    config = config or FinetuneConfig()
+    found = _artifact(artifact)
+    if not isinstance(model, nn.Module | LoadedModel):
+        component = found.config["base_model"].get("component")
+        model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
+    check_start(model, found, config, data)
+    source = read(model, found, config, data)
+    denoiser = model.denoiser if isinstance(model, LoadedModel) else model
+    device = next(denoiser.parameters()).device
+    teacher, quantized = folded_copy(denoiser), build_quantized(found, denoiser).to(device)
+    begin_sources(quantized, config, source.steps, [batch.arguments for batch in source.judges()[:PROBED]])
+    training = Training(Student(quantized, teacher, config), teacher, source, config)
+    checkpoint = None
+    if run_directory is not None:
+        with processes.first_alone():
+            checkpoint = Checkpoint(run_directory, _identity(found, config, source), on_notice)
+    before = training.judge()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        training.run(checkpoint, on_iteration)
+    after = training.judge()
+    if after >= before:
+        on_notice(
+            f"The loss on held-out samples did not fall ({before:.4g} before, {after:.4g} after); "
+            "lower the learning rates, or take more iterations or trajectories."
+        )
+    finished = training.student.finish()
+    _describe(finished, found, config, source, {"before": before, "after": after}, training.losses)
+    return finished
+
+
+def check_start(
+    model: LoadedModel | nn.Module, artifact: Artifact, config: FinetuneConfig, data: Calls | str | Path | None
+) -> None:
+    """Raise what :func:`finetune` would for a model, choices and kind of data that do not fit together."""
+    denoiser = model.denoiser if isinstance(model, LoadedModel) else model
+    shares = processes.count() * config.accumulation
+    if config.batch_size % shares:
+        raise ConfigError(
+            f"batch_size must be a multiple of accumulation times the number of processes ({shares}). "
+            f"Got {config.batch_size} instead."
+        )
+    check_base_model(artifact, model.sha256 if isinstance(model, LoadedModel) else model_sha256(model))
+    if any(layer.dtype != "float32" for layer in artifact.layers) or artifact.config.get("buffer_dtypes"):
+        raise ConfigError("Weights learn in float32; calibrate the model in float32 to fine-tune it.")
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in denoiser.parameters()):
+        raise ConfigError("Weights learn in float32; load the model in float32 to fine-tune it.")
+    if not isinstance(data, str | Path) and config.loss == "denoising":
+        raise ConfigError("The loss 'denoising' needs images or latents (data); leave out the loss, or give data.")
+    if data is None and not isinstance(model, LoadedModel):
+        raise CalibrationSetError(
+            f"A {type(denoiser).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) "
+            "and pass them as data, or pass its pipeline."
+        )
+
+
+def read(
+    model: LoadedModel | nn.Module, artifact: Artifact, config: FinetuneConfig, data: Calls | str | Path | None
+) -> Data:
+    """The data of a run."""
+    if isinstance(data, str | Path):
+        if not isinstance(model, LoadedModel):
+            raise ConfigError("Fine-tuning on files needs the model's scheduler; pass its pipeline, or load_model's.")
+        return read_data(Path(data), model, artifact.time_axis, denoise=config.loss != "distillation")
+    if data is None:
+        assert isinstance(model, LoadedModel)
+        data = collect(model, **recipe(config))
+    data.check()
+    denoiser = model.denoiser if isinstance(model, LoadedModel) else model
+    return RecordedCalls(replace(data.to(next(denoiser.parameters()).device), axis=artifact.time_axis))
+
+
+def recipe(config: FinetuneConfig) -> dict[str, Any]:
+    """Which trajectories a model samples to learn on them: arguments of :func:`~ptq_tdq.calib_data.collect`."""
+    thinning = min(THINNING, config.num_inference_steps, config.trajectories)
+    return {
+        "samples_per_step": config.trajectories // thinning,
+        "calibration_steps": config.num_inference_steps,
+        "num_inference_steps": config.num_inference_steps,
+        "thinning": thinning,
+        "seed": config.seed,
+    }
+
+
+def _artifact(given: str | Path | Artifact | QuantizedModel) -> Artifact:
+    if isinstance(given, QuantizedModel):
+        return given.to_artifact()
+    return given if isinstance(given, Artifact) else find_artifact(given)
+
+
+def _identity(artifact: Artifact, config: FinetuneConfig, data: Data) -> dict[str, Any]:
+    """What must not change between two sittings of one run."""
+    choices = {key: value for key, value in config.to_dict().items() if key != "checkpoint_every"}
+    return {
+        "artifact": sha256(encode_artifact(artifact)[CONFIG_FILE]).hexdigest(),
+        **{f"choice {key}": value for key, value in choices.items()},
+        "data": data.identity,
+        "number of processes": processes.count(),
+        "threads": torch.get_num_threads(),
+        "version of torch": torch.__version__,
+    }
+
+
+def _describe(
+    finished: QuantizedModel,
+    artifact: Artifact,
+    config: FinetuneConfig,
+    data: Data,
+    held_out: dict[str, float],
+    losses: Sequence[float],
+) -> None:
+    """Provenance and metrics: those of the artifact, as far as they still hold, and the run's own."""
+    method = artifact.config["method"] if config.method == KEEP else config.method
+    about = {"choices": config.to_dict(), "data_sha256": data.identity}
+    finished.provenance = {**artifact.config, "method": method, "finetune": about}
+    kept = ("coverage", "mean_bits", "notices", "reconstruction")
+    finished.metrics = {key: value for key, value in artifact.metrics.items() if key in kept}
+    finished.metrics["finetune"] = {"held_out": held_out, "losses": segments(losses)}

@@ -1,0 +1,121 @@
+"""Where the intervals of activations begin: at those of the artifact, else at what its quantizers see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq_tdq.finetuning.config import KEEP, FinetuneConfig
+from ptq_tdq.intervals import IntervalSource, Observed, source_class
+from ptq_tdq.intervals.dynamic import Dynamic
+from ptq_tdq.intervals.dynamic_statistics import DynamicStatistics
+from ptq_tdq.intervals.dynamic_token import DynamicTokenRatio
+from ptq_tdq.intervals.known import Known
+from ptq_tdq.intervals.table import TableSource
+from ptq_tdq.modules import ActivationQuantizer
+from ptq_tdq.observe import Observer
+from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.search import QParams
+
+UNLEARNED = ("fixed", "step-table")  # methods whose tables stay as they are
+
+
+def begin_sources(
+    quantized: QuantizedModel, config: FinetuneConfig, steps: Tensor, probe: Sequence[dict[str, Any]]
+) -> None:
+    """Give each activation quantizer a source that learns, of the method that the choices name.
+
+    ``steps`` [K] are the time steps at which known intervals begin; others are observed in the calls ``probe``.
+    """
+    quantizers = quantized.quantizers()
+    methods = {name: _method(quantizer, config) for name, quantizer in quantizers.items()}
+    unknown = [name for name, quantizer in quantizers.items() if _is_unknown(quantizer, methods[name])]
+    observed = _observe(quantized, unknown, config, probe) if unknown else {}
+    with torch.random.fork_rng(devices=[]):
+        for number, (name, quantizer) in enumerate(quantizers.items()):
+            torch.manual_seed(config.seed + number)
+            method, own = methods[name], quantizer.record.method
+            known = observed.get(name) or _known(quantizer, method, quantized.axis.length, config, steps)
+            quantizer.source = _source(quantizer, method, known).to(quantized.device)
+            gain_db = quantizer.record.gain_db if method == own else None
+            quantizer.record = replace(quantizer.record, method=method, gain_db=gain_db)
+    quantized.plan = tuple(
+        replace(record, inputs=tuple(quantizers[q.name].record for q in record.inputs)) for record in quantized.plan
+    )
+
+
+def _method(quantizer: ActivationQuantizer, config: FinetuneConfig) -> str:
+    own = quantizer.record.method
+    return own if config.method == KEEP or own == "fixed" else config.method
+
+
+def _table(quantizer: ActivationQuantizer, method: str) -> TableSource | None:
+    """The artifact's table of what this method learns, intervals or ratios of them, if it has one."""
+    source: Any = quantizer.source
+    if issubclass(source_class(method), DynamicTokenRatio):
+        source = getattr(source, "ratio", None)
+    return source if isinstance(source, TableSource) else None
+
+
+def _is_unknown(quantizer: ActivationQuantizer, method: str) -> bool:
+    """Whether the artifact does not tell where the intervals of this method begin; ratios of tokens begin at 1."""
+    cls = source_class(method)
+    if method == quantizer.record.method or cls.by_token:
+        return False
+    return issubclass(cls, DynamicStatistics) or _table(quantizer, method) is None
+
+
+def _known(quantizer: ActivationQuantizer, method: str, length: int, config: FinetuneConfig, steps: Tensor) -> Known:
+    found = QParams(torch.ones(length), torch.zeros(length, dtype=torch.int32))
+    if (table := _table(quantizer, method)) is not None:
+        found = QParams(table.scale.cpu(), table.zero_point.cpu())
+    return Known(steps.cpu(), found, quantizer.qtype, config.interval_options)
+
+
+def _source(quantizer: ActivationQuantizer, method: str, known: Observed) -> IntervalSource:
+    source, goes_on = quantizer.source, method == quantizer.record.method
+    assert source is not None
+    if goes_on and method in UNLEARNED:
+        return source
+    if goes_on and isinstance(source, Dynamic) and not isinstance(source, DynamicTokenRatio):
+        return source.requires_grad_(True)
+    return source_class(method).build(method, known)
+
+
+def _observe(
+    quantized: QuantizedModel, names: Sequence[str], config: FinetuneConfig, probe: Sequence[dict[str, Any]]
+) -> dict[str, Observed]:
+    """What some quantizers see while all others quantize."""
+    axis = quantized.axis
+    steps = torch.cat([axis.t(call[axis.argument]) for call in probe]).cpu().unique()
+    quantizers = {name: quantized.quantizers()[name] for name in names}
+    observers = {name: Observer(name, steps) for name in names}
+    for name, quantizer in quantizers.items():
+        quantizer.observer = observers[name]
+    try:
+        for counting in (False, True):
+            for observer in observers.values():
+                if counting:
+                    observer.start_counting()
+            with torch.no_grad():
+                for call in probe:
+                    quantized(**call)
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.observer = None
+    return {
+        name: Observed(
+            axis.num_train_timesteps,
+            steps,
+            observers[name].filled(),
+            quantizer.qtype,
+            "mse" if quantizer.record.range_method == "ema" else quantizer.record.range_method,
+            quantizer.record.from_zero,
+            config.interval_options,
+        )
+        for name, quantizer in quantizers.items()
+    }

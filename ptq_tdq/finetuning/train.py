@@ -1,0 +1,177 @@
+"""The loop: every iteration depends on the state before it and its own number alone, so it can be done again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ptq_tdq.calls import prediction
+from ptq_tdq.errors import NonFiniteError
+from ptq_tdq.finetuning import processes
+from ptq_tdq.finetuning.checkpoint import Checkpoint
+from ptq_tdq.finetuning.config import FinetuneConfig
+from ptq_tdq.finetuning.data import Batch, Data, generator_of
+from ptq_tdq.finetuning.student import Student
+
+Moments = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of a parameter
+
+
+@dataclass(frozen=True)
+class IterationReport:
+    """A finished iteration of ``total``: its loss, and the seconds that one takes on average since the run began."""
+
+    iteration: int
+    total: int
+    loss: float
+    seconds: float
+
+
+class Training:
+    """A student, its optimizer and the averages of what it learns."""
+
+    def __init__(self, student: Student, teacher: nn.Module, data: Data, config: FinetuneConfig) -> None:
+        self.student, self.teacher, self.data, self.config = student, teacher, data, config
+        self.size = config.batch_size // (processes.count() * config.accumulation)  # of one piece in one process
+        self.learned = student.learned()
+        self.optimizer = torch.optim.AdamW(student.groups(config))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.averages = [p.detach().clone() for p in self.learned.values()]
+        self.losses: list[float] = []
+        alone = processes.count() == 1
+        # a layer may have nothing to do in some calls; buffers are the same in all processes
+        self.model: nn.Module = (
+            student if alone else DistributedDataParallel(student, find_unused_parameters=True, broadcast_buffers=False)
+        )
+
+    def run(self, checkpoint: Checkpoint | None, on_iteration: Callable[[IterationReport], None]) -> None:
+        """Learn from the iteration that the checkpoint has reached; leaves the averages in the student.
+
+        Raises :class:`NonFiniteError` naming the iteration and the layer.
+        """
+        if checkpoint is not None:
+            self._load(checkpoint)
+        first, began = len(self.losses), time.perf_counter()
+        for iteration in range(first, self.config.iterations):
+            loss = self._iterate(iteration)
+            done = iteration + 1
+            seconds = (time.perf_counter() - began) / (done - first)
+            on_iteration(IterationReport(done, self.config.iterations, loss, seconds))
+            kept = done % self.config.checkpoint_every == 0 or done == self.config.iterations
+            if checkpoint is not None and kept and processes.rank() == 0:
+                checkpoint.write(self._state())
+        with torch.no_grad():
+            for parameter, average in zip(self.learned.values(), self.averages, strict=True):
+                parameter.copy_(average)
+
+    def judge(self) -> float:
+        """The loss on the samples that only judge, without penalties."""
+        total, rows = 0.0, 0
+        with self.student.judged():
+            for batch in self.data.judges():
+                predicted, _ = self.student(**batch.arguments)
+                total += float(_distance(predicted, self._target(batch))) * batch.rows
+                rows += batch.rows
+        if not math.isfinite(total):
+            raise NonFiniteError("The fine-tuned model gives NaN or Inf; lower the learning rates.")
+        return total / rows
+
+    def _iterate(self, iteration: int) -> float:
+        config = self.config
+        factor = _factor(iteration, config)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.student.freeze(iteration >= config.freeze_from * config.iterations)
+        torch.manual_seed(generator_of(f"noise of process {processes.rank()}", config.seed, iteration).initial_seed())
+        numbers = self.data.order(iteration, config.batch_size, config.seed)
+        noise = generator_of("data", config.seed, iteration).initial_seed()
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.student.quantized.device)
+        for piece in range(config.accumulation):
+            start = (processes.rank() * config.accumulation + piece) * self.size
+            batches = self.data.draw(numbers, slice(start, start + self.size), torch.Generator().manual_seed(noise))
+            total += self._descend(batches, iteration, last=piece == config.accumulation - 1)
+        self.optimizer.step()
+        decay = min(config.ema, (1 + iteration) / (10 + iteration))
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.learned.values()], 1 - decay)
+        self.losses.append(float(processes.mean(total)))
+        return self.losses[-1]
+
+    def _descend(self, batches: Sequence[Batch], iteration: int, *, last: bool) -> Tensor:
+        """Add the gradients of one piece's share of the loss, which is returned."""
+        total = torch.zeros((), device=self.student.quantized.device)
+        for number, batch in enumerate(batches):
+            sends = last and number == len(batches) - 1
+            waits = nullcontext() if sends or self.model is self.student else self.model.no_sync()  # type: ignore[operator]
+            with torch.enable_grad(), waits:
+                predicted, penalty = self.model(**batch.arguments)
+                loss = (_distance(predicted, self._target(batch)) + penalty) * (
+                    batch.rows / (self.size * self.config.accumulation)
+                )
+                if not bool(torch.isfinite(loss)):
+                    raise NonFiniteError(self._why(iteration, batch))
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _target(self, batch: Batch) -> Tensor:
+        if batch.target is not None:
+            return batch.target
+        with torch.no_grad():
+            return prediction(self.teacher(**batch.arguments)).float()
+
+    def _why(self, iteration: int, batch: Batch) -> str:
+        layer = self.student.first_to_overflow(batch.arguments)
+        where = f"{layer} overflows or gives NaN" if layer else "the loss is NaN or Inf"
+        return f"At iteration {iteration + 1} {where}; lower the learning rates (weight_lr, interval_lr, module_lr)."
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        for (name, parameter), average in zip(self.learned.items(), self.averages, strict=True):
+            state |= {f"learned.{name}": parameter, f"average.{name}": average}
+            state |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+        return state
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.learned.items()}
+        kinds = ("learned", "average")
+        state = checkpoint.read({f"{kind}.{name}": shape for kind in kinds for name, shape in shapes.items()})
+        if state is None:
+            return
+        self.losses = state["losses"].tolist()
+        for (name, parameter), average in zip(self.learned.items(), self.averages, strict=True):
+            with torch.no_grad():
+                parameter.copy_(state[f"learned.{name}"])
+                average.copy_(state[f"average.{name}"])
+            moments = {key: state[f"{key}.{name}"] for key in Moments if f"{key}.{name}" in state}
+            if moments:
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+                }
+
+
+def _distance(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error; a learned variance behind what is predicted does not count."""
+    return (predicted[:, : target.shape[1]] - target).square().mean()
+
+
+def _factor(iteration: int, config: FinetuneConfig) -> float:
+    """Of the learning rates at an iteration."""
+    warm = min(1.0, (iteration + 1) / config.warmup) if config.warmup else 1.0
+    if config.schedule == "constant":
+        return warm
+    return warm * 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
+
+
+def segments(losses: Sequence[float], count: int = 100) -> list[dict[str, Any]]:
+    """Mean losses over at most ``count`` runs of iterations, each with the last one's number."""
+    length = -(-len(losses) // count)
+    parts = [(i + len(part), part) for i in range(0, len(losses), length) if (part := losses[i : i + length])]
+    return [{"iteration": last, "loss": sum(part) / len(part)} for last, part in parts]

@@ -1,0 +1,142 @@
+"""Fine-tuning by command: its result, its interruption, data in files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ptq_tdq.artifacts import read_artifact
+
+START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
+FEW = (
+    *("--iterations", "6", "--trajectories", "16", "--batch-size", "8"),
+    *("--set", "num_inference_steps=4", "--set", "warmup=1", "--set", "checkpoint_every=2"),
+    *("--evaluation-samples", "2", "--threads", "1"),
+)
+
+
+@pytest.fixture(scope="module")
+def artifact(calibrated: Callable[[Path], Path], conditional: Path) -> Path:
+    return calibrated(conditional)
+
+
+@pytest.fixture(scope="module")
+def run(artifact: Path, conditional: Path, cli: Any, shared_cache: Path, tmp_path_factory: Any) -> tuple[Any, Path]:
+    """An uninterrupted run, and what it writes."""
+    folder = tmp_path_factory.mktemp("tuned") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PTQ_TDQ_CACHE", str(shared_cache))
+        result = cli("finetune", artifact, "--model", conditional, "--output-dir", folder, *FEW, "-v")
+    assert result.code == 0, result.err
+    return result, folder
+
+
+@pytest.fixture(scope="module")
+def whole(run: tuple[Any, Path]) -> Path:
+    return run[1]
+
+
+def test_every_command_takes_the_result(whole: Path, cli: Any, conditional: Path, tmp_path: Path) -> None:
+    document = read_artifact(whole).config
+    assert document["finetune"]["choices"]["iterations"] == 6
+    assert cli("inspect", whole).code == 0
+    exported = cli("export", whole, "--format", "json", "--output", tmp_path / "tables.json")
+    assert exported.code == 0, exported.err
+    for backend in ("simulated", "integer"):
+        request = ("evaluate", whole, "--model", conditional, "--samples", 8, "--num-inference-steps", 2, "--json")
+        measured = cli(*request, "--backend", backend, "--threads", 1)
+        assert measured.code == 0, measured.err
+        assert json.loads(measured.out)["samples"] == 8
+
+
+def test_the_result_is_shown_beside_the_calibrated_model(run: tuple[Any, Path]) -> None:
+    shown, folder = run
+    assert "fine-tuned" in shown.out and "final latents (SQNR, dB)" in shown.out
+    assert "iteration 6/6 loss" in shown.err and "minutes left" in shown.err
+    metrics = read_artifact(folder).metrics["finetune"]
+    assert sorted(metrics) == ["calibrated", "fine-tuned", "held_out", "losses"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["out"]
+
+
+def test_a_killed_run_ends_with_the_same_bytes(
+    artifact: Path, conditional: Path, whole: Path, cli: Any, contents: Any, tmp_path: Path
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial" / "finetune.safetensors"
+    command = ["finetune", str(artifact), "--model", str(conditional), "--output-dir", str(out), *FEW]
+    process = subprocess.Popen([sys.executable, "-c", START, *command], stderr=subprocess.PIPE)
+    try:
+        while process.poll() is None and not partial.exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finally:
+        process.kill()
+    assert partial.exists() and not out.exists()
+    refused = cli(*command, "--seed", "1")
+    assert refused.code == 1 and "start with --no-resume" in refused.err
+    result = cli(*command)
+    assert result.code == 0, result.err
+    assert contents(out) == contents(whole)
+
+
+def test_images_and_latents_are_learned_from(artifact: Path, conditional: Path, cli: Any, tmp_path: Path) -> None:
+    """A folder of images for each class, and a file of the same images: the same run, to the bit."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        folder = tmp_path / "images" / f"class{i // 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(12) // 4)
+    found = []
+    for name in ("images", "images.npz"):
+        out = tmp_path / f"of-{name}"
+        request = ("finetune", artifact, "--model", conditional, "--data", tmp_path / name, "--output-dir", out)
+        result = cli(*request, *FEW)
+        assert result.code == 0, result.err
+        found.append(read_artifact(out).metrics["finetune"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--quantizer", "qil"), "The quantizer must be one of duq, lsq, nipq, pact. Got 'qil' instead."),
+        (("--set", "speed=1"), "There is no choice named 'speed'"),
+        (("--set", "iterations"), "--set takes KEY=VALUE. Got 'iterations' instead."),
+        (("--loss", "denoising"), "The loss 'denoising' needs images or latents (data)"),
+        (("--data", "nowhere"), "There is no file or folder 'nowhere'"),
+        (("--data", "labels.npz"), "'labels.npz' has neither 'images' nor 'latents'; it has labels."),
+        (("--data", "small.npz"), "The model samples [3, 8, 8], and 'small.npz' holds [3, 4, 4]"),
+        (("--data", "unlabelled.npz"), "does not hold a class from 0 to 2 for each of its 4 samples"),
+        (("--model", "other"), "was made from"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(
+    arguments: tuple[str, str],
+    text: str,
+    artifact: Path,
+    conditional: Path,
+    pipeline: Path,
+    cli: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("labels.npz", labels=np.zeros(4, int))
+    np.savez("small.npz", images=np.zeros((4, 4, 4, 3), np.uint8), labels=np.zeros(4, int))
+    np.savez("unlabelled.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
+    shutil.copytree(pipeline, "other")
+    result = cli("finetune", artifact, "--model", conditional, "--output-dir", "out", *FEW, *arguments)
+    assert result.code in (1, 2) and text in result.err and len(result.err.splitlines()) == 1
+    assert not Path("out").exists() and not Path("out.partial").exists()

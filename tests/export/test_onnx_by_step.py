@@ -1,0 +1,132 @@
+"""Static graphs for time steps, in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from processors import needs_wide_sums
+from torch import nn
+
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.calib_data.loop import LoopSampler
+from ptq_tdq.calls import Calls, record
+from ptq_tdq.errors import ModelError, TimestepError
+from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.export.onnx import OnnxDenoiser, export_onnx_steps
+from ptq_tdq.export.onnx.by_step import groups_of_steps
+from ptq_tdq.export.onnx.file import write_steps
+from ptq_tdq.export.onnx.skeleton import Skeleton
+from ptq_tdq.load import build_quantized
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def sampled(unet: nn.Module) -> Calls:
+    """The calls of a sampling run."""
+    with record(unet, num_train_timesteps=1000) as calls:
+        sample(unet, unet)
+    return calls
+
+
+def sample(model: nn.Module, denoiser: nn.Module) -> None:
+    sampler = LoopSampler(model, DDIMScheduler())
+    sampler.run(denoiser, [2, 0], [torch.Generator().manual_seed(i) for i in (2, 3)], STEPS, sampler.scheduler)
+
+
+@pytest.fixture(scope="module", params=["W4A6", "W8A8-affine", "W8A8-symmetric"])
+def exported(
+    request: Any, tmp_path_factory: pytest.TempPathFactory, artifact_of: Callable[[str], Artifact], sampled: Calls,
+    skeleton: Skeleton,
+) -> tuple[Artifact, Path]:  # fmt: skip
+    artifact, folder = artifact_of(request.param), tmp_path_factory.mktemp("graphs")
+    write_steps(artifact, folder, skeleton, groups_of_steps(artifact, sampled.t.unique().tolist()))
+    return artifact, folder
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_wide_sums)])
+def test_it_samples_as_the_simulated_model_does(exported: tuple[Artifact, Path], runtime: str) -> None:
+    artifact, folder = exported
+    simulated, denoiser = build_quantized(artifact), OnnxDenoiser(folder, runtime=runtime, threads=1)
+    ratios: list[float] = []
+
+    class Both(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            expected, got = simulated(*args, **kwargs), denoiser(*args, **kwargs)
+            ratios.append(sqnr_db(expected[0], got[0]))
+            return got
+
+    sample(simulated.model, Both())
+    assert len(ratios) == STEPS
+    assert min(ratios) > 25
+
+
+def test_all_parameters_are_constants_of_standard_types(exported: tuple[Artifact, Path]) -> None:
+    """Scales and zero points are initializers, activations UINT8, weights INT8; no other operators, no lookup."""
+    files = sorted(exported[1].glob("*.onnx"))
+    assert len(files) == STEPS
+    for file in files:
+        graph = onnx.load(file, load_external_data=False).graph
+        arrays = {tensor.name: tensor for tensor in graph.initializer}
+        pairs = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        assert pairs
+        assert all(set(node.input[1:]) - {""} <= set(arrays) for node in pairs)
+        kinds = {arrays[node.input[0]].data_type for node in pairs if node.input[0] in arrays}
+        assert kinds == {onnx.TensorProto.INT8}
+        assert {node.domain for node in graph.node} == {""}
+        assert not any(node.op_type == "Gather" and "table" in node.input[0] for node in graph.node)
+
+
+def test_the_graphs_share_their_weights(exported: tuple[Artifact, Path]) -> None:
+    """Each array that is large is in the common file, once."""
+    folder, places = exported[1], dict[int, int]()
+    for file in folder.glob("*.onnx"):
+        for tensor in onnx.load(file, load_external_data=False).graph.initializer:
+            assert len(tensor.raw_data) < 1024
+            found = {entry.key: entry.value for entry in tensor.external_data}
+            if found:
+                assert found["location"] == "weights.bin"
+                places[int(found["offset"])] = int(found["length"])
+    assert len(places) > 10
+    assert sum(places.values()) == (folder / "weights.bin").stat().st_size
+
+
+def test_mixed_steps_and_unknown_ones(exported: tuple[Artifact, Path], sampled: Calls) -> None:
+    artifact, folder = exported
+    denoiser, simulated = OnnxDenoiser(folder, threads=1), build_quantized(artifact)
+    arguments = sampled.inputs(torch.tensor([0, len(sampled.t) - 1]))
+    assert len(set(arguments["timestep"].tolist())) == 2
+    assert sqnr_db(simulated(**arguments)[0], denoiser(**arguments)[0]) > 25
+    with pytest.raises(TimestepError, match="no graph for t = 7, only for"):
+        denoiser(**{**arguments, "timestep": torch.tensor([7, 7])})
+
+
+def test_static_intervals_need_one_graph(
+    tmp_path: Path, artifact_of: Callable[[str], Artifact], sampled: Calls
+) -> None:
+    (steps,) = export_onnx_steps(artifact_of("W6A8-static"), tmp_path / "graphs", sampled)
+    assert len(steps) == STEPS
+    assert len(list((tmp_path / "graphs").glob("*.onnx"))) == 1
+
+
+def test_intervals_of_tensors_are_refused(
+    tmp_path: Path, artifact_of: Callable[[str], Artifact], sampled: Calls
+) -> None:
+    with pytest.raises(ModelError, match="finds its interval in each tensor"):
+        export_onnx_steps(artifact_of("W3A4-dynamic"), tmp_path / "graphs", sampled)
+    assert not (tmp_path / "graphs").exists()
+
+
+def test_a_graph_reads_no_other_file(exported: tuple[Artifact, Path], tmp_path: Path) -> None:
+    model = onnx.load(next(exported[1].glob("*.onnx")), load_external_data=False)
+    tensor = next(x for x in model.graph.initializer if x.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = "../secret"
+    (tmp_path / "t0000.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=r"asks for the file '\.\./secret'"):
+        OnnxDenoiser(tmp_path)

@@ -1,0 +1,213 @@
+"""Fine-tuning as a whole: it starts at the artifact, is better than it, and ends as an artifact like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from recorded import images
+from torch import nn
+
+from ptq_tdq import Calls, FinetuneConfig, QuantizedModel, finetune, load_quantized
+from ptq_tdq.artifacts import read_artifact
+from ptq_tdq.errors import ArtifactMismatchError, CalibrationSetError, ConfigError, NonFiniteError
+from ptq_tdq.finetuning import IterationReport
+from ptq_tdq.finetuning.data import RecordedCalls
+from ptq_tdq.finetuning.sources import begin_sources
+from ptq_tdq.finetuning.student import Student
+from ptq_tdq.load import build_quantized
+
+Calibrated = Callable[..., QuantizedModel]
+Choose = Callable[..., FinetuneConfig]
+X, T = images(6, seed=5), torch.tensor([999.0, 700.0, 500.0, 300.0, 100.0, 1.0])
+
+
+def student_of(denoiser: nn.Module, quantized: QuantizedModel, calls: Calls, config: FinetuneConfig) -> Student:
+    data = RecordedCalls(calls)
+    model = build_quantized(quantized.to_artifact(), denoiser)
+    begin_sources(model, config, data.steps, [batch.arguments for batch in data.judges()])
+    return Student(model, denoiser, config)
+
+
+def loss(model: nn.Module, denoiser: nn.Module) -> float:
+    """On calls that nobody has seen."""
+    x, t = images(64, seed=9), torch.tensor([999.0, 500.0, 1.0, 1.0]).repeat(16)
+    x = x * (0.5 + t / 1000).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        return float((model(x, t) - denoiser(x, t)).square().mean())
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "pact", "nipq", "duq"])
+@pytest.mark.parametrize("method", ["keep", "tdq", "S_3", "step-lsq", "dynamic-token-tdq"])
+def test_it_starts_at_the_artifact(
+    quantizer: str, method: str, denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
+) -> None:
+    """To the bit for methods that hold a single interval, to a fraction of a step for networks of t."""
+    begun = calibrated(method="dynamic-token-static" if "token" in method else "static")
+    student = student_of(denoiser, begun, calls, choose(quantizer=quantizer, method=method))
+    with student.judged(), torch.no_grad():
+        found, expected = student(X, T)[0], begun(X, T)
+    if method in ("keep", "S_3"):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert float((found - expected).square().mean() / expected.square().mean()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "method"),
+    [("lsq", "keep"), ("lsq", "tdq-thin"), ("pact", "step-lsq"), ("nipq", "keep"), ("duq", "tdq")],
+)
+def test_it_is_better_than_calibration_alone_and_ends_as_an_artifact(
+    quantizer: str,
+    method: str,
+    denoiser: nn.Module,
+    calls: Calls,
+    calibrated: Calibrated,
+    choose: Choose,
+    tmp_path: Path,
+) -> None:
+    tuned = finetune(denoiser, calibrated(), choose(quantizer=quantizer, method=method), calls)
+    assert loss(tuned, denoiser) < 0.95 * loss(calibrated(), denoiser)
+    known = tuned.metrics["finetune"]["held_out"]
+    assert known["after"] < known["before"]
+    tuned.save_pretrained(tmp_path / "out")
+    for backend in ("simulated", "integer"):
+        loaded = load_quantized(tmp_path / "out", model=denoiser, backend=backend)
+        torch.testing.assert_close(loaded(X, T), tuned(X, T), rtol=1e-4, atol=1e-4)
+    expected, layers = "static" if method == "keep" else method, read_artifact(tmp_path / "out").layers
+    assert {q.method for layer in layers for q in layer.inputs} == {expected}
+    assert tuned.provenance["method"] == expected and tuned.provenance["finetune"]["choices"]["quantizer"] == quantizer
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "duq"])
+def test_the_finished_model_is_what_was_trained(
+    quantizer: str, denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
+) -> None:
+    student = student_of(denoiser, calibrated(), calls, choose(quantizer=quantizer, method="tdq"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.learned().values():
+            parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+        for ratio in student.ratios:
+            ratio.add_(0.3)
+    with student.judged():
+        trained = student(X, T)[0]
+    torch.testing.assert_close(student.finish()(X, T), trained, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dynamic", "dynamic-statistics-time", "dynamic-token", "dynamic-token-tdq"])
+def test_dynamic_intervals_are_baselines_that_learn(
+    method: str, denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
+) -> None:
+    tuned = finetune(denoiser, calibrated(), choose(method=method), calls)
+    known = tuned.metrics["finetune"]["held_out"]
+    assert known["after"] < known["before"]
+    again = finetune(denoiser, tuned, choose(iterations=1), calls)  # what was learned goes on
+    assert again.metrics["finetune"]["held_out"]["before"] == pytest.approx(known["after"], rel=1e-3)
+
+
+def test_an_interval_of_dynamic_origin_becomes_a_function_of_t(
+    denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
+) -> None:
+    tuned = finetune(denoiser, calibrated(method="dynamic"), choose(method="static"), calls)
+    assert all(len(table.scale) == 1001 for table in tuned.to_artifact().tables.values() if table.scale is not None)
+    assert loss(tuned, denoiser) < loss(calibrated(), denoiser)
+
+
+def test_neither_the_model_nor_the_artifact_changes(
+    denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
+) -> None:
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (denoiser, calibrated())]
+    finetune(denoiser, calibrated(), choose(iterations=3), calls)
+    for model, state in zip((denoiser, calibrated()), before, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_accumulated_pieces_are_the_whole_batch(
+    denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
+) -> None:
+    found = [
+        finetune(denoiser, calibrated(), choose(accumulation=n, iterations=5, quantizer="pact"), calls) for n in (1, 4)
+    ]
+    losses = [torch.tensor([x["loss"] for x in model.metrics["finetune"]["losses"]]) for model in found]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-6)
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(
+    denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose, tmp_path: Path
+) -> None:
+    """With noise and dropout, of which nothing is kept but the seed."""
+    config = choose(iterations=9, checkpoint_every=4, quantizer="nipq", method="tdq")
+
+    class Killed(Exception):
+        pass
+
+    def stop(report: IterationReport) -> None:
+        if report.iteration == 6:
+            raise Killed
+
+    whole = finetune(denoiser, calibrated(), config, calls)
+    with pytest.raises(Killed):
+        finetune(denoiser, calibrated(), config, calls, run_directory=tmp_path, on_iteration=stop)
+    seen: list[int] = []
+    resumed = finetune(
+        denoiser, calibrated(), config, calls, run_directory=tmp_path, on_iteration=lambda r: seen.append(r.iteration)
+    )
+    assert seen == [5, 6, 7, 8, 9]
+    assert resumed.metrics == whole.metrics
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+def test_a_damaged_checkpoint_costs_a_notice(
+    denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose, tmp_path: Path
+) -> None:
+    config, notices = choose(iterations=2), list[str]()
+    finetune(denoiser, calibrated(), config, calls, run_directory=tmp_path)
+    file = tmp_path / "finetune.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    finetune(denoiser, calibrated(), config, calls, run_directory=tmp_path, on_notice=notices.append)
+    assert any("is damaged; the run begins again" in text for text in notices)
+
+
+def test_nan_stops_with_the_iteration_and_the_layer(
+    denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
+) -> None:
+    config = choose(weight_lr=1e30, schedule="constant", warmup=0)
+    with pytest.raises(NonFiniteError, match=r"At iteration 2 [\w.]+ overflows or gives NaN; lower the learning rates"):
+        finetune(denoiser, calibrated(), config, calls)
+
+
+def test_wrong_requests_are_one_sentence(
+    denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
+) -> None:
+    with pytest.raises(ConfigError, match="'denoising' needs images or latents"):
+        finetune(denoiser, calibrated(), choose(loss="denoising"), calls)
+    with pytest.raises(CalibrationSetError, match="alone does not say how it is sampled"):
+        finetune(denoiser, calibrated(), choose())
+    with pytest.raises(ConfigError, match="needs the model's scheduler"):
+        finetune(denoiser, calibrated(), choose(), "images")
+    torch.manual_seed(1)
+    other = type(denoiser)().eval()
+    with pytest.raises(ArtifactMismatchError, match="made from"):
+        finetune(other, calibrated(), choose(), calls)
+
+
+@pytest.mark.parametrize(
+    ("choices", "text"),
+    [
+        ({"quantizer": "qil"}, "The quantizer must be one of duq, lsq, nipq, pact. Got 'qil'"),
+        ({"method": "nothing"}, "The method must be one of"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"ema": 1.0}, "ema must be at least 0 and below 1. Got 1.0"),
+        ({"weight_lr": "nan"}, "weight_lr must be above 0 and finite. Got nan"),
+        ({"batch_size": 6, "accumulation": 4}, "batch_size must be a multiple of accumulation"),
+        ({"loss": "l1"}, "loss must be one of auto, distillation, denoising"),
+    ],
+)
+def test_a_wrong_choice_is_one_sentence(choices: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        FinetuneConfig().changed(choices)

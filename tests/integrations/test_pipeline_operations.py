@@ -1,0 +1,208 @@
+"""What pipelines do to a denoiser works on a quantized one, or ends in one sentence that says what to do.
+
+Offloading is run with the CPU as the device to load onto: parameters travel to the meta device and back as they would
+to and from an accelerator.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from calibrated import QUICK, Calibrated
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from recorded import calls_of
+from torch import Tensor, nn
+
+from ptq_tdq import QuantizedModel, calibrate, load_quantized
+from ptq_tdq.calib_data import first_call, from_pipeline
+from ptq_tdq.errors import ModelError
+from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.integrations.diffusers import as_diffusers
+from ptq_tdq.plan import make_plan
+
+
+@pytest.fixture(params=["a module of ours", "diffusers' own class"])
+def pipe(request: pytest.FixtureRequest, stable_diffusion: Calibrated) -> Any:
+    pipe = stable_diffusion.quantized()
+    if request.param != "a module of ours":
+        pipe.unet = as_diffusers(pipe.unet)
+    return pipe
+
+
+@pytest.fixture
+def native(stable_diffusion: Calibrated) -> Any:
+    """The pipeline with the quantized model as diffusers' own class."""
+    pipe = stable_diffusion.quantized()
+    pipe.unet = as_diffusers(pipe.unet)
+    return pipe
+
+
+def test_offloading_whole_models(pipe: Any, stable_diffusion: Calibrated) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(stable_diffusion.draw(pipe), stable_diffusion.drawn)
+
+
+def test_offloading_layer_by_layer(pipe: Any, stable_diffusion: Calibrated) -> None:
+    cpu_offload(pipe.unet, "cpu")  # what enable_sequential_cpu_offload calls
+    assert all(parameter.is_meta for parameter in pipe.unet.parameters())
+    assert torch.equal(stable_diffusion.draw(pipe), stable_diffusion.drawn)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
+def test_offloading_groups(kind: dict[str, Any], pipe: Any, stable_diffusion: Calibrated) -> None:
+    pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), **kind)
+    assert torch.equal(stable_diffusion.draw(pipe), stable_diffusion.drawn)
+
+
+def test_half_precision_keeps_intervals_and_scales(stable_diffusion: Calibrated, tmp_path: Path) -> None:
+    pipe = stable_diffusion.quantized().to(torch.bfloat16)
+    before, after = load_quantized(stable_diffusion.artifact).to_artifact(), pipe.unet.to_artifact()
+    assert all(torch.equal(table.scale, after.tables[name].scale) for name, table in before.tables.items())
+    assert all(torch.equal(scale, after.weight_scale[name]) for name, scale in before.weight_scale.items())
+    drawn = stable_diffusion.draw(pipe)
+    assert drawn.dtype == torch.bfloat16 and sqnr_db(stable_diffusion.drawn, drawn.float()) > 25
+    pipe.unet.save_pretrained(tmp_path / "half")
+    pipe.unet = load_quantized(tmp_path / "half")
+    assert torch.equal(stable_diffusion.draw(pipe), drawn)
+
+
+def test_attention_slicing_is_refused_until_it_is_switched_off(pipe: Any, stable_diffusion: Calibrated) -> None:
+    pipe.enable_attention_slicing()
+    with pytest.raises(ModelError, match="disable_attention_slicing"):
+        stable_diffusion.draw(pipe)
+    pipe.disable_attention_slicing()
+    assert torch.equal(stable_diffusion.draw(pipe), stable_diffusion.drawn)
+
+
+def test_a_callback_at_the_end_of_each_step(pipe: Any, stable_diffusion: Calibrated) -> None:
+    seen = []
+
+    def callback(pipe: Any, step: int, t: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append((step, given["latents"].shape))
+        return {"latents": given["latents"] / 2}
+
+    drawn = stable_diffusion.draw(pipe, callback_on_step_end=callback)
+    assert len(seen) > 1 and not torch.equal(drawn, stable_diffusion.drawn)
+
+
+def test_the_extra_arguments_of_a_control_net(pipe: Any, stable_diffusion: Calibrated) -> None:
+    full = stable_diffusion.pipe()
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(full.unet, conditioning_embedding_out_channels=(16, 32)).eval()
+    for parameter in net.parameters():
+        if not bool(parameter.any()):  # its outputs start at zero
+            nn.init.normal_(parameter, std=0.05)
+    image, drawn = torch.rand(1, 3, 16, 16), []
+    for each in (full, pipe):
+        components = {key: value for key, value in each.components.items() if key != "image_encoder"}
+        controlled = StableDiffusionControlNetPipeline(**components, controlnet=net, requires_safety_checker=False)
+        controlled.set_progress_bar_config(disable=True)
+        drawn.append(stable_diffusion.draw(controlled, image=image))
+    assert sqnr_db(stable_diffusion.drawn, drawn[0]) < 25 < sqnr_db(*drawn)
+
+
+def test_an_image_prompt_beside_the_text(pipe: Any, stable_diffusion: Calibrated) -> None:
+    full, integer, drawn = stable_diffusion.pipe(), stable_diffusion.pipe(), []
+    integer.unet = load_quantized(stable_diffusion.artifact, backend="integer")
+    generator = torch.Generator().manual_seed(0)
+    weights = image_prompt(full.unet, generator)
+    embeds = [torch.randn(2, 1, 16, generator=generator)]
+    for each in (full, pipe, integer):
+        each.unet._load_ip_adapter_weights([weights])
+        drawn.append(stable_diffusion.draw(each, ip_adapter_image_embeds=embeds))
+    assert sqnr_db(stable_diffusion.drawn, drawn[0]) < 20
+    assert all(sqnr_db(drawn[0], quantized) > 20 for quantized in drawn[1:])
+
+
+def image_prompt(unet: nn.Module, generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
+    """Random weights of an IP-adapter, by the keys of its file."""
+
+    def random(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(shape, generator=generator)
+
+    keys = [name.replace(".processor", ".to_k") for name in unet.attn_processors if name.endswith("attn2.processor")]
+    shapes = [unet.get_submodule(key).weight.shape for key in keys]
+    layers = {f"{2 * i + 1}.to_{kind}_ip.weight": random(*shape) for i, shape in enumerate(shapes) for kind in "kv"}
+    projection = {"proj.weight": random(64, 16), "proj.bias": torch.zeros(64)}
+    norm = {"norm.weight": torch.ones(16), "norm.bias": torch.zeros(16)}
+    return {"image_proj": projection | norm, "ip_adapter": layers}
+
+
+def lora(unet: nn.Module) -> dict[str, Tensor]:
+    """Random low-rank weights beside queries, values and one convolution, by the keys of a file."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for name, module in unet.named_modules():
+        if name.endswith(("to_q", "to_v", "resnets.0.conv1")):
+            outputs, inputs, *sizes = module.weight.shape
+            shapes = {"A": (4, inputs, *sizes), "B": (outputs, 4, *(1 for _ in sizes))}
+            for side, shape in shapes.items():
+                found[f"unet.{name}.lora_{side}.weight"] = 0.2 * torch.randn(shape, generator=generator)
+    return found
+
+
+def test_a_lora_beside_quantized_layers(native: Any, stable_diffusion: Calibrated, tmp_path: Path) -> None:
+    full = stable_diffusion.pipe()
+    weights = lora(full.unet)
+    full.load_lora_weights(dict(weights))
+    native.load_lora_weights(dict(weights))
+    expected, drawn = stable_diffusion.draw(full), stable_diffusion.draw(native)
+    assert sqnr_db(stable_diffusion.drawn, expected) < 20 < sqnr_db(expected, drawn)
+    with pytest.raises(ModelError, match="fuse it into the full-precision pipeline"):
+        native.fuse_lora(components=["unet"])
+    with pytest.raises(ModelError, match="unload them"):
+        native.save_pretrained(tmp_path)
+    native.disable_lora()
+    assert torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
+    native.unload_lora_weights()
+    assert torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
+
+
+def test_a_lora_on_a_module_of_ours_says_how(stable_diffusion: Calibrated) -> None:
+    pipe = stable_diffusion.quantized()
+    with pytest.raises(ModelError, match="as_diffusers"):
+        pipe.load_lora_weights(lora(stable_diffusion.pipe().unet))
+
+
+def test_a_lora_is_fused_before_calibration(stable_diffusion: Calibrated) -> None:
+    pipe = stable_diffusion.pipe()
+    pipe.load_lora_weights(lora(pipe.unet))
+    with pytest.raises(ModelError, match=r"fuse them before calibration \(pipe.fuse_lora\(\)"):
+        calibrate(pipe, QUICK, prompts=["A red fox"])
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused = from_pipeline(pipe, prompts=["A red fox"], call={"height": 16, "width": 16})
+    plan = make_plan(fused.denoiser, QUICK, first_call(fused, num_inference_steps=2, seed=0))
+    names = [record.name for record in load_quantized(stable_diffusion.artifact).plan]
+    assert [record.name for record in plan.layers] == names
+
+
+class Small(nn.Module):
+    """A denoiser of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        y = self.conv(sample).tanh().flatten(2).mT + timestep.float()[:, None, None] / 1000
+        result: Tensor = self.out(y).mT.unflatten(2, sample.shape[2:])
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+def test_a_compiled_model_computes_the_same() -> None:
+    model, generator = Small(), torch.Generator().manual_seed(0)
+    given = {"sample": torch.randn(4, 3, 4, 4, generator=generator), "timestep": torch.tensor([900, 600, 300, 0])}
+    quantized: QuantizedModel = calibrate(model, QUICK, calls_of(model, **given, num_train_timesteps=1000))
+    with torch.no_grad():
+        expected, compiled = quantized(**given), torch.compile(quantized, backend="eager")
+        assert torch.equal(compiled(**given), expected)
+        later = given | {"timestep": torch.tensor([800, 500, 200, 100])}
+        assert torch.equal(compiled(**later), quantized(**later)) and not torch.equal(compiled(**later), expected)
