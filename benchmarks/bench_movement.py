@@ -95,17 +95,19 @@ def main(models: str, samples: int, steps: int, seed: int, results: Path, render
 
 
 def table(lines: list[Line]) -> str:
-    """Markdown: how far the ranges move, and medians and 90th percentiles of the gains."""
+    """Markdown: how far the ranges move, medians and 90th percentiles of the gains, and where the largest is."""
     heads = " | ".join(f"gain at {bits} bits, dB" for bits in BITS)
     rows = [
-        f"| model | activations | movement | move more than 2 times | {heads} |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| model | activations | movement | move more than 2 times | {heads} | largest gain |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for line in lines:
         moved = torch.tensor([a["movement"] for a in line["activations"]])
         gains = torch.tensor([[a["gain_db"][str(bits)] for bits in BITS] for a in line["activations"]])
         cells = [f"{_middle(moved)[0]:.2f} ({_middle(moved)[1]:.2f})", f"{float((moved > 2).float().mean()):.0%}"]
         cells += [f"{middle:+.2f} ({high:+.2f})" for middle, high in map(_middle, gains.unbind(1))]
+        top = int(gains[:, 0].argmax())
+        cells.append(f"`{line['activations'][top]['name']}`, {' / '.join(f'{gain:+.1f}' for gain in gains[top])}")
         rows.append(f"| `{line['model']}` | {len(moved)} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

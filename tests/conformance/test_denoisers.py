@@ -39,7 +39,8 @@ MOST_OUTSIDE = 0.06  # of the multiply-accumulates with weights: experts that on
 CLOSE = 20  # dB, of W8A8 against full precision
 # Sixty residual blocks of random weights amplify any error: 18 dB are left where only the weights have 8 bits.
 CHAOTIC = {"Kandinsky3UNet": 5}
-ALIKE = 24  # dB, of the integer backend against the simulated one: a code that flips flips others behind it
+ALIKE = 25  # dB, of the integer backend against the simulated one: a code that flips flips others behind it
+TIED = {"I2VGenXLUNet": 24}
 
 
 @dataclass
@@ -145,4 +146,4 @@ def test_in_integers_it_is_the_simulated_model(case: Case) -> None:
     integer = load_quantized(case.folder, backend="integer")
     found = sqnr_db(prediction(case.quantized(**case.pair)), prediction(integer(**case.pair)))
     case.summary["integer_db"] = found
-    assert found > min(ALIKE, case.summary.get("simulated_db", ALIKE))
+    assert found > min(TIED.get(case.denoiser.name, ALIKE), case.summary.get("simulated_db", ALIKE))

@@ -130,3 +130,11 @@ def test_a_graph_reads_no_other_file(exported: tuple[Artifact, Path], tmp_path: 
     (tmp_path / "t0000.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match=r"asks for the file '\.\./secret'"):
         OnnxDenoiser(tmp_path)
+
+
+def test_a_folder_of_other_graphs_is_refused(tmp_path: Path, encode: Callable[[str, str], bytes]) -> None:
+    with pytest.raises(ModelError, match="has no graphs"):
+        OnnxDenoiser(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(encode("W4A6", "portable"))
+    with pytest.raises(ModelError, match="not for some time steps alone"):
+        OnnxDenoiser(tmp_path)

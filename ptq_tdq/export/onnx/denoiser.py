@@ -95,6 +95,8 @@ class OnnxDenoiser(nn.Module):
         self._signature = inspect.Signature([_parameter(p) for p in self.call.parameters])
         integers = exact or made_for != QDQ
         self._graphs = [(_read(f)[1].get("steps"), RUNTIMES[chosen](f, threads, integers)) for f in files]
+        if Path(file).is_dir() and any(steps is None for steps, _ in self._graphs):
+            raise ModelError(f"'{file}' has graphs that are not for some time steps alone; give the path of one.")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward.
