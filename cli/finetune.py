@@ -27,14 +27,14 @@ from ptq_tdq.cli.unfinished import discard, unfinished_folder
 from ptq_tdq.config import read_config_file
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference
-from ptq_tdq.finetuning import FinetuneConfig, IterationReport, check_start, finetune, processes, recipe
+from ptq_tdq.finetuning import FinetuneConfig, IterationReport, Quantizer, check_start, finetune, processes, recipe
 from ptq_tdq.load import build_quantized
 from ptq_tdq.quantized_model import QuantizedModel
 
 FLAGS = {  # choice -> metavar, help
     "iterations": ("N", "How many; a checkpoint is kept every checkpoint_every of them."),
     "method": ("NAME", "An interval source for all activations, or keep."),
-    "quantizer": ("NAME", "How activations are quantized while they learn: lsq, pact, nipq or duq."),
+    "quantizer": ("NAME", f"How activations are quantized while they learn: {', '.join(sorted(Quantizer.registry))}."),
     "loss": ("NAME", "distillation, denoising (with --data), or auto: denoising where there are data."),
     "trajectories": ("N", "Without --data: how many full-precision trajectories to learn on."),
     "batch_size": ("N", "Samples of an iteration, of all processes together."),

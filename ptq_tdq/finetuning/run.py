@@ -21,7 +21,7 @@ from ptq_tdq.finetuning.checkpoint import Checkpoint
 from ptq_tdq.finetuning.config import KEEP, FinetuneConfig
 from ptq_tdq.finetuning.data import Data, RecordedCalls
 from ptq_tdq.finetuning.files import read_data
-from ptq_tdq.finetuning.sources import begin_sources
+from ptq_tdq.finetuning.sources import begin_sources, check_moving
 from ptq_tdq.finetuning.student import Student
 from ptq_tdq.finetuning.train import IterationReport, Training, segments
 from ptq_tdq.identity import model_sha256
@@ -108,6 +108,7 @@ def check_start(
             f"batch_size must be a multiple of accumulation times the number of processes ({shares}). "
             f"Got {config.batch_size} instead."
         )
+    check_moving(artifact.layers, config)
     check_base_model(artifact, model.sha256 if isinstance(model, LoadedModel) else model_sha256(model))
     if any(layer.dtype != "float32" for layer in artifact.layers) or artifact.config.get("buffer_dtypes"):
         raise ConfigError("Weights learn in float32; calibrate the model in float32 to fine-tune it.")

@@ -13,8 +13,9 @@ from ptq_tdq.affine import fake_quantize
 from ptq_tdq.calls import prediction, tensors_of
 from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.quantizers import Quantizer, quantizer_class
+from ptq_tdq.finetuning.sources import is_held
 from ptq_tdq.intervals import IntervalSource
-from ptq_tdq.modules import QuantLayer
+from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import outputs_first, own_weight
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import activations
@@ -37,10 +38,10 @@ class Student(nn.Module):
         weighted = {id(q) for layer in quantized.layers().values() for q in layer.activation_quantizers()}
         self.functions: dict[str, Quantizer] = {}
         for name, quantizer in quantized.quantizers().items():
-            function = quantizer_class(config.quantizer)(absorbs=id(quantizer) in weighted)
+            function = quantizer_class(config.quantizer)(id(quantizer) in weighted, is_held(quantizer.record))
             self.functions[name] = quantizer.function = function
-        self.ratios = nn.ParameterList(f.ratio for f in self.functions.values() if f.ratio is not None)
-        self.ratios.to(quantized.device)
+        self.extra = nn.ParameterList(p for f in self.functions.values() for p in f.learned())
+        self.extra.to(quantized.device)
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         for layer in quantized.layers().values():
@@ -67,7 +68,7 @@ class Student(nn.Module):
 
     def groups(self, config: FinetuneConfig) -> list[dict[str, Any]]:
         """All that learns for an optimizer, by the rate that it learns with; only weights decay."""
-        rates: dict[int, str] = {id(p): "interval_lr" for p in self.ratios}
+        rates: dict[int, str] = {id(p): "interval_lr" for p in self.extra}
         for source in self.sources():
             rates |= {id(p): "module_lr" for p in source.parameters()}
             rates |= {id(p): "interval_lr" for p in source.raw_parameters()}
@@ -129,11 +130,8 @@ class Student(nn.Module):
         with torch.no_grad():
             for layer in self.quantized.layers().values():
                 _end_weight(layer)
-        for quantizer in self.quantized.quantizers().values():
-            assert quantizer.source is not None
-            quantizer.source.eval()
-            activations.freeze(quantizer, self.quantized.axis.num_train_timesteps)
-            quantizer.function = fake_quantize
+        for name, quantizer in self.quantized.quantizers().items():
+            _end_interval(quantizer, self.functions[name], self.quantized.axis.num_train_timesteps)
         self.quantized.requires_grad_(False)
         return self.quantized.finalize()
 
@@ -152,6 +150,17 @@ def _begin_weight(layer: QuantLayer, weight: Tensor) -> None:
         grid = quantizer.scale.view(shape), quantizer.zero_point.view(shape)
         quantizer.rounding = LearnedWeight(whole[:, low:high], quantizer.codes, *grid, quantizer.qtype)
     layer.finished = False
+
+
+def _end_interval(quantizer: ActivationQuantizer, function: Quantizer, num_train_timesteps: int) -> None:
+    """The table that a quantizer has learned; a shift of its interval goes into the zero points."""
+    source: Any = quantizer.source
+    source.eval()
+    activations.freeze(quantizer, num_train_timesteps)
+    if function.shift is not None:
+        source = quantizer.source
+        source.zero_point = function.moved(source.zero_point, quantizer.qtype).detach().to(torch.int32)
+    quantizer.function = fake_quantize
 
 
 def _end_weight(layer: QuantLayer) -> None:

@@ -111,7 +111,7 @@ def test_images_and_latents_are_learned_from(artifact: Path, conditional: Path, 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--quantizer", "qil"), "The quantizer must be one of duq, lsq, nipq, pact. Got 'qil' instead."),
+        (("--quantizer", "dorefa"), "The quantizer must be one of duq, lsq, nipq, pact, qil. Got 'dorefa' instead."),
         (("--set", "speed=1"), "There is no choice named 'speed'"),
         (("--set", "iterations"), "--set takes KEY=VALUE. Got 'iterations' instead."),
         (("--loss", "denoising"), "The loss 'denoising' needs images or latents (data)"),

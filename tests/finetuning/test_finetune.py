@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,13 @@ def loss(model: nn.Module, denoiser: nn.Module) -> float:
         return float((model(x, t) - denoiser(x, t)).square().mean())
 
 
-@pytest.mark.parametrize("quantizer", ["lsq", "pact", "nipq", "duq"])
-@pytest.mark.parametrize("method", ["keep", "tdq", "S_3", "step-lsq", "dynamic-token-tdq"])
+@pytest.mark.parametrize(
+    ("quantizer", "method"),
+    [
+        *product(("lsq", "pact", "nipq", "duq", "qil"), ("keep", "tdq", "S_3", "step-lsq")),
+        *product(("lsq", "pact", "nipq", "duq"), ("dynamic-token-tdq",)),
+    ],
+)
 def test_it_starts_at_the_artifact(
     quantizer: str, method: str, denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
 ) -> None:
@@ -56,7 +62,7 @@ def test_it_starts_at_the_artifact(
 
 @pytest.mark.parametrize(
     ("quantizer", "method"),
-    [("lsq", "keep"), ("lsq", "tdq-thin"), ("pact", "step-lsq"), ("nipq", "keep"), ("duq", "tdq")],
+    [("lsq", "keep"), ("lsq", "tdq-thin"), ("pact", "step-lsq"), ("nipq", "keep"), ("duq", "tdq"), ("qil", "tdq")],
 )
 def test_it_is_better_than_calibration_alone_and_ends_as_an_artifact(
     quantizer: str,
@@ -80,17 +86,19 @@ def test_it_is_better_than_calibration_alone_and_ends_as_an_artifact(
     assert tuned.provenance["method"] == expected and tuned.provenance["finetune"]["choices"]["quantizer"] == quantizer
 
 
-@pytest.mark.parametrize("quantizer", ["lsq", "duq"])
+@pytest.mark.parametrize(
+    ("quantizer", "method"), [("lsq", "tdq"), ("duq", "tdq"), ("qil", "S_3"), ("qil", "dynamic-statistics")]
+)
 def test_the_finished_model_is_what_was_trained(
-    quantizer: str, denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
+    quantizer: str, method: str, denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
 ) -> None:
-    student = student_of(denoiser, calibrated(), calls, choose(quantizer=quantizer, method="tdq"))
+    student = student_of(denoiser, calibrated(), calls, choose(quantizer=quantizer, method=method))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in student.learned().values():
             parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
-        for ratio in student.ratios:
-            ratio.add_(0.3)
+        for factor in student.extra:
+            factor.add_(0.3)
     with student.judged():
         trained = student(X, T)[0]
     torch.testing.assert_close(student.finish()(X, T), trained, rtol=1e-4, atol=1e-4)
@@ -184,6 +192,8 @@ def test_nan_stops_with_the_iteration_and_the_layer(
 def test_wrong_requests_are_one_sentence(
     denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
 ) -> None:
+    with pytest.raises(ConfigError, match=r"'qil' learns where intervals lie, and those of method 'dynamic' "):
+        finetune(denoiser, calibrated(), choose(quantizer="qil", method="dynamic"), calls)
     with pytest.raises(ConfigError, match="'denoising' needs images or latents"):
         finetune(denoiser, calibrated(), choose(loss="denoising"), calls)
     with pytest.raises(CalibrationSetError, match="alone does not say how it is sampled"):
@@ -199,7 +209,7 @@ def test_wrong_requests_are_one_sentence(
 @pytest.mark.parametrize(
     ("choices", "text"),
     [
-        ({"quantizer": "qil"}, "The quantizer must be one of duq, lsq, nipq, pact. Got 'qil'"),
+        ({"quantizer": "dorefa"}, "The quantizer must be one of duq, lsq, nipq, pact, qil. Got 'dorefa'"),
         ({"method": "nothing"}, "The method must be one of"),
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1. Got 1.0"),
