@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from ptq_tdq.artifacts import Artifact, check_output, read_artifact
+from ptq_tdq.artifacts import Artifact, alone, check_output, read_artifact
 from ptq_tdq.calib_data import LoadedModel, collect_cached
 from ptq_tdq.cli.options import (
     FilePath,
@@ -23,7 +23,7 @@ from ptq_tdq.cli.options import (
 )
 from ptq_tdq.cli.original import load_original
 from ptq_tdq.cli.progress import Progress, show_files
-from ptq_tdq.cli.unfinished import discard, unfinished_folder
+from ptq_tdq.cli.unfinished import clear, discard, unfinished_folder
 from ptq_tdq.config import read_config_file
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference
@@ -118,8 +118,10 @@ def finetune_command(
     try:
         model = load_original(source, stored, **given)
         check_start(model, stored, config, data)
-        if first and not resume:
-            discard(unfinished)
+        if first:
+            context.with_resource(alone(unfinished))
+            if not resume:
+                clear(unfinished)
         with processes.first_alone():
             calls = collect_cached(model, on_progress=say.collecting, **recipe(config)) if data is None else None
         tuned = finetune(

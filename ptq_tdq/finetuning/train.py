@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ptq_tdq.calls import prediction
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.finetuning import processes
-from ptq_tdq.finetuning.checkpoint import Checkpoint
 from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.data import Batch, Data, generator_of
 from ptq_tdq.finetuning.student import Student
+from ptq_tdq.recon import RunDirectory
 
-Moments = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of a parameter
+STATE = "finetune", 0  # under which a run directory keeps it
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,22 @@ class Training:
             student if alone else DistributedDataParallel(student, find_unused_parameters=True, broadcast_buffers=False)
         )
 
-    def run(self, checkpoint: Checkpoint | None, on_iteration: Callable[[IterationReport], None]) -> None:
-        """Learn from the iteration that the checkpoint has reached; leaves the averages in the student.
+    def run(self, kept: RunDirectory | None, on_iteration: Callable[[IterationReport], None]) -> None:
+        """Learn from the iteration that the state in ``kept`` has reached; leaves the averages in the student.
 
         Raises :class:`NonFiniteError` naming the iteration and the layer.
         """
-        if checkpoint is not None:
-            self._load(checkpoint)
+        if kept is not None:
+            self._load(kept)
         first, began = len(self.losses), time.perf_counter()
         for iteration in range(first, self.config.iterations):
             loss = self._iterate(iteration)
             done = iteration + 1
             seconds = (time.perf_counter() - began) / (done - first)
             on_iteration(IterationReport(done, self.config.iterations, loss, seconds))
-            kept = done % self.config.checkpoint_every == 0 or done == self.config.iterations
-            if checkpoint is not None and kept and processes.rank() == 0:
-                checkpoint.write(self._state())
+            due = done % self.config.checkpoint_every == 0 or done == self.config.iterations
+            if kept is not None and due and processes.rank() == 0:
+                kept.write(*STATE, self._state(), (self.losses[0], loss))
         with torch.no_grad():
             for parameter, average in zip(self.learned.values(), self.averages, strict=True):
                 parameter.copy_(average)
@@ -133,28 +133,28 @@ class Training:
         return f"At iteration {iteration + 1} {where}; lower the learning rates (weight_lr, interval_lr, module_lr)."
 
     def _state(self) -> dict[str, Tensor]:
-        state = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        """All that the next iteration depends on; losses are NaN where there are none yet."""
+        losses = self.losses + [math.nan] * (self.config.iterations - len(self.losses))
+        state = {"losses": torch.tensor(losses, dtype=torch.float64)}
         for (name, parameter), average in zip(self.learned.items(), self.averages, strict=True):
-            state |= {f"learned.{name}": parameter, f"average.{name}": average}
-            state |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+            learned = parameter.detach()
+            begun = {"exp_avg": torch.zeros_like(learned), "exp_avg_sq": torch.zeros_like(learned)}  # as AdamW begins
+            kept = {"learned": learned, "average": average, "step": torch.zeros(()), **begun}
+            state |= {f"{key}.{name}": value for key, value in (kept | self.optimizer.state[parameter]).items()}
         return state
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.learned.items()}
-        kinds = ("learned", "average")
-        state = checkpoint.read({f"{kind}.{name}": shape for kind in kinds for name, shape in shapes.items()})
-        if state is None:
+    def _load(self, run: RunDirectory) -> None:
+        found = run.read(*STATE, {key: (x.dtype, tuple(x.shape)) for key, x in self._state().items()})
+        if found is None:
             return
-        self.losses = state["losses"].tolist()
+        state, _ = found
+        self.losses = state["losses"][~state["losses"].isnan()].tolist()
         for (name, parameter), average in zip(self.learned.items(), self.averages, strict=True):
             with torch.no_grad():
                 parameter.copy_(state[f"learned.{name}"])
                 average.copy_(state[f"average.{name}"])
-            moments = {key: state[f"{key}.{name}"] for key in Moments if f"{key}.{name}" in state}
-            if moments:
-                self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
-                }
+            moments = {key: state[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": state[f"step.{name}"], **moments}
 
 
 def _distance(predicted: Tensor, target: Tensor) -> Tensor:

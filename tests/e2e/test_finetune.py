@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ptq_tdq.artifacts import read_artifact
+from ptq_tdq.artifacts import alone, read_artifact
 
 START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
 FEW = (
@@ -72,7 +72,7 @@ def test_the_result_is_shown_beside_the_calibrated_model(run: tuple[Any, Path]) 
 def test_a_killed_run_ends_with_the_same_bytes(
     artifact: Path, conditional: Path, whole: Path, cli: Any, contents: Any, tmp_path: Path
 ) -> None:
-    out, partial = tmp_path / "out", tmp_path / "out.partial" / "finetune.safetensors"
+    out, partial = tmp_path / "out", tmp_path / "out.partial" / "finetune-0000.safetensors"
     command = ["finetune", str(artifact), "--model", str(conditional), "--output-dir", str(out), *FEW]
     process = subprocess.Popen([sys.executable, "-c", START, *command], stderr=subprocess.PIPE)
     try:
@@ -83,6 +83,9 @@ def test_a_killed_run_ends_with_the_same_bytes(
     finally:
         process.kill()
     assert partial.exists() and not out.exists()
+    with alone(partial.parent):
+        refused = cli(*command)
+    assert refused.code == 1 and "Another run works in" in refused.err
     refused = cli(*command, "--seed", "1")
     assert refused.code == 1 and "start with --no-resume" in refused.err
     result = cli(*command)

@@ -173,12 +173,12 @@ def test_a_damaged_checkpoint_costs_a_notice(
 ) -> None:
     config, notices = choose(iterations=2), list[str]()
     finetune(denoiser, calibrated(), config, calls, run_directory=tmp_path)
-    file = tmp_path / "finetune.safetensors"
+    file = tmp_path / "finetune-0000.safetensors"
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
     finetune(denoiser, calibrated(), config, calls, run_directory=tmp_path, on_notice=notices.append)
-    assert any("is damaged; the run begins again" in text for text in notices)
+    assert any("is damaged; what it held is done again" in text for text in notices)
 
 
 def test_nan_stops_with_the_iteration_and_the_layer(
