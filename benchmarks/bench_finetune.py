@@ -1,10 +1,11 @@
 """Fine-tuning on the embedded model: quantizers with and without TDQ, the supplement's Tables 1, 2, 5, 6 and 7.
 
-A cell is a scheme, a quantizer, an interval source, choices that differ, a seed and a number of iterations. Each starts
-at a calibrated artifact of its scheme and seed with one interval per activation, kept in WORK with the full-precision
-side of the evaluation. First and last layer, time embedding and attention products stay in floating point, as in the
-authors' code. The JSON line of a finished cell is appended and synced at once; cells whose line is there are skipped,
-and an interrupted one goes on at its last checkpoint. ``--render`` prints the tables: means and deviations over seeds.
+A cell is a scheme, a quantizer, an interval source, choices that differ, a seed and a number of iterations. All of a
+scheme start at one calibrated artifact with one interval per activation, kept in WORK with the full-precision side of
+the evaluation; the seed is that of the data, of what is drawn while learning, and of the evaluation's noise. First and
+last layer, time embedding and attention products stay in floating point, as in the authors' code. The JSON line of a
+finished cell is appended and synced at once; cells whose line is there are skipped, and an interrupted one goes on at
+its last checkpoint. ``--render`` prints the tables: means and deviations over seeds.
 ``--tables`` says which cells: 5 (quantizers), 6 (bits), 1 (dynamic), 2 (time encodings), 7 (initialisations), data
 (training on images beside imitation; needs ``--data``), minutes (fewer and more iterations). ``--prepare`` only
 calibrates what they start from; ``--processes`` run as many cells at once, on a GPU that one alone does not fill.
@@ -116,7 +117,7 @@ class Bench:
 
     def run(self, cell: Cell) -> Line:
         """The line of a cell."""
-        began, held_out, start = self.artifact(cell.scheme, cell.seed), None, time.perf_counter()
+        began, held_out, start = self.artifact(cell.scheme), None, time.perf_counter()
         quantized = build_quantized(began, self.model.denoiser).to(self.model.denoiser.device)
         if cell.quantizer:
             config = FinetuneConfig(
@@ -139,11 +140,11 @@ class Bench:
         found = {**about, "held_out": held_out, "seconds": seconds, **measured}
         return {"key": cell.key(), **vars(cell), **found, "facts": facts()}
 
-    def artifact(self, scheme: str, seed: int) -> Artifact:
-        """The calibrated model of a scheme and a seed."""
-        folder = self.work / f"calibrated-{scheme}-{seed}"
+    def artifact(self, scheme: str) -> Artifact:
+        """The calibrated model of a scheme."""
+        folder = self.work / f"calibrated-{scheme}"
         if not folder.exists():
-            config = preset("default", **{**AUTHORS, **self.calibration, "scheme": scheme, "seed": seed})
+            config = preset("default", **{**AUTHORS, **self.calibration, "scheme": scheme})
             calls = collect_cached(self.model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
             calibrate(self.model, config, calls, run_directory=folder.with_suffix(".partial")).save_pretrained(folder)
         return read_artifact(folder)
@@ -248,7 +249,7 @@ def main(
     ]
     _begin(threads, options)
     for cell in wanted:
-        _bench[0].artifact(cell.scheme, cell.seed)
+        _bench[0].artifact(cell.scheme)
         if not prepare:
             _bench[0].baseline(cell.seed)
     if prepare:
