@@ -111,9 +111,10 @@ def finetune_command(
     check_output(output_dir, overwrite=overwrite)
     unfinished = unfinished_folder(output_dir)
     stored = read_artifact(artifact)
-    context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on at the last checkpoint."
     given["device"] = processes.join(given["device"])
     first = processes.rank() == 0
+    stopped = "Stopped; the same command goes on at the last checkpoint."
+    context.ensure_object(dict)["on_stop"] = stopped if first else ""  # one of them says so
     say = _Training(quiet=quiet or not first, verbose=verbose)
     try:
         model = load_original(source, stored, **given)

@@ -71,7 +71,8 @@ def main(args: list[str] | None = None) -> None:
         command = getattr(getattr(error, "ctx", None), "command_path", "ptq-tdq")
         _fail(f"{error.format_message()} See `{command} --help`.", 2)
     except (click.Abort, KeyboardInterrupt) as stop:  # click makes an Abort of the interrupt
-        click.echo(state.get("on_stop", "Stopped."), err=True)
+        if text := state.get("on_stop", "Stopped."):
+            click.echo(text, err=True)
         sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
     except BrokenPipeError:  # the reader of a pipe has seen enough; nothing is left to say, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

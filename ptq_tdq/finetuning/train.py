@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ptq_tdq.calls import prediction
 from ptq_tdq.errors import NonFiniteError
@@ -43,13 +41,9 @@ class Training:
         self.learned = student.learned()
         self.optimizer = torch.optim.AdamW(student.groups(config))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        processes.begin_alike(p.detach() for p in self.learned.values())
         self.averages = [p.detach().clone() for p in self.learned.values()]
         self.losses: list[float] = []
-        alone = processes.count() == 1
-        # a layer may have nothing to do in some calls; buffers are the same in all processes
-        self.model: nn.Module = (
-            student if alone else DistributedDataParallel(student, find_unused_parameters=True, broadcast_buffers=False)
-        )
 
     def run(self, kept: RunDirectory | None, on_iteration: Callable[[IterationReport], None]) -> None:
         """Learn from the iteration that the state in ``kept`` has reached; leaves the averages in the student.
@@ -90,33 +84,38 @@ class Training:
             group["lr"] = rate * factor
         self.student.freeze(iteration >= config.freeze_from * config.iterations)
         torch.manual_seed(generator_of(f"noise of process {processes.rank()}", config.seed, iteration).initial_seed())
-        numbers = self.data.order(iteration, config.batch_size, config.seed)
-        noise = generator_of("data", config.seed, iteration).initial_seed()
+        batches = self._draw(iteration)
         self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.student.quantized.device)
-        for piece in range(config.accumulation):
-            start = (processes.rank() * config.accumulation + piece) * self.size
-            batches = self.data.draw(numbers, slice(start, start + self.size), torch.Generator().manual_seed(noise))
-            total += self._descend(batches, iteration, last=piece == config.accumulation - 1)
+        loss = processes.mean(self._descend(batches))
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(self._why(iteration, batches))
+        processes.mean_gradients(list(self.learned.values()))
         self.optimizer.step()
         decay = min(config.ema, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(self.averages, [p.detach() for p in self.learned.values()], 1 - decay)
-        self.losses.append(float(processes.mean(total)))
+        self.losses.append(float(loss))
         return self.losses[-1]
 
-    def _descend(self, batches: Sequence[Batch], iteration: int, *, last: bool) -> Tensor:
-        """Add the gradients of one piece's share of the loss, which is returned."""
+    def _draw(self, iteration: int) -> list[Batch]:
+        """What this process learns from in an iteration, in pieces."""
+        seed, pieces = self.config.seed, self.config.accumulation
+        numbers = self.data.order(iteration, self.config.batch_size, seed)
+        noise = generator_of("data", seed, iteration).initial_seed()
+        starts = (self.size * (processes.rank() * pieces + piece) for piece in range(pieces))
+        return [
+            batch
+            for start in starts
+            for batch in self.data.draw(numbers, slice(start, start + self.size), torch.Generator().manual_seed(noise))
+        ]
+
+    def _descend(self, batches: Sequence[Batch]) -> Tensor:
+        """Add up the gradients of a process's share of the loss, which is returned."""
         total = torch.zeros((), device=self.student.quantized.device)
-        for number, batch in enumerate(batches):
-            sends = last and number == len(batches) - 1
-            waits = nullcontext() if sends or self.model is self.student else self.model.no_sync()  # type: ignore[operator]
-            with torch.enable_grad(), waits:
-                predicted, penalty = self.model(**batch.arguments)
-                loss = (_distance(predicted, self._target(batch)) + penalty) * (
-                    batch.rows / (self.size * self.config.accumulation)
-                )
-                if not bool(torch.isfinite(loss)):
-                    raise NonFiniteError(self._why(iteration, batch))
+        for batch in batches:
+            share = batch.rows / (self.size * self.config.accumulation)
+            with torch.enable_grad():
+                predicted, penalty = self.student(**batch.arguments)
+                loss = (_distance(predicted, self._target(batch)) + penalty) * share
                 loss.backward()
             total += loss.detach()
         return total
@@ -127,9 +126,9 @@ class Training:
         with torch.no_grad():
             return prediction(self.teacher(**batch.arguments)).float()
 
-    def _why(self, iteration: int, batch: Batch) -> str:
-        layer = self.student.first_to_overflow(batch.arguments)
-        where = f"{layer} overflows or gives NaN" if layer else "the loss is NaN or Inf"
+    def _why(self, iteration: int, batches: Sequence[Batch]) -> str:
+        layers = filter(None, (self.student.first_to_overflow(batch.arguments) for batch in batches))
+        where = next((f"{layer} overflows or gives NaN" for layer in layers), "the loss is NaN or Inf")
         return f"At iteration {iteration + 1} {where}; lower the learning rates (weight_lr, interval_lr, module_lr)."
 
     def _state(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ptq_tdq.artifacts import alone, read_artifact
@@ -22,6 +24,7 @@ START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
 FEW = (
     *("--iterations", "6", "--trajectories", "16", "--batch-size", "8"),
     *("--set", "num_inference_steps=4", "--set", "warmup=1", "--set", "checkpoint_every=2"),
+    *("--set", "compute_dtype=float32"),
     *("--evaluation-samples", "2", "--threads", "1"),
 )
 
@@ -91,6 +94,29 @@ def test_a_killed_run_ends_with_the_same_bytes(
     result = cli(*command)
     assert result.code == 0, result.err
     assert contents(out) == contents(whole)
+
+
+def test_two_processes_learn_what_one_does(
+    artifact: Path, conditional: Path, whole: Path, shared_cache: Path, tmp_path: Path
+) -> None:
+    """To the digits that another order of sums leaves, until a value rounds to another code; one writes and speaks."""
+    command = ("finetune", artifact, "--model", conditional, "--output-dir", tmp_path / "out", *FEW)
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ptq_tdq")
+    done = subprocess.run(
+        [*launch, *map(str, command), "--json"],
+        env={**os.environ, "PTQ_TDQ_CACHE": str(shared_cache), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = read_artifact(whole), read_artifact(tmp_path / "out")
+    assert json.loads(done.stdout)["finetune"] == two.metrics["finetune"]
+    losses = [[x["loss"] for x in found.metrics["finetune"]["losses"]] for found in (one, two)]
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=5e-2)
+    for name, scale in one.weight_scale.items():
+        torch.testing.assert_close(two.weight_scale[name], scale, rtol=1e-2, atol=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_images_and_latents_are_learned_from(artifact: Path, conditional: Path, cli: Any, tmp_path: Path) -> None:
