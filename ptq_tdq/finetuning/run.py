@@ -110,10 +110,6 @@ def check_start(
         )
     check_moving(artifact.layers, config)
     check_base_model(artifact, model.sha256 if isinstance(model, LoadedModel) else model_sha256(model))
-    if any(layer.dtype != "float32" for layer in artifact.layers) or artifact.config.get("buffer_dtypes"):
-        raise ConfigError("Weights learn in float32; calibrate the model in float32 to fine-tune it.")
-    if any(p.is_floating_point() and p.dtype != torch.float32 for p in denoiser.parameters()):
-        raise ConfigError("Weights learn in float32; load the model in float32 to fine-tune it.")
     if not isinstance(data, str | Path) and config.loss == "denoising":
         raise ConfigError("The loss 'denoising' needs images or latents (data); leave out the loss, or give data.")
     if data is None and not isinstance(model, LoadedModel):

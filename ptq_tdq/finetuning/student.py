@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,12 +28,15 @@ class Student(nn.Module):
     """``quantized``, whose sources are at their start, with weights that learn; it changes that model itself.
 
     Weights begin at those of the full-precision model ``base``, as far as the codes of the artifact allow; biases and
-    all that is not quantized begin at the artifact's. So at the start the student is the model of the artifact.
+    all that is not quantized begin at the artifact's. So at the start the student is the model of the artifact. All of
+    it learns in float32, and has the artifact's dtypes again when it is finished.
     """
 
     def __init__(self, quantized: QuantizedModel, base: nn.Module, config: FinetuneConfig) -> None:
         super().__init__()
         self.quantized, self.compute_dtype = quantized, getattr(torch, config.compute_dtype)
+        self.dtypes = {name: x.dtype for name, x in _floating(quantized.model)}
+        quantized.float()
         for name, layer in quantized.layers().items():
             _begin_weight(layer, own_weight(base.get_submodule(name)))
         weighted = {id(q) for layer in quantized.layers().values() for q in layer.activation_quantizers()}
@@ -130,10 +134,17 @@ class Student(nn.Module):
         with torch.no_grad():
             for layer in self.quantized.layers().values():
                 _end_weight(layer)
+        for name, tensor in _floating(self.quantized.model):
+            tensor.data = tensor.detach().to(self.dtypes.get(name, tensor.dtype))
         for name, quantizer in self.quantized.quantizers().items():
             _end_interval(quantizer, self.functions[name], self.quantized.axis.num_train_timesteps)
         self.quantized.requires_grad_(False)
         return self.quantized.finalize()
+
+
+def _floating(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of floating dtypes."""
+    return ((name, x) for name, x in chain(model.named_parameters(), model.named_buffers()) if x.is_floating_point())
 
 
 def _begin_weight(layer: QuantLayer, weight: Tensor) -> None:

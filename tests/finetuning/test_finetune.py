@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from recorded import images
+from small_denoiser import SmallDenoiser
 from torch import nn
 
-from ptq_tdq import Calls, FinetuneConfig, QuantizedModel, finetune, load_quantized
+from ptq_tdq import Calls, FinetuneConfig, QuantizedModel, calibrate, finetune, load_quantized, preset, record
 from ptq_tdq.artifacts import read_artifact
 from ptq_tdq.errors import ArtifactMismatchError, CalibrationSetError, ConfigError, NonFiniteError
 from ptq_tdq.finetuning import IterationReport
@@ -102,6 +103,27 @@ def test_the_finished_model_is_what_was_trained(
     with student.judged():
         trained = student(X, T)[0]
     torch.testing.assert_close(student.finish()(X, T), trained, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_low_precision_model_learns_in_float32_and_keeps_its_dtypes(
+    dtype: torch.dtype, choose: Choose, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = SmallDenoiser().to(dtype).eval().requires_grad_(False)
+    with record(model) as calls, torch.no_grad():
+        for t in (999.0, 500.0, 1.0):
+            model(images(64).to(dtype), torch.full((64,), t))
+    few = {"rounding": "gptq", "activation_iterations": 2, "eight_bit_layers": ()}
+    begun = calibrate(model, preset("default", scheme="W2A4", method="static", **few), calls)
+    tuned = finetune(model, begun, choose(weight_lr=1e-4), calls)  # steps that such a weight would round away
+    known = tuned.metrics["finetune"]["held_out"]
+    assert known["after"] < known["before"]
+    kept, expected = tuned.state_dict(), begun.state_dict()
+    assert {name: x.dtype for name, x in kept.items()} == {name: x.dtype for name, x in expected.items()}
+    tuned.save_pretrained(tmp_path / "out")
+    loaded = load_quantized(tmp_path / "out", model=model)
+    assert torch.equal(loaded(X.to(dtype), T), tuned(X.to(dtype), T))
 
 
 @pytest.mark.parametrize("method", ["dynamic", "dynamic-statistics-time", "dynamic-token", "dynamic-token-tdq"])
