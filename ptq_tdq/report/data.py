@@ -46,7 +46,12 @@ def report_data(found: Survey) -> Json:
     searched: dict[tuple[Any, ...], Tensor] = {}
     return {
         "version": version("ptq-tdq"),
-        "model": {**base, "id": _name(base["id"]), "class": first.config["model_config"].get("_class_name")},
+        "model": {
+            **base,
+            "id": _name(base["id"]),
+            "class": first.config["model_config"].get("_class_name"),
+            "pipeline": _pipeline(first.config["calibration_set"].get("sampler")),
+        },
         "num_train_timesteps": first.num_train_timesteps,
         "steps": shorts(steps, 6),
         "samples": 0 if reference is None else len(reference.latents),
@@ -61,6 +66,11 @@ def report_data(found: Survey) -> Json:
         "artifacts": [_subject(subject, steps, found.roles, searched) for subject in found.subjects],
         "notices": list(found.notices),
     }
+
+
+def _pipeline(sampler: Any) -> str | None:
+    """The class whose sampling was recorded, if it was a pipeline."""
+    return sampler if isinstance(sampler, str) and sampler != "loop" else None
 
 
 def _has_latents(reference: Reference) -> bool:
