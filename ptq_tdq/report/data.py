@@ -137,6 +137,7 @@ def _subject(
         "image_psnr_db": short(measured.image_psnr_db) if measured else None,
         "stored": _stored(artifact),
         "reconstruction": artifact.metrics.get("reconstruction"),
+        "finetune": _finetune(artifact),
     }
 
 
@@ -216,6 +217,15 @@ def _stored(artifact: Artifact) -> Json | None:
             "v": [short(value) for _, value in by_step],
         }
     return result
+
+
+def _finetune(artifact: Artifact) -> Json | None:
+    """How it was fine-tuned: the loss on held-out samples before and after, and that over the iterations."""
+    about, found = artifact.config.get("finetune"), artifact.metrics.get("finetune")
+    if not isinstance(about, dict) or not isinstance(found, dict):
+        return None
+    losses = {"t": [x["iteration"] for x in found["losses"]], "v": [short(x["loss"]) for x in found["losses"]]}
+    return {"quantizer": about["choices"]["quantizer"], **found["held_out"], "losses": losses}
 
 
 def _name(identifier: str) -> str:

@@ -50,6 +50,7 @@ def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
         "layers": "Layers",
         "seeds": bool(groups) and "Seeds",
         "samples": bool(pictures) and "Samples",
+        "finetune": any(a["finetune"] for a in shown) and "Fine-tuning",
         "losses": "Losses",
         "made": "How it was made",
     }
@@ -94,7 +95,7 @@ def _embedded(data: Json) -> str:
 
 def _artifact(data: Json, artifact: Json) -> Json:
     return {
-        **{key: artifact[key] for key in ("name", "scheme", "method", "preset", "seed")},
+        **{key: artifact[key] for key in ("name", "scheme", "method", "preset", "seed", "finetune")},
         "tiles": _tiles(data, artifact),
         "findings": findings(data, artifact),
         "checks": checks(data, artifact),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,17 @@ def test_every_command_takes_the_result(whole: Path, cli: Any, conditional: Path
         measured = cli(*request, "--backend", backend, "--threads", 1)
         assert measured.code == 0, measured.err
         assert json.loads(measured.out)["samples"] == 8
+    onnx = tmp_path / "model.onnx"
+    exported = cli("export", whole, "--format", "onnx", "--model", conditional, "--output", onnx)
+    assert exported.code == 0 and onnx.exists(), exported.err
+    shown = ("--model", conditional, "--samples", 2, "--num-inference-steps", 2, "--threads", 1)
+    reported = cli("report", whole, "--output-dir", tmp_path / "report", *shown)
+    assert reported.code == 0, reported.err
+    text = re.search(r'id="data">(.*?)</script>', (tmp_path / "report" / "report.html").read_text(), re.S)
+    assert text
+    (artifact,), known = json.loads(text[1])["artifacts"], read_artifact(whole).metrics["finetune"]
+    assert artifact["finetune"]["quantizer"] == "lsq" and artifact["finetune"]["after"] == known["held_out"]["after"]
+    assert artifact["finetune"]["losses"]["t"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_result_is_shown_beside_the_calibrated_model(run: tuple[Any, Path]) -> None:

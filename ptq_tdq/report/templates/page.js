@@ -301,11 +301,17 @@ function seedCharts() {
   charts.forEach(([n, c]) => chart(c, { series: series(n), last, height: 140, zero: true, label: `Intervals of ${n} for several seeds` }));
 }
 
+// ---- the loss of fine-tuning ----
+function finetuneChart() {
+  const place = byId(`finetune-${state.artifact}`), run = current().finetune;
+  if (place) chart(place, { series: [{ ...run.losses, color: "learned", label: "loss" }], last: run.losses.t.at(-1), axis: "iteration", height: 200, label: "Loss of fine-tuning over the iterations" });
+}
+
 // ---- controls ----
 function everything() {
   document.querySelectorAll("[data-artifact]").forEach((part) => { part.hidden = part.dataset.artifact !== String(state.artifact); });
   document.querySelectorAll("[data-other]").forEach((part) => { part.hidden = part.dataset.other !== String(Math.max(1, state.artifact)); });
-  stepsChart(); heatMap(); table(); seedCharts();
+  stepsChart(); heatMap(); table(); seedCharts(); finetuneChart();
 }
 
 for (const [key, text] of [["order", "Execution order"], ...shown.map((c) => [c.key, c.title])]) byId("sort").append(element("option", { value: key, textContent: text }));
