@@ -27,7 +27,7 @@ COMMANDS = {
     "finetune": "Train the weights and intervals of ARTIFACT together.",
     "inspect": "Show model, choices, sizes, and each quantizer of ARTIFACT.",
     "report": "Draw each ARTIFACT: intervals, distributions, errors, samples.",
-    "sample": "Sample with ARTIFACT and with its full-precision model, from the same noise, into a PNG.",
+    "sample": "Sample with each ARTIFACT and with the full-precision model, from the same noise, into a PNG.",
 }
 """Each command, in the file of its name, with the first sentence of its help; the file is imported when it runs."""
 

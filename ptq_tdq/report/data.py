@@ -225,7 +225,7 @@ def _finetune(artifact: Artifact) -> Json | None:
     if not isinstance(about, dict) or not isinstance(found, dict):
         return None
     losses = {"t": [x["iteration"] for x in found["losses"]], "v": [short(x["loss"]) for x in found["losses"]]}
-    return {"quantizer": about["choices"]["quantizer"], **found["held_out"], "losses": losses}
+    return {"quantizer": about["choices"].get("quantizer"), **found["held_out"], "losses": losses}
 
 
 def _name(identifier: str) -> str:

@@ -92,7 +92,7 @@ def test_sample_is_repeatable_and_follows_the_seed(
         flags = ("--num-images", 2, "--num-inference-steps", 2, "--threads", 1, "--seed", seed, "--json")
         result = cli("sample", calibrated(conditional), "--output", tmp_path / f"{i}.png", *flags)
         facts = json.loads(result.out)
-        assert facts["num_images"] == 2 and facts["latent_sqnr_db"] > 0
+        assert facts["num_images"] == 2 and facts["artifacts"][0]["latent_sqnr_db"] > 0
         pictures.append((tmp_path / f"{i}.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
 

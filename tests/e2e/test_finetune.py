@@ -51,7 +51,9 @@ def whole(run: tuple[Any, Path]) -> Path:
     return run[1]
 
 
-def test_every_command_takes_the_result(whole: Path, cli: Any, conditional: Path, tmp_path: Path) -> None:
+def test_every_command_takes_the_result(
+    artifact: Path, whole: Path, cli: Any, conditional: Path, tmp_path: Path
+) -> None:
     document = read_artifact(whole).config
     assert document["finetune"]["choices"]["iterations"] == 6
     assert cli("inspect", whole).code == 0
@@ -65,14 +67,19 @@ def test_every_command_takes_the_result(whole: Path, cli: Any, conditional: Path
     onnx = tmp_path / "model.onnx"
     exported = cli("export", whole, "--format", "onnx", "--model", conditional, "--output", onnx)
     assert exported.code == 0 and onnx.exists(), exported.err
+    picture = (artifact, whole, "--output", tmp_path / "grid.png", "--num-images", 4, "--num-inference-steps", 2)
+    sampled = cli("sample", *picture, "--model", conditional, "--json")
+    assert [x["title"] for x in json.loads(sampled.out)["artifacts"]] == ["W4A8 auto", "W4A8 auto lsq"]
+    with Image.open(tmp_path / "grid.png") as image:  # three panels, a column for each class
+        assert image.width == 3 * 3 * 8 * 3 + 2 * 4 * 3
     shown = ("--model", conditional, "--samples", 2, "--num-inference-steps", 2, "--threads", 1)
     reported = cli("report", whole, "--output-dir", tmp_path / "report", *shown)
     assert reported.code == 0, reported.err
     text = re.search(r'id="data">(.*?)</script>', (tmp_path / "report" / "report.html").read_text(), re.S)
     assert text
-    (artifact,), known = json.loads(text[1])["artifacts"], read_artifact(whole).metrics["finetune"]
-    assert artifact["finetune"]["quantizer"] == "lsq" and artifact["finetune"]["after"] == known["held_out"]["after"]
-    assert artifact["finetune"]["losses"]["t"] == [1, 2, 3, 4, 5, 6]
+    found, known = json.loads(text[1])["artifacts"][0]["finetune"], read_artifact(whole).metrics["finetune"]
+    assert found["quantizer"] == "lsq" and found["after"] == known["held_out"]["after"]
+    assert found["losses"]["t"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_result_is_shown_beside_the_calibrated_model(run: tuple[Any, Path]) -> None:
