@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +167,13 @@ def calibrate_command(
     if evaluation_samples is None:
         evaluation_samples = min(64, model.sampler.batch)
     if evaluation_samples:
-        say.line("Measuring against full precision, from noise that calibration has not seen")
-        reference = make_reference(
-            model, samples=evaluation_samples, num_inference_steps=config.num_inference_steps, seed=config.seed
-        )
-        learned = compare(reference, quantized)
-        with quantized.intervals(quantized.static):
-            static = compare(reference, quantized)
+        steps, batch = config.num_inference_steps, model.sampler.batch
+        own, given = steps * ceil(evaluation_samples / batch), ceil(steps * evaluation_samples / batch)
+        with say.calls("Measuring on other noise", 3 * (own + given), model.denoiser, quantized):
+            reference = make_reference(model, samples=evaluation_samples, num_inference_steps=steps, seed=config.seed)
+            learned = compare(reference, quantized)
+            with quantized.intervals(quantized.static):
+                static = compare(reference, quantized)
         quantized.metrics |= {
             "samples": evaluation_samples,
             "num_inference_steps": config.num_inference_steps,

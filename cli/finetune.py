@@ -176,9 +176,6 @@ class _Training(Progress):
             left = report.seconds * (report.total - report.iteration) / 60
             self.line(f"iteration {report.iteration}/{report.total} {note}, {left:.1f} minutes left")
 
-    def stop(self) -> None:
-        self._bars.stop()
-
 
 def _resolve(file: Path | None, flags: dict[str, str | None], settings: tuple[str, ...]) -> FinetuneConfig:
     """Config file, then flags, then ``--set``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ptq_tdq.cli.options import (
     verbose_option,
 )
 from ptq_tdq.cli.original import load_original, quiet_schedulers
+from ptq_tdq.cli.progress import Progress
 from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import finite, run
@@ -85,12 +87,15 @@ def sample_command(
     count = num_images or (PIPELINE_IMAGES if model.sampler.batch < IMAGES else IMAGES)
     conditions = model.sampler.conditions(count)
 
-    def sampled(denoiser: Any) -> Sampled:
-        return run(denoiser, model, conditions, num_inference_steps, seed)
+    say, calls = Progress(quiet=quiet, verbose=verbose), num_inference_steps * ceil(count / model.sampler.batch)
 
-    full, found, panels = sampled(model.denoiser), list[dict[str, Any]](), dict[str, Tensor]()
+    def sampled(denoiser: Any, title: str) -> Sampled:
+        with say.calls(f"Sampling, {title}", calls, denoiser):
+            return run(denoiser, model, conditions, num_inference_steps, seed)
+
+    full, found, panels = sampled(model.denoiser, "full precision"), list[dict[str, Any]](), dict[str, Tensor]()
     for title, artifact in zip(_titles(stored), artifacts, strict=True):
-        mine = sampled(load_quantized(artifact, backend=backend, device=given["device"]))
+        mine = sampled(load_quantized(artifact, backend=backend, device=given["device"]), title)
         found.append({"title": title, "latent_sqnr_db": finite(sqnr_db(full.latents, mine.latents))})
         if full.images is not None and mine.images is not None:
             found[-1]["image_psnr_db"] = finite(psnr_db(full.images, mine.images, peak=2.0))

@@ -138,6 +138,14 @@ def test_every_flag_is_explained(command: str, cli: Any) -> None:
     assert shown.out.startswith(f"Usage: ptq-tdq {command} [OPTIONS]")
 
 
+@pytest.mark.parametrize("name", list(entry.COMMANDS))
+def test_every_command_gives_its_result_as_json(name: str) -> None:
+    command = entry.cli.get_command(click.Context(entry.cli), name)
+    assert command is not None
+    (option,) = (parameter for parameter in command.params if "--json" in parameter.opts)
+    assert option.name == "as_json" and getattr(option, "is_flag", False)
+
+
 def test_the_bare_command_lists_the_commands(cli: Any) -> None:
     shown = cli()
     assert shown.code == 2
