@@ -15,9 +15,9 @@ TREE := build/lint
 
 demo: $(VENV)/.installed  ## calibrate the embedded reference model in a small way, sample with it, draw its report
 	mkdir -p $(OUT)
-	$(BIN)/ptq-tdq calibrate --output-dir $(OUT)/artifact --overwrite $(DEMO)
-	$(BIN)/ptq-tdq sample $(OUT)/artifact --backend integer --output $(OUT)/samples.png
-	$(BIN)/ptq-tdq report $(OUT)/artifact --samples 8 --output-dir $(OUT)/report --overwrite
+	$(BIN)/ptq-tdq calibrate --output-dir $(OUT)/cifar10-w4a8 --overwrite $(DEMO)
+	$(BIN)/ptq-tdq sample $(OUT)/cifar10-w4a8 --backend integer --output $(OUT)/samples.png
+	$(BIN)/ptq-tdq report $(OUT)/cifar10-w4a8 --samples 8 --output-dir $(OUT)/report --overwrite
 	@echo "This was a small run ($(DEMO)); without these flags calibrate does all of preset default."
 	@echo "Look at $(OUT)/samples.png (full precision beside quantized) and open $(OUT)/report/report.html in a browser."
 
