@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
@@ -21,7 +23,6 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-import ptq_tdq
 from ptq_tdq.artifacts import schema
 from ptq_tdq.cli.main import COMMANDS, cli
 from ptq_tdq.config import PRESETS, Config, preset
@@ -29,6 +30,7 @@ from ptq_tdq.config import PRESETS, Config, preset
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
 HOME = "README.md"
+INNER = "    options:\n      heading_level: 3"
 
 
 @event_priority(100)  # before mkdocstrings looks for it
@@ -145,12 +147,20 @@ def artifact() -> str:
 
 
 def api() -> str:
-    """The public names, each where it lives."""
-    text = "All of `ptq_tdq.__all__`, and what `import ptq_tdq.integrations.diffusers` adds."
-    public = [getattr(ptq_tdq, name) for name in ptq_tdq.__all__]
-    names = [f"::: {x.__module__}.{x.__qualname__}" for x in public if x.__module__ != "ptq_tdq.errors"]
-    others = [f"::: ptq_tdq.integrations.diffusers.{name}" for name in ("as_diffusers", "PtqTdqConfig")]
-    return "\n\n".join(["# Python", text, *names, *others, ""])
+    """The public names of each public module, where they live; errors have a page of their own."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("\n## Public\n")[1].split("\n## ")[0]
+    parts = ["# Python", text.strip()]
+    for module in map(import_module, re.findall(r"`(ptq_tdq[\w.]*)`", text)):
+        if module.__name__ != "ptq_tdq.errors":
+            parts += [f"## {module.__name__}", *(f"::: {home(module, name)}\n{INNER}" for name in module.__all__)]
+    return "\n\n".join([*parts, ""])
+
+
+def home(module: ModuleType, name: str) -> str:
+    """Where a public name is defined; a constant has no place but the module."""
+    value = getattr(module, name)
+    defined = getattr(value, "__qualname__", None) == name and str(value.__module__).startswith("ptq_tdq.")
+    return f"{value.__module__}.{name}" if defined else f"{module.__name__}.{name}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
