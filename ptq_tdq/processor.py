@@ -20,3 +20,10 @@ def sums_eight_bits() -> bool:
 def has_bfloat16() -> bool:
     """Whether bfloat16 products are instructions; elsewhere they are emulated, ten times slower than float32."""
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def compute_dtype(choice: str) -> str:
+    """The dtype that a choice of one means here: "auto" is bfloat16 where the processor computes in it."""
+    if choice != "auto":
+        return choice
+    return "bfloat16" if has_bfloat16() else "float32"
