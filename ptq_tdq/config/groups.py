@@ -7,7 +7,7 @@ from typing import Literal
 
 from ptq_tdq.choices import AT_LEAST_ONE, COUNT, ITERATIONS, NOT_NEGATIVE, POSITIVE, SHARE, Choices, choice
 from ptq_tdq.errors import ConfigError
-from ptq_tdq.processor import compute_dtype
+from ptq_tdq.processor import COMPUTE_DTYPES, ComputeDtype, compute_dtype
 from ptq_tdq.scheme import MAX_BITS, MIN_BITS
 
 Role = Literal["first", "last", "time_embedding", "first_time_embedding", "modulation", "shortcut", "downsample"]
@@ -160,10 +160,18 @@ class Weights(Choices):
         0.01, "Factor of adaround's regularizer sum(1 - |2 h - 1|^b).", bounds=NOT_NEGATIVE, source=ADAROUND
     )
     rounding_warmup: float = choice(
-        0.2, "First part of the iterations, without that regularizer.", unit="share", bounds=SHARE, source=ADAROUND
+        0.2,
+        "First part of the iterations, without adaround's regularizer.",
+        unit="share",
+        bounds=SHARE,
+        source=ADAROUND,
     )
-    rounding_b_start: float = choice(20.0, "Its b after that part.", bounds=AT_LEAST_ONE, source=ADAROUND)
-    rounding_b_end: float = choice(2.0, "Its b at the end.", bounds=AT_LEAST_ONE, source=ADAROUND)
+    rounding_b_start: float = choice(
+        20.0, "The b of adaround's regularizer after the warm-up.", bounds=AT_LEAST_ONE, source=ADAROUND
+    )
+    rounding_b_end: float = choice(
+        2.0, "The b of adaround's regularizer at the end.", bounds=AT_LEAST_ONE, source=ADAROUND
+    )
 
 
 @dataclass(frozen=True)
@@ -217,7 +225,7 @@ class Activations(Choices):
     )
     loss_weights: Literal["uniform", "relative"] = choice(
         "uniform",
-        "How samples weigh in that loss.",
+        "How samples weigh in the loss of a block.",
         alternatives={"uniform": "alike", "relative": "each time step by one over the size of its targets"},
     )
 
@@ -230,15 +238,11 @@ class Learning(Choices):
     bias_lr: float = choice(
         1e-3, "Learning rate (Adam) of the layers' biases in both phases; 0 keeps them.", bounds=NOT_NEGATIVE
     )
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = choice(
+    compute_dtype: ComputeDtype = choice(
         "auto",
-        "Of products inside the learning loops; losses that decide anything are evaluated in float32. What auto "
+        "Dtype of products inside the learning loops; losses that decide anything are evaluated in float32. What auto "
         "becomes is saved.",
-        alternatives={
-            "auto": "bfloat16 where the processor computes in it, float32 elsewhere",
-            "float32": "exact",
-            "bfloat16": "fast where the processor has it",
-        },
+        alternatives=COMPUTE_DTYPES,
     )
 
     def __post_init__(self) -> None:

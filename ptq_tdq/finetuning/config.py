@@ -9,7 +9,7 @@ from ptq_tdq.choices import COUNT, ITERATIONS, NOT_NEGATIVE, POSITIVE, SEED, SHA
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.finetuning.quantizers import Quantizer, quantizer_class
 from ptq_tdq.intervals import IntervalChoices, source_class
-from ptq_tdq.processor import compute_dtype
+from ptq_tdq.processor import COMPUTE_DTYPES, ComputeDtype, compute_dtype
 
 KEEP = "keep"
 AT_LEAST_ONCE = (1, 1 << 31)
@@ -48,7 +48,7 @@ class FinetuneConfig(Choices):
         bounds=(2, 1 << 20),
         source=EFFICIENTDM,
     )
-    num_inference_steps: int = choice(25, "Steps of these trajectories.", unit="steps", bounds=COUNT)
+    num_inference_steps: int = choice(25, "Steps of the trajectories that it learns on.", unit="steps", bounds=COUNT)
     iterations: int = choice(1000, "How long it learns.", unit="iterations", bounds=AT_LEAST_ONCE)
     batch_size: int = choice(32, "Samples of an iteration, of all processes together.", unit="samples", bounds=COUNT)
     accumulation: int = choice(1, "Pieces that a batch is run in.", bounds=COUNT)
@@ -59,9 +59,9 @@ class FinetuneConfig(Choices):
     interval_lr: float = choice(1e-3, "Learning rate of learned scales of activations.", bounds=POSITIVE)
     module_lr: float = choice(1e-3, "Learning rate of networks of t.", bounds=POSITIVE)
     weight_decay: float = choice(0.0, "Weight decay of AdamW.", bounds=NOT_NEGATIVE)
-    warmup: int = choice(100, "Each rate rises over so many first iterations.", unit="iterations", bounds=ITERATIONS)
+    warmup: int = choice(100, "First iterations, over which learning rates rise.", unit="iterations", bounds=ITERATIONS)
     schedule: Literal["constant", "cosine"] = choice(
-        "cosine", "Each rate after that.", alternatives={"constant": "stays", "cosine": "falls to 0"}
+        "cosine", "Learning rates after the warm-up.", alternatives={"constant": "stays", "cosine": "falls to 0"}
     )
     ema: float = choice(0.99, "Momentum of the averages that are saved.", bounds=SHARE)
     freeze_from: float = choice(
@@ -71,14 +71,10 @@ class FinetuneConfig(Choices):
         bounds=SHARE,
         source="NIPQ, CVPR 2023",
     )
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = choice(
+    compute_dtype: ComputeDtype = choice(
         "auto",
-        "Of products while it learns. What auto becomes is saved.",
-        alternatives={
-            "auto": "bfloat16 where the processor computes in it, float32 elsewhere",
-            "float32": "exact",
-            "bfloat16": "fast where the processor has it",
-        },
+        "Dtype of products while it learns. What auto becomes is saved.",
+        alternatives=COMPUTE_DTYPES,
     )
     checkpoint_every: int = choice(
         100, "A checkpoint is kept after each so many iterations.", unit="iterations", bounds=AT_LEAST_ONCE
