@@ -26,14 +26,14 @@ def choices_command(names: tuple[str, ...], finetune: bool, as_json: bool) -> No
     group) and Python take their names.
     """
     record: type[Choices] = FinetuneConfig if finetune else Config
-    shown = _named(record, names)
+    chosen = _named(record, names)
     if as_json:
-        print_json([_plain(about) for about in shown])
+        print_json([_plain(about) for about in chosen])
         return
     presets = {} if finetune else PRESETS
     formatter = click.get_current_context().make_formatter()
     for name, group in {"": record, **groups(record)}.items():
-        if rows := [(about.name, _text(about, presets)) for about in shown if about.group == name]:
+        if rows := [(about.name, _text(about, presets)) for about in chosen if about.group == name]:
             with formatter.section(name or "without a group"):
                 if name:
                     formatter.write_text(cleandoc(group.__doc__ or ""))
@@ -59,6 +59,5 @@ def _text(about: Choice, presets: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _plain(about: Choice) -> dict[str, Any]:
     """A choice as JSON data."""
-    return {f.name: getattr(about, f.name) for f in fields(about) if f.name not in ("kind", "bounds")} | {
-        "values": about.values
-    }
+    names = [f.name for f in fields(about) if f.name not in ("kind", "bounds")]
+    return {**{name: getattr(about, name) for name in names}, "values": about.values}
