@@ -151,8 +151,8 @@ def calibrate_command(
         evaluation_samples = min(64, model.sampler.batch)
     if evaluation_samples:
         steps, batch = config.calibration.num_inference_steps, model.sampler.batch
-        own, given = steps * ceil(evaluation_samples / batch), ceil(steps * evaluation_samples / batch)
-        with say.calls("Measuring on other noise", 3 * (own + given), model.denoiser, quantized):
+        own, along = steps * ceil(evaluation_samples / batch), ceil(steps * evaluation_samples / batch)
+        with say.calls("Measuring on other noise", 3 * (own + along), model.denoiser, quantized):
             reference = make_reference(model, samples=evaluation_samples, num_inference_steps=steps, seed=config.seed)
             learned = compare(reference, quantized)
             with quantized.intervals(quantized.static):
