@@ -32,7 +32,6 @@ from facts import facts
 from ptq_tdq import FinetuneConfig, calibrate, finetune, load_model, preset
 from ptq_tdq.artifacts import Artifact, read_artifact
 from ptq_tdq.calib_data import LoadedModel, collect_cached
-from ptq_tdq.config import COLLECT_CHOICES
 from ptq_tdq.evaluate.baseline import Baseline, load_baseline, make_baseline, save_baseline
 from ptq_tdq.finetuning import IterationReport, recipe
 from ptq_tdq.load import build_quantized
@@ -120,13 +119,8 @@ class Bench:
         began, held_out, start = self.artifact(cell.scheme), None, time.perf_counter()
         quantized = build_quantized(began, self.model.denoiser).to(self.model.denoiser.device)
         if cell.quantizer:
-            config = FinetuneConfig(
-                **{**self.settings, **cell.choices},
-                quantizer=cell.quantizer,
-                method=cell.method,
-                iterations=cell.iterations,
-                seed=cell.seed,
-            )
+            own = {"quantizer": cell.quantizer, "method": cell.method, "iterations": cell.iterations, "seed": cell.seed}
+            config = FinetuneConfig().changed({**self.settings, **cell.choices, **own})
             data = self.data if cell.data else collect_cached(self.model, **recipe(config))
             folder = (
                 self.work
@@ -145,7 +139,7 @@ class Bench:
         folder = self.work / f"calibrated-{scheme}"
         if not folder.exists():
             config = preset("default", **{**AUTHORS, **self.calibration, "scheme": scheme})
-            calls = collect_cached(self.model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+            calls = collect_cached(self.model, **config.recipe)
             calibrate(self.model, config, calls, run_directory=folder.with_suffix(".partial")).save_pretrained(folder)
         return read_artifact(folder)
 

@@ -199,7 +199,7 @@ def benchmark_command(
     if grids:
         check_folder(grids)
     # all that can make a plan impossible
-    plans = {(c.config.skip, c.config.float_layers, c.config.attention): c.config for c in left}
+    plans = {(c.config.layers.skip, c.config.layers.float_layers, c.config.layers.attention): c.config for c in left}
     check_plans(model, list(plans.values()))
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished cell."
     with CellBars(left, lines, workers, quiet=quiet, verbose=verbose, total=len(cells)) as bars:

@@ -15,45 +15,33 @@ from ptq_tdq.calibration import calibrate, foresee
 from ptq_tdq.cli.options import (
     FilePath,
     Size,
+    choice_options,
     json_option,
     model_options,
     print_json,
     quiet_option,
+    read_choices,
+    read_settings,
     scheduler_option,
     threads_option,
     verbose_option,
 )
 from ptq_tdq.cli.progress import Progress, show_files, show_forecast, show_gain
 from ptq_tdq.cli.unfinished import clear, discard, unfinished_folder
-from ptq_tdq.config import COLLECT_CHOICES, PRESETS, Config, preset, read_config_file
+from ptq_tdq.config import PRESETS, Config, preset
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.trajectories import compare, make_reference
 from ptq_tdq.recon import CACHE_BYTES, check_room
 
-FLAGS = {  # choice of the preset -> metavar, help
-    "scheme": ("W<bits>A<bits>", "Bits of weights and activations, 2 to 8 each."),
-    "method": (
-        "NAME",
-        "Intervals of activations: auto (static or tdq-thin, whichever pays), static (S_1: one learned number for all "
-        "t), S_N (one for each Nth of the time axis: S_4), tdq and tdq-thin (networks of t), step-table and step-lsq "
-        "(one for each sampling step, searched or learned); at run time dynamic, dynamic-statistics, "
-        "dynamic-statistics-time, dynamic-token, dynamic-token-static, dynamic-token-table, dynamic-token-tdq.",
-    ),
-    "samples_per_step": ("N", "Calibration samples at each step; in all N times --calibration-steps."),
-    "calibration_steps": ("N", "How many of the sampler's steps calibration looks at; all, if it has fewer."),
-    "num_inference_steps": ("N", "Steps of the sampler."),
-    "step_distribution": ("NAME", "How these steps are chosen: uniform, or normal (PTQ4DM)."),
-    "seed": ("N", "Seed of noise, order and initialisation."),
+FLAGS = {
+    "scheme": "W<bits>A<bits>",
+    "method": "NAME",
+    "samples_per_step": "N",
+    "calibration_steps": "N",
+    "num_inference_steps": "N",
+    "step_distribution": "NAME",
+    "seed": "N",
 }
-
-
-def _choice_flags(command: Any) -> Any:
-    """One flag for each choice that users name most; ``--set`` reaches all of them."""
-    defaults = Config().to_dict()
-    for name, (metavar, text) in reversed(FLAGS.items()):
-        flag = f"--{name.replace('_', '-')}"
-        command = click.option(flag, name, metavar=metavar, help=f"{text}  [preset default: {defaults[name]}]")(command)
-    return command
 
 
 @click.command("calibrate")
@@ -66,14 +54,9 @@ def _choice_flags(command: Any) -> Any:
     show_default="default",
     help="Where every choice comes from that no flag and no file names.",
 )
-@_choice_flags
+@choice_options(Config, FLAGS, "preset default")
 @scheduler_option
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave layers whose name matches in floating point.")
-@click.option("--config", "config_file", type=FilePath(), help="TOML or JSON file of choices.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any choice by name; --show-config lists them."
-)
-@click.option("--show-config", is_flag=True, help="Print every choice as JSON, fit for --config, and stop.")
 @click.option(
     "--cache-budget",
     type=Size(),
@@ -147,7 +130,7 @@ def calibrate_command(
     if dry_run:
         return
     context.with_resource(alone(unfinished))
-    calls = collect_cached(model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+    calls = collect_cached(model, on_progress=say.collecting, **config.recipe)
     if not resume:
         clear(unfinished)
     with say.units():
@@ -167,16 +150,16 @@ def calibrate_command(
     if evaluation_samples is None:
         evaluation_samples = min(64, model.sampler.batch)
     if evaluation_samples:
-        steps, batch = config.num_inference_steps, model.sampler.batch
-        own, given = steps * ceil(evaluation_samples / batch), ceil(steps * evaluation_samples / batch)
-        with say.calls("Measuring on other noise", 3 * (own + given), model.denoiser, quantized):
+        steps, batch = config.calibration.num_inference_steps, model.sampler.batch
+        own, along = steps * ceil(evaluation_samples / batch), ceil(steps * evaluation_samples / batch)
+        with say.calls("Measuring on other noise", 3 * (own + along), model.denoiser, quantized):
             reference = make_reference(model, samples=evaluation_samples, num_inference_steps=steps, seed=config.seed)
             learned = compare(reference, quantized)
             with quantized.intervals(quantized.static):
                 static = compare(reference, quantized)
         quantized.metrics |= {
             "samples": evaluation_samples,
-            "num_inference_steps": config.num_inference_steps,
+            "num_inference_steps": steps,
             "learned": learned.to_dict(),
             "static": static.to_dict(),
         }
@@ -211,16 +194,8 @@ def _resolve(
     settings: tuple[str, ...],
 ) -> Config:
     """Preset, then config file, then flags, then ``--set``."""
-    choices: dict[str, Any] = dict(read_config_file(file)) if file else {}
-    chosen = choices.pop("preset", "default")
-    choices |= {key: value for key, value in flags.items() if value is not None}
-    if skip:
-        choices["skip"] = skip
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes KEY=VALUE. Got {text!r} instead.")
-        choices[key.strip().replace("-", "_")] = value.strip()
-    if "preset" in choices:
-        raise ConfigError(f"The preset is named by --preset. Got --set preset={choices['preset']} instead.")
-    return preset(name or chosen, **choices)
+    given = read_settings(settings)
+    if "preset" in given:
+        raise ConfigError(f"The preset is named by --preset. Got --set preset={given['preset']} instead.")
+    choices = read_choices(Config, file, {**flags, "skip": skip or None, "preset": name, **given})
+    return preset(choices.pop("preset", "default"), **choices)

@@ -21,6 +21,7 @@ from ptq_tdq.errors import PtqTdqError, UsageError
 COMMANDS = {
     "benchmark": "Calibrate and measure every method x scheme x preset x seed, and draw a table.",
     "calibrate": "Quantize the denoiser of a diffusion model and write its interval tables.",
+    "choices": "List the choices of calibrate, or of finetune, with their meanings.",
     "doctor": "Show what this processor, its compiler and the installed packages can do.",
     "evaluate": "Measure what ARTIFACT loses against its full-precision model.",
     "export": "Write ARTIFACT for other programs.",

@@ -13,6 +13,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from torch import nn
 
+from ptq_tdq.choices import ungrouped
 from ptq_tdq.cli.options import result_console
 from ptq_tdq.config import Config
 from ptq_tdq.evaluate.trajectories import Comparison
@@ -55,7 +56,7 @@ class Progress:
 
     def config(self, config: Config) -> None:
         """The resolved choices."""
-        choices = {key: value for key, value in config.to_dict().items() if key != "preset"}
+        choices = {key: value for key, value in ungrouped(config.to_dict()).items() if key != "preset"}
         self.line(f"Preset {config.preset}: " + ", ".join(f"{key} {_text(value)}" for key, value in choices.items()))
 
     def collecting(self, done: int, total: int) -> None:

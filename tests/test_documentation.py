@@ -21,6 +21,7 @@ import yaml
 import ptq_tdq
 from ptq_tdq import errors
 from ptq_tdq.cli.main import COMMANDS, cli
+from ptq_tdq.config import Config, preset, read_config_file
 from ptq_tdq.intervals import IntervalSource
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,16 @@ def test_the_tutorial_of_a_module_and_the_interval_source_run(tmp_path: Path, mo
     for scale in scales:
         slope = scale.double().log().diff()
         assert (slope - slope.mean()).abs().max() < 1e-5
+
+
+def test_files_of_choices_on_the_pages_are_read(tmp_path: Path) -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    blocks = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "choices.toml").write_text(block)
+        choices = Config.named(read_config_file(tmp_path / "choices.toml"))
+        assert preset(choices.pop("preset"), **choices) != Config()
 
 
 def test_every_page_is_in_the_contents() -> None:

@@ -93,7 +93,7 @@ def _known(quantizer: ActivationQuantizer, method: str, length: int, config: Fin
     found = QParams(torch.ones(length), torch.zeros(length, dtype=torch.int32))
     if (table := _table(quantizer, method)) is not None:
         found = QParams(table.scale.cpu(), table.zero_point.cpu())
-    return Known(steps.cpu(), found, quantizer.qtype, config.interval_options)
+    return Known(steps.cpu(), found, quantizer.qtype, config.intervals)
 
 
 def _source(quantizer: ActivationQuantizer, method: str, known: Observed) -> IntervalSource:
@@ -135,7 +135,7 @@ def _observe(
             quantizer.qtype,
             "mse" if quantizer.record.range_method == "ema" else quantizer.record.range_method,
             quantizer.record.from_zero,
-            config.interval_options,
+            config.intervals,
         )
         for name, quantizer in quantizers.items()
     }

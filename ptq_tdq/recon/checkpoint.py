@@ -149,7 +149,7 @@ def form_of(unit: Unit, phase: str, config: Config, length: int) -> Form:
     for layer in unit.layers():
         for index in range(len(layer.ranges)):
             part = layer.part(index).shape
-            rows = (part[0] if config.weight_granularity == "per_channel" else 1,)
+            rows = (part[0] if config.weights.weight_granularity == "per_channel" else 1,)
             kinds = {
                 "codes": (torch.uint8, tuple(part)),
                 "scale": (torch.float32, rows),

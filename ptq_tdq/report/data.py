@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.artifacts import Artifact, IntervalTable, summarize
+from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Role
 from ptq_tdq.evaluate.images import captions_of
 from ptq_tdq.evaluate.trajectories import Reference
@@ -113,7 +114,8 @@ def _subject(
     histograms = {name: a.by_step for name, a in measured.activations.items()} if measured else {}
     return {
         "name": subject.name,
-        **{key: artifact.config[key] for key in ("scheme", "method", "preset", "seed", "choices", "versions")},
+        **{key: artifact.config[key] for key in ("scheme", "method", "preset", "seed", "versions")},
+        "choices": ungrouped(artifact.config["choices"]),
         "calibration_set": artifact.config["calibration_set"],
         **{
             key: facts[key]

@@ -50,7 +50,7 @@ def test_each_cell_is_a_line_with_all_that_it_stands_for(whole: Path) -> None:
     lines = [json.loads(text) for text in whole.read_text().splitlines()]
     assert len(lines) == len(measured(whole)) == 6
     for line in lines[2:]:
-        assert line["choices"]["weight_iterations"] == 2 and line["choices"]["seed"] == line["seed"]
+        assert line["choices"]["weights"]["weight_iterations"] == 2 and line["choices"]["seed"] == line["seed"]
         assert line["results"]["latent_sqnr_db"] > 0 and line["evaluation"]["samples"] == 8
         assert {"cpu", "torch", "commit", "command", "threads"} <= line["facts"].keys()
     found = measured(whole)
