@@ -184,6 +184,18 @@ def test_an_interrupted_collection_goes_on_after_its_last_batch(model: LoadedMod
     assert found.sha256 == whole.sha256
 
 
+def test_two_runs_may_collect_the_same_at_once(model: LoadedModel, tmp_path: Path) -> None:
+    found: list[Calls] = []
+
+    def begin_another(done: int, total: int) -> None:
+        if not found:
+            found.append(collect_cached(model, tmp_path, **SMALL, batch_size=2))
+
+    first = collect_cached(model, tmp_path, **SMALL, batch_size=2, on_progress=begin_another)
+    assert first.sha256 == found[0].sha256
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
 def test_a_damaged_cache_is_mended(model: LoadedModel, tmp_path: Path) -> None:
     first = collect_cached(model, tmp_path, **SMALL)
     (path,) = tmp_path.iterdir()
