@@ -116,6 +116,7 @@ def calibrate_command(
     unfinished = unfinished_folder(output_dir)
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished block."
     say = Progress(quiet=quiet, verbose=verbose)
+    say.line("Loading the model and looking at its layers")
     model = load_model(source, **given)
     if scheduler is not None:
         model = with_scheduler(model, scheduler)

@@ -18,6 +18,7 @@ from ptq_tdq.report.text import (
 )
 
 Json = dict[str, Any]
+Row = tuple[str, list[str], str, tuple[float, ...]]  # name, cells, change, ends of a bar
 FIRST = 12  # rows of a table that are not folded
 
 
@@ -26,7 +27,7 @@ def beside(data: Json, first: Json, second: Json) -> Json:
     found = differences(first, second, data["num_train_timesteps"])
     names = first["name"], second["name"]
     made = unequal(*(_calibration(artifact) for artifact in (first, second)))
-    layers = [
+    layers: list[Row] = [
         (
             row["name"],
             [_arrow(row["bits"]), *map(decibels, row["sqnr_db"])],
@@ -35,7 +36,7 @@ def beside(data: Json, first: Json, second: Json) -> Json:
         )
         for row in found["layers"]
     ]
-    ranges = [
+    ranges: list[Row] = [
         (row["name"], [_arrow(row["methods"])], _ratio(row["ratio"]), tuple(map(math.log, row["ratio"] or (1,))))
         for row in found["ranges"]
     ]
@@ -71,9 +72,9 @@ def _results(data: Json, first: Json, second: Json) -> list[tuple[str, str, str,
         "images (PSNR)": [artifact["image_psnr_db"] for artifact in (first, second)],
     }
     rows = [
-        (name, *map(decibels, pair), signed(difference(*pair), "dB"))
-        for name, pair in measured.items()
-        if pair != [None, None]
+        (name, decibels(a), decibels(b), signed(difference(a, b), "dB"))
+        for name, (a, b) in measured.items()
+        if (a, b) != (None, None)
     ]
     share = 100 * (second["bytes"] / first["bytes"] - 1)
     return [*rows, ("size", byte_size(first["bytes"]), byte_size(second["bytes"]), signed(share, "%", 0))]
@@ -85,10 +86,8 @@ def _calibration(artifact: Json) -> dict[str, str]:
     return {name: text for name, text in calibration_rows(artifact["calibration_set"]) if name not in left_out}
 
 
-def _table(
-    title: str, text: str, head: tuple[str, ...], rows: list[tuple[str, list[str], str, tuple[float, ...]]]
-) -> Json:
-    """Rows of (name, cells, change, ends of a bar), drawn about the middle of one axis."""
+def _table(title: str, text: str, head: tuple[str, ...], rows: list[Row]) -> Json:
+    """Rows, their bars drawn about the middle of one axis."""
     most = max((abs(end) for *_, ends in rows for end in ends), default=0.0) or 1.0
     drawn = [
         {
