@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ def test_two_runs_may_collect_the_same_at_once(model: LoadedModel, tmp_path: Pat
 
     def begin_another(done: int, total: int) -> None:
         if not found:
-            found.append(collect_cached(model, tmp_path, **SMALL, batch_size=2))
+            found.append(collect_cached(copy.deepcopy(model), tmp_path, **SMALL, batch_size=2))
 
     first = collect_cached(model, tmp_path, **SMALL, batch_size=2, on_progress=begin_another)
     assert first.sha256 == found[0].sha256
