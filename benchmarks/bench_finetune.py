@@ -251,6 +251,9 @@ def main(
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn, _begin, (threads, options)) as pool, results.open("a") as file:
         for future in as_completed([pool.submit(_run, cell) for cell in wanted]):
+            if error := future.exception():  # the others go on
+                click.echo(error, err=True)
+                continue
             line = future.result()
             click.echo(line["key"], err=True)
             file.write(json.dumps(line) + "\n")
