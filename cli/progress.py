@@ -31,6 +31,9 @@ class Progress:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self._bar = self._new_bar()
         self._name: str | None = None  # of what the bar counts
+        context = click.get_current_context(silent=True)
+        if context is not None:
+            context.call_on_close(self.stop)  # a bar hides the terminal's cursor, and a run may be stopped
 
     def _new_bar(self) -> Bars:
         return Bars(
