@@ -15,11 +15,12 @@ from torch import nn
 
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.cli.options import result_console
-from ptq_tdq.config import Config
+from ptq_tdq.config import Config, preset
 from ptq_tdq.evaluate.trajectories import Comparison
 from ptq_tdq.recon import Forecast, UnitReport
 from ptq_tdq.recon.forecast import size_text
 
+NAMED = ("scheme", "method", "seed")  # choices that are always told
 PHASES = {"weights": "Rounding weights", "activations": "Learning intervals"}
 
 
@@ -58,9 +59,14 @@ class Progress:
             self.notice(text)
 
     def config(self, config: Config) -> None:
-        """The resolved choices."""
-        choices = {key: value for key, value in ungrouped(config.to_dict()).items() if key != "preset"}
-        self.line(f"Preset {config.preset}: " + ", ".join(f"{key} {_text(value)}" for key, value in choices.items()))
+        """The choices that the preset does not make; with -v all of them."""
+        usual = ungrouped(preset(config.preset).to_dict())
+        said = [
+            f"{key} {_text(value)}"
+            for key, value in ungrouped(config.to_dict()).items()
+            if key in NAMED or (key != "preset" and (self.verbose or value != usual[key]))
+        ]
+        self.line(f"Preset {config.preset}: {', '.join(said)}")
 
     def collecting(self, done: int, total: int) -> None:
         """Steps of the sampler so far, of how many."""
