@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 import ptq_tdq
 from ptq_tdq.errors import PtqTdqError, UsageError
@@ -42,6 +43,11 @@ class _Commands(click.Group):
             return None
         command: click.Command = getattr(import_module(f"ptq_tdq.cli.{name}"), f"{name}_command")
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names of commands as listed: a shell asks at each key, and importing them takes seconds."""
+        found = [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -161,15 +161,20 @@ def test_the_list_of_commands_quotes_their_own_help() -> None:
         assert " ".join(command.help.partition("\n\n")[0].split()) == text
 
 
-def test_help_imports_neither_torch_nor_diffusers() -> None:
-    script = """
-import sys
+AT_A_KEY = {"_PTQ_TDQ_COMPLETE": "bash_complete", "COMP_WORDS": "ptq-tdq cal", "COMP_CWORD": "1"}
+
+
+@pytest.mark.parametrize(("environment", "expected"), [({}, "Commands:"), (AT_A_KEY, "plain,calibrate\n")])
+def test_help_and_completion_import_neither_torch_nor_diffusers(environment: dict[str, str], expected: str) -> None:
+    script = f"""
+import os, sys
 from ptq_tdq.cli.main import main
+os.environ |= {environment}
 try:
     main(["--help"])
 except SystemExit as stop:
     assert not stop.code
-print(sorted({"torch", "diffusers", "scipy", "pandas"} & set(sys.modules)))
+print(sorted({{"torch", "diffusers", "scipy", "pandas"}} & set(sys.modules)))
 """
     done = run_python(script)
-    assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stderr
+    assert done.returncode == 0 and done.stdout.endswith("[]\n") and expected in done.stdout, done.stderr
