@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ptq_tdq.artifacts import alone, check_output
-from ptq_tdq.calib_data import collect_cached, load_model, with_scheduler
+from ptq_tdq.calib_data import LoadedModel, collect_cached, load_model, with_scheduler
 from ptq_tdq.calibration import calibrate, foresee
 from ptq_tdq.cli.options import (
     FilePath,
@@ -30,7 +30,8 @@ from ptq_tdq.cli.progress import Progress, show_files, show_forecast, show_gain
 from ptq_tdq.cli.unfinished import clear, discard, unfinished_folder
 from ptq_tdq.config import PRESETS, Config, preset
 from ptq_tdq.errors import ConfigError
-from ptq_tdq.evaluate.trajectories import compare, make_reference
+from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference
+from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import CACHE_BYTES, check_room
 
 FLAGS = {
@@ -147,31 +148,37 @@ def calibrate_command(
         )
     for notice in quantized.notices:
         say.notice(notice)
-    learned = static = None
     if evaluation_samples is None:
         evaluation_samples = min(64, model.sampler.batch)
-    if evaluation_samples:
-        steps, batch = config.calibration.num_inference_steps, model.sampler.batch
-        own, along = steps * ceil(evaluation_samples / batch), ceil(steps * evaluation_samples / batch)
-        with say.calls("Measuring on other noise", 3 * (own + along), model.denoiser, quantized):
-            reference = make_reference(model, samples=evaluation_samples, num_inference_steps=steps, seed=config.seed)
-            learned = compare(reference, quantized)
-            with quantized.intervals(quantized.static):
-                static = compare(reference, quantized)
-        quantized.metrics |= {
-            "samples": evaluation_samples,
-            "num_inference_steps": steps,
-            "learned": learned.to_dict(),
-            "static": static.to_dict(),
-        }
+    measured = _measure(quantized, model, evaluation_samples, config, say) if evaluation_samples else None
     quantized.save_pretrained(output_dir, overwrite=overwrite)
     discard(unfinished)
     if as_json:
         print_json({"output_dir": str(output_dir), **quantized.metrics})
     elif not quiet:
-        if learned and static:
-            show_gain(config.method, learned, static)
+        if measured:
+            show_gain(config.method, *measured)
         show_files(output_dir, time.perf_counter() - began)
+
+
+def _measure(
+    quantized: QuantizedModel, model: LoadedModel, samples: int, config: Config, say: Progress
+) -> tuple[Comparison, Comparison]:
+    """The model with its own intervals and with static ones, on other noise; its metrics say both."""
+    steps, batch = config.calibration.num_inference_steps, model.sampler.batch
+    own, along = steps * ceil(samples / batch), ceil(steps * samples / batch)
+    with say.calls("Measuring on other noise", 3 * (own + along), model.denoiser, quantized):
+        reference = make_reference(model, samples=samples, num_inference_steps=steps, seed=config.seed)
+        learned = compare(reference, quantized)
+        with quantized.intervals(quantized.static):
+            static = compare(reference, quantized)
+    quantized.metrics |= {
+        "samples": samples,
+        "num_inference_steps": steps,
+        "learned": learned.to_dict(),
+        "static": static.to_dict(),
+    }
+    return learned, static
 
 
 def _id(source: str) -> str:
