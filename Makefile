@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
-OUT ?= out
+OUT ?= out-demo
 BIN := $(VENV)/bin
 # An eighth of the rows and of the iterations of preset default: minutes, and a result that is a little worse.
 DEMO := --samples-per-step 4 --set activation_iterations=10 --evaluation-samples 16
