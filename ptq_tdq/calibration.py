@@ -136,12 +136,14 @@ def foresee(model: LoadedModel, config: Config, *, cache_budget: int = CACHE_BYT
 
 
 def _check_plain(model: nn.Module) -> None:
-    """Raise :class:`ModelError` for a model that is quantized or has adapters beside its layers."""
+    """Raise :class:`ModelError` for a model that is quantized, has adapters beside its layers, or has no parameters."""
     if getattr(model, "peft_config", None):
         raise ModelError(
             "The model has adapters that are not part of it; fuse them before calibration (pipe.fuse_lora(), "
             "pipe.unload_lora_weights()), or load them onto the quantized model."
         )
+    if next(model.parameters(), None) is None:
+        raise ModelError("The model has no parameters: nothing would be quantized.")
     if any(isinstance(module, QuantLayer) for module in model.modules()):
         raise ModelError("The model is quantized already; calibrate the full-precision one.")
 

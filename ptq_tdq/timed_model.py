@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
             whole[own] = leaf[own]
         return whole
 
+    if is_dataclass(outputs[0]) and not isinstance(outputs[0], dict):  # a tree knows diffusers' own alone
+        names = [field.name for field in fields(outputs[0])]
+        return replace(outputs[0], **{n: merged([getattr(x, n) for x in outputs], chosen) for n in names})
     return pytree.tree_map(pick, outputs[0], *outputs[1:], is_leaf=of_samples)
 
 
@@ -62,7 +66,7 @@ class TimedModel(nn.Module):
         """
         name = self.axis.argument
         arguments = bind(self.model, args, kwargs)
-        t, x = self.axis.t(arguments.get(name)), arguments.get(main_argument_name(self.model))
+        t, x = self.axis.t(arguments.get(name)), arguments.get(main_argument_name(self.model, name))
         t = t.to(x.device if isinstance(x, Tensor) else self.device)  # offloaded parameters are on no device
         if isinstance(x, Tensor) and x.ndim and len(t) not in (1, *x.shape):  # the samples may be in any dimension
             raise TimestepError(

@@ -30,14 +30,14 @@ QUICK = preset(
 
 
 class Own(nn.Module):
-    """A denoiser outside diffusers, with a reparametrized weight, a transposed convolution and a table of positions."""
+    """A denoiser outside diffusers, with reparametrized weights, a transposed convolution and a table of positions."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Linear(1, width)
         self.a = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, width, 3, stride=2, padding=1))
-        self.b = nn.Conv2d(width, width, 3, padding=1, groups=2)
+        self.b = nn.utils.parametrizations.spectral_norm(nn.Conv2d(width, width, 3, padding=1, groups=2))
         self.c = nn.ConvTranspose2d(width, 3, 2, stride=2)
         self.register_buffer("positions", torch.randn(width, 1, 1), persistent=False)
         self.positions: Tensor
