@@ -7,7 +7,7 @@ saved JSON have a table for each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from math import inf
@@ -115,12 +115,14 @@ class Choices:
     def named(cls, choices: Mapping[str, Any]) -> dict[str, Any]:
         """Choices by their own names, where they may be in tables by group. Raises :class:`ConfigError`."""
         known, found = described(cls), dict[str, Any]()
-        tables = {about.group for about in known.values()}
+        tables = groups(cls)
         for key, value in choices.items():
-            grouped = key in tables and isinstance(value, Mapping)
+            grouped = key in tables
+            if grouped and not isinstance(value, Mapping):
+                raise ConfigError(f"{key} is a group of choices; give a table of them, or each by its own name.")
             for name, inner in (value if grouped else {key: value}).items():
                 if name not in known:
-                    raise ConfigError(f"There is no choice named {name!r}; {_nearest(name, known)}.")
+                    raise ConfigError(f"There is no choice named {name!r}; {_nearest(name, (*known, *tables))}.")
                 if grouped and known[name].group != key:
                     raise ConfigError(f"{name} is a choice of {known[name].group or 'no group'}, not of {key}.")
                 if name in found:
@@ -199,9 +201,9 @@ def _read(value: Any, kind: type) -> Any:
     return number
 
 
-def _nearest(name: str, known: Mapping[str, Choice]) -> str:
+def _nearest(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(str(name), known)
-    return f"the nearest are {', '.join(near)}" if near else f"the choices are {', '.join(known)}"
+    return f"the nearest are {', '.join(near)}" if near else "`ptq-tdq choices` lists them"
 
 
 def _bounds(least: float, limit: float) -> str:

@@ -127,7 +127,9 @@ def test_what_both_records_share_is_declared_once() -> None:
     ("choices", "said"),
     [
         ({"roundin": "gptq"}, "There is no choice named 'roundin'; the nearest are rounding, round_again"),
-        ({"colour": "red"}, "There is no choice named 'colour'; the choices are preset, scheme, method, seed, samples"),
+        ({"colour": "red"}, "There is no choice named 'colour'; `ptq-tdq choices` lists them"),
+        ({"weight": {"rounding": "gptq"}}, "There is no choice named 'weight'; the nearest are weights, "),
+        ({"weights": 3}, "weights is a group of choices; give a table of them"),
         ({"weights": {"roundin": "gptq"}}, "There is no choice named 'roundin'; the nearest are rounding"),
         ({"weights": {"skip": "a"}}, "skip is a choice of layers, not of weights."),
         ({"weights": {"seed": 1}}, "seed is a choice of no group, not of weights."),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls.outputs import last_row
-from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.errors import CalibrationSetError, TimestepError
 from ptq_tdq.timeaxis import time_argument
 
 Rows = slice | Tensor
@@ -162,7 +162,7 @@ def split_rows(arguments: dict[str, Any], time: str, odd: Odd = frozenset()) -> 
 
     def place(number: int, name: str, value: Any) -> Any:
         if name == time:
-            value = _time_rows(value, count)
+            value = _time_rows(value, name, count)
         elif isinstance(value, list):
             value = Each(tuple(x.detach() for x in value))
         elif not isinstance(value, Tensor):
@@ -247,9 +247,14 @@ def _subsets(candidates: Sequence[tuple[int, int, bool]]) -> Iterator[Odd]:
                 yield frozenset(some)
 
 
-def _time_rows(value: Any, count: int) -> Tensor:
+def _time_rows(value: Any, name: str, count: int) -> Tensor:
     """The time argument with one row per sample, in its own dtype."""
     t = torch.as_tensor(value).detach()
+    if t.numel() > 1 and len(t) != count:
+        raise TimestepError(
+            f"The model was called with {len(t)} values of {name} for {count} samples; samples are the first dimension "
+            "of what is denoised, and time steps are one, or one for each."
+        )
     return t.reshape(1).expand(count) if t.numel() == 1 else t
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ptq_tdq import Calls, record
 from ptq_tdq.calls import Recorder, main_argument, prediction
+from ptq_tdq.calls.arguments import split_rows
 from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
 from ptq_tdq.timeaxis import TimeAxis
 from ptq_tdq.timed_model import TimedModel
@@ -198,6 +199,11 @@ FORMS: list[Callable[[Tensor], Any]] = [
 def test_the_prediction_is_the_first_tensor_of_any_output(form: Callable[[Tensor], Any]) -> None:
     x = torch.randn(3, 4)
     assert torch.equal(prediction(form(x)), torch.stack([x, 2 * x]) if form is FORMS[1] else x)
+
+
+def test_samples_in_another_dimension_than_the_first_are_refused() -> None:
+    with pytest.raises(TimestepError, match="2 values of timestep for 6 samples"):
+        split_rows({"frames": torch.randn(6, 4), "timestep": torch.tensor([9.0, 3.0])}, "timestep")
 
 
 def test_models_without_a_time_an_input_or_an_output_are_refused() -> None:

@@ -103,7 +103,7 @@ def test_a_wrong_choice_is_a_usage_error(setting: str, said: str, cli: Any, tmp_
         ("a.toml", "seed = true", "seed must be of type int. Got True instead."),
         ("a.toml", "seed 3", "cannot be read ("),
         ("a.json", "[1]", "must hold a table of choices."),
-        ("a.json", '{"shade": 1}', "There is no choice named 'shade'; the choices are preset, scheme,"),
+        ("a.json", '{"shade": 1}', "There is no choice named 'shade'; `ptq-tdq choices` lists them"),
         ("a.json", '{"preset": "best"}', "The preset must be one of default, qdiff, paper. Got 'best' instead."),
         ("a.json", '{"preset": ["paper"]}', "The preset must be one of default, qdiff, paper."),
         ("a.json", "\xff", "cannot be read ("),
