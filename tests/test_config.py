@@ -134,7 +134,6 @@ def test_what_both_records_share_is_declared_once() -> None:
         ({"weights": {"skip": "a"}}, "skip is a choice of layers, not of weights."),
         ({"weights": {"seed": 1}}, "seed is a choice of no group, not of weights."),
         ({"weights": {"rounding": "gptq"}, "rounding": "gptq"}, "rounding is there twice, in its group and outside."),
-        ({"weights": 3}, "There is no choice named 'weights'"),
         ({"weigths": {"rounding": "gptq"}}, "There is no choice named 'weigths'"),
         ({"weights.rounding": "gptq"}, "There is no choice named 'weights.rounding'"),
     ],
