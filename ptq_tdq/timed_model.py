@@ -42,9 +42,10 @@ def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
             whole[own] = leaf[own]
         return whole
 
-    if is_dataclass(outputs[0]) and not isinstance(outputs[0], dict):  # a tree knows diffusers' own alone
-        names = [field.name for field in fields(outputs[0])]
-        return replace(outputs[0], **{n: merged([getattr(x, n) for x in outputs], chosen) for n in names})
+    first: Any = outputs[0]
+    if is_dataclass(first) and not isinstance(first, dict):  # a tree knows diffusers' own alone
+        names = [field.name for field in fields(first)]
+        return replace(first, **{n: merged([getattr(x, n) for x in outputs], chosen) for n in names})
     return pytree.tree_map(pick, outputs[0], *outputs[1:], is_leaf=of_samples)
 
 
