@@ -43,8 +43,9 @@ def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
         return whole
 
     first: Any = outputs[0]
-    if is_dataclass(first) and not isinstance(first, dict):  # a tree knows diffusers' own alone
-        names = [field.name for field in fields(first)]
+    kind = type(first)
+    if is_dataclass(kind) and not issubclass(kind, dict):  # a tree knows diffusers' own alone
+        names = [field.name for field in fields(kind)]
         return replace(first, **{n: merged([getattr(x, n) for x in outputs], chosen) for n in names})
     return pytree.tree_map(pick, outputs[0], *outputs[1:], is_leaf=of_samples)
 
