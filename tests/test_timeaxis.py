@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -174,6 +175,16 @@ def test_another_name_is_given_and_no_name_is_an_error() -> None:
         time_argument(model, "then")
     with pytest.raises(ModelError, match="no argument that is known to hold a time step"):
         time_argument(model)
+
+
+def test_a_module_that_does_not_take_its_arguments_by_name_is_refused() -> None:
+    parallel = nn.DataParallel(model_with("x", "t"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(2))
+    for model in (parallel, torch.compile(model_with("x", "t")), traced, model_with("x", "/", "t")):
+        with pytest.raises(ModelError, match="does not take its arguments by name"):
+            time_argument(model)
 
 
 # t of the call that runs
