@@ -126,6 +126,11 @@ def test_another_scheduler_takes_the_place_of_the_pipelines_own(saved_pipeline: 
         ("StableDiffusionPipeline", {"classes": [1]}, "takes no classes"),
         ("StableDiffusionPipeline", {"prompts": []}, "no prompt"),
         ("StableDiffusionPipeline", {"call": {"heigth": 16}}, "takes no argument 'heigth' here; it takes"),
+        (
+            "StableDiffusionPipeline",
+            {"call": {"latents": torch.zeros(1)}},
+            "'latents' is of type Tensor",
+        ),
         ("StableDiffusionPipeline", {"component": "text_encoder"}, "no denoiser named 'text_encoder'; it has unet"),
         ("WanPipeline", {}, r"several denoisers \(transformer, transformer_2\); name one with --component"),
         ("DDPMPipeline", {"prompts": ["A fox"]}, "takes no prompts"),
