@@ -103,6 +103,8 @@ def from_pipeline(
     call: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """A pipeline of diffusers that is already in memory; the arguments are those of :func:`load_model`."""
+    if not hasattr(pipe, "components"):
+        raise ModelError(f"A {type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
     known = [
         name
         for name, value in pipe.components.items()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ptq_tdq import Calls, QuantizedModel, calibrate, load_quantized, preset
 from ptq_tdq.artifacts import read_artifact
-from ptq_tdq.errors import ArtifactMismatchError
+from ptq_tdq.errors import ArtifactMismatchError, ConfigError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.structure import hollow_model
 
@@ -82,6 +82,13 @@ def test_without_an_instance_the_error_says_what_is_needed(own: Any) -> None:
             ArtifactMismatchError, match=r"is of a 'Own', which .* load_quantized\(path, model=\.\.\.\)"
         ):
             load_quantized(own[0], backend=backend)
+
+
+@pytest.mark.parametrize("device", ["nope", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_sentence(device: str, tmp_path: Path) -> None:
+    for backend in ("simulated", "integer"):
+        with pytest.raises(ConfigError, match=f"The device '{device}' cannot be used here"):
+            load_quantized(tmp_path, backend=backend, device=device)
 
 
 def test_an_instance_of_another_structure_is_refused(own: Any) -> None:
