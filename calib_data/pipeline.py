@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -104,8 +105,8 @@ def _check_call(pipe: Any, call: Mapping[str, Any], condition: str | None) -> No
     odd = [key for key, value in call.items() if not _plain(value)]
     if odd:
         raise ConfigError(
-            f"The argument {odd[0]!r} is of type {type(call[odd[0]]).__name__}, which no recipe can tell; run the "
-            f"{name} yourself and record calls of its denoiser."
+            f"The argument {odd[0]!r} is {shortened(call[odd[0]])}, which no recipe can tell; run the {name} yourself "
+            "and record calls of its denoiser."
         )
     missing = [key for key, p in named.items() if p.default is p.empty and key not in (*call, condition)]
     if missing:
@@ -115,7 +116,7 @@ def _check_call(pipe: Any, call: Mapping[str, Any], condition: str | None) -> No
 def _plain(value: Any) -> bool:
     """Whether JSON has ``value``."""
     try:
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
         return False
     return True
