@@ -47,7 +47,7 @@ FLAGS = {
 
 @click.command("calibrate")
 @model_options
-@click.option("--output-dir", type=FilePath(), required=True, help="The artifact directory to write.")
+@click.option("--output-dir", type=FilePath(), help="The artifact directory to write.  [required]")
 @click.option(
     "--preset",
     "preset_name",
@@ -83,7 +83,7 @@ def calibrate_command(
     context: click.Context,
     /,
     source: str | None,
-    output_dir: Path,
+    output_dir: Path | None,
     preset_name: str | None,
     scheduler: str | None,
     skip: tuple[str, ...],
@@ -113,6 +113,8 @@ def calibrate_command(
     if show_config:
         print_json(config.to_dict())
         return
+    if output_dir is None:
+        raise click.MissingParameter(ctx=context, param_hint="'--output-dir'", param_type="option")
     check_output(output_dir, overwrite=overwrite)
     unfinished = unfinished_folder(output_dir)
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished block."

@@ -18,7 +18,7 @@ from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
 from ptq_tdq.calls import Calls
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Config
-from ptq_tdq.errors import CalibrationSetError, ModelError, NonFiniteError
+from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError
 from ptq_tdq.identity import base_config, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
@@ -68,6 +68,10 @@ def calibrate(
     :class:`~ptq_tdq.errors.ResumeError` (another run in the directory); at any time
     :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
     """
+    if not isinstance(config, Config):
+        raise ConfigError(f"config must be what ptq_tdq.preset gives. Got {config!r} instead.")
+    if not isinstance(calls, Calls | None):
+        raise CalibrationSetError(f"calls must be what ptq_tdq.record gives. Got a {type(calls).__name__} instead.")
     if not isinstance(model, nn.Module | LoadedModel):
         model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
     denoiser: nn.Module = model.denoiser if isinstance(model, LoadedModel) else model

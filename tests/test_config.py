@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+from torch import nn
 
+from ptq_tdq import calibrate
 from ptq_tdq.artifacts import schema
 from ptq_tdq.choices import Choices, described, groups, ungrouped
 from ptq_tdq.config import PRESETS, Config, preset, read_config_file
-from ptq_tdq.errors import ConfigError, UsageError
+from ptq_tdq.errors import ConfigError, PtqTdqError, UsageError
 from ptq_tdq.finetuning import FinetuneConfig
 
 
@@ -164,3 +166,11 @@ def test_a_file_that_is_no_table_of_choices(file: str, text: str, tmp_path: Path
         read_config_file(tmp_path / file)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_config_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "error"), [(("default",), "preset gives"), ((preset("default"), [1]), "record gives")]
+)
+def test_calibrate_says_what_it_takes(given: tuple[Any, ...], error: str) -> None:
+    with pytest.raises(PtqTdqError, match=error):
+        calibrate(nn.Linear(1, 1), *given)

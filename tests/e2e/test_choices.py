@@ -14,7 +14,7 @@ from ptq_tdq.finetuning import FinetuneConfig
 
 
 def choices(cli: Any, *flags: object) -> dict[str, Any]:
-    result = cli("calibrate", "--output-dir", "unused", "--show-config", *flags)
+    result = cli("calibrate", "--show-config", *flags)
     assert (result.code, result.err) == (0, "")
     found: dict[str, Any] = json.loads(result.out)
     assert not Path("unused").exists()
