@@ -26,7 +26,8 @@ from published_loop import cache_pass, learn_activations, learn_weights, publish
 
 from ptq_tdq import load_model, preset
 from ptq_tdq.calib_data import collect_cached
-from ptq_tdq.config import COLLECT_CHOICES, Config
+from ptq_tdq.choices import ungrouped
+from ptq_tdq.config import Config
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel, folded_copy
 from ptq_tdq.recon import RunDirectory, activations, engine, reconstruct, weights
@@ -58,13 +59,13 @@ class Bench:
             other = published_copy(unit)
             began = time.process_time()
             before, after = original(unit, full, call, target, config, generator)
-            ours = {"iterations": config.weight_iterations, "seconds": time.process_time() - began}
+            ours = {"iterations": config.weights.weight_iterations, "seconds": time.process_time() - began}
             published = []
             for count in self.iterations:
                 for layer in other.layers():
                     weights.initialize(layer, config)
                 began = time.process_time()
-                learn_weights(other, call, target, count, config.batch_size, torch.Generator().manual_seed(0))
+                learn_weights(other, call, target, count, config.learning.batch_size, torch.Generator().manual_seed(0))
                 seconds = time.process_time() - began
                 loss = other.loss(call, target, weights.LOSS_POWER)
                 published.append({"iterations": count, "seconds": seconds, "loss": loss})
@@ -81,17 +82,17 @@ class Bench:
             other = published_copy(unit)
             began = time.process_time()
             result: activations.ActivationResult = original(unit, full, call, target, config, *rest)
-            ours = {"iterations": config.activation_iterations, "seconds": time.process_time() - began}
+            ours = {"iterations": config.activations.activation_iterations, "seconds": time.process_time() - began}
             published = []
             for count in self.iterations:
                 scales = replace_quantizers(other, result.static)
                 began = time.process_time()
                 learn_activations(
-                    other, call, target, scales, count, config.batch_size,
-                    torch.Generator().manual_seed(0), config.loss_power,
+                    other, call, target, scales, count, config.learning.batch_size,
+                    torch.Generator().manual_seed(0), config.activations.loss_power,
                 )  # fmt: skip
                 seconds = time.process_time() - began
-                loss = other.loss(call, target, config.loss_power)
+                loss = other.loss(call, target, config.activations.loss_power)
                 published.append({"iterations": count, "seconds": seconds, "loss": loss})
             ours |= {"learning": self.learning, "loss": result.after}
             self.write("activations", unit, ours, published, result.before)
@@ -161,14 +162,14 @@ def main(
 def run(config: Config, bench: Bench, work: Path) -> None:
     """Both phases over all units; the engine's two learning functions are wrapped by the bench."""
     model = load_model()
-    calls = collect_cached(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+    calls = collect_cached(model, **config.recipe)
     plan = make_plan(folded_copy(model.denoiser), config, calls)
     quantized = QuantizedModel.copy_of(model.denoiser, calls.axis, plan.layers)
     engine.reconstruct_weights = bench.weights(engine.reconstruct_weights)
     engine.reconstruct_activations = bench.activations(engine.reconstruct_activations)
     Unit.loss = bench.evaluated(Unit.loss)  # type: ignore[method-assign]
     weights._learn, activations._learn = bench.timed(weights._learn), bench.timed(activations._learn)
-    directory = RunDirectory(work, {key: str(value) for key, value in config.to_dict().items()})
+    directory = RunDirectory(work, {key: str(value) for key, value in ungrouped(config.to_dict()).items()})
     try:
         reconstruct(quantized, calls, config, single=plan.single, unlearned=plan.unlearned, run=directory)
     except OutOfTime:

@@ -1,20 +1,25 @@
 """Fine-tuning on the embedded model: quantizers with and without TDQ, the supplement's Tables 1, 2, 5, 6 and 7.
 
-A cell is a scheme, a quantizer, an interval source, choices that differ, a seed and a number of iterations. Each starts
-at a calibrated artifact of its scheme and seed with one interval per activation, kept in WORK with the full-precision
-side of the evaluation. First and last layer, time embedding and attention products stay in floating point, as in the
-authors' code. The JSON line of a finished cell is appended and synced at once; cells whose line is there are skipped,
-and an interrupted one goes on at its last checkpoint. ``--render`` prints the tables: means and deviations over seeds.
+A cell is a scheme, a quantizer, an interval source, choices that differ, a seed and a number of iterations. All of a
+scheme start at one calibrated artifact with one interval per activation, kept in WORK with the full-precision side of
+the evaluation; the seed is that of the data, of what is drawn while learning, and of the evaluation's noise. First and
+last layer, time embedding and attention products stay in floating point, as in the authors' code. The JSON line of a
+finished cell is appended and synced at once; cells whose line is there are skipped, and an interrupted one goes on at
+its last checkpoint. ``--render`` prints the tables: means and deviations over seeds.
 ``--tables`` says which cells: 5 (quantizers), 6 (bits), 1 (dynamic), 2 (time encodings), 7 (initialisations), data
-(training on images beside imitation; needs ``--data``), minutes (fewer and more iterations).
+(training on images beside imitation; needs ``--data``), minutes (fewer and more iterations). ``--prepare`` only
+calibrates what they start from; ``--processes`` run as many cells at once, on a GPU that one alone does not fill.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,7 +32,6 @@ from facts import facts
 from ptq_tdq import FinetuneConfig, calibrate, finetune, load_model, preset
 from ptq_tdq.artifacts import Artifact, read_artifact
 from ptq_tdq.calib_data import LoadedModel, collect_cached
-from ptq_tdq.config import COLLECT_CHOICES
 from ptq_tdq.evaluate.baseline import Baseline, load_baseline, make_baseline, save_baseline
 from ptq_tdq.finetuning import IterationReport, recipe
 from ptq_tdq.load import build_quantized
@@ -64,7 +68,7 @@ Kind = tuple[str, str, str, dict[str, Any], int, bool]
 """Scheme, quantizer, method, choices, the divisor of the iterations, and whether it learns from images."""
 START = {"module_start": "as-is"}  # in whose place a fitted start would hide the initialisation
 TABLES: dict[str, list[Kind]] = {
-    "5": [("W4A4", q, m, {}, 1, False) for q in ("lsq", "pact", "nipq", "duq") for m in ("static", "tdq")],
+    "5": [("W4A4", q, m, {}, 1, False) for q in ("lsq", "pact", "nipq", "duq", "qil") for m in ("static", "tdq")],
     "6": [("W3A3", q, m, {}, 1, False) for q in ("lsq", "duq") for m in ("static", "tdq")],
     "1": [
         ("W4A4", "lsq", m, {}, 1, False)
@@ -95,23 +99,28 @@ def cells(tables: list[str], seeds: int, iterations: int) -> Iterator[Cell]:
 class Bench:
     """The embedded model with what cells share."""
 
-    def __init__(self, work: Path, data: Path | None, samples: int, steps: int, calibration: dict[str, Any]) -> None:
-        self.work, self.data, self.samples, self.steps, self.calibration = work, data, samples, steps, calibration
-        self.model: LoadedModel = load_model()
+    def __init__(
+        self,
+        work: Path,
+        data: Path | None,
+        samples: int,
+        steps: int,
+        settings: dict[str, Any],
+        calibration: dict[str, Any],
+        device: str,
+    ) -> None:
+        self.work, self.data, self.samples, self.steps = work, data, samples, steps
+        self.settings, self.calibration = settings, calibration
+        self.model: LoadedModel = load_model(device=device)
         self._baselines: dict[int, Baseline] = {}
 
-    def run(self, cell: Cell, base: dict[str, Any]) -> Line:
+    def run(self, cell: Cell) -> Line:
         """The line of a cell."""
-        began, held_out = self.artifact(cell.scheme, cell.seed), None
-        quantized = build_quantized(began, self.model.denoiser)
+        began, held_out, start = self.artifact(cell.scheme), None, time.perf_counter()
+        quantized = build_quantized(began, self.model.denoiser).to(self.model.denoiser.device)
         if cell.quantizer:
-            config = FinetuneConfig(
-                **{**base, **cell.choices},
-                quantizer=cell.quantizer,
-                method=cell.method,
-                iterations=cell.iterations,
-                seed=cell.seed,
-            )
+            own = {"quantizer": cell.quantizer, "method": cell.method, "iterations": cell.iterations, "seed": cell.seed}
+            config = FinetuneConfig().changed({**self.settings, **cell.choices, **own})
             data = self.data if cell.data else collect_cached(self.model, **recipe(config))
             folder = (
                 self.work
@@ -119,15 +128,18 @@ class Bench:
             )
             quantized = finetune(self.model, began, config, data, run_directory=folder, on_iteration=_say)
             held_out = quantized.metrics["finetune"]["held_out"]
+        seconds = time.perf_counter() - start
         measured = self.baseline(cell.seed).measure(quantized).results
-        return {"key": cell.key(), **vars(cell), "base": base, "held_out": held_out, **measured, "facts": facts()}
+        about = {"settings": self.settings, "samples": self.samples, "device": device_name(self.model.denoiser.device)}
+        found = {**about, "held_out": held_out, "seconds": seconds, **measured}
+        return {"key": cell.key(), **vars(cell), **found, "facts": facts()}
 
-    def artifact(self, scheme: str, seed: int) -> Artifact:
-        """The calibrated model of a scheme and a seed."""
-        folder = self.work / f"calibrated-{scheme}-{seed}"
+    def artifact(self, scheme: str) -> Artifact:
+        """The calibrated model of a scheme."""
+        folder = self.work / f"calibrated-{scheme}"
         if not folder.exists():
-            config = preset("default", **{**AUTHORS, **self.calibration, "scheme": scheme, "seed": seed})
-            calls = collect_cached(self.model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+            config = preset("default", **{**AUTHORS, **self.calibration, "scheme": scheme})
+            calls = collect_cached(self.model, **config.recipe)
             calibrate(self.model, config, calls, run_directory=folder.with_suffix(".partial")).save_pretrained(folder)
         return read_artifact(folder)
 
@@ -143,6 +155,23 @@ class Bench:
                 save_baseline(folder, found)
             self._baselines[seed] = found
         return self._baselines[seed]
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+_bench: list[Bench] = []  # of this process
+
+
+def _begin(threads: int, options: dict[str, Any]) -> None:
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    _bench.append(Bench(**options))
+
+
+def _run(cell: Cell) -> Line:
+    return _bench[0].run(cell)
 
 
 def _say(report: IterationReport) -> None:
@@ -181,28 +210,52 @@ def _mean(values: list[float]) -> str:
 @click.option("--work", type=click.Path(path_type=Path), default=Path("finetune.jsonl.work"))
 @click.option("--set", "settings", multiple=True, help="KEY=VALUE of fine-tuning, in all cells.")
 @click.option("--calibration", multiple=True, help="KEY=VALUE of calibration, in all cells.")
-@click.option("--threads", default=1)
+@click.option("--threads", default=1, help="Of each process.")
+@click.option("--processes", default=1, help="Cells at once.")
+@click.option("--device", default="cpu")
+@click.option("--prepare", is_flag=True, help="Only calibrate what the cells start from.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--render", "rendered", is_flag=True, help="Only print the tables.")
-def main(tables: str, seeds: int, iterations: int, rendered: bool, results: Path, threads: int, **options: Any) -> None:
+def main(
+    tables: str,
+    seeds: int,
+    iterations: int,
+    threads: int,
+    processes: int,
+    prepare: bool,
+    results: Path,
+    rendered: bool,
+    **options: Any,
+) -> None:
     """Run the cells that have no line yet."""
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     if rendered:
         click.echo(render(known))
         return
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    base, calibration = (dict(x.split("=", 1) for x in options[name]) for name in ("settings", "calibration"))
+    for name in ("settings", "calibration"):
+        options[name] = dict(x.split("=", 1) for x in options[name])
     options["work"].mkdir(parents=True, exist_ok=True)
-    bench = Bench(options["work"], options["data"], options["samples"], options["steps"], calibration)
     done = {line["key"] for line in known}
-    for cell in cells(tables.split(","), seeds, iterations):
-        if cell.key() in done or (cell.data and bench.data is None):
-            continue
-        click.echo(cell.key(), err=True)
-        line = bench.run(cell, base)
-        done.add(cell.key())
-        with results.open("a") as file:
+    wanted = [
+        cell
+        for cell in {cell.key(): cell for cell in cells(tables.split(","), seeds, iterations)}.values()
+        if cell.key() not in done and not (cell.data and options["data"] is None)
+    ]
+    _begin(threads, options)
+    for cell in wanted:
+        _bench[0].artifact(cell.scheme)
+        if not prepare:
+            _bench[0].baseline(cell.seed)
+    if prepare:
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, _begin, (threads, options)) as pool, results.open("a") as file:
+        for future in as_completed([pool.submit(_run, cell) for cell in wanted]):
+            if error := future.exception():  # the others go on
+                click.echo(error, err=True)
+                continue
+            line = future.result()
+            click.echo(line["key"], err=True)
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -24,7 +24,7 @@ from facts import facts
 from ptq_tdq import load_model, preset
 from ptq_tdq.calib_data import collect_cached
 from ptq_tdq.calls import Calls
-from ptq_tdq.config import COLLECT_CHOICES, Config
+from ptq_tdq.config import Config
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel, folded_copy
 from ptq_tdq.recon import engine, reconstruct
@@ -79,7 +79,7 @@ class Bench:
             seconds = time.process_time() - began
             found[way] = {**self.losses(), "seconds": seconds}
         line = {**self.about, "unit": self.unit.name, "found": found}
-        line |= {"iterations": self.config.weight_iterations, "seed": self.config.seed, "facts": facts()}
+        line |= {"iterations": self.config.weights.weight_iterations, "seed": self.config.seed, "facts": facts()}
         with self.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(found), flush=True)
@@ -114,7 +114,7 @@ def main(
 
 def run(config: Config, name: str, units: list[str], fresh: int, results: Path) -> None:
     model = load_model(name)
-    recipe = {key: getattr(config, key) for key in COLLECT_CHOICES}
+    recipe = config.recipe
     calls = collect_cached(model, **recipe)
     other = collect_cached(model, **{**recipe, "samples_per_step": fresh // 8, "thinning": 8, "seed": FRESH_SEED})
     trajectories = int(calls.trajectory.max()) + 1

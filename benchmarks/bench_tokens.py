@@ -22,7 +22,7 @@ from facts import facts
 
 from ptq_tdq import calibrate, load_model, preset
 from ptq_tdq.calib_data import LoadedModel, collect_cached
-from ptq_tdq.config import COLLECT_CHOICES, Config
+from ptq_tdq.config import Config
 from ptq_tdq.evaluate.trajectories import Reference, compare, make_reference
 
 RESULTS = Path(__file__).parent / "results" / "tokens.jsonl"
@@ -42,11 +42,11 @@ def choices_of(entry: str) -> Line:
 
 def measure(model: LoadedModel, config: Config, reference: Reference, work: Path) -> Line:
     """Calibrate with ``config``, and compare with the reference."""
-    calls = collect_cached(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+    calls = collect_cached(model, **config.recipe)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        name = f"{config.seed}-W{config.parsed_scheme.weight_bits}-{config.rotate}"
-        shared = work / name if config.equalize == "none" else None
+        name = f"{config.seed}-W{config.parsed_scheme.weight_bits}-{config.weights.rotate}"
+        shared = work / name if config.weights.equalize == "none" else None
         quantized = calibrate(model, config, calls, run_directory=Path(folder), weights_directory=shared)
     seconds = time.perf_counter() - began
     found = compare(reference, quantized)

@@ -22,7 +22,7 @@ from facts import facts
 
 from ptq_tdq import load_model, preset
 from ptq_tdq.calib_data import collect_cached
-from ptq_tdq.config import COLLECT_CHOICES, Config
+from ptq_tdq.config import Config
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import activations, engine, weights
@@ -69,7 +69,7 @@ class Bench(engine._Engine):
             line: dict[str, Any] = {"unit": unit.name, "method": method}
             for name, rows in (("visited", visited), ("unvisited", ~visited)):
                 judge = replace(unit, among=rows & unit.held_out)
-                line[name] = judge.loss(full, target, self.config.loss_power)
+                line[name] = judge.loss(full, target, self.config.activations.loss_power)
             self.lines.append(line)
             print(line, flush=True)
         if {line["unit"] for line in self.lines} == set(self.chosen):
@@ -89,7 +89,7 @@ def main(units: str, methods: str, scheme: str, samples: int, results: Path, ren
         choices = {"scheme": scheme, "rounding": "nearest", "thinning": 1, "samples_per_step": samples, "bias_lr": 0.0}
         config = preset("default", method=BASELINE, **choices)
         model = load_model()
-        calls = collect_cached(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+        calls = collect_cached(model, **config.recipe)
         plan = make_plan(folded_copy(model.denoiser), config, calls)
         quantized = QuantizedModel.copy_of(model.denoiser, calls.axis, plan.layers)
         bench = Bench(quantized, calls, config, units.split(","), methods.split(","))

@@ -18,7 +18,8 @@ from ptq_tdq.calib_data.load import LoadedModel
 from ptq_tdq.calib_data.sampler import Sampler, new_schedule, sample_generator
 from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 from ptq_tdq.calls import Calls, Recorder
-from ptq_tdq.errors import CalibrationSetError, ConfigError
+from ptq_tdq.errors import CalibrationSetError, ConfigError, OutputError
+from ptq_tdq.files import holding, reason
 from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
@@ -202,9 +203,17 @@ def collect_cached(
     except CalibrationSetError:
         pass  # absent or damaged: a cache mends itself
     parts = path.with_suffix(".parts")
-    collected = collect(model, batch_size=batch_size, parts=parts, on_progress=on_progress, **recipe)
-    collected.save(path)
-    shutil.rmtree(parts, ignore_errors=True)
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The cache '{parts}' cannot be written ({reason(error)}): choose another.") from error
+    with holding(parts) as held:
+        alone = held is not False and parts.exists()  # another run may be collecting the same, or just have finished
+        kept = parts if alone else None
+        collected = collect(model, batch_size=batch_size, parts=kept, on_progress=on_progress, **recipe)
+        collected.save(path)
+        if alone:
+            shutil.rmtree(parts, ignore_errors=True)
     return collected
 
 

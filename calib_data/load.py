@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ptq_tdq.artifacts import CONFIG_FILE
 from ptq_tdq.calib_data.embedded import EMBEDDED, find_embedded
 from ptq_tdq.calib_data.loop import LoopSampler
 from ptq_tdq.calib_data.pipeline import PipelineSampler
@@ -66,7 +67,8 @@ def load_model(
     denoiser of a pipeline that has several. What is sampled, for calibration and evaluation, are ``prompts`` or
     ``classes``; ``call`` are further arguments of the pipeline (guidance_scale, height, width, ...).
 
-    Raises :class:`ModelError` for a source that does not exist, cannot be reached, is damaged or has no denoiser,
+    Raises :class:`ModelError` for a source that does not exist, cannot be reached, is damaged, quantized already or has
+    no denoiser,
     :class:`NonFiniteError` naming the layer for NaN or Inf in a weight, and :class:`ConfigError` for an unknown device
     and for prompts, classes or arguments that the model does not take.
     """
@@ -74,6 +76,8 @@ def load_model(
     name = EMBEDDED[source].id if source in EMBEDDED else source
     embedded = find_embedded(name)
     folder = embedded.folder if embedded else find_folder(name)
+    if (folder / CONFIG_FILE).is_file():
+        raise ModelError(f"'{folder}' is an artifact, a model that is quantized already; give the full-precision one.")
     parts = find_parts(folder, component)
     with _quiet():
         denoiser = _load_weights(_class_of(parts.denoiser), parts.denoiser)
@@ -99,6 +103,8 @@ def from_pipeline(
     call: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """A pipeline of diffusers that is already in memory; the arguments are those of :func:`load_model`."""
+    if not hasattr(pipe, "components"):
+        raise ModelError(f"A {type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
     known = [
         name
         for name, value in pipe.components.items()
@@ -250,7 +256,10 @@ def _load_weights(cls: Any, folder: Path) -> Any:
 
 
 def _class_of(folder: Path) -> Any:
-    name = read_config(folder / "config.json").get("_class_name")
+    config = read_config(folder / "config.json")
+    if config.get("quantization_config"):
+        raise ModelError(f"The model in '{folder}' is quantized already; give the full-precision one.")
+    name = config.get("_class_name")
     cls = diffusers_class(name)
     if cls is None:
         raise ModelError(

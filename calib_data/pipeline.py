@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -100,9 +102,24 @@ def _check_call(pipe: Any, call: Mapping[str, Any], condition: str | None) -> No
     wrong = [key for key in call if key not in known]
     if wrong:
         raise ConfigError(f"{name} takes no argument {wrong[0]!r} here; it takes {', '.join(known)}.")
+    odd = [key for key, value in call.items() if not _plain(value)]
+    if odd:
+        raise ConfigError(
+            f"The argument {odd[0]!r} is {shortened(call[odd[0]])}, which no recipe can tell; run the {name} yourself "
+            "and record calls of its denoiser."
+        )
     missing = [key for key, p in named.items() if p.default is p.empty and key not in (*call, condition)]
     if missing:
         raise ConfigError(f"{name} needs {missing[0]}, which is more than a prompt or a class; record calls of it.")
+
+
+def _plain(value: Any) -> bool:
+    """Whether JSON has ``value``."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 @contextmanager

@@ -5,27 +5,44 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ptq_tdq.artifacts import alone, check_folder, write_atomic
 from ptq_tdq.calib_data import load_model
-from ptq_tdq.cli.options import FilePath, backend_option, model_options, quiet_option, threads_option, verbose_option
+from ptq_tdq.cli.cells import CellBars
+from ptq_tdq.cli.options import (
+    FilePath,
+    backend_option,
+    json_option,
+    model_options,
+    print_json,
+    quiet_option,
+    threads_option,
+    verbose_option,
+)
 from ptq_tdq.config import PRESETS
 from ptq_tdq.errors import ConfigError, UsageError
 from ptq_tdq.evaluate.names import METRICS, Metric
 from ptq_tdq.load import Backend
 from ptq_tdq.study.cell import check_plans, sampling_sha256
-from ptq_tdq.study.matrix import METHODS, Cell, make_cells
-from ptq_tdq.study.render import Table, find_metric, listing, make_table, markdown, require_comparable, title, to_csv
-from ptq_tdq.study.results import Line, read_lines, unfinished
-from ptq_tdq.study.run import run_study, seconds_left, work_folder
+from ptq_tdq.study.matrix import METHODS, make_cells
+from ptq_tdq.study.render import (
+    Table,
+    differences,
+    find_metric,
+    listing,
+    make_table,
+    markdown,
+    require_comparable,
+    to_csv,
+)
+from ptq_tdq.study.results import read_lines, unfinished
+from ptq_tdq.study.run import run_study, work_folder
 
 FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
     "markdown": lambda tables: "\n".join(map(markdown, tables)),
@@ -120,6 +137,7 @@ class Shard(click.ParamType[slice]):
     "[default: :S_1]",
 )
 @threads_option
+@json_option
 @verbose_option
 @quiet_option
 @click.pass_context
@@ -143,6 +161,7 @@ def benchmark_command(
     grids: Path | None,
     render: Path | None,
     against: str | None,
+    as_json: bool,
     verbose: bool,
     quiet: bool,
     **given: Any,
@@ -164,7 +183,7 @@ def benchmark_command(
             raise UsageError("--render runs no cells, so there are no pictures for --grids; leave one of them out.")
         if not render.exists():
             raise UsageError(f"There is no results file '{render}'; run the study first.")
-        _give(read_lines(render), metrics, against, form, output)
+        _give(render, metrics, against, form, output, as_json=as_json, quiet=quiet)
         return
     cells = make_cells(_names(presets), _names(schemes), _names(methods), _numbers(seeds), settings, samples, backend)
     context.with_resource(alone(work_folder(results)))
@@ -180,82 +199,57 @@ def benchmark_command(
     if grids:
         check_folder(grids)
     # all that can make a plan impossible
-    plans = {(c.config.skip, c.config.float_layers, c.config.attention): c.config for c in left}
+    plans = {(c.config.layers.skip, c.config.layers.float_layers, c.config.layers.attention): c.config for c in left}
     check_plans(model, list(plans.values()))
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished cell."
-    with _Bars(left, lines, workers, quiet=quiet, verbose=verbose, total=len(cells)) as bars:
+    with CellBars(left, lines, workers, quiet=quiet, verbose=verbose, total=len(cells)) as bars:
         command = shlex.join(["ptq-tdq", *sys.argv[1:]])
         run_study(
             left, results, source=source, given=given, command=command, count=workers, grids=grids,
             on_line=bars.finished, on_say=bars.now,
         )  # fmt: skip
-    if not shard and (not quiet or output):
-        _give(read_lines(results), metrics, against, form, output)
+    _give(results, [] if shard else metrics, against, form, output, as_json=as_json, quiet=quiet)
 
 
-class _Bars:
-    """Cells done, what each worker does, and the time left: a bar on a terminal, a line per cell with -v."""
-
-    def __init__(
-        self, left: list[Cell], lines: list[Line], workers: int, *, quiet: bool, verbose: bool, total: int
-    ) -> None:
-        self.left, self.lines, self.workers, self.verbose = list(left), list(lines), workers, verbose
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
-        self.doing: dict[int, str] = {}
-        self.bars = Progress(
-            TextColumn("cells"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=self.console, disable=quiet or not self.console.is_terminal,
-        )  # fmt: skip
-        self.task = self.bars.add_task("", total=total, completed=total - len(left), note="")
-
-    def __enter__(self) -> _Bars:
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-
-    def now(self, worker: int, cell: Cell, text: str) -> None:
-        """What a worker does."""
-        self.doing[worker] = f"{_place(cell.preset, cell.scheme, cell.method, cell.seed)}: {text}"
-        self._show()
-
-    def finished(self, line: Line) -> None:
-        """A cell is in the results file."""
-        key = line["preset"], line["scheme"], line["method"], line["seed"]
-        self.left = [cell for cell in self.left if (cell.key, cell.evaluation) != (key, line["evaluation"])]
-        self.lines.append(line)
-        self.bars.advance(self.task)
-        self._show()
-        if self.verbose:
-            how = line.get("failed") or f"{sum(line['seconds'].values()):.0f} s"
-            self.console.print(f"{_place(*key)}: {how}; {self._left()}", markup=False, soft_wrap=True)
-
-    def _show(self) -> None:
-        self.bars.update(self.task, note="; ".join([self._left(), *(self.doing[i] for i in sorted(self.doing))]))
-
-    def _left(self) -> str:
-        seconds = seconds_left(self.left, self.lines, self.workers)
-        if not self.left:
-            return "no cell left"
-        if seconds is None:
-            return f"{len(self.left)} cells left"
-        until = time.strftime("%H:%M", time.localtime(time.time() + seconds))
-        return f"{len(self.left)} cells left, about {seconds / 60:.0f} minutes, until {until}"
-
-
-def _place(preset: str, scheme: str, method: str, seed: int) -> str:
-    return " ".join([part for part in (preset, scheme) if part] + [title(method), f"seed {seed}"])
-
-
-def _give(lines: list[Line], metrics: list[Metric], against: str | None, form: str, output: Path | None) -> None:
-    text = FORMATS[form]([make_table(lines, metric, against) for metric in metrics])
-    if output:
-        write_atomic(output, text.encode())
+def _give(
+    results: Path,
+    metrics: list[Metric],
+    against: str | None,
+    form: str,
+    output: Path | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """The tables of a results file, one for each metric; none of a shard."""
+    lines = read_lines(results)
+    tables = [make_table(lines, metric, against) for metric in metrics]
+    if output and tables:
+        write_atomic(output, FORMATS[form](tables).encode())
         click.echo(f"Wrote {output}", err=True)
-    else:
-        click.echo(text, nl=False)
+    if as_json:
+        print_json({"results": str(results), "cells": len(lines), "tables": [_document(table) for table in tables]})
+    elif tables and not output and not quiet:
+        click.echo(FORMATS[form](tables), nl=False)
+
+
+def _document(table: Table) -> dict[str, Any]:
+    """A table as JSON data: one entry for each row and method, with its values by seed."""
+    changes = differences(table)
+    entries = [
+        {
+            "preset": row[0],
+            "scheme": row[1],
+            "method": method,
+            "mean": entry.mean,
+            "deviation": entry.deviation,
+            **asdict(entry),
+            "difference": asdict(changes[row, method]) if (row, method) in changes else None,
+        }
+        for row, found in table.rows.items()
+        for method, entry in found.items()
+    ]
+    return {"metric": table.metric.key, "compared_with": table.compared_with, "entries": entries}
 
 
 def _names(text: str) -> list[str]:

@@ -3,61 +3,51 @@
 from __future__ import annotations
 
 import time
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ptq_tdq.artifacts import alone, check_output
-from ptq_tdq.calib_data import collect_cached, load_model, with_scheduler
+from ptq_tdq.calib_data import LoadedModel, collect_cached, load_model, with_scheduler
 from ptq_tdq.calibration import calibrate, foresee
 from ptq_tdq.cli.options import (
     FilePath,
     Size,
+    choice_options,
     json_option,
     model_options,
     print_json,
     quiet_option,
+    read_choices,
+    read_settings,
     scheduler_option,
     threads_option,
     verbose_option,
 )
 from ptq_tdq.cli.progress import Progress, show_files, show_forecast, show_gain
 from ptq_tdq.cli.unfinished import clear, discard, unfinished_folder
-from ptq_tdq.config import COLLECT_CHOICES, PRESETS, Config, preset, read_config_file
+from ptq_tdq.config import PRESETS, Config, preset
 from ptq_tdq.errors import ConfigError
-from ptq_tdq.evaluate.trajectories import compare, make_reference
+from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference
+from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import CACHE_BYTES, check_room
 
-FLAGS = {  # choice of the preset -> metavar, help
-    "scheme": ("W<bits>A<bits>", "Bits of weights and activations, 2 to 8 each."),
-    "method": (
-        "NAME",
-        "Intervals of activations: auto (static or tdq-thin, whichever pays), static (S_1: one learned number for all "
-        "t), S_N (one for each Nth of the time axis: S_4), tdq and tdq-thin (networks of t), step-table and step-lsq "
-        "(one for each sampling step, searched or learned); at run time dynamic, dynamic-statistics, "
-        "dynamic-statistics-time, dynamic-token, dynamic-token-static, dynamic-token-table, dynamic-token-tdq.",
-    ),
-    "samples_per_step": ("N", "Calibration samples at each step; in all N times --calibration-steps."),
-    "calibration_steps": ("N", "How many of the sampler's steps calibration looks at; all, if it has fewer."),
-    "num_inference_steps": ("N", "Steps of the sampler."),
-    "step_distribution": ("NAME", "How these steps are chosen: uniform, or normal (PTQ4DM)."),
-    "seed": ("N", "Seed of noise, order and initialisation."),
+FLAGS = {
+    "scheme": "W<bits>A<bits>",
+    "method": "NAME",
+    "samples_per_step": "N",
+    "calibration_steps": "N",
+    "num_inference_steps": "N",
+    "step_distribution": "NAME",
+    "seed": "N",
 }
-
-
-def _choice_flags(command: Any) -> Any:
-    """One flag for each choice that users name most; ``--set`` reaches all of them."""
-    defaults = Config().to_dict()
-    for name, (metavar, text) in reversed(FLAGS.items()):
-        flag = f"--{name.replace('_', '-')}"
-        command = click.option(flag, name, metavar=metavar, help=f"{text}  [preset default: {defaults[name]}]")(command)
-    return command
 
 
 @click.command("calibrate")
 @model_options
-@click.option("--output-dir", type=FilePath(), required=True, help="The artifact directory to write.")
+@click.option("--output-dir", type=FilePath(), help="The artifact directory to write.  [required]")
 @click.option(
     "--preset",
     "preset_name",
@@ -65,14 +55,9 @@ def _choice_flags(command: Any) -> Any:
     show_default="default",
     help="Where every choice comes from that no flag and no file names.",
 )
-@_choice_flags
+@choice_options(Config, FLAGS, "preset default")
 @scheduler_option
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave layers whose name matches in floating point.")
-@click.option("--config", "config_file", type=FilePath(), help="TOML or JSON file of choices.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any choice by name; --show-config lists them."
-)
-@click.option("--show-config", is_flag=True, help="Print every choice as JSON, fit for --config, and stop.")
 @click.option(
     "--cache-budget",
     type=Size(),
@@ -98,7 +83,7 @@ def calibrate_command(
     context: click.Context,
     /,
     source: str | None,
-    output_dir: Path,
+    output_dir: Path | None,
     preset_name: str | None,
     scheduler: str | None,
     skip: tuple[str, ...],
@@ -128,10 +113,13 @@ def calibrate_command(
     if show_config:
         print_json(config.to_dict())
         return
+    if output_dir is None:
+        raise click.MissingParameter(ctx=context, param_hint="'--output-dir'", param_type="option")
     check_output(output_dir, overwrite=overwrite)
     unfinished = unfinished_folder(output_dir)
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished block."
     say = Progress(quiet=quiet, verbose=verbose)
+    say.line("Loading the model and looking at its layers")
     model = load_model(source, **given)
     if scheduler is not None:
         model = with_scheduler(model, scheduler)
@@ -146,7 +134,7 @@ def calibrate_command(
     if dry_run:
         return
     context.with_resource(alone(unfinished))
-    calls = collect_cached(model, on_progress=say.collecting, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+    calls = collect_cached(model, on_progress=say.collecting, **config.recipe)
     if not resume:
         clear(unfinished)
     with say.units():
@@ -162,31 +150,37 @@ def calibrate_command(
         )
     for notice in quantized.notices:
         say.notice(notice)
-    learned = static = None
     if evaluation_samples is None:
         evaluation_samples = min(64, model.sampler.batch)
-    if evaluation_samples:
-        say.line("Measuring against full precision, from noise that calibration has not seen")
-        reference = make_reference(
-            model, samples=evaluation_samples, num_inference_steps=config.num_inference_steps, seed=config.seed
-        )
-        learned = compare(reference, quantized)
-        with quantized.intervals(quantized.static):
-            static = compare(reference, quantized)
-        quantized.metrics |= {
-            "samples": evaluation_samples,
-            "num_inference_steps": config.num_inference_steps,
-            "learned": learned.to_dict(),
-            "static": static.to_dict(),
-        }
+    measured = _measure(quantized, model, evaluation_samples, config, say) if evaluation_samples else None
     quantized.save_pretrained(output_dir, overwrite=overwrite)
     discard(unfinished)
     if as_json:
         print_json({"output_dir": str(output_dir), **quantized.metrics})
     elif not quiet:
-        if learned and static:
-            show_gain(config.method, learned, static)
+        if measured:
+            show_gain(config.method, *measured)
         show_files(output_dir, time.perf_counter() - began)
+
+
+def _measure(
+    quantized: QuantizedModel, model: LoadedModel, samples: int, config: Config, say: Progress
+) -> tuple[Comparison, Comparison]:
+    """The model with its own intervals and with static ones, on other noise; its metrics say both."""
+    steps, batch = config.calibration.num_inference_steps, model.sampler.batch
+    own, along = steps * ceil(samples / batch), ceil(steps * samples / batch)
+    with say.calls("Measuring on other noise", 3 * (own + along), model.denoiser, quantized):
+        reference = make_reference(model, samples=samples, num_inference_steps=steps, seed=config.seed)
+        learned = compare(reference, quantized)
+        with quantized.intervals(quantized.static):
+            static = compare(reference, quantized)
+    quantized.metrics |= {
+        "samples": samples,
+        "num_inference_steps": steps,
+        "learned": learned.to_dict(),
+        "static": static.to_dict(),
+    }
+    return learned, static
 
 
 def _id(source: str) -> str:
@@ -210,16 +204,8 @@ def _resolve(
     settings: tuple[str, ...],
 ) -> Config:
     """Preset, then config file, then flags, then ``--set``."""
-    choices: dict[str, Any] = dict(read_config_file(file)) if file else {}
-    chosen = choices.pop("preset", "default")
-    choices |= {key: value for key, value in flags.items() if value is not None}
-    if skip:
-        choices["skip"] = skip
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes KEY=VALUE. Got {text!r} instead.")
-        choices[key.strip().replace("-", "_")] = value.strip()
-    if "preset" in choices:
-        raise ConfigError(f"The preset is named by --preset. Got --set preset={choices['preset']} instead.")
-    return preset(name or chosen, **choices)
+    given = read_settings(settings)
+    if "preset" in given:
+        raise ConfigError(f"The preset is named by --preset. Got --set preset={given['preset']} instead.")
+    choices = read_choices(Config, file, {**flags, "skip": skip or None, "preset": name, **given})
+    return preset(choices.pop("preset", "default"), **choices)

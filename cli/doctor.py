@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from importlib import metadata
 from typing import Any
 
@@ -12,12 +13,12 @@ from packaging.requirements import Requirement
 
 from ptq_tdq.cli.options import json_option, print_json
 from ptq_tdq.processor import has_bfloat16, instruction_set, sums_eight_bits
-from ptq_tdq.runtime.native import open_library
+from ptq_tdq.runtime.native import c_compiler, open_library
 
 EXTRAS = {
     "report": "HTML pages and figures (report)",
     "metrics": "FD, KID, precision and recall of the embedded models (evaluate, benchmark)",
-    "pipelines": "text encoders and tokenizers of text-to-image, video and audio pipelines",
+    "pipelines": "text encoders and tokenizers of text-to-image, video and audio pipelines; offloading",
     "onnx": "ONNX files (export), run by onnxruntime",
     "openvino": "ONNX files run by OpenVINO",
     "fidelity": "Inception FID, sFID and IS (evaluate --data)",
@@ -35,7 +36,8 @@ def doctor_command(as_json: bool) -> None:
         return
     click.echo(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     click.echo(f"Processor: {found['cores']} cores, {found['instructions']}; {_products(found)}")
-    click.echo(f"Native kernels: {found['native'] or 'built and loaded'}")
+    built = f"built by {found['compiler'] or 'a compiler that is gone'}, and loaded"
+    click.echo(f"Native kernels: {found['native'] or built}")
     click.echo(f"Devices for --device: {', '.join(found['devices'])}")
     click.echo("Extras, installed by pip install 'ptq-tdq[NAME]':")
     for name, missing in found["missing"].items():
@@ -52,6 +54,7 @@ def facts() -> dict[str, Any]:
         "sums_eight_bits": sums_eight_bits(),
         "bfloat16": has_bfloat16(),
         "native": library if isinstance(library, str) else None,
+        "compiler": _compiler(),
         "devices": _devices(),
         "missing": {name: _missing(name) for name in EXTRAS},
     }
@@ -61,6 +64,13 @@ def _products(found: dict[str, Any]) -> str:
     eight = "summed in 32 bits" if found["sums_eight_bits"] else "by wider instructions"
     half = "products" if found["bfloat16"] else "emulated, so learning runs in float32"
     return f"8-bit products {eight}, bfloat16 {half}"
+
+
+def _compiler() -> str | None:
+    try:
+        return shlex.join(c_compiler())
+    except OSError:
+        return None
 
 
 def _devices() -> list[str]:

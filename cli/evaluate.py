@@ -28,7 +28,6 @@ from ptq_tdq.cli.options import (
 )
 from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
-from ptq_tdq.config import COLLECT_CHOICES
 from ptq_tdq.errors import UsageError
 from ptq_tdq.evaluate import inception
 from ptq_tdq.evaluate.baseline import Baseline, Measured, make_baseline
@@ -167,8 +166,8 @@ def _corrected(name: CorrectionName, model: LoadedModel, quantized: nn.Module, c
     """The model with its correction, estimated on the calibration set that its choices name."""
     if name == "none":
         return quantized
-    recipe = {key: choices[key] for key in COLLECT_CHOICES}
-    return corrected(name, model, quantized, collect_cached(model, **recipe))
+    calls = collect_cached(model, **choices["calibration"], seed=choices["seed"])
+    return corrected(name, model, quantized, calls)
 
 
 def _real(network: Any, data: Path | None, baseline: Baseline) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -101,7 +101,7 @@ def export_command(
         if calls_file is not None:
             calls = Calls.load(calls_file)
         else:
-            count = steps or stored.config["choices"]["num_inference_steps"]
+            count = steps or stored.config["choices"]["calibration"]["num_inference_steps"]
             calls = _record(stored, source, count if runtime == "qdq" else 1, given)
         if runtime == "qdq":
             onnx.export_onnx_steps(stored, output, calls)

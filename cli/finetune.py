@@ -9,46 +9,39 @@ from typing import Any
 import click
 from rich.table import Table
 
-from ptq_tdq.artifacts import Artifact, check_output, read_artifact
+from ptq_tdq.artifacts import Artifact, alone, check_output, read_artifact
 from ptq_tdq.calib_data import LoadedModel, collect_cached
 from ptq_tdq.cli.options import (
     FilePath,
+    choice_options,
     json_option,
     original_options,
     print_json,
     quiet_option,
+    read_choices,
+    read_settings,
     result_console,
     threads_option,
     verbose_option,
 )
 from ptq_tdq.cli.original import load_original
 from ptq_tdq.cli.progress import Progress, show_files
-from ptq_tdq.cli.unfinished import discard, unfinished_folder
-from ptq_tdq.config import read_config_file
-from ptq_tdq.errors import ConfigError
+from ptq_tdq.cli.unfinished import clear, discard, unfinished_folder
 from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference
 from ptq_tdq.finetuning import FinetuneConfig, IterationReport, check_start, finetune, processes, recipe
 from ptq_tdq.load import build_quantized
 from ptq_tdq.quantized_model import QuantizedModel
 
-FLAGS = {  # choice -> metavar, help
-    "iterations": ("N", "How many; a checkpoint is kept every checkpoint_every of them."),
-    "method": ("NAME", "An interval source for all activations, or keep."),
-    "quantizer": ("NAME", "How activations are quantized while they learn: lsq, pact, nipq or duq."),
-    "loss": ("NAME", "distillation, denoising (with --data), or auto: denoising where there are data."),
-    "trajectories": ("N", "Without --data: how many full-precision trajectories to learn on."),
-    "batch_size": ("N", "Samples of an iteration, of all processes together."),
-    "seed": ("N", "Seed of trajectories, order and noise."),
+FLAGS = {
+    "iterations": "N",
+    "method": "NAME",
+    "quantizer": "NAME",
+    "loss": "NAME",
+    "trajectories": "N",
+    "batch_size": "N",
+    "seed": "N",
 }
 SPOKEN = 100  # lines of -v in a run
-
-
-def _choice_flags(command: Any) -> Any:
-    defaults = FinetuneConfig().to_dict()
-    for name, (metavar, text) in reversed(FLAGS.items()):
-        flag = f"--{name.replace('_', '-')}"
-        command = click.option(flag, name, metavar=metavar, help=f"{text}  [default: {defaults[name]}]")(command)
-    return command
 
 
 @click.command("finetune")
@@ -60,12 +53,7 @@ def _choice_flags(command: Any) -> Any:
     type=FilePath(),
     help="A folder of images, or an npz file of images or latents.  [default: none, full precision is imitated]",
 )
-@_choice_flags
-@click.option("--config", "config_file", type=FilePath(), help="TOML or JSON file of choices.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any choice by name; --show-config lists them."
-)
-@click.option("--show-config", is_flag=True, help="Print every choice as JSON, fit for --config, and stop.")
+@choice_options(FinetuneConfig, FLAGS)
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with an unfinished run.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
 @click.option(
@@ -104,22 +92,26 @@ def finetune_command(
     command goes on at its last checkpoint. Started by torchrun or accelerate launch, processes share each batch.
     """
     began = time.perf_counter()
-    config = _resolve(config_file, {key: given.pop(key) for key in FLAGS}, settings)
+    chosen = {key: given.pop(key) for key in FLAGS} | read_settings(settings)
+    config = FinetuneConfig().changed(read_choices(FinetuneConfig, config_file, chosen))
     if show_config:
         print_json(config.to_dict())
         return
     check_output(output_dir, overwrite=overwrite)
     unfinished = unfinished_folder(output_dir)
     stored = read_artifact(artifact)
-    context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on at the last checkpoint."
     given["device"] = processes.join(given["device"])
     first = processes.rank() == 0
+    stopped = "Stopped; the same command goes on at the last checkpoint."
+    context.ensure_object(dict)["on_stop"] = stopped if first else ""  # one of them says so
     say = _Training(quiet=quiet or not first, verbose=verbose)
     try:
         model = load_original(source, stored, **given)
         check_start(model, stored, config, data)
-        if first and not resume:
-            discard(unfinished)
+        if first:
+            context.with_resource(alone(unfinished))
+            if not resume:
+                clear(unfinished)
         with processes.first_alone():
             calls = collect_cached(model, on_progress=say.collecting, **recipe(config)) if data is None else None
         tuned = finetune(
@@ -172,21 +164,6 @@ class _Training(Progress):
         if self.verbose and report.iteration % max(1, report.total // SPOKEN) == 0:
             left = report.seconds * (report.total - report.iteration) / 60
             self.line(f"iteration {report.iteration}/{report.total} {note}, {left:.1f} minutes left")
-
-    def stop(self) -> None:
-        self._bars.stop()
-
-
-def _resolve(file: Path | None, flags: dict[str, str | None], settings: tuple[str, ...]) -> FinetuneConfig:
-    """Config file, then flags, then ``--set``."""
-    choices: dict[str, Any] = dict(read_config_file(file)) if file else {}
-    choices |= {key: value for key, value in flags.items() if value is not None}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes KEY=VALUE. Got {text!r} instead.")
-        choices[key.strip().replace("-", "_")] = value.strip()
-    return FinetuneConfig().changed(choices)
 
 
 def _show(held_out: dict[str, float], found: dict[str, Comparison]) -> None:

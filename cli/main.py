@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 import ptq_tdq
 from ptq_tdq.errors import PtqTdqError, UsageError
@@ -21,13 +22,14 @@ from ptq_tdq.errors import PtqTdqError, UsageError
 COMMANDS = {
     "benchmark": "Calibrate and measure every method x scheme x preset x seed, and draw a table.",
     "calibrate": "Quantize the denoiser of a diffusion model and write its interval tables.",
+    "choices": "List the choices of calibrate, or of finetune, with their meanings.",
     "doctor": "Show what this processor, its compiler and the installed packages can do.",
     "evaluate": "Measure what ARTIFACT loses against its full-precision model.",
     "export": "Write ARTIFACT for other programs.",
     "finetune": "Train the weights and intervals of ARTIFACT together.",
     "inspect": "Show model, choices, sizes, and each quantizer of ARTIFACT.",
     "report": "Draw each ARTIFACT: intervals, distributions, errors, samples.",
-    "sample": "Sample with ARTIFACT and with its full-precision model, from the same noise, into a PNG.",
+    "sample": "Sample with each ARTIFACT and with the full-precision model, from the same noise, into a PNG.",
 }
 """Each command, in the file of its name, with the first sentence of its help; the file is imported when it runs."""
 
@@ -41,6 +43,11 @@ class _Commands(click.Group):
             return None
         command: click.Command = getattr(import_module(f"ptq_tdq.cli.{name}"), f"{name}_command")
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names of commands as listed: a shell asks at each key, and importing them takes seconds."""
+        found = [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -71,7 +78,8 @@ def main(args: list[str] | None = None) -> None:
         command = getattr(getattr(error, "ctx", None), "command_path", "ptq-tdq")
         _fail(f"{error.format_message()} See `{command} --help`.", 2)
     except (click.Abort, KeyboardInterrupt) as stop:  # click makes an Abort of the interrupt
-        click.echo(state.get("on_stop", "Stopped."), err=True)
+        if text := state.get("on_stop", "Stopped."):
+            click.echo(text, err=True)
         sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
     except BrokenPipeError:  # the reader of a pipe has seen enough; nothing is left to say, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

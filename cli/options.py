@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 
 from ptq_tdq.calib_data import EMBEDDED, read_prompts
+from ptq_tdq.choices import Choices, described
+from ptq_tdq.config import read_config_file
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.files import reason
 
@@ -193,6 +195,57 @@ verbose_option: Decorator = click.option(
 quiet_option: Decorator = click.option(
     "-q", "--quiet", is_flag=True, help="Say nothing but errors and the result of --json."
 )
+
+
+_FILE_OPTIONS = (
+    click.option("--config", "config_file", type=FilePath(), help="TOML or JSON file of choices."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any choice by name; `ptq-tdq choices` lists them.",
+    ),
+    click.option("--show-config", is_flag=True, help="Print every choice as JSON, fit for --config, and stop."),
+)
+
+
+def choice_options(record: type[Choices], flags: Mapping[str, str], default: str = "default") -> Decorator:
+    """A flag for each choice that users name most (name -> metavar), ``--config``, ``--set`` and ``--show-config``."""
+    known = described(record)
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        options = [
+            click.option(
+                f"--{name.replace('_', '-')}",
+                name,
+                metavar=metavar,
+                help=f"{known[name].text}  [{default}: {known[name].default}]",
+            )
+            for name, metavar in flags.items()
+        ]
+        for option in reversed((*options, *_FILE_OPTIONS)):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def read_choices(record: type[Choices], file: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Choices by name: those of the file, then ``given`` ones; None is none."""
+    found = record.named(read_config_file(file)) if file else {}
+    return found | {name: value for name, value in given.items() if value is not None}
+
+
+def read_settings(settings: Sequence[str]) -> dict[str, str]:
+    """The choices that ``--set`` names."""
+    found = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes KEY=VALUE. Got {text!r} instead.")
+        found[key.strip().replace("-", "_")] = value.strip()
+    return found
 
 
 def _cores() -> int:

@@ -10,15 +10,18 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
+from torch import nn
 
+from ptq_tdq.choices import ungrouped
 from ptq_tdq.cli.options import result_console
-from ptq_tdq.config import Config
+from ptq_tdq.config import Config, preset
 from ptq_tdq.evaluate.trajectories import Comparison
 from ptq_tdq.recon import Forecast, UnitReport
 from ptq_tdq.recon.forecast import size_text
 
-PHASES = {"weights": "Learning to round weights", "activations": "Learning activation intervals"}
+NAMED = ("scheme", "method", "seed")  # choices that are always told
+PHASES = {"weights": "Rounding weights", "activations": "Learning intervals"}
 
 
 class Progress:
@@ -27,17 +30,24 @@ class Progress:
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
         self.quiet, self.verbose = quiet, verbose
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
-        self._bars = Bars(
+        self._bar = self._new_bar()
+        self._name: str | None = None  # of what the bar counts
+        context = click.get_current_context(silent=True)
+        if context is not None:
+            context.call_on_close(self.stop)  # a bar hides the terminal's cursor, and a run may be stopped
+
+    def _new_bar(self) -> Bars:
+        return Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             console=self.console,
-            disable=quiet or not self.console.is_terminal,
+            expand=True,
+            disable=self.quiet or not self.console.is_terminal,
         )
-        self._tasks: dict[str, TaskID] = {}
 
     def notice(self, text: str) -> None:
         """Something that the user should know, wherever stderr goes."""
@@ -49,30 +59,53 @@ class Progress:
             self.notice(text)
 
     def config(self, config: Config) -> None:
-        """The resolved choices."""
-        choices = {key: value for key, value in config.to_dict().items() if key != "preset"}
-        self.line(f"Preset {config.preset}: " + ", ".join(f"{key} {_text(value)}" for key, value in choices.items()))
+        """The choices that the preset does not make; with -v all of them."""
+        usual = ungrouped(preset(config.preset).to_dict())
+        said = [
+            f"{key} {_text(value)}"
+            for key, value in ungrouped(config.to_dict()).items()
+            if key in NAMED or (key != "preset" and (self.verbose or value != usual[key]))
+        ]
+        self.line(f"Preset {config.preset}: {', '.join(said)}")
 
     def collecting(self, done: int, total: int) -> None:
         """Steps of the sampler so far, of how many."""
-        self._advance("Running the full-precision sampler", done, total, "")
+        self._advance("Sampling in full precision", done, total, "")
         if done == total:
-            self._bars.stop()
+            self.stop()
 
     def counting(self, name: str, done: int, total: int) -> None:
         """Some other work, ``done`` of ``total``."""
         self._advance(name, done, total, "")
         if done == total:
-            self._bars.stop()
+            self.stop()
+
+    @contextmanager
+    def calls(self, name: str, total: int, *models: nn.Module) -> Iterator[None]:
+        """Around some work that takes about ``total`` calls of ``models``."""
+        done = 0
+        self._advance(name, done, total, "")
+
+        def count(*_: object) -> None:
+            nonlocal done
+            done = min(done + 1, total)
+            self._advance(name, done, total, "")
+
+        handles = [model.register_forward_hook(count) for model in models]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.stop()
 
     @contextmanager
     def units(self) -> Iterator[None]:
         """Around the reconstruction."""
-        self._bars.start()
         try:
             yield
         finally:
-            self._bars.stop()
+            self.stop()
 
     def unit(self, report: UnitReport) -> None:
         """A finished unit."""
@@ -81,11 +114,20 @@ class Progress:
         if self.verbose:
             self.line(f"{report.phase} {report.index + 1}/{report.total} {note} ({report.seconds:.1f} s)")
 
+    def stop(self) -> None:
+        """Leave the bar as it is; what comes later has its own: a notebook redraws but one line."""
+        self._bar.stop()
+        self._bar, self._name = self._new_bar(), None
+
     def _advance(self, name: str, done: int, total: int, note: str) -> None:
-        if name not in self._tasks:
-            self._bars.start()
-            self._tasks[name] = self._bars.add_task(name, total=total, note="")
-        self._bars.update(self._tasks[name], completed=done, note=note)
+        if name != self._name:
+            self.stop()
+            if not self.console.is_terminal:
+                self.line(name)
+            self._name = name
+            self._bar.start()
+            self._bar.add_task(name, total=total, note="")
+        self._bar.update(TaskID(0), completed=done, note=note)
 
 
 def _text(value: object) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from ptq_tdq.artifacts import check_base_model, check_target, read_artifact
 from ptq_tdq.calib_data import LoadedModel, with_scheduler
@@ -23,6 +22,7 @@ from ptq_tdq.cli.options import (
     verbose_option,
 )
 from ptq_tdq.cli.original import load_original, quiet_schedulers
+from ptq_tdq.cli.progress import Progress
 from ptq_tdq.errors import ArtifactMismatchError, MissingExtraError, ModelError
 from ptq_tdq.report.survey import Subject, check_same_model, survey
 
@@ -76,7 +76,7 @@ def report_command(
     from ptq_tdq.report.write import check_output, write_report
 
     quiet_schedulers()
-    console = Console(stderr=True, quiet=quiet, highlight=False)
+    say = Progress(quiet=quiet, verbose=verbose)
     subjects = [
         Subject(name, path, read_artifact(path)) for name, path in zip(_names(artifacts), artifacts, strict=True)
     ]
@@ -85,12 +85,7 @@ def report_command(
     check_target(output_dir, overwrite)
     model, notices = _model(source, subjects[0], scheduler, given) if samples else (None, _NOT_ASKED)
     for notice in notices if samples else ():
-        console.print(notice, markup=False, soft_wrap=True)
-
-    def tell(text: str) -> None:
-        if console.is_terminal or verbose:
-            console.print(text, markup=False, soft_wrap=True)
-
+        say.notice(notice)
     found = survey(
         subjects,
         model,
@@ -98,9 +93,9 @@ def report_command(
         num_inference_steps=num_inference_steps,
         seed=seed,
         notices=notices,
-        on_progress=tell,
+        on_progress=say.counting,
     )
-    tell("Drawing")
+    say.line("Drawing")
     files = write_report(found, output_dir, overwrite=overwrite)
     page = output_dir / files[0]
     if as_json:

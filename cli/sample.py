@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import click
+from torch import Tensor
 
-from ptq_tdq.artifacts import check_base_model, read_artifact, write_atomic
+from ptq_tdq.artifacts import Artifact, check_base_model, read_artifact, write_atomic
 from ptq_tdq.calib_data import with_scheduler
+from ptq_tdq.calib_data.sampler import Sampled
 from ptq_tdq.cli.options import (
     FilePath,
     backend_option,
@@ -22,6 +26,7 @@ from ptq_tdq.cli.options import (
     verbose_option,
 )
 from ptq_tdq.cli.original import load_original, quiet_schedulers
+from ptq_tdq.cli.progress import Progress
 from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import finite, run
@@ -31,7 +36,7 @@ IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of
 
 
 @click.command("sample")
-@click.argument("artifact", type=FilePath())
+@click.argument("artifacts", type=FilePath(), nargs=-1, required=True, metavar="ARTIFACT...")
 @original_options
 @click.option(
     "--output",
@@ -54,7 +59,7 @@ IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of
 @verbose_option
 @quiet_option
 def sample_command(
-    artifact: Path,
+    artifacts: tuple[Path, ...],
     source: str | None,
     output: Path,
     num_images: int | None,
@@ -67,48 +72,69 @@ def sample_command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Sample with ARTIFACT and with its full-precision model, from the same noise, into a PNG.
+    """Sample with each ARTIFACT and with the full-precision model, from the same noise, into a PNG.
 
-    Prompts, classes and the pipeline's arguments are those of calibration unless they are named here. Sounds, and
-    latents that no VAE turns into images, are compared without a picture.
+    All are of one model. Prompts, classes and the pipeline's arguments are those of the first one's calibration unless
+    they are named here. Sounds, and latents that no VAE turns into images, are compared without a picture.
     """
     quiet_schedulers()
-    stored = read_artifact(artifact)
-    model = load_original(source, stored, **given)
-    check_base_model(stored, model.sha256)
+    stored = [read_artifact(artifact) for artifact in artifacts]
+    model = load_original(source, stored[0], **given)
+    for each in stored:
+        check_base_model(each, model.sha256)
     if scheduler:
         model = with_scheduler(model, scheduler)
     count = num_images or (PIPELINE_IMAGES if model.sampler.batch < IMAGES else IMAGES)
     conditions = model.sampler.conditions(count)
-    quantized = load_quantized(artifact, backend=backend, device=given["device"])
-    full, mine = (run(each, model, conditions, num_inference_steps, seed) for each in (model.denoiser, quantized))
+
+    say, calls = Progress(quiet=quiet, verbose=verbose), num_inference_steps * ceil(count / model.sampler.batch)
+
+    def sampled(denoiser: Any, title: str) -> Sampled:
+        with say.calls(f"Sampling, {title}", calls, denoiser):
+            return run(denoiser, model, conditions, num_inference_steps, seed)
+
+    full, found, panels = sampled(model.denoiser, "full precision"), list[dict[str, Any]](), dict[str, Tensor]()
+    for title, artifact in zip(_titles(stored), artifacts, strict=True):
+        mine = sampled(load_quantized(artifact, backend=backend, device=given["device"]), title)
+        found.append({"title": title, "latent_sqnr_db": finite(sqnr_db(full.latents, mine.latents))})
+        if full.images is not None and mine.images is not None:
+            found[-1]["image_psnr_db"] = finite(psnr_db(full.images, mine.images, peak=2.0))
+            panels[title] = mine.images
+    if panels and full.images is not None:
+        shown = {"full precision": full.images, **panels}
+        write_atomic(output, grid_png(shown, count_classes(conditions), captions=captions_of(conditions)))
     facts: dict[str, Any] = {
-        "output": None,
+        "output": str(output) if panels else None,
         "num_images": count,
         "num_inference_steps": num_inference_steps,
         "scheduler": type(model.scheduler).__name__,
-        "latent_sqnr_db": finite(sqnr_db(full.latents, mine.latents)),
+        "artifacts": found,
     }
-    if full.images is not None and mine.images is not None:
-        panels = {"full precision": full.images, f"{stored.config['scheme']} {stored.config['method']}": mine.images}
-        write_atomic(output, grid_png(panels, count_classes(conditions), captions=captions_of(conditions)))
-        facts |= {"output": str(output), "image_psnr_db": finite(psnr_db(full.images, mine.images, peak=2.0))}
     if as_json:
         print_json(facts)
     elif not quiet:
         click.echo(_summary(facts))
 
 
+def _titles(artifacts: Sequence[Artifact]) -> list[str]:
+    """Bits, method and, if fine-tuned, the quantizer of each; numbered where several are alike."""
+    bare = []
+    for config in (artifact.config for artifact in artifacts):
+        quantizer = config.get("finetune", {}).get("choices", {}).get("quantizer")
+        bare.append(" ".join(filter(None, (config["scheme"], config["method"], quantizer))))
+    return [text if bare.count(text) == 1 else f"{text} ({bare[: i + 1].count(text)})" for i, text in enumerate(bare)]
+
+
 def _summary(facts: dict[str, Any]) -> str:
-    """One sentence for the user."""
+    """A sentence for the user, and a line for each artifact."""
     how = f"{facts['num_images']} samples, {facts['num_inference_steps']} steps of {facts['scheduler']}"
-    latents = f"latents {_decibels(facts['latent_sqnr_db'])} SQNR"
+    lines = [f"Wrote {facts['output']}: {how}"]
     if facts["output"] is None:
-        return (
-            "No picture: the samples are sounds, or latents that the model has no VAE to turn into images. "
-            f"{how}; {latents}"
-        )
-    return f"Wrote {facts['output']}: {how}; {latents}, images {_decibels(facts['image_psnr_db'])} PSNR"
+        lines = ["No picture: the samples are sounds, or latents that the model has no VAE to turn into images. " + how]
+    for each in facts["artifacts"]:
+        images = f", images {_decibels(each['image_psnr_db'])} PSNR" if "image_psnr_db" in each else ""
+        lines.append(f"  {each['title']}: latents {_decibels(each['latent_sqnr_db'])} SQNR{images}")
+    return "\n".join(lines)
 
 
 def _decibels(value: float | None) -> str:

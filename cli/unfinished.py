@@ -8,7 +8,7 @@ from pathlib import Path
 from ptq_tdq.errors import OutputError
 
 # What a run puts there, and what a write that was killed leaves behind.
-_OWN = ("run.json", "weights-*.safetensors", "activations-*.safetensors", "finetune.safetensors", ".ptq-tdq-*.tmp")
+_OWN = ("run.json", "weights-*.safetensors", "activations-*.safetensors", "finetune-*.safetensors", ".ptq-tdq-*.tmp")
 
 
 def unfinished_folder(output_dir: Path) -> Path:

@@ -2,7 +2,7 @@
 
 A link that leaves this folder (``../CHANGELOG.md``) leads to a copy of that file on the site, under ``repository/``,
 and so on from there; the home page is the repository's README. Command line, choices and artifact format are written
-from click, ``Config``, ``ARCHITECTURE.md`` and the JSON Schema, never by hand.
+from click, the records of choices, ``ARCHITECTURE.md`` and the JSON Schema, never by hand.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from inspect import cleandoc
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Any
 
 import click
 from mkdocs.config.defaults import MkDocsConfig
@@ -21,14 +24,16 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-import ptq_tdq
 from ptq_tdq.artifacts import schema
+from ptq_tdq.choices import Choices, described, groups, shown
 from ptq_tdq.cli.main import COMMANDS, cli
-from ptq_tdq.config import PRESETS, Config, preset
+from ptq_tdq.config import PRESETS, Config
+from ptq_tdq.finetuning import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
 HOME = "README.md"
+INNER = "    options:\n      heading_level: 3"
 
 
 @event_priority(100)  # before mkdocstrings looks for it
@@ -108,31 +113,33 @@ def command_line() -> str:
 
 
 def choices() -> str:
-    """Every choice with its alternatives and its value in each preset, from ``Config``."""
-    presets = {name: preset(name).to_dict() for name in PRESETS}
-    hints = get_type_hints(Config)
-    rows = [
-        (f"`{name}`", alternatives(hints[name]), *(shown(values[name]) for values in presets.values()))
-        for name in Config().to_dict()
-    ]
+    """Every choice by group, with its meaning, unit, source and its value in each preset, from the records."""
     text = (
-        "Each is changed by `--set name=value`, in a file (`--config choices.toml`) or in Python "
-        '(`ptq_tdq.preset("default", name=value)`), and is saved with the result. '
-        "[How to choose](../how-to/choose.md) names those that matter, [`Config`](api.md) says what they do."
+        "Each is changed by `--set name=value`, in a file (`--config choices.toml`, with a table for each group) or in "
+        'Python (`ptq_tdq.preset("default", name=value)`), is read as `config.group.name` and saved with the result. '
+        "[How to choose](../how-to/choose.md) names those that matter; `ptq-tdq choices` prints them all."
     )
-    return f"# Choices\n\n{text}\n\n{table(('choice', 'values', *presets), rows)}\n"
+    parts = ["# Choices", text, "## Calibration", one_group(Config, "", PRESETS)]
+    for name, group in groups(Config).items():
+        parts += [f"### {name}", cleandoc(group.__doc__ or ""), one_group(Config, name, PRESETS)]
+    parts += [
+        "## Fine-tuning",
+        "Group `intervals` is that of calibration.",
+        one_group(FinetuneConfig, "", {"default": {}}),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def alternatives(kind: Any) -> str:
-    """The values of a choice of this type."""
-    if get_origin(kind) is tuple:
-        return f"list of {alternatives(get_args(kind)[0])}"
-    return ", ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else str(kind.__name__)
-
-
-def shown(value: Any) -> str:
-    """A value as a cell."""
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+def one_group(record: type[Choices], group: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of a group; a preset that says nothing of a choice has the default."""
+    rows = []
+    for name, about in described(record).items():
+        if about.group == group and name != "preset":
+            listed = [f"`{value}`: {text}" for value, text in about.alternatives.items()] or [about.values]
+            meaning = "<br>".join(filter(None, (about.meaning, *listed, about.source and f"({about.source})")))
+            values = [shown(choices.get(name, about.default)) for choices in presets.values()]
+            rows.append((f"`{name}`", meaning.replace("|", r"\|"), *values))
+    return table(("choice", "what it means", *presets), rows)
 
 
 def artifact() -> str:
@@ -145,12 +152,20 @@ def artifact() -> str:
 
 
 def api() -> str:
-    """The public names, each where it lives."""
-    text = "All of `ptq_tdq.__all__`, and what `import ptq_tdq.integrations.diffusers` adds."
-    public = [getattr(ptq_tdq, name) for name in ptq_tdq.__all__]
-    names = [f"::: {x.__module__}.{x.__qualname__}" for x in public if x.__module__ != "ptq_tdq.errors"]
-    others = [f"::: ptq_tdq.integrations.diffusers.{name}" for name in ("as_diffusers", "PtqTdqConfig")]
-    return "\n\n".join(["# Python", text, *names, *others, ""])
+    """The public names of each public module, where they live; errors have a page of their own."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("\n## Public\n")[1].split("\n## ")[0]
+    parts = ["# Python", text.strip()]
+    for module in map(import_module, re.findall(r"`(ptq_tdq[\w.]*)`", text)):
+        if module.__name__ != "ptq_tdq.errors":
+            parts += [f"## {module.__name__}", *(f"::: {home(module, name)}\n{INNER}" for name in module.__all__)]
+    return "\n\n".join([*parts, ""])
+
+
+def home(module: ModuleType, name: str) -> str:
+    """Where a public name is defined; a constant has no place but the module."""
+    value = getattr(module, name)
+    defined = getattr(value, "__qualname__", None) == name and str(value.__module__).startswith("ptq_tdq.")
+    return f"{value.__module__}.{name}" if defined else f"{module.__name__}.{name}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -16,8 +16,9 @@ from torch import nn
 from ptq_tdq.artifacts import check_draft
 from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
 from ptq_tdq.calls import Calls
-from ptq_tdq.config import COLLECT_CHOICES, Config
-from ptq_tdq.errors import CalibrationSetError, ModelError, NonFiniteError
+from ptq_tdq.choices import ungrouped
+from ptq_tdq.config import Config
+from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError
 from ptq_tdq.identity import base_config, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
@@ -67,12 +68,16 @@ def calibrate(
     :class:`~ptq_tdq.errors.ResumeError` (another run in the directory); at any time
     :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
     """
+    if not isinstance(config, Config):
+        raise ConfigError(f"config must be what ptq_tdq.preset gives. Got {config!r} instead.")
+    if not isinstance(calls, Calls | None):
+        raise CalibrationSetError(f"calls must be what ptq_tdq.record gives. Got a {type(calls).__name__} instead.")
     if not isinstance(model, nn.Module | LoadedModel):
         model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
     denoiser: nn.Module = model.denoiser if isinstance(model, LoadedModel) else model
     _check_plain(denoiser)
     if calls is None and isinstance(model, LoadedModel):
-        calls = collect(model, **{key: getattr(config, key) for key in COLLECT_CHOICES})
+        calls = collect(model, **config.recipe)
     elif calls is None:
         raise CalibrationSetError(
             f"A {type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
@@ -118,29 +123,31 @@ def foresee(model: LoadedModel, config: Config, *, cache_budget: int = CACHE_BYT
 
     Raises what it would for choices that do not fit ``model``.
     """
-    call = first_call(model, config.num_inference_steps, config.seed)
+    call = first_call(model, config.calibration.num_inference_steps, config.seed)
     _check_plain(model.denoiser)
     plan = make_plan(folded_copy(model.denoiser), config, call)
     quantized = QuantizedModel.copy_of(model.denoiser, call.axis, plan.layers)
-    samples, steps = config.samples_per_step * len(call), config.calibration_steps
-    trajectories = samples * min(config.thinning, steps)
+    samples, steps = config.calibration.samples_per_step * len(call), config.calibration.calibration_steps
+    trajectories = samples * min(config.calibration.thinning, steps)
     return make_forecast(
         quantized,
         call,
         config,
         rows=samples * steps,
-        sampled=trajectories * config.num_inference_steps,
+        sampled=trajectories * config.calibration.num_inference_steps,
         budget=cache_budget,
     )
 
 
 def _check_plain(model: nn.Module) -> None:
-    """Raise :class:`ModelError` for a model that is quantized or has adapters beside its layers."""
+    """Raise :class:`ModelError` for a model that is quantized, has adapters beside its layers, or has no parameters."""
     if getattr(model, "peft_config", None):
         raise ModelError(
             "The model has adapters that are not part of it; fuse them before calibration (pipe.fuse_lora(), "
             "pipe.unload_lora_weights()), or load them onto the quantized model."
         )
+    if next(model.parameters(), None) is None:
+        raise ModelError("The model has no parameters: nothing would be quantized.")
     if any(isinstance(module, QuantLayer) for module in model.modules()):
         raise ModelError("The model is quantized already; calibrate the full-precision one.")
 
@@ -206,7 +213,7 @@ def identity(document: dict[str, Any]) -> dict[str, Any]:
     return {
         "form of its files": CHECKPOINT_FORM,
         "model": document["base_model"]["sha256"],
-        **{f"choice {key}": value for key, value in document["choices"].items()},
+        **{f"choice {key}": value for key, value in ungrouped(document["choices"]).items()},
         "calibration_set": document["calibration_set"]["sha256"],
         "threads": torch.get_num_threads(),  # the order of sums, and so the bytes, depend on it
         **{f"version of {key}": value for key, value in document["versions"].items()},
@@ -216,7 +223,7 @@ def identity(document: dict[str, Any]) -> dict[str, Any]:
 def weight_identity(document: dict[str, Any], config: Config) -> dict[str, Any]:
     """The part of :func:`identity` that phase W depends on."""
     found = {key: value for key, value in identity(document).items() if not key.startswith("choice ")}
-    return found | {f"choice {key}": value for key, value in config.weight_choices().items()}
+    return found | {f"choice {key}": value for key, value in config.weight_choices.items()}
 
 
 def _name(model: Any) -> str:

@@ -20,6 +20,25 @@ PtqTdqError
 
 from __future__ import annotations
 
+__all__ = [
+    "ArtifactCorruptError",
+    "ArtifactError",
+    "ArtifactMismatchError",
+    "CalibrationSetError",
+    "ConfigError",
+    "MissingExtraError",
+    "ModelError",
+    "NonFiniteError",
+    "OutputError",
+    "PtqTdqError",
+    "ResumeError",
+    "RuntimeUnsupportedError",
+    "SchemeError",
+    "TimestepError",
+    "UsageError",
+    "WorkerError",
+]
+
 
 class PtqTdqError(Exception):
     """Base of all errors raised on purpose; its text is one sentence for the user."""

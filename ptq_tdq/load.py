@@ -71,6 +71,11 @@ def load_quantized(
     """
     if backend not in get_args(Backend):
         raise ConfigError(f"The backend must be one of {', '.join(get_args(Backend))}. Got {backend!r} instead.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:  # an assertion where torch is built without it
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"The device {str(device)!r} cannot be used here ({reason}); choose another.") from error
     if backend == "integer" and torch.device(device).type != "cpu":
         raise ConfigError(f'The backend "integer" runs on the CPU only. Got device {str(device)!r} instead.')
     artifact = find_artifact(source)

@@ -64,11 +64,12 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
         )
     records = {layer.name: _layer_record(layer, config, roles[layer.name], units[layer.name]) for layer in layers}
     single = {units[layer.name] for layer in layers if layer.rows is None and records[layer.name].inputs}
-    if config.attention:
+    if config.layers.attention:
         products = [(owner, f"{owner}.{ATTRIBUTE}.{i}") for owner in owners for i in range(seen.products[owner])]
         records |= {name: _product_record(name, config, units[owner]) for owner, name in products}
         single |= {units[owner] for owner in owners if owner in seen.mixed}
-    learned = {r.unit for name, r in records.items() if roles.get(name, set()).isdisjoint(config.unlearned_layers)}
+    unlearned = config.layers.unlearned_layers
+    learned = {r.unit for name, r in records.items() if roles.get(name, set()).isdisjoint(unlearned)}
     return Plan(
         _in_order(records.values()),
         tuple(_notices(seen, units, config)),
@@ -92,7 +93,7 @@ def _mean_bits(seen: Trace, records: Mapping[str, LayerRecord]) -> tuple[float, 
 
 
 def _check_skip(config: Config, seen: Trace) -> None:
-    for pattern in config.skip:
+    for pattern in config.layers.skip:
         if not any(fnmatchcase(name, pattern) for name in (*seen.layers, *seen.products)):
             raise ModelError(f"The skip pattern {pattern!r} matches no layer; `ptq-tdq inspect` lists the names.")
 
@@ -120,23 +121,24 @@ def find_roles(seen: Trace) -> dict[str, set[Role]]:
 
 
 def _skipped(config: Config, name: str, roles: Set[Role] = frozenset()) -> bool:
-    return not roles.isdisjoint(config.float_layers) or any(fnmatchcase(name, pattern) for pattern in config.skip)
+    choices = config.layers
+    return not roles.isdisjoint(choices.float_layers) or any(fnmatchcase(name, pattern) for pattern in choices.skip)
 
 
 def _layer_record(layer: TracedLayer, config: Config, roles: set[Role], unit: str) -> LayerRecord:
-    scheme = config.parsed_scheme
-    weight_only = not roles.isdisjoint(config.weight_only_layers)
-    float_input = weight_only or not roles.isdisjoint(config.float_input_layers)
-    eight = weight_only or not roles.isdisjoint(config.eight_bit_layers)
-    fixed = not roles.isdisjoint(config.fixed_layers)
-    split = config.split_shortcuts and len(layer.parts) > 1 and not float_input
+    scheme, choices = config.parsed_scheme, config.layers
+    weight_only = not roles.isdisjoint(choices.weight_only_layers)
+    float_input = weight_only or not roles.isdisjoint(choices.float_input_layers)
+    eight = weight_only or not roles.isdisjoint(choices.eight_bit_layers)
+    fixed = not roles.isdisjoint(config.activations.fixed_layers)
+    split = choices.split_shortcuts and len(layer.parts) > 1 and not float_input
     names = [f"{layer.name}.{i}" for i in range(len(layer.parts))] if split else [layer.name]
     inputs = tuple(
         QuantizerRecord(
             name,
             8 if eight else scheme.activation_bits,
             "fixed" if fixed else config.method,
-            "minmax" if fixed else config.activation_range,
+            "minmax" if fixed else config.activations.activation_range,
         )
         for name in names
         if not float_input
@@ -145,16 +147,16 @@ def _layer_record(layer: TracedLayer, config: Config, roles: set[Role], unit: st
     kind = layer_kind(layer.module)
     assert kind is not None
     dtype = str(own_weight(layer.module).dtype).removeprefix("torch.")
-    rotated = config.rotate == "hadamard" and kind == "linear" and len(inputs) == 1
+    rotated = config.weights.rotate == "hadamard" and kind == "linear" and len(inputs) == 1
     return LayerRecord(layer.name, kind, unit, splits, 8 if eight else scheme.weight_bits, inputs, dtype, rotated)
 
 
 def _product_record(name: str, config: Config, unit: str) -> LayerRecord:
-    bits = config.parsed_scheme.activation_bits
+    bits, choices = config.parsed_scheme.activation_bits, config.activations
     inputs = tuple(
-        QuantizerRecord(f"{name}.{o}", config.softmax_bits, config.method, config.activation_range, True)
+        QuantizerRecord(f"{name}.{o}", choices.softmax_bits, config.method, choices.activation_range, True)
         if o == "softmax"
-        else QuantizerRecord(f"{name}.{o}", bits, config.method, config.activation_range)
+        else QuantizerRecord(f"{name}.{o}", bits, config.method, choices.activation_range)
         for o in OPERANDS
     )
     return LayerRecord(name, "product", unit, (), None, inputs)
@@ -185,7 +187,7 @@ def _notices(seen: Trace, units: dict[str, str], config: Config) -> Iterator[str
             "Attention that torch computes in one piece (nn.MultiheadAttention), with the layers in it, stays in "
             f"floating point ({_share(seen.fused, seen)}): that of {_some(seen.fused)}."
         )
-    if not config.attention:
+    if not config.layers.attention:
         return
     lost = [name for name in seen.products if name not in units]
     if lost:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+COMPUTE_DTYPES = {
+    "auto": "bfloat16 where the processor computes in it, float32 elsewhere",
+    "float32": "exact",
+    "bfloat16": "fast where the processor has it",
+}
 
 
 def instruction_set() -> str:
@@ -20,3 +29,10 @@ def sums_eight_bits() -> bool:
 def has_bfloat16() -> bool:
     """Whether bfloat16 products are instructions; elsewhere they are emulated, ten times slower than float32."""
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def compute_dtype(choice: ComputeDtype) -> ComputeDtype:
+    """The dtype that a choice of one means here: "auto" is bfloat16 where the processor computes in it."""
+    if choice != "auto":
+        return choice
+    return "bfloat16" if has_bfloat16() else "float32"

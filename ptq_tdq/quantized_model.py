@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact, IntervalTable, model_card, write_artifact
-from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError
+from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError, OutputError
 from ptq_tdq.fit import check_fit
 from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
@@ -95,6 +96,29 @@ class QuantizedModel(TimedModel):
         Raises :class:`~ptq_tdq.errors.OutputError` where that is impossible, :class:`ModelError` before calibration.
         """
         write_artifact(path, self.to_artifact(), overwrite=overwrite)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+        """Upload the artifact to the hub, as one commit; returns the address of that.
+
+        The repository is made where there is none. :func:`~ptq_tdq.load_quantized` takes its name in the place of a
+        folder's. Raises :class:`~ptq_tdq.errors.OutputError` where the hub cannot be reached or refuses.
+        """
+        from huggingface_hub import HfApi
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "artifact")
+            try:
+                api = HfApi(token=token)
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                message = f"Upload {self.provenance['scheme']} {self.provenance['method']}"
+                return str(
+                    api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "artifact", commit_message=message)
+                )
+            except Exception as error:  # the hub client raises many unrelated types
+                raise OutputError(
+                    f"The artifact was not uploaded to '{repo_id}' ({str(error).splitlines()[0]}); check the name, and "
+                    "log in by 'hf auth login'."
+                ) from error
 
     def to_artifact(self) -> Artifact:
         """The model as plain data."""

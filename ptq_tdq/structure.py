@@ -6,7 +6,6 @@ it builds is held against what the weights file really has before any of it take
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError
 from ptq_tdq.fit import check_fit
-from ptq_tdq.wrap import fold
+from ptq_tdq.wrap import fold, folded_copy
 
 LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small
 # A model makes each of its tensors and initializes it, in two to three calls; what it makes beside them (encodings of
@@ -111,9 +110,11 @@ def hollow_model(artifact: Artifact, model: nn.Module | None = None) -> nn.Modul
 
 def _hollow_copy(model: nn.Module) -> nn.Module:
     """A deep copy on the CPU, whose parameters are on the meta device."""
-    known: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
-    copied = fold(copy.deepcopy(model, known).eval())
+    copied = folded_copy(model)
+    known = {id(p): nn.Parameter(p.to("meta"), False) for p in copied.parameters()}
     for module in copied.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = None if parameter is None else known[id(parameter)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.cpu()
     return copied

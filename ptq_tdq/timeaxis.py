@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from inspect import Parameter
 from reprlib import repr as shortened
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -101,7 +103,16 @@ def time_values(value: Any, name: str) -> Tensor:
 
 def time_argument(model: nn.Module, name: str | None = None) -> str:
     """The name of the model's time argument; raises :class:`ModelError` where there is none."""
-    parameters = inspect.signature(model.forward).parameters
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except ValueError:  # compiled by TorchScript
+        parameters = MappingProxyType({})
+    kinds = {p.kind for p in parameters.values()}
+    if kinds <= {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD} or Parameter.POSITIONAL_ONLY in kinds:
+        raise ModelError(
+            f"{type(model).__name__}.forward does not take its arguments by name, so none is known to hold the time "
+            "step; give the module that it wraps, or one whose forward names them."
+        )
     if name is not None:
         if name not in parameters:
             raise ModelError(f"{type(model).__name__}.forward has no argument named {name!r}; name its time argument.")

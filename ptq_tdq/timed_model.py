@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
             whole[own] = leaf[own]
         return whole
 
+    first: Any = outputs[0]
+    kind = type(first)
+    if is_dataclass(kind) and not issubclass(kind, dict):  # a tree knows diffusers' own alone
+        names = [field.name for field in fields(kind)]
+        return replace(first, **{n: merged([getattr(x, n) for x in outputs], chosen) for n in names})
     return pytree.tree_map(pick, outputs[0], *outputs[1:], is_leaf=of_samples)
 
 
@@ -62,7 +68,7 @@ class TimedModel(nn.Module):
         """
         name = self.axis.argument
         arguments = bind(self.model, args, kwargs)
-        t, x = self.axis.t(arguments.get(name)), arguments.get(main_argument_name(self.model))
+        t, x = self.axis.t(arguments.get(name)), arguments.get(main_argument_name(self.model, name))
         t = t.to(x.device if isinstance(x, Tensor) else self.device)  # offloaded parameters are on no device
         if isinstance(x, Tensor) and x.ndim and len(t) not in (1, *x.shape):  # the samples may be in any dimension
             raise TimestepError(

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, remove_weight_norm
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ptq_tdq.errors import ModelError, NonFiniteError
@@ -43,11 +44,14 @@ def folded_copy(model: nn.Module) -> nn.Module:
     shared = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if type(p) is nn.Parameter
     }
-    return fold(copy.deepcopy(model, shared).eval().requires_grad_(False))
+    # weights that a hook has computed with gradients, which torch would not copy
+    computed = {id(v): v.detach() for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)}
+    return fold(copy.deepcopy(model, {**shared, **computed}).eval().requires_grad_(False))
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Make reparametrized weights (weight norm, :mod:`torch.nn.utils.parametrize`) plain; returns the model itself.
+    """Make reparametrized weights (:mod:`torch.nn.utils.parametrize`, and the hooks of weight norm, spectral norm and
+    pruning) plain; returns the model itself.
 
     And ``nn.TransformerEncoder`` calls the layers inside it, which torch's fast path goes around.
     """
@@ -66,6 +70,10 @@ def fold(model: nn.Module) -> nn.Module:
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
     return model.requires_grad_(False)
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
+from torch import nn
 
+from ptq_tdq import calibrate
 from ptq_tdq.artifacts import schema
+from ptq_tdq.choices import Choices, described, groups, ungrouped
 from ptq_tdq.config import PRESETS, Config, preset, read_config_file
-from ptq_tdq.errors import ConfigError, UsageError
+from ptq_tdq.errors import ConfigError, PtqTdqError, UsageError
+from ptq_tdq.finetuning import FinetuneConfig
 
 
 @pytest.mark.parametrize(
@@ -33,7 +38,9 @@ from ptq_tdq.errors import ConfigError, UsageError
     ],
 )
 def test_a_choice_is_stored_in_its_one_form(name: str, value: Any, stored: Any) -> None:
-    found = getattr(Config().changed({name: value}), name)
+    config = Config().changed({name: value})
+    group = described(Config)[name].group
+    found = getattr(getattr(config, group) if group else config, name)
     assert found == stored and type(found) is type(stored)
 
 
@@ -80,12 +87,12 @@ def test_anything_else_is_one_sentence(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_calibration_steps_follow_fewer_inference_steps(name: str) -> None:
-    own = preset(name).calibration_steps
+    own = preset(name).calibration.calibration_steps
     for steps in (1, 10, "10", own, 1000):
         expected = min(own, int(steps))
-        assert preset(name, num_inference_steps=steps).calibration_steps == expected
-        assert preset(name).changed({"num_inference_steps": steps}).calibration_steps == expected
-    assert preset(name, num_inference_steps=10, calibration_steps=3).calibration_steps == 3
+        assert preset(name, num_inference_steps=steps).calibration.calibration_steps == expected
+        assert preset(name).changed({"num_inference_steps": steps}).calibration.calibration_steps == expected
+    assert preset(name, num_inference_steps=10, calibration_steps=3).calibration.calibration_steps == 3
     with pytest.raises(ConfigError, match=r"calibration_steps must not exceed num_inference_steps \(10\)\. Got 11"):
         preset(name, num_inference_steps=10, calibration_steps=11)
     for nonsense in (0, -5, "x", math.nan):
@@ -98,6 +105,48 @@ def test_the_choices_of_a_preset_survive_json(name: str) -> None:
     choices = json.loads(json.dumps(preset(name).to_dict()))
     assert preset(choices.pop("preset"), **choices) == preset(name)
     assert schema()["properties"]["choices"]["type"] == "object"
+    assert preset(**ungrouped({"name": name, **choices})) == preset(name)
+
+
+@pytest.mark.parametrize("record", [Config, FinetuneConfig])
+def test_every_choice_is_declared_in_full_under_a_name_of_its_own(record: type[Choices]) -> None:
+    known = described(record)
+    assert len(known) == sum(len(ungrouped({name: value})) for name, value in record().to_dict().items())
+    assert not set(known) & set(groups(record)) and all(group.__doc__ for group in groups(record).values())
+    for about in known.values():
+        assert about.meaning.endswith("."), about.name
+        assert about.checked(about.default) == about.default
+        if get_origin(about.kind) is Literal and about.alternatives:
+            assert tuple(about.alternatives) == get_args(about.kind), about.name
+        assert (about.bounds is not None) == (about.kind in (int, float)), about.name
+
+
+def test_what_both_records_share_is_declared_once() -> None:
+    assert groups(FinetuneConfig)["intervals"] is groups(Config)["intervals"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"roundin": "gptq"}, "There is no choice named 'roundin'; the nearest are rounding, round_again"),
+        ({"colour": "red"}, "There is no choice named 'colour'; `ptq-tdq choices` lists them"),
+        ({"weight": {"rounding": "gptq"}}, "There is no choice named 'weight'; the nearest are weights, "),
+        ({"weights": 3}, "weights is a group of choices; give a table of them"),
+        ({"weights": {"roundin": "gptq"}}, "There is no choice named 'roundin'; the nearest are rounding"),
+        ({"weights": {"skip": "a"}}, "skip is a choice of layers, not of weights."),
+        ({"weights": {"seed": 1}}, "seed is a choice of no group, not of weights."),
+        ({"weights": {"rounding": "gptq"}, "rounding": "gptq"}, "rounding is there twice, in its group and outside."),
+        ({"weigths": {"rounding": "gptq"}}, "There is no choice named 'weigths'"),
+        ({"weights.rounding": "gptq"}, "There is no choice named 'weights.rounding'"),
+    ],
+)
+def test_a_choice_is_known_by_its_name_and_in_its_group(choices: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+        Config().changed(choices)
+    with pytest.raises(ConfigError, match="weights is a group of choices"):
+        Config(weights={"rounding": "gptq"})  # type: ignore[arg-type]
+    grouped = {"seed": 1, "weights": {"rounding": "gptq"}, "learning": {"batch_size": 4}}
+    assert Config().changed(grouped) == preset("default", seed=1, rounding="gptq", batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +166,11 @@ def test_a_file_that_is_no_table_of_choices(file: str, text: str, tmp_path: Path
         read_config_file(tmp_path / file)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_config_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "error"), [(("default",), "preset gives"), ((preset("default"), [1]), "record gives")]
+)
+def test_calibrate_says_what_it_takes(given: tuple[Any, ...], error: str) -> None:
+    with pytest.raises(PtqTdqError, match=error):
+        calibrate(nn.Linear(1, 1), *given)

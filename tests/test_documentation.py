@@ -10,6 +10,7 @@ import runpy
 import shlex
 import tomllib
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import click
@@ -18,7 +19,9 @@ import torch
 import yaml
 
 import ptq_tdq
+from ptq_tdq import errors
 from ptq_tdq.cli.main import COMMANDS, cli
+from ptq_tdq.config import Config, preset, read_config_file
 from ptq_tdq.intervals import IntervalSource
 
 ROOT = Path(__file__).parents[1]
@@ -41,17 +44,6 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 def anchors(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@page
-def test_names_in_code_exist(page: Path) -> None:
-    for block in CODE.findall(page.read_text(encoding="utf-8")):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ptq_tdq"):
-                module = importlib.import_module(str(node.module))
-                assert all(hasattr(module, name.name) for name in node.names)
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ptq_tdq":
-                assert node.attr in ptq_tdq.__all__
 
 
 @page
@@ -85,6 +77,16 @@ def test_the_tutorial_of_a_module_and_the_interval_source_run(tmp_path: Path, mo
         assert (slope - slope.mean()).abs().max() < 1e-5
 
 
+def test_files_of_choices_on_the_pages_are_read(tmp_path: Path) -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    blocks = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "choices.toml").write_text(block)
+        choices = Config.named(read_config_file(tmp_path / "choices.toml"))
+        assert preset(choices.pop("preset"), **choices) != Config()
+
+
 def test_every_page_is_in_the_contents() -> None:
     contents = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     listed = set(re.findall(r"[\w/-]+\.md", json.dumps(contents)))
@@ -107,8 +109,42 @@ def test_one_version_is_named_everywhere() -> None:
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_public_names_are_listed_once_and_documented() -> None:
-    assert sorted(set(ptq_tdq.__all__)) == ptq_tdq.__all__ and set(ptq_tdq.__all__) <= set(dir(ptq_tdq))
-    for name in ptq_tdq.__all__:
-        found = getattr(ptq_tdq, name)
-        assert found.__name__ == name and found.__doc__ and found.__module__.startswith("ptq_tdq.")
+def public_modules() -> list[str]:
+    """The modules that ARCHITECTURE.md names as public."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("\n## Public\n")[1].split("\n## ")[0]
+    return re.findall(r"`(ptq_tdq[\w.]*)`", text)
+
+
+@pytest.mark.parametrize("name", public_modules())
+def test_public_names_are_listed_once_and_documented(name: str) -> None:
+    module = importlib.import_module(name)
+    assert sorted(set(module.__all__)) == module.__all__ and set(module.__all__) <= set(dir(module))
+    for each in module.__all__:
+        found = getattr(module, each)
+        if isinstance(found, type | FunctionType):
+            assert found.__name__ == each and found.__doc__ and found.__module__.startswith("ptq_tdq.")
+
+
+def test_every_error_is_public() -> None:
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert classes == set(errors.__all__)
+
+
+@page
+def test_code_uses_public_names_alone(page: Path) -> None:
+    for block in CODE.findall(page.read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ptq_tdq"):
+                assert node.module in public_modules()
+                assert {name.name for name in node.names} <= set(importlib.import_module(str(node.module)).__all__)
+            if isinstance(node, ast.Import):
+                assert all(n.name in public_modules() for n in node.names if n.name.startswith("ptq_tdq"))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ptq_tdq":
+                assert node.attr in ptq_tdq.__all__
+
+
+def test_an_underscore_stays_inside_its_file() -> None:
+    for file in (path for folder in ("ptq_tdq", "cli", "calib_data") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ptq_tdq"):
+                assert not [name.name for name in node.names if name.name.startswith("_")], file

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ptq_tdq import Calls, QuantizedModel, calibrate, load_quantized, preset
 from ptq_tdq.artifacts import read_artifact
-from ptq_tdq.errors import ArtifactMismatchError
+from ptq_tdq.errors import ArtifactMismatchError, ConfigError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.structure import hollow_model
 
@@ -30,14 +30,14 @@ QUICK = preset(
 
 
 class Own(nn.Module):
-    """A denoiser outside diffusers, with a reparametrized weight, a transposed convolution and a table of positions."""
+    """A denoiser outside diffusers, with reparametrized weights, a transposed convolution and a table of positions."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Linear(1, width)
         self.a = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, width, 3, stride=2, padding=1))
-        self.b = nn.Conv2d(width, width, 3, padding=1, groups=2)
+        self.b = nn.utils.parametrizations.spectral_norm(nn.Conv2d(width, width, 3, padding=1, groups=2))
         self.c = nn.ConvTranspose2d(width, 3, 2, stride=2)
         self.register_buffer("positions", torch.randn(width, 1, 1), persistent=False)
         self.positions: Tensor
@@ -82,6 +82,13 @@ def test_without_an_instance_the_error_says_what_is_needed(own: Any) -> None:
             ArtifactMismatchError, match=r"is of a 'Own', which .* load_quantized\(path, model=\.\.\.\)"
         ):
             load_quantized(own[0], backend=backend)
+
+
+@pytest.mark.parametrize("device", ["nope", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_sentence(device: str, tmp_path: Path) -> None:
+    for backend in ("simulated", "integer"):
+        with pytest.raises(ConfigError, match=f"The device '{device}' cannot be used here"):
+            load_quantized(tmp_path, backend=backend, device=device)
 
 
 def test_an_instance_of_another_structure_is_refused(own: Any) -> None:

@@ -176,6 +176,14 @@ def test_another_name_is_given_and_no_name_is_an_error() -> None:
         time_argument(model)
 
 
+def test_a_module_that_does_not_take_its_arguments_by_name_is_refused() -> None:
+    opaque = model_with("x", "t")
+    opaque.forward = max  # has no signature, as what TorchScript has compiled
+    for model in (nn.DataParallel(model_with("x", "t")), opaque, model_with("x", "/", "t")):
+        with pytest.raises(ModelError, match="does not take its arguments by name"):
+            time_argument(model)
+
+
 # t of the call that runs
 
 

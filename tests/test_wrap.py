@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -239,6 +240,12 @@ def test_calls_in_eight_threads_do_not_disturb_each_other(tiny_unet: Callable[..
     assert not torch.equal(alone[0], alone[-1])
 
 
+@dataclass
+class Output:
+    sample: Tensor
+    rows: list[Tensor]
+
+
 class Mixed(nn.Module):
     """Tokens first: inside, no row is of one sample."""
 
@@ -247,9 +254,9 @@ class Mixed(nn.Module):
         torch.manual_seed(0)
         self.a = nn.Linear(4, 4)
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, sample: Tensor, timestep: Tensor) -> Output:
         y = self.a(sample.transpose(0, 1)).transpose(0, 1)
-        return y, list(y)
+        return Output(y, list(y))
 
 
 def test_samples_at_several_time_steps_are_right_also_where_rows_are_of_no_sample() -> None:
@@ -259,10 +266,10 @@ def test_samples_at_several_time_steps_are_right_also_where_rows_are_of_no_sampl
     quantized = wrap(model, inputs)
     quantized.provenance = {"one_step": True}
     calibrate(quantized, inputs, torch.linspace(0.3, 9, T + 1))
-    together, rows = quantized(x, t)
+    together = quantized(x, t)
     for i in range(4):
-        alone = quantized(x, t[i])[0]
-        assert torch.equal(together[i], alone[i]) and torch.equal(rows[i], alone[i])
+        alone = quantized(x, t[i]).sample
+        assert torch.equal(together.sample[i], alone[i]) and torch.equal(together.rows[i], alone[i])
 
 
 def test_layers_that_share_a_weight_are_quantized_apart() -> None:
@@ -287,13 +294,23 @@ def test_layers_that_share_a_weight_are_quantized_apart() -> None:
     assert torch.equal(quantized.model.embed.weight, expected) and torch.equal(model.embed.weight, expected)
 
 
-def test_reparametrized_weights_are_made_plain() -> None:
+REPARAMETRIZED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "weight norm by a hook": nn.utils.weight_norm,
+    "spectral norm by a hook": nn.utils.spectral_norm,
+    "pruning": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("name", REPARAMETRIZED)
+def test_reparametrized_weights_are_made_plain(name: str) -> None:
     class Normed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.a = nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 3))
-            self.b = nn.utils.parametrizations.spectral_norm(nn.Conv1d(4, 3, 1))
+            self.a = REPARAMETRIZED[name](nn.Conv1d(3, 4, 3))
+            self.b = nn.Conv1d(4, 3, 1)
 
         def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
             result: Tensor = self.b(self.a(sample))
@@ -301,8 +318,7 @@ def test_reparametrized_weights_are_made_plain() -> None:
 
     model = Normed().eval()
     inputs = {"sample": torch.randn(4, 3, 8), "timestep": torch.tensor([999, 3, 500, 3])}
-    with torch.no_grad():
-        expected = model(**inputs)
+    expected = model(**inputs).detach()  # with gradients, so that a weight that a hook computes is no leaf
     folded = folded_copy(model)
     torch.testing.assert_close(folded(**inputs), expected)
     quantized = wrap(folded, inputs)
@@ -310,3 +326,23 @@ def test_reparametrized_weights_are_made_plain() -> None:
     assert torch.equal(quantized(**inputs), folded(**inputs))
     with torch.no_grad():
         assert torch.equal(model(**inputs), expected), "the original stays as it is"
+
+
+def test_a_weight_that_a_hook_of_ones_own_sets_is_said_to_stay() -> None:
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.a.raw = self.a.weight
+            del self.a.weight
+            self.a.register_forward_pre_hook(lambda layer, args: setattr(layer, "weight", 2 * layer.raw))
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            result: Tensor = self.b(self.a(sample).tanh())
+            return result
+
+    model = Hooked().requires_grad_(False)
+    calls = calls_of(model, sample=torch.randn(2, 4), timestep=torch.tensor([999, 3]))
+    plan = make_plan(folded_copy(model), preset("default", scheme="W8A8"), calls)
+    assert [record.name for record in plan.layers] == ["b"]
+    assert "In floating point: a, since" in plan.notices[0]

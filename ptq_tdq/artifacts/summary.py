@@ -20,8 +20,8 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
     "weights": one row per quantized weight; "time_axis": how the model's time argument becomes t, as numbers and as
     "text"; "coverage": share of the multiply-accumulates with weights that quantized layers do
     (None where calibration did not say); "mean_bits" of "weights" and of "activations" per multiply-accumulate (None
-    likewise); "notices": what stays in floating point, and why; "choice": which quantizers follow t, where "auto"
-    chose.
+    likewise); "choices": those of calibration, by group; "notices": what stays in floating point, and why; "choice":
+    which quantizers follow t, where "auto" chose.
     """
     config = artifact.config
     file_bytes = {name: len(data) for name, data in sorted(encode_artifact(artifact).items())}
@@ -33,6 +33,7 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
         "scheme": config["scheme"],
         "method": config["method"],
         "preset": config["preset"],
+        "choices": config["choices"],
         "num_train_timesteps": artifact.num_train_timesteps,
         "time_axis": {**artifact.time_axis.to_dict(), "text": _axis_text(artifact.time_axis)},
         "coverage": coverage if isinstance(coverage, float) else None,

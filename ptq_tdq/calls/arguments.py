@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.calls.outputs import last_row
+from ptq_tdq.errors import CalibrationSetError, TimestepError
 from ptq_tdq.timeaxis import time_argument
 
 Rows = slice | Tensor
@@ -125,9 +126,9 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     return bound
 
 
-def main_argument_name(model: nn.Module) -> str:
-    """The parameter of ``model.forward`` that takes what is denoised: the first one beside the time."""
-    time = time_argument(model)
+def main_argument_name(model: nn.Module, time: str | None = None) -> str:
+    """The parameter of ``model.forward`` that takes what is denoised: the first one beside the ``time``."""
+    time = time_argument(model, time)
     return next(name for name in inspect.signature(model.forward).parameters if name != time)
 
 
@@ -161,7 +162,7 @@ def split_rows(arguments: dict[str, Any], time: str, odd: Odd = frozenset()) -> 
 
     def place(number: int, name: str, value: Any) -> Any:
         if name == time:
-            value = _time_rows(value, count)
+            value = _time_rows(value, name, count)
         elif isinstance(value, list):
             value = Each(tuple(x.detach() for x in value))
         elif not isinstance(value, Tensor):
@@ -213,7 +214,7 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
     tensors = [(i, x) for i, (name, x) in enumerate(_flatten(arguments, time)[0]) if name not in given]
     candidates = [(i, *form) for i, x in tensors if isinstance(x, Tensor) for form in _odd_forms(x, count)]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        expected = _last_row(model(**arguments))
+        expected = last_row(model(**arguments))
         works: list[Odd] = []
         for odd in _subsets(candidates):
             group = split_rows(arguments, time, odd)
@@ -231,7 +232,7 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
 def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:
     """Relative error of the last row; infinite where the model refuses the arguments."""
     try:
-        found = _last_row(model(**arguments))
+        found = last_row(model(**arguments))
         size = expected.float().norm().clamp(min=1e-12)
         return float((found - expected).float().norm() / size) if found.shape == expected.shape else math.inf
     except REFUSALS:
@@ -246,9 +247,14 @@ def _subsets(candidates: Sequence[tuple[int, int, bool]]) -> Iterator[Odd]:
                 yield frozenset(some)
 
 
-def _time_rows(value: Any, count: int) -> Tensor:
+def _time_rows(value: Any, name: str, count: int) -> Tensor:
     """The time argument with one row per sample, in its own dtype."""
     t = torch.as_tensor(value).detach()
+    if t.numel() > 1 and len(t) != count:
+        raise TimestepError(
+            f"The model was called with {len(t)} values of {name} for {count} samples; samples are the first dimension "
+            "of what is denoised, and time steps are one, or one for each."
+        )
     return t.reshape(1).expand(count) if t.numel() == 1 else t
 
 
@@ -268,27 +274,3 @@ def _cat(leaves: Sequence[Tensor | Each]) -> Tensor | Each:
     if isinstance(leaves[0], Each):
         return Each(tuple(item for leaf in leaves if isinstance(leaf, Each) for item in leaf.items))
     return torch.cat([leaf for leaf in leaves if isinstance(leaf, Tensor)])
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors of a denoiser's output (a tensor, tuple, dict or diffusers output), the prediction first."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def prediction(output: Any) -> Tensor:
-    """What a denoiser predicts: the first tensor of its output, or its list with one tensor per row, stacked."""
-    found = _first(output)
-    return found if isinstance(found, Tensor) else torch.stack(found)
-
-
-def _last_row(output: Any) -> Tensor:
-    return _first(output)[-1]
-
-
-def _first(output: Any) -> Tensor | list[Tensor]:
-    """The first tensor of a denoiser's output, or its first list with one tensor per row, whose sizes may differ."""
-    while not isinstance(output, Tensor):
-        if isinstance(output, list) and all(isinstance(x, Tensor) for x in output):
-            return output
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 CAPTION_HEIGHT = 14
+WIDEST = 2000  # pixels of a row of panels, unless one alone is wider
 LARGEST = 96  # pixels of a small image's enlarged side, and at most 3 times its own
 
 
@@ -45,22 +46,23 @@ def grid_png(
 def grid(
     panels: dict[str, Tensor], columns: int, scale: int | None = None, captions: Sequence[str] = ()
 ) -> Image.Image:
-    """Titled panels of images [N, 3 or 1, H, W] in [-1, 1], side by side and enlarged ``scale`` times.
+    """Titled panels of images [N, 3 or 1, H, W] in [-1, 1], enlarged ``scale`` times, side by side as far as they fit.
 
     ``captions`` stand above the images of each panel, as far as they fit. Small images are enlarged by default.
     """
     first = next(iter(panels.values()))
     scale = scale or max(1, min(3, LARGEST // max(first.shape[2:])))
     drawn = {title: _panel(images, columns, scale, captions) for title, images in panels.items()}
-    gap = 4 * scale
-    width = sum(p.width for p in drawn.values()) + gap * (len(drawn) - 1)
-    height = max(p.height for p in drawn.values()) + CAPTION_HEIGHT
-    canvas, left = Image.new("RGB", (width, height), "white"), 0
+    gap, wide = 4 * scale, max(p.width for p in drawn.values())
+    high = max(p.height for p in drawn.values()) + CAPTION_HEIGHT
+    abreast = min(len(drawn), max(1, (WIDEST + gap) // (wide + gap)))
+    below = -(-len(drawn) // abreast)
+    canvas = Image.new("RGB", ((wide + gap) * abreast - gap, (high + gap) * below - gap), "white")
     pen = ImageDraw.Draw(canvas)
-    for title, panel in drawn.items():
-        pen.text((left + 1, 1), title, fill="black")
-        canvas.paste(panel, (left, CAPTION_HEIGHT))
-        left += panel.width + gap
+    for i, (title, panel) in enumerate(drawn.items()):
+        left, top = i % abreast * (wide + gap), i // abreast * (high + gap)
+        pen.text((left + 1, top + 1), title, fill="black")
+        canvas.paste(panel, (left, top + CAPTION_HEIGHT))
     return canvas
 
 

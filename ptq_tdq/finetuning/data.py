@@ -119,9 +119,11 @@ class NoisedSamples(Data):
         predicts: str,
         denoise: bool,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.clean, self.labels, self.axis, self.names = clean, labels, axis, names
-        self.alphas, self.predicts, self.denoise, self.device = alphas, predicts, denoise, device
+        self.alphas, self.predicts, self.denoise = alphas, predicts, denoise
+        self.device, self.dtype = device, dtype
         numbers = torch.arange(len(clean))
         judging = numbers % HELD_OUT == HELD_OUT - 1
         self.rows, self._judges = numbers[~judging], numbers[judging][:MOST_JUDGES]
@@ -158,7 +160,7 @@ class NoisedSamples(Data):
             v = a.sqrt() * noise - (1 - a).sqrt() * x0
             target = {"epsilon": noise, "v_prediction": v, "sample": x0}[self.predicts]
         main, time, label = self.names
-        arguments = {main: x, time: self.axis.value(t)}
+        arguments = {main: x.to(self.dtype), time: self.axis.value(t)}
         if self.labels is not None:
             arguments[label] = self.labels[rows[part]]
         there = {name: value.to(self.device) for name, value in arguments.items()}

@@ -48,8 +48,8 @@ def read_data(path: Path, model: LoadedModel, axis: TimeAxis, *, denoise: bool) 
         raise CalibrationSetError(f"'{path}' holds fewer than two samples, or NaN or Inf; give more and finite ones.")
     labels = _labels(found.get("labels"), len(clean), sampler.num_classes, path)
     names = (*sampler.names, LABELS)
-    device = model.denoiser.device
-    return NoisedSamples(clean, labels, axis, names, alphas=alphas, predicts=predicts, denoise=denoise, device=device)
+    place = {"device": model.denoiser.device, "dtype": model.denoiser.dtype}
+    return NoisedSamples(clean, labels, axis, names, alphas=alphas, predicts=predicts, denoise=denoise, **place)
 
 
 def _prediction(scheduler: Any) -> tuple[Tensor | None, str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
-from torch import Tensor, distributed
+import torch
+from torch import Tensor, distributed, nn
 
 PATIENCE = timedelta(hours=12)  # the first process may collect calls while others wait
 
@@ -43,6 +44,24 @@ def mean(value: Tensor) -> Tensor:
         distributed.all_reduce(value)
         value = value / count()
     return value
+
+
+def begin_alike(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the first one's values."""
+    for tensor in tensors if count() > 1 else ():
+        distributed.broadcast(tensor, 0)
+
+
+def mean_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Make each gradient the mean of all processes' ones; it is None where it is None in all of them."""
+    if count() == 1:
+        return
+    known = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = mean(torch.cat([known, *(gradient.flatten() for gradient in gradients)]))
+    known, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for parameter, found, gradient in zip(parameters, known.tolist(), means, strict=True):
+        parameter.grad = gradient.view_as(parameter) if found else None
 
 
 @contextmanager

@@ -17,16 +17,16 @@ from ptq_tdq.calib_data import LoadedModel, collect, from_pipeline
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import CalibrationSetError, ConfigError
 from ptq_tdq.finetuning import processes
-from ptq_tdq.finetuning.checkpoint import Checkpoint
 from ptq_tdq.finetuning.config import KEEP, FinetuneConfig
 from ptq_tdq.finetuning.data import Data, RecordedCalls
 from ptq_tdq.finetuning.files import read_data
-from ptq_tdq.finetuning.sources import begin_sources
+from ptq_tdq.finetuning.sources import begin_sources, check_moving
 from ptq_tdq.finetuning.student import Student
 from ptq_tdq.finetuning.train import IterationReport, Training, segments
 from ptq_tdq.identity import model_sha256
 from ptq_tdq.load import build_quantized, find_artifact
 from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.recon import RunDirectory
 from ptq_tdq.wrap import folded_copy
 
 _log = logging.getLogger(__name__)
@@ -79,13 +79,13 @@ def finetune(
     teacher, quantized = folded_copy(denoiser), build_quantized(found, denoiser).to(device)
     begin_sources(quantized, config, source.steps, [batch.arguments for batch in source.judges()[:PROBED]])
     training = Training(Student(quantized, teacher, config), teacher, source, config)
-    checkpoint = None
+    kept = None
     if run_directory is not None:
         with processes.first_alone():
-            checkpoint = Checkpoint(run_directory, _identity(found, config, source), on_notice)
+            kept = RunDirectory(run_directory, _identity(found, config, source), on_notice=on_notice)
     before = training.judge()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        training.run(checkpoint, on_iteration)
+        training.run(kept, on_iteration)
     after = training.judge()
     if after >= before:
         on_notice(
@@ -108,11 +108,8 @@ def check_start(
             f"batch_size must be a multiple of accumulation times the number of processes ({shares}). "
             f"Got {config.batch_size} instead."
         )
+    check_moving(artifact.layers, config)
     check_base_model(artifact, model.sha256 if isinstance(model, LoadedModel) else model_sha256(model))
-    if any(layer.dtype != "float32" for layer in artifact.layers) or artifact.config.get("buffer_dtypes"):
-        raise ConfigError("Weights learn in float32; calibrate the model in float32 to fine-tune it.")
-    if any(p.is_floating_point() and p.dtype != torch.float32 for p in denoiser.parameters()):
-        raise ConfigError("Weights learn in float32; load the model in float32 to fine-tune it.")
     if not isinstance(data, str | Path) and config.loss == "denoising":
         raise ConfigError("The loss 'denoising' needs images or latents (data); leave out the loss, or give data.")
     if data is None and not isinstance(model, LoadedModel):

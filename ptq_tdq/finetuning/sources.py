@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ptq_tdq.errors import ConfigError
 from ptq_tdq.finetuning.config import KEEP, FinetuneConfig
+from ptq_tdq.finetuning.quantizers import quantizer_class
 from ptq_tdq.intervals import IntervalSource, Observed, source_class
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.intervals.dynamic_statistics import DynamicStatistics
@@ -19,9 +21,28 @@ from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.observe import Observer
 from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.search import QParams
 
 UNLEARNED = ("fixed", "step-table")  # methods whose tables stay as they are
+
+
+def check_moving(records: Iterable[LayerRecord], config: FinetuneConfig) -> None:
+    """Raise :class:`ConfigError` for a quantizer that moves intervals which a tensor itself puts where they are."""
+    if not quantizer_class(config.quantizer).moves:
+        return
+    for quantizer in (q for layer in records for q in layer.inputs):
+        method = _method(quantizer, config)
+        if not source_class(method).timed and not issubclass(source_class(method), DynamicStatistics):
+            raise ConfigError(
+                f"The quantizer '{config.quantizer}' learns where intervals lie, and those of method '{method}' "
+                f"({quantizer.name}) lie where each tensor puts them; choose another method, or quantizer lsq."
+            )
+
+
+def is_held(record: QuantizerRecord) -> bool:
+    """Whether an interval must stay where it is against 0: that of x_t, of a softmax, and of tables that stay."""
+    return record.from_zero or record.method in UNLEARNED
 
 
 def begin_sources(
@@ -32,7 +53,7 @@ def begin_sources(
     ``steps`` [K] are the time steps at which known intervals begin; others are observed in the calls ``probe``.
     """
     quantizers = quantized.quantizers()
-    methods = {name: _method(quantizer, config) for name, quantizer in quantizers.items()}
+    methods = {name: _method(quantizer.record, config) for name, quantizer in quantizers.items()}
     unknown = [name for name, quantizer in quantizers.items() if _is_unknown(quantizer, methods[name])]
     observed = _observe(quantized, unknown, config, probe) if unknown else {}
     with torch.random.fork_rng(devices=[]):
@@ -48,9 +69,8 @@ def begin_sources(
     )
 
 
-def _method(quantizer: ActivationQuantizer, config: FinetuneConfig) -> str:
-    own = quantizer.record.method
-    return own if config.method == KEEP or own == "fixed" else config.method
+def _method(record: QuantizerRecord, config: FinetuneConfig) -> str:
+    return record.method if config.method == KEEP or record.method == "fixed" else config.method
 
 
 def _table(quantizer: ActivationQuantizer, method: str) -> TableSource | None:
@@ -73,7 +93,7 @@ def _known(quantizer: ActivationQuantizer, method: str, length: int, config: Fin
     found = QParams(torch.ones(length), torch.zeros(length, dtype=torch.int32))
     if (table := _table(quantizer, method)) is not None:
         found = QParams(table.scale.cpu(), table.zero_point.cpu())
-    return Known(steps.cpu(), found, quantizer.qtype, config.interval_options)
+    return Known(steps.cpu(), found, quantizer.qtype, config.intervals)
 
 
 def _source(quantizer: ActivationQuantizer, method: str, known: Observed) -> IntervalSource:
@@ -115,7 +135,7 @@ def _observe(
             quantizer.qtype,
             "mse" if quantizer.record.range_method == "ema" else quantizer.record.range_method,
             quantizer.record.from_zero,
-            config.interval_options,
+            config.intervals,
         )
         for name, quantizer in quantizers.items()
     }

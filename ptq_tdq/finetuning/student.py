@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from ptq_tdq.affine import fake_quantize
 from ptq_tdq.calls import prediction, tensors_of
 from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.quantizers import Quantizer, quantizer_class
+from ptq_tdq.finetuning.sources import is_held
 from ptq_tdq.intervals import IntervalSource
-from ptq_tdq.modules import QuantLayer
+from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import outputs_first, own_weight
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import activations
@@ -26,21 +28,24 @@ class Student(nn.Module):
     """``quantized``, whose sources are at their start, with weights that learn; it changes that model itself.
 
     Weights begin at those of the full-precision model ``base``, as far as the codes of the artifact allow; biases and
-    all that is not quantized begin at the artifact's. So at the start the student is the model of the artifact.
+    all that is not quantized begin at the artifact's. So at the start the student is the model of the artifact. All of
+    it learns in float32, and has the artifact's dtypes again when it is finished.
     """
 
     def __init__(self, quantized: QuantizedModel, base: nn.Module, config: FinetuneConfig) -> None:
         super().__init__()
         self.quantized, self.compute_dtype = quantized, getattr(torch, config.compute_dtype)
+        self.dtypes = {name: x.dtype for name, x in _floating(quantized.model)}
+        quantized.float()
         for name, layer in quantized.layers().items():
             _begin_weight(layer, own_weight(base.get_submodule(name)))
         weighted = {id(q) for layer in quantized.layers().values() for q in layer.activation_quantizers()}
         self.functions: dict[str, Quantizer] = {}
         for name, quantizer in quantized.quantizers().items():
-            function = quantizer_class(config.quantizer)(absorbs=id(quantizer) in weighted)
+            function = quantizer_class(config.quantizer)(id(quantizer) in weighted, is_held(quantizer.record))
             self.functions[name] = quantizer.function = function
-        self.ratios = nn.ParameterList(f.ratio for f in self.functions.values() if f.ratio is not None)
-        self.ratios.to(quantized.device)
+        self.extra = nn.ParameterList(p for f in self.functions.values() for p in f.learned())
+        self.extra.to(quantized.device)
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         for layer in quantized.layers().values():
@@ -67,7 +72,7 @@ class Student(nn.Module):
 
     def groups(self, config: FinetuneConfig) -> list[dict[str, Any]]:
         """All that learns for an optimizer, by the rate that it learns with; only weights decay."""
-        rates: dict[int, str] = {id(p): "interval_lr" for p in self.ratios}
+        rates: dict[int, str] = {id(p): "interval_lr" for p in self.extra}
         for source in self.sources():
             rates |= {id(p): "module_lr" for p in source.parameters()}
             rates |= {id(p): "interval_lr" for p in source.raw_parameters()}
@@ -129,13 +134,17 @@ class Student(nn.Module):
         with torch.no_grad():
             for layer in self.quantized.layers().values():
                 _end_weight(layer)
-        for quantizer in self.quantized.quantizers().values():
-            assert quantizer.source is not None
-            quantizer.source.eval()
-            activations.freeze(quantizer, self.quantized.axis.num_train_timesteps)
-            quantizer.function = fake_quantize
+        for name, tensor in _floating(self.quantized.model):
+            tensor.data = tensor.detach().to(self.dtypes.get(name, tensor.dtype))
+        for name, quantizer in self.quantized.quantizers().items():
+            _end_interval(quantizer, self.functions[name], self.quantized.axis.num_train_timesteps)
         self.quantized.requires_grad_(False)
         return self.quantized.finalize()
+
+
+def _floating(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of floating dtypes."""
+    return ((name, x) for name, x in chain(model.named_parameters(), model.named_buffers()) if x.is_floating_point())
 
 
 def _begin_weight(layer: QuantLayer, weight: Tensor) -> None:
@@ -152,6 +161,17 @@ def _begin_weight(layer: QuantLayer, weight: Tensor) -> None:
         grid = quantizer.scale.view(shape), quantizer.zero_point.view(shape)
         quantizer.rounding = LearnedWeight(whole[:, low:high], quantizer.codes, *grid, quantizer.qtype)
     layer.finished = False
+
+
+def _end_interval(quantizer: ActivationQuantizer, function: Quantizer, num_train_timesteps: int) -> None:
+    """The table that a quantizer has learned; a shift of its interval goes into the zero points."""
+    source: Any = quantizer.source
+    source.eval()
+    activations.freeze(quantizer, num_train_timesteps)
+    if function.shift is not None:
+        source = quantizer.source
+        source.zero_point = function.moved(source.zero_point, quantizer.qtype).detach().to(torch.int32)
+    quantizer.function = fake_quantize
 
 
 def _end_weight(layer: QuantLayer) -> None:

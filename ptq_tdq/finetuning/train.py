@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ptq_tdq.calls import prediction
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.finetuning import processes
-from ptq_tdq.finetuning.checkpoint import Checkpoint
 from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.data import Batch, Data, generator_of
 from ptq_tdq.finetuning.student import Student
+from ptq_tdq.recon import RunDirectory
 
-Moments = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of a parameter
+STATE = "finetune", 0  # under which a run directory keeps it
 
 
 @dataclass(frozen=True)
@@ -43,30 +41,26 @@ class Training:
         self.learned = student.learned()
         self.optimizer = torch.optim.AdamW(student.groups(config))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        processes.begin_alike(p.detach() for p in self.learned.values())
         self.averages = [p.detach().clone() for p in self.learned.values()]
         self.losses: list[float] = []
-        alone = processes.count() == 1
-        # a layer may have nothing to do in some calls; buffers are the same in all processes
-        self.model: nn.Module = (
-            student if alone else DistributedDataParallel(student, find_unused_parameters=True, broadcast_buffers=False)
-        )
 
-    def run(self, checkpoint: Checkpoint | None, on_iteration: Callable[[IterationReport], None]) -> None:
-        """Learn from the iteration that the checkpoint has reached; leaves the averages in the student.
+    def run(self, kept: RunDirectory | None, on_iteration: Callable[[IterationReport], None]) -> None:
+        """Learn from the iteration that the state in ``kept`` has reached; leaves the averages in the student.
 
         Raises :class:`NonFiniteError` naming the iteration and the layer.
         """
-        if checkpoint is not None:
-            self._load(checkpoint)
+        if kept is not None:
+            self._load(kept)
         first, began = len(self.losses), time.perf_counter()
         for iteration in range(first, self.config.iterations):
             loss = self._iterate(iteration)
             done = iteration + 1
             seconds = (time.perf_counter() - began) / (done - first)
             on_iteration(IterationReport(done, self.config.iterations, loss, seconds))
-            kept = done % self.config.checkpoint_every == 0 or done == self.config.iterations
-            if checkpoint is not None and kept and processes.rank() == 0:
-                checkpoint.write(self._state())
+            due = done % self.config.checkpoint_every == 0 or done == self.config.iterations
+            if kept is not None and due and processes.rank() == 0:
+                kept.write(*STATE, self._state(), (self.losses[0], loss))
         with torch.no_grad():
             for parameter, average in zip(self.learned.values(), self.averages, strict=True):
                 parameter.copy_(average)
@@ -90,33 +84,38 @@ class Training:
             group["lr"] = rate * factor
         self.student.freeze(iteration >= config.freeze_from * config.iterations)
         torch.manual_seed(generator_of(f"noise of process {processes.rank()}", config.seed, iteration).initial_seed())
-        numbers = self.data.order(iteration, config.batch_size, config.seed)
-        noise = generator_of("data", config.seed, iteration).initial_seed()
+        batches = self._draw(iteration)
         self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.student.quantized.device)
-        for piece in range(config.accumulation):
-            start = (processes.rank() * config.accumulation + piece) * self.size
-            batches = self.data.draw(numbers, slice(start, start + self.size), torch.Generator().manual_seed(noise))
-            total += self._descend(batches, iteration, last=piece == config.accumulation - 1)
+        loss = processes.mean(self._descend(batches))
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(self._why(iteration, batches))
+        processes.mean_gradients(list(self.learned.values()))
         self.optimizer.step()
         decay = min(config.ema, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(self.averages, [p.detach() for p in self.learned.values()], 1 - decay)
-        self.losses.append(float(processes.mean(total)))
+        self.losses.append(float(loss))
         return self.losses[-1]
 
-    def _descend(self, batches: Sequence[Batch], iteration: int, *, last: bool) -> Tensor:
-        """Add the gradients of one piece's share of the loss, which is returned."""
+    def _draw(self, iteration: int) -> list[Batch]:
+        """What this process learns from in an iteration, in pieces."""
+        seed, pieces = self.config.seed, self.config.accumulation
+        numbers = self.data.order(iteration, self.config.batch_size, seed)
+        noise = generator_of("data", seed, iteration).initial_seed()
+        starts = (self.size * (processes.rank() * pieces + piece) for piece in range(pieces))
+        return [
+            batch
+            for start in starts
+            for batch in self.data.draw(numbers, slice(start, start + self.size), torch.Generator().manual_seed(noise))
+        ]
+
+    def _descend(self, batches: Sequence[Batch]) -> Tensor:
+        """Add up the gradients of a process's share of the loss, which is returned."""
         total = torch.zeros((), device=self.student.quantized.device)
-        for number, batch in enumerate(batches):
-            sends = last and number == len(batches) - 1
-            waits = nullcontext() if sends or self.model is self.student else self.model.no_sync()  # type: ignore[operator]
-            with torch.enable_grad(), waits:
-                predicted, penalty = self.model(**batch.arguments)
-                loss = (_distance(predicted, self._target(batch)) + penalty) * (
-                    batch.rows / (self.size * self.config.accumulation)
-                )
-                if not bool(torch.isfinite(loss)):
-                    raise NonFiniteError(self._why(iteration, batch))
+        for batch in batches:
+            share = batch.rows / (self.size * self.config.accumulation)
+            with torch.enable_grad():
+                predicted, penalty = self.student(**batch.arguments)
+                loss = (_distance(predicted, self._target(batch)) + penalty) * share
                 loss.backward()
             total += loss.detach()
         return total
@@ -127,34 +126,34 @@ class Training:
         with torch.no_grad():
             return prediction(self.teacher(**batch.arguments)).float()
 
-    def _why(self, iteration: int, batch: Batch) -> str:
-        layer = self.student.first_to_overflow(batch.arguments)
-        where = f"{layer} overflows or gives NaN" if layer else "the loss is NaN or Inf"
+    def _why(self, iteration: int, batches: Sequence[Batch]) -> str:
+        layers = filter(None, (self.student.first_to_overflow(batch.arguments) for batch in batches))
+        where = next((f"{layer} overflows or gives NaN" for layer in layers), "the loss is NaN or Inf")
         return f"At iteration {iteration + 1} {where}; lower the learning rates (weight_lr, interval_lr, module_lr)."
 
     def _state(self) -> dict[str, Tensor]:
-        state = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        """All that the next iteration depends on; losses are NaN where there are none yet."""
+        losses = self.losses + [math.nan] * (self.config.iterations - len(self.losses))
+        state = {"losses": torch.tensor(losses, dtype=torch.float64)}
         for (name, parameter), average in zip(self.learned.items(), self.averages, strict=True):
-            state |= {f"learned.{name}": parameter, f"average.{name}": average}
-            state |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+            learned = parameter.detach()
+            begun = {"exp_avg": torch.zeros_like(learned), "exp_avg_sq": torch.zeros_like(learned)}  # as AdamW begins
+            kept = {"learned": learned, "average": average, "step": torch.zeros(()), **begun}
+            state |= {f"{key}.{name}": value for key, value in (kept | self.optimizer.state[parameter]).items()}
         return state
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.learned.items()}
-        kinds = ("learned", "average")
-        state = checkpoint.read({f"{kind}.{name}": shape for kind in kinds for name, shape in shapes.items()})
-        if state is None:
+    def _load(self, run: RunDirectory) -> None:
+        found = run.read(*STATE, {key: (x.dtype, tuple(x.shape)) for key, x in self._state().items()})
+        if found is None:
             return
-        self.losses = state["losses"].tolist()
+        state, _ = found
+        self.losses = state["losses"][~state["losses"].isnan()].tolist()
         for (name, parameter), average in zip(self.learned.items(), self.averages, strict=True):
             with torch.no_grad():
                 parameter.copy_(state[f"learned.{name}"])
                 average.copy_(state[f"average.{name}"])
-            moments = {key: state[f"{key}.{name}"] for key in Moments if f"{key}.{name}" in state}
-            if moments:
-                self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
-                }
+            moments = {key: state[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": state[f"step.{name}"], **moments}
 
 
 def _distance(predicted: Tensor, target: Tensor) -> Tensor:

@@ -10,41 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ptq_tdq.errors import ConfigError
+from ptq_tdq.intervals.choices import IntervalChoices
 from ptq_tdq.intervals.smooth import smooth
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import Histogram, QParams, activation_qparams
-
-Encoding = Literal["none", "normalize", "fourier", "frequency"]  # of the time step, for a network
-
-
-@dataclass(frozen=True)
-class IntervalOptions:
-    """The choices that interval sources share; each preset names all of them.
-
-    parameter: a learned scale is stored raw (LSQ) or as its logarithm.
-    zero_point: the same for all sources: "fixed" at the static value, or each interval's "own": one per bin of S_N, one
-        per step of step sources, a smooth function of t for modules.
-    start: modules start "as-is" (their random initialisation, its mean over t at the static interval), exactly
-        "static", or fitted to a smooth curve through the "steps"' best intervals (regression in log s).
-    encoding, thin_encoding: time encodings of ``tdq`` (supp Table 2) and of ``tdq-thin``.
-    weights: initialisation of networks (supp Table 7).
-    activation: nonlinearity of ``tdq-thin``, which the paper leaves open.
-    """
-
-    parameter: Literal["raw", "log"] = "log"
-    zero_point: Literal["fixed", "own"] = "fixed"
-    start: Literal["as-is", "static", "steps"] = "steps"
-    encoding: Encoding = "frequency"
-    thin_encoding: Encoding = "normalize"
-    weights: Literal["he", "gaussian", "zero", "xavier"] = "he"
-    activation: Literal["relu", "silu", "tanh"] = "silu"
 
 
 @dataclass(frozen=True)
@@ -57,7 +33,7 @@ class Observed:
     qtype: QType
     range_method: str = "mse"
     from_zero: bool = False
-    options: IntervalOptions = field(default_factory=IntervalOptions)
+    choices: IntervalChoices = field(default_factory=IntervalChoices)
     ratios: Histogram | None = None  # errors [K, F] with ratios [F] of tokens' own ranges
 
     def search(self, histogram: Histogram, zero_point: Tensor | None = None) -> QParams:
@@ -73,8 +49,8 @@ class Observed:
         return QParams(found.scale[0], found.zero_point[0])
 
     def intervals(self, histogram: Histogram) -> QParams:
-        """The best interval of each row of a histogram, with the static zero point where options say "fixed"."""
-        return self.search(histogram, self.static.zero_point if self.options.zero_point == "fixed" else None)
+        """The best interval of each row of a histogram, with the static zero point where choices say "fixed"."""
+        return self.search(histogram, self.static.zero_point if self.choices.zero_point == "fixed" else None)
 
     @cached_property
     def steps(self) -> QParams:

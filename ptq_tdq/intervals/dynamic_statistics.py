@@ -41,18 +41,18 @@ class DynamicStatistics(Dynamic):
     @classmethod
     def build(cls, method: str, observed: Observed) -> DynamicStatistics:
         # the zero point is the static one, so the steps' best scales must be those beside it
-        observed = replace(observed, options=replace(observed.options, zero_point="fixed"))
+        observed = replace(observed, choices=replace(observed.choices, zero_point="fixed"))
         source = cls(observed.static.zero_point.clone(), observed.qtype)
         source.static.copy_(observed.static.scale)
         source.unit.copy_(observed.static.scale * (observed.qtype.qmax - observed.qtype.qmin))
-        initialize(source.net, observed.options.weights)
+        initialize(source.net, observed.choices.module_weights)
         h = observed.histogram
         share = h.counts / h.counts.sum(1, keepdim=True)
         mean = share @ h.centres
         variance = (share @ h.centres.square() - mean.square()).clamp(min=0)
         features = source.features(observed.t, torch.stack([h.lo, h.hi, mean, variance], 1))
-        centre(source.net, features, silent=observed.options.start == "static")
-        if observed.options.start == "steps":
+        centre(source.net, features, silent=observed.choices.module_start == "static")
+        if observed.choices.module_start == "steps":
             fit(source.net, features, source.static, observed.steps.scale, RIDGE)
         return source
 

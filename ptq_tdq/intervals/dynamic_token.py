@@ -58,7 +58,7 @@ class DynamicTokenRatio(DynamicToken):
         """Starts at the ratios with the least error at each observed step."""
         assert observed.ratios is not None
         ratios = _ObservedRatios(
-            observed.num_train_timesteps, observed.t, observed.ratios, observed.qtype, options=observed.options
+            observed.num_train_timesteps, observed.t, observed.ratios, observed.qtype, choices=observed.choices
         )
         ratio = source_class(cls.inner).build(cls.inner, ratios)
         return cls(observed.static.zero_point.clone(), observed.qtype, ratio)

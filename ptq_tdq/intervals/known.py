@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ptq_tdq.intervals.base import IntervalOptions, Observed
+from ptq_tdq.intervals.base import Observed
+from ptq_tdq.intervals.choices import IntervalChoices
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import Histogram, QParams
 from ptq_tdq.timeaxis import lookup
@@ -18,10 +19,10 @@ class Known(Observed):
     ratios of tokens' intervals stands for these in the same way.
     """
 
-    def __init__(self, t: Tensor, table: QParams, qtype: QType, options: IntervalOptions) -> None:
+    def __init__(self, t: Tensor, table: QParams, qtype: QType, choices: IntervalChoices) -> None:
         scale = lookup(table.scale, t)
         distances = Histogram((scale.log()[:, None] - scale.log()).square(), scale, scale, scale)
-        super().__init__(len(table.scale) - 1, t, distances, qtype, options=options, ratios=distances)
+        super().__init__(len(table.scale) - 1, t, distances, qtype, choices=choices, ratios=distances)
         object.__setattr__(self, "_table", table)
         self._table: QParams
 

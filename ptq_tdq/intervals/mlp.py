@@ -78,19 +78,19 @@ class ModuleInterval(IntervalSource):
     """
 
     def __init__(self, encode: nn.Module, net: nn.Sequential, observed: Observed) -> None:
-        """Begin where the options say."""
+        """Begin where the choices say."""
         super().__init__()
         self.encode, self.net = encode, net
-        options, static = observed.options, observed.static
-        self.scale = LearnedScale(static.scale, options.parameter)
+        choices, static = observed.choices, observed.static
+        self.scale = LearnedScale(static.scale, choices.interval_parameter)
         axis = torch.arange(observed.num_train_timesteps + 1)
-        own = options.zero_point == "own"
+        own = choices.zero_point == "own"
         self.register_buffer(
             "zero_point", observed.curve.zero_point if own else static.zero_point.expand(len(axis)).clone()
         )
         self.zero_point: Tensor
-        centre(net, encode(axis), silent=options.start == "static")
-        if options.start == "steps":
+        centre(net, encode(axis), silent=choices.module_start == "static")
+        if choices.module_start == "steps":
             places = torch.linspace(0, len(axis) - 1, PLACES).round().long()
             fit(net, encode(places), static.scale, observed.curve.scale[places], 1e-6)
 

@@ -32,7 +32,10 @@ class BinnedIntervals(IntervalSource):
         pooled = observed.histogram.pooled(torch.searchsorted(visited, group), len(visited))
         found = observed.intervals(pooled) if len(visited) > 1 else observed.static
         return cls(
-            found.scale.reshape(-1)[nearest], found.zero_point.reshape(-1)[nearest], total, observed.options.parameter
+            found.scale.reshape(-1)[nearest],
+            found.zero_point.reshape(-1)[nearest],
+            total,
+            observed.choices.interval_parameter,
         )
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ class StepLSQ(IntervalSource):
     @classmethod
     def build(cls, method: str, observed: Observed) -> StepLSQ:
         zero_point = observed.spread(observed.steps.zero_point)
-        return cls(observed.t, observed.steps.scale, zero_point, observed.options.parameter)
+        return cls(observed.t, observed.steps.scale, zero_point, observed.choices.interval_parameter)
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         after = torch.searchsorted(self.t, t.to(self.t.dtype).contiguous()).clamp(max=len(self.t) - 1)

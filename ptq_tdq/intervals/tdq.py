@@ -85,7 +85,7 @@ class TDQ(ModuleInterval):
 
     @classmethod
     def build(cls, method: str, observed: Observed) -> TDQ:
-        encode = TimeEncoding(observed.options.encoding, observed.num_train_timesteps, observed.gap)
+        encode = TimeEncoding(observed.choices.time_encoding, observed.num_train_timesteps, observed.gap)
         net = make_net(encode.width)
-        initialize(net, observed.options.weights)
+        initialize(net, observed.choices.module_weights)
         return cls(encode, net, observed)

@@ -22,10 +22,10 @@ class TDQThin(ModuleInterval):
 
     @classmethod
     def build(cls, method: str, observed: Observed) -> TDQThin:
-        activation = ACTIVATIONS[observed.options.activation]
-        encode = TimeEncoding(observed.options.thin_encoding, observed.num_train_timesteps, observed.gap)
+        activation = ACTIVATIONS[observed.choices.thin_activation]
+        encode = TimeEncoding(observed.choices.thin_encoding, observed.num_train_timesteps, observed.gap)
         net = nn.Sequential(
             nn.Linear(encode.width, HIDDEN), activation(), nn.Linear(HIDDEN, HIDDEN), activation(), nn.Linear(HIDDEN, 1)
         )
-        initialize(net, observed.options.weights)
+        initialize(net, observed.choices.module_weights)
         return cls(encode, net, observed)

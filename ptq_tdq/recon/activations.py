@@ -67,7 +67,7 @@ def observe(unit: Unit, call: UnitCall, config: Config, num_train_timesteps: int
             q.qtype,
             q.record.range_method,
             q.record.from_zero,
-            config.interval_options,
+            config.intervals,
             observers[q.record.name].ratios(),
         )
         for q in quantizers
@@ -95,10 +95,10 @@ def reconstruct_activations(
         probe = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
         with torch.random.fork_rng([unit.device] if unit.device.type == "cuda" else []):
             choose(unit, call, target, config, observed, lambda some, half: _learn(some, call, target, half, probe))
-        if config.token_intervals == "auto":
+        if config.activations.token_intervals == "auto":
             choose_tokens(unit, open_ones, call, target, config)
         _begin_static(unit, observed)
-    best, follow = _Best(unit, call, target, config.loss_power), [q for q in quantizers if _follows(q)]
+    best, follow = _Best(unit, call, target, config.activations.loss_power), [q for q in quantizers if _follows(q)]
     before = best.consider()
     first, seed = [shift.detach().clone() for shift in unit.shifts()], generator.initial_seed()
     _learn(unit, call, target, config, torch.Generator().manual_seed(seed) if follow else generator)
@@ -141,8 +141,8 @@ def _start(
         return own
     for quantizer in follow:
         found = observed[quantizer.record.name]
-        options = replace(found.options, start="static", zero_point="fixed")
-        quantizer.source = _build(unit, quantizer, {quantizer.record.name: replace(found, options=options)})
+        choices = replace(found.choices, module_start="static", zero_point="fixed")
+        quantizer.source = _build(unit, quantizer, {quantizer.record.name: replace(found, choices=choices)})
     return static
 
 
@@ -207,25 +207,26 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
 def _learn(unit: Unit, call: UnitCall, target: Parts, config: Config, generator: torch.Generator) -> None:
     """Adam with cosine decay to 0 over the unit's sources and bias corrections."""
     sources = nn.ModuleList(q.source for q in unit.quantizers() if q.source)
-    if not config.activation_iterations or not any(True for _ in sources.parameters()):
+    phase = config.activations
+    if not phase.activation_iterations or not any(True for _ in sources.parameters()):
         return
     raw = [p for s in sources if isinstance(s, IntervalSource) for p in s.raw_parameters()]
     known = {id(p) for p in raw}
     weights = [p for p in sources.parameters() if id(p) not in known]
     optimizer = torch.optim.Adam(
         [
-            {"params": raw, "lr": config.interval_lr},
-            {"params": weights, "lr": config.module_lr},
-            {"params": unit.shifts(), "lr": config.bias_lr},
+            {"params": raw, "lr": phase.interval_lr},
+            {"params": weights, "lr": phase.module_lr},
+            {"params": unit.shifts(), "lr": config.learning.bias_lr},
         ]
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.activation_iterations)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, phase.activation_iterations)
     sources.train()
-    chances = None if config.loss_weights == "uniform" else _chances(unit, target, config.loss_power)
+    chances = None if phase.loss_weights == "uniform" else _chances(unit, target, phase.loss_power)
     with unit.learning():
-        for _ in range(config.activation_iterations):
-            index = unit.draw(config.batch_size, generator, chances)
-            if not unit.descend(call, target, config.loss_power, config, index, optimizer, schedule):
+        for _ in range(phase.activation_iterations):
+            index = unit.draw(config.learning.batch_size, generator, chances)
+            if not unit.descend(call, target, phase.loss_power, config, index, optimizer, schedule):
                 break
     sources.eval()
 

@@ -45,7 +45,10 @@ _DAMAGE = (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueE
 
 
 class RunDirectory:
-    """``run.json`` with the run's identity (a flat dict), and ``<phase>-<index>.safetensors`` per finished unit."""
+    """``run.json`` with the run's identity (a flat dict), and ``<phase>-<index>.safetensors`` per finished unit.
+
+    Fine-tuning keeps its state as one unit that is written again and again.
+    """
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class RunDirectory:
         """
         self.path, self.on_notice = path, on_notice
         self.identity = json.dumps(identity, sort_keys=True)
-        self._homes = {"weights": weights or self, "activations": self}
+        self._homes = {"weights": weights or self}
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -98,10 +101,13 @@ class RunDirectory:
         return found
 
     def _file(self, phase: str, index: int) -> Path:
-        return self._homes[phase].path / f"{phase}-{index:04d}.safetensors"
+        return self._home(phase).path / f"{phase}-{index:04d}.safetensors"
+
+    def _home(self, phase: str) -> RunDirectory:
+        return self._homes.get(phase, self)
 
     def _hash(self, phase: str, index: int, tensors: Tensors, losses: str) -> str:
-        about = [self._homes[phase].identity, phase, index, losses]
+        about = [self._home(phase).identity, phase, index, losses]
         return sha256(json.dumps(about).encode() + save(tensors)).hexdigest()
 
     def write(self, phase: str, index: int, tensors: Tensors, losses: tuple[float, float]) -> None:
@@ -131,7 +137,7 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         except _DAMAGE:
-            self.on_notice(f"The checkpoint {path} is damaged; the unit is done again.")
+            self.on_notice(f"The checkpoint {path} is damaged; what it held is done again.")
             return None
         return tensors, (before, after)
 
@@ -143,7 +149,7 @@ def form_of(unit: Unit, phase: str, config: Config, length: int) -> Form:
     for layer in unit.layers():
         for index in range(len(layer.ranges)):
             part = layer.part(index).shape
-            rows = (part[0] if config.weight_granularity == "per_channel" else 1,)
+            rows = (part[0] if config.weights.weight_granularity == "per_channel" else 1,)
             kinds = {
                 "codes": (torch.uint8, tuple(part)),
                 "scale": (torch.float32, rows),

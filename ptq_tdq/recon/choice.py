@@ -37,7 +37,7 @@ def choose(
     ``ERRORS`` standard errors of the difference sample by sample, and if what all of those give together does so too.
     """
     seen, judge = unit.split()
-    half = replace(config, activation_iterations=config.activation_iterations // 2)
+    half = config.changed({"activation_iterations": config.activations.activation_iterations // 2})
     quantizers, first = undecided(unit), [shift.detach().clone() for shift in unit.shifts()]
 
     def learned(method: str) -> list[torch.nn.Module]:
@@ -51,7 +51,7 @@ def choose(
     def loss_with(sources: list[torch.nn.Module]) -> Tensor:
         for quantizer, source in zip(quantizers, sources, strict=True):
             quantizer.source = source  # type: ignore[assignment]
-        return judge.losses(call, target, config.loss_power)
+        return judge.losses(call, target, config.activations.loss_power)
 
     following, simple = learned(FOLLOWING), learned(SIMPLE)
     static = loss_with(simple)

@@ -24,7 +24,7 @@ def round_unit(unit: Unit, full: UnitCall, mine: UnitCall, config: Config, gener
     """
     for layer in unit.layers():
         layer.weights_enabled = False
-    factors = FACTORS if config.weight_granularity == "per_channel" else (1.0,)
+    factors = FACTORS if config.weights.weight_granularity == "per_channel" else (1.0,)
     for layers in same_input(unit, mine):
         found = inputs(unit, layers, full, mine, generator)
         for layer in layers:
@@ -35,7 +35,7 @@ def round_unit(unit: Unit, full: UnitCall, mine: UnitCall, config: Config, gener
 
 def _round(layer: QuantLayer, found: list[Inputs], config: Config, factors: tuple[float, ...]) -> None:
     weight, quantizers, device = layer.weight.flatten(1).float(), layer.weight_quantizers(), layer.weight.device
-    centred = layer.shift is not None and config.bias_lr > 0
+    centred = layer.shift is not None and config.learning.bias_lr > 0
     columns = [layer.part(index)[0].numel() for index in range(len(quantizers))]  # of each range, next to each other
     part = torch.arange(len(columns), device=device).repeat_interleave(torch.tensor(columns, device=device))
     scale, zero_point = (
@@ -46,7 +46,7 @@ def _round(layer: QuantLayer, found: list[Inputs], config: Config, factors: tupl
         codes[rows], scale[rows], shift[rows] = _solve(
             known.close(centred=centred), weight[rows], scale[rows], zero_point[rows], part,
             taps=weight[0].numel() // layer.weight.shape[1],
-            qtype=quantizers[0].qtype, damping=config.damping, factors=factors,
+            qtype=quantizers[0].qtype, damping=config.weights.damping, factors=factors,
         )  # fmt: skip
     for index, (quantizer, of_part) in enumerate(zip(quantizers, codes.split(columns, 1), strict=True)):
         assert quantizer.scale is not None and quantizer.zero_point is not None

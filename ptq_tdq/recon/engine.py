@@ -169,17 +169,17 @@ class _Engine:
         began = time.perf_counter()
         config = self.config
         if unit.name in self.unlearned:
-            config = replace(config, rounding="nearest", activation_iterations=0)
+            config = config.changed({"rounding": "nearest", "activation_iterations": 0})
         seed = self.config.seed * 1_000_003 + index
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             if phase == "weights":
-                if self.config.equalize == "channels" or self.config.rotate == "auto":
+                if self.config.weights.equalize == "channels" or self.config.weights.rotate == "auto":
                     equalize_unit(unit, mine, self.config, generator)
                 losses = reconstruct_weights(unit, full, mine, target, config, generator)
             else:
-                seen = mine if self.config.activation_inputs == "quantized" else full
+                seen = mine if self.config.activations.activation_inputs == "quantized" else full
                 steps = self.calls.axis.num_train_timesteps
                 result = reconstruct_activations(unit, full, seen, target, config, generator, steps)
                 losses = result.before, result.after

@@ -66,12 +66,12 @@ def best_transform(layer: QuantLayer, x: Tensor, number: Tensor, config: Config)
         return float(((output - target).square().mean(1) / energy).mean())
 
     best, least = torch.ones_like(size), torch.inf
-    for exponent in EXPONENTS if config.equalize == "channels" else EXPONENTS[:1]:
+    for exponent in EXPONENTS if config.weights.equalize == "channels" else EXPONENTS[:1]:
         divisor = power_of_two(size**exponent)
         found = error(learned / divisor, judged / divisor, weight * divisor)
         if found < least:
             best, least = divisor, found
-    turns = config.rotate == "auto"
+    turns = config.weights.rotate == "auto"
     return best, turns and error(rotated(learned), rotated(judged), rotated(weight)) < (1 - MARGIN) * least
 
 

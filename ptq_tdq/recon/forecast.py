@@ -149,8 +149,8 @@ def _unit_bytes(size: UnitSize, layers: Sequence[QuantLayer], config: Config, ro
     """What is allocated while one unit is learned, beside the model."""
     streams = size.own if on_disk else size.given + size.own + size.inputs + size.outputs
     some = min(rows, at_once(size))
-    work = [some * size.most, min(some, config.batch_size) * size.made]
-    if config.rounding in ("gptq", "learned"):
+    work = [some * size.most, min(some, config.learning.batch_size) * size.made]
+    if config.weights.rounding in ("gptq", "learned"):
         work += [2 * some * size.most + _closed_form_bytes(layer, size, rows) for layer in layers]
     weights = sum(layer.weight.numel() for layer in layers)
     return 2 * rows * streams + max(work) + 8 * weights
@@ -176,7 +176,7 @@ def _closed_form_seconds(
     layers: Sequence[QuantLayer], size: UnitSize, config: Config, samples: int, per_second: float
 ) -> float:
     """Both times, or once: products of rows, two factorizations of each block, one pass over the rows' columns."""
-    if config.rounding not in ("gptq", "learned"):
+    if config.weights.rounding not in ("gptq", "learned"):
         return 0.0
     operations = 0.0
     for layer in layers:
@@ -185,26 +185,26 @@ def _closed_form_seconds(
         products = rows * columns * (1.5 * block + 6 * outputs + PICKING)
         solved = columns * block * (2 * block + (len(FACTORS) + 6) * outputs)
         operations += groups * (products + DOUBLE * solved)
-    return (1 + config.round_again) * operations / per_second
+    return (1 + config.weights.round_again) * operations / per_second
 
 
 def _passes(layers: Sequence[QuantLayer], config: Config, rows: int) -> tuple[float, float]:
     """Forward passes of a unit over all rows without quantized activations, in phase W, and with, in phase A."""
-    learned = WITH_GRADIENTS * config.batch_size / rows
+    learned = WITH_GRADIENTS * config.learning.batch_size / rows
     inputs = 0.2 + 0.8 * max(0, len(layers) - 1)  # of both streams, each up to the layer; q, k and v come together
-    closed, first = config.rounding in ("gptq", "learned"), 4.0
+    closed, first = config.weights.rounding in ("gptq", "learned"), 4.0
     if closed:
         first += inputs
-    elif config.rounding == "adaround":
-        first += learned * config.weight_iterations
-    if config.equalize == "channels" or config.rotate == "auto":
+    elif config.weights.rounding == "adaround":
+        first += learned * config.weights.weight_iterations
+    if config.weights.equalize == "channels" or config.weights.rotate == "auto":
         first += 1
     learns = 2.0 if config.method == "auto" else 1.0
-    second = 7.0 + learns * learned * config.activation_iterations
+    second = 7.0 + learns * learned * config.activations.activation_iterations
     bits = min((layer.record.weight_bits or MAX_BITS for layer in layers), default=MAX_BITS)
-    if config.rounding == "learned" and bits <= LEARNED_BITS:
-        second += learned * config.weight_iterations
-    return first, second + inputs + 1 if closed and config.round_again else second
+    if config.weights.rounding == "learned" and bits <= LEARNED_BITS:
+        second += learned * config.weights.weight_iterations
+    return first, second + inputs + 1 if closed and config.weights.round_again else second
 
 
 def _seconds_per_row(quantized: QuantizedModel, call: Calls, rows: int) -> float:

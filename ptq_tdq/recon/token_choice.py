@@ -33,7 +33,7 @@ def choose_tokens(
         for quantizer in chosen:
             quantizer.source = source_class(TOKEN).of(quantizer.qtype).to(unit.device)  # type: ignore[attr-defined]
         try:
-            return judge.losses(call, target, config.loss_power)
+            return judge.losses(call, target, config.activations.loss_power)
         finally:
             for quantizer, source in zip(chosen, kept, strict=True):
                 quantizer.source = source

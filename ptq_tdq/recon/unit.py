@@ -127,7 +127,7 @@ class Unit:
 
         A model in half precision computes in its own.
         """
-        dtype, part = getattr(torch, config.compute_dtype), call.arguments.of(index)
+        dtype, part = getattr(torch, config.learning.compute_dtype), call.arguments.of(index)
         own = {layer.weight.dtype for layer in self.layers()}
         lower = dtype != torch.float32 and own == {torch.float32}
         # without the cache: it would keep the first low-precision copy of a parameter while the parameter learns

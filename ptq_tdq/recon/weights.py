@@ -31,9 +31,9 @@ def initialize(layer: QuantLayer, config: Config) -> None:
     """
     for index, quantizer in enumerate(layer.weight_quantizers()):
         weight = layer.part(index)
-        rows = weight.flatten(1) if config.weight_granularity == "per_channel" else weight.reshape(1, -1)
+        rows = weight.flatten(1) if config.weights.weight_granularity == "per_channel" else weight.reshape(1, -1)
         symmetric = config.symmetric_weights(quantizer.qtype.bits)
-        found = weight_qparams(rows, quantizer.qtype, method=config.weight_range, symmetric=symmetric)
+        found = weight_qparams(rows, quantizer.qtype, method=config.weights.weight_range, symmetric=symmetric)
         if not bool(torch.isfinite(2 * quantizer.qtype.qmax * found.scale).all()):  # twice, because scales may grow
             raise NonFiniteError(f"{layer.record.name} has weights that are too large for an interval in float32.")
         shape = (-1,) + (1,) * (weight.ndim - 1)
@@ -53,10 +53,10 @@ def reconstruct_weights(
         initialize(layer, config)
         layer.weights_enabled = True
     before = unit.loss(call, target, LOSS_POWER)
-    if config.rounding == "nearest":
+    if config.weights.rounding == "nearest":
         return before, before
     nearest = _weight_state(unit)
-    if config.rounding == "adaround":
+    if config.weights.rounding == "adaround":
         _adaround(unit, call, target, config, generator)
     else:
         round_unit(_seen(unit, config), full, call, config, generator)
@@ -74,15 +74,15 @@ def round_last(
     above ``loss``.
     """
     kept = _weight_state(unit)
-    if config.rounding in ("gptq", "learned") and config.round_again:
+    if config.weights.rounding in ("gptq", "learned") and config.weights.round_again:
         for layer in unit.layers():
             initialize(layer, config)
         round_unit(_seen(unit, config), full, call, config, generator)
-        loss = _settle(unit, call, target, config.loss_power, loss, kept)
+        loss = _settle(unit, call, target, config.activations.loss_power, loss, kept)
     if _learns(unit, config):
         kept = _weight_state(unit)
         _learn_codes(unit, call, target, config, generator)
-        loss = _settle(unit, call, target, config.loss_power, loss, kept)
+        loss = _settle(unit, call, target, config.activations.loss_power, loss, kept)
     return loss
 
 
@@ -93,7 +93,7 @@ def _seen(unit: Unit, config: Config) -> Unit:
 
 def _learns(unit: Unit, config: Config) -> bool:
     bits = [quantizer.qtype.bits for _, _, quantizer in _parts(unit.layers())]
-    return config.rounding == "learned" and min(bits, default=MAX_BITS) <= LEARNED_BITS
+    return config.weights.rounding == "learned" and min(bits, default=MAX_BITS) <= LEARNED_BITS
 
 
 def _settle(unit: Unit, call: UnitCall, target: Parts, power: float, loss: float, before: _WeightState) -> float:
@@ -160,21 +160,22 @@ def _grid(layer: QuantLayer, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor
 def _learn(
     unit: Unit, call: UnitCall, target: Parts, roundings: list[AdaRound], config: Config, generator: torch.Generator
 ) -> None:
+    choices = config.weights
     optimizer = torch.optim.Adam(
         [
-            {"params": [r.alpha for r in roundings], "lr": config.weight_lr},
-            {"params": unit.shifts(), "lr": config.bias_lr},
+            {"params": [r.alpha for r in roundings], "lr": choices.weight_lr},
+            {"params": unit.shifts(), "lr": config.learning.bias_lr},
         ]
     )
-    for iteration in range(config.weight_iterations):
-        index = unit.draw(config.batch_size, generator)
+    for iteration in range(choices.weight_iterations):
+        index = unit.draw(config.learning.batch_size, generator)
         b = annealed_b(
-            iteration / config.weight_iterations,
-            warmup=config.rounding_warmup,
-            start=config.rounding_b_start,
-            end=config.rounding_b_end,
+            iteration / choices.weight_iterations,
+            warmup=choices.rounding_warmup,
+            start=choices.rounding_b_start,
+            end=choices.rounding_b_end,
         )
-        penalties = [] if b is None else [config.rounding_loss * rounding.regularizer(b) for rounding in roundings]
+        penalties = [] if b is None else [choices.rounding_loss * rounding.regularizer(b) for rounding in roundings]
         optimizer.zero_grad()
         if not unit.backward(call, target, LOSS_POWER, config, index, penalties):
             break
@@ -187,20 +188,21 @@ def _learn_codes(unit: Unit, call: UnitCall, target: Parts, config: Config, gene
     Of these and of those at each check, the ones with the lowest loss on the held-out trajectories stay.
     """
     seen, judge = unit.split()
-    best, lowest = _weight_state(unit), judge.loss(call, target, config.loss_power)
+    power, iterations = config.activations.loss_power, config.weights.weight_iterations
+    best, lowest = _weight_state(unit), judge.loss(call, target, power)
     learned = [_begin_codes(*part) for part in _parts(unit.layers())]
     params = [c.position for c in learned], [c.log_scale for c in learned], unit.shifts()
-    rates, iterations = (config.weight_lr, config.scale_lr, config.bias_lr), config.weight_iterations
+    rates = config.weights.weight_lr, config.weights.scale_lr, config.learning.bias_lr
     optimizer = torch.optim.Adam([{"params": p, "lr": lr} for p, lr in zip(params, rates, strict=True)])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, iterations))
     checks = {-(-iterations * check // CHECKS) for check in range(1, CHECKS + 1)}
     with unit.learning():
         for iteration in range(1, iterations + 1):
-            index = seen.draw(config.batch_size, generator)
-            if not seen.descend(call, target, config.loss_power, config, index, optimizer, schedule):
+            index = seen.draw(config.learning.batch_size, generator)
+            if not seen.descend(call, target, power, config, index, optimizer, schedule):
                 break
             if iteration in checks:
-                now = judge.loss(call, target, config.loss_power)
+                now = judge.loss(call, target, power)
                 if now < lowest:
                     best, lowest = _learned_state(unit, learned), now
     _set_weights(unit, best)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.artifacts import Artifact, IntervalTable, summarize
+from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Role
 from ptq_tdq.evaluate.images import captions_of
 from ptq_tdq.evaluate.trajectories import Reference
@@ -46,7 +47,12 @@ def report_data(found: Survey) -> Json:
     searched: dict[tuple[Any, ...], Tensor] = {}
     return {
         "version": version("ptq-tdq"),
-        "model": {**base, "id": _name(base["id"]), "class": first.config["model_config"].get("_class_name")},
+        "model": {
+            **base,
+            "id": _name(base["id"]),
+            "class": first.config["model_config"].get("_class_name"),
+            "pipeline": _pipeline(first.config["calibration_set"].get("sampler")),
+        },
         "num_train_timesteps": first.num_train_timesteps,
         "steps": shorts(steps, 6),
         "samples": 0 if reference is None else len(reference.latents),
@@ -61,6 +67,11 @@ def report_data(found: Survey) -> Json:
         "artifacts": [_subject(subject, steps, found.roles, searched) for subject in found.subjects],
         "notices": list(found.notices),
     }
+
+
+def _pipeline(sampler: Any) -> str | None:
+    """The class whose sampling was recorded, if it was a pipeline."""
+    return sampler if isinstance(sampler, str) and sampler != "loop" else None
 
 
 def _has_latents(reference: Reference) -> bool:
@@ -103,7 +114,8 @@ def _subject(
     histograms = {name: a.by_step for name, a in measured.activations.items()} if measured else {}
     return {
         "name": subject.name,
-        **{key: artifact.config[key] for key in ("scheme", "method", "preset", "seed", "choices", "versions")},
+        **{key: artifact.config[key] for key in ("scheme", "method", "preset", "seed", "versions")},
+        "choices": ungrouped(artifact.config["choices"]),
         "calibration_set": artifact.config["calibration_set"],
         **{
             key: facts[key]
@@ -127,6 +139,7 @@ def _subject(
         "image_psnr_db": short(measured.image_psnr_db) if measured else None,
         "stored": _stored(artifact),
         "reconstruction": artifact.metrics.get("reconstruction"),
+        "finetune": _finetune(artifact),
     }
 
 
@@ -206,6 +219,15 @@ def _stored(artifact: Artifact) -> Json | None:
             "v": [short(value) for _, value in by_step],
         }
     return result
+
+
+def _finetune(artifact: Artifact) -> Json | None:
+    """How it was fine-tuned: the loss on held-out samples before and after, and that over the iterations."""
+    about, found = artifact.config.get("finetune"), artifact.metrics.get("finetune")
+    if not isinstance(about, dict) or not isinstance(found, dict):
+        return None
+    losses = {"t": [x["iteration"] for x in found["losses"]], "v": [short(x["loss"]) for x in found["losses"]]}
+    return {"quantizer": about["choices"].get("quantizer"), **found["held_out"], "losses": losses}
 
 
 def _name(identifier: str) -> str:

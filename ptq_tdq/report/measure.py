@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import Calls, main_argument, prediction
-from ptq_tdq.evaluate.trajectories import Reference
+from ptq_tdq.evaluate.trajectories import Progress, Reference
 from ptq_tdq.observe import Observer
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.records import LayerRecord
@@ -62,8 +62,13 @@ def groups_of(reference: Reference) -> list[Any]:
     return found[:MAX_GROUPS] if len(found) > 1 else []
 
 
-def observe_activations(layers: Sequence[LayerRecord], reference: Reference) -> dict[str, Activation]:
-    """Watch the input of every quantizer in the full-precision model, by quantizer name; those that ran."""
+def observe_activations(
+    layers: Sequence[LayerRecord], reference: Reference, on_progress: Progress | None = None
+) -> dict[str, Activation]:
+    """Watch the input of every quantizer in the full-precision model, by quantizer name; those that ran.
+
+    ``on_progress(done, total)`` counts rows, each twice.
+    """
     full, calls = _full_precision(layers, reference, reference.calls)
     steps, known = len(calls.t.unique()), groups_of(reference)
     place = {condition: g for g, condition in enumerate(known)}
@@ -77,7 +82,7 @@ def observe_activations(layers: Sequence[LayerRecord], reference: Reference) -> 
             taps = {name: tap for name, tap in taps.items() if tap.ran}
             for tap in taps.values():
                 tap.start_counting()
-        for k, rows, arguments in _batches(calls):
+        for k, rows, arguments in _batches(calls, on_progress, 2, counting):
             for tap in taps.values():
                 tap.begin(group[calls.trajectory[rows]] * steps + k, len(known) * steps + k)
             with torch.no_grad():
@@ -89,8 +94,8 @@ def observe_activations(layers: Sequence[LayerRecord], reference: Reference) -> 
     }
 
 
-def measure_errors(quantized: QuantizedModel, reference: Reference) -> LayerErrors:
-    """Compare every layer of a calibrated model with full precision."""
+def measure_errors(quantized: QuantizedModel, reference: Reference, on_progress: Progress | None = None) -> LayerErrors:
+    """Compare every layer of a calibrated model with full precision; ``on_progress(done, total)`` counts rows."""
     full, calls = _full_precision(quantized.plan, reference, replace(reference.calls, axis=quantized.axis))
     for name, quantizer in full.quantizers().items():
         quantizer.source = quantized.quantizers()[name].source
@@ -102,7 +107,7 @@ def measure_errors(quantized: QuantizedModel, reference: Reference) -> LayerErro
     inputs, own, accumulated = (_Ratios(len(layers), steps) for _ in range(3))
     last = _Ratios(1, steps)
     outputs: dict[int, deque[Tensor]] = defaultdict(deque)  # of each layer in full precision, one per use
-    for k, _, arguments in _batches(calls):
+    for k, _, arguments in _batches(calls, on_progress):
 
         def in_full(i: int, args: Any, kwargs: Any, output: Tensor, k: int = k) -> None:
             outputs[i].append(output.to(torch.float32, copy=True))  # what follows may write into it
@@ -178,12 +183,14 @@ def _heard(modules: Sequence[nn.Module], hear: Callable[[int, Any, Any, Tensor],
             handle.remove()
 
 
-def _batches(calls: Calls) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
-    """Step, rows and arguments of calls that are small, and of one step each.
+def _batches(
+    calls: Calls, on_progress: Progress | None = None, passes: int = 1, before: int = 0
+) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    """Step, rows and arguments of calls that are small, and of one step each; ``before`` of ``passes`` are done.
 
     So there is one t for layers whose rows are not told apart by sample (experts, layouts with the sequence first).
     """
-    step = calls.t.cpu().unique(return_inverse=True)[1]
+    step, done = calls.t.cpu().unique(return_inverse=True)[1], before * len(calls)
     for _, span in calls.spans():
         arguments = calls.inputs(slice(span.start, span.start + 1))
         leaves = pytree.tree_leaves(arguments[main_argument(arguments, calls.axis.argument)])
@@ -191,6 +198,9 @@ def _batches(calls: Calls) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         for k in step[span].unique().tolist():
             for rows in (span.start + (step[span] == k).nonzero().flatten()).split(size):
                 yield k, rows, calls.inputs(rows)
+                done += len(rows)
+                if on_progress is not None:
+                    on_progress(done, passes * len(calls))
 
 
 def _head(histogram: Histogram, rows: int) -> Histogram:

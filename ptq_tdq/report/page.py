@@ -14,10 +14,21 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from ptq_tdq.report.findings import average, checks, findings, lowest, plural, seeds, spread, worst_layers
+from ptq_tdq.report.beside import beside
+from ptq_tdq.report.findings import checks, findings, lowest, plural, seeds, spread, worst_layers
+from ptq_tdq.report.text import (
+    UNKNOWN,
+    byte_size,
+    calibration_rows,
+    choice_text,
+    decibels,
+    latents_db,
+    number,
+    prediction_db,
+)
 
 Json = dict[str, Any]
-UNKNOWN = "\N{EN DASH}"
+FAMILY = ("id", "pipeline", "component", "class")
 PHASES = {"weights": "Rounding of weights", "activations": "Intervals of activations"}
 
 
@@ -33,11 +44,13 @@ def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
     any_steps = measured or any(a["stored"] for a in data["artifacts"])
     sections = {
         "summary": "Summary",
+        "differences": len(shown) > 1 and "Differences",
         "steps": any_steps and "Error over t",
         "map": measured and "Heat map",
         "layers": "Layers",
         "seeds": bool(groups) and "Seeds",
         "samples": bool(pictures) and "Samples",
+        "finetune": any(a["finetune"] for a in shown) and "Fine-tuning",
         "losses": "Losses",
         "made": "How it was made",
     }
@@ -50,9 +63,12 @@ def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
         json=_embedded({**data, "seed_groups": groups}),
         version=data["version"],
         model=data["model"],
-        model_line=" \N{MIDDLE DOT} ".join(filter(None, map(data["model"].get, ("id", "component", "class")))),
+        model_line=" \N{MIDDLE DOT} ".join(
+            filter(None, map(data["model"].get, ("id", "pipeline", "component", "class")))
+        ),
         notices=data["notices"],
         artifacts=shown,
+        differences=[beside(data, data["artifacts"][0], other) for other in data["artifacts"][1:]],
         sections=[(key, text) for key, text in sections.items() if text],
         measured=measured,
         any_steps=any_steps,
@@ -78,35 +94,25 @@ def _embedded(data: Json) -> str:
 
 
 def _artifact(data: Json, artifact: Json) -> Json:
-    latent, stored = artifact["latent_sqnr_db"], artifact["stored"]
     return {
-        **{key: artifact[key] for key in ("name", "scheme", "method", "preset", "seed")},
+        **{key: artifact[key] for key in ("name", "scheme", "method", "preset", "seed", "finetune")},
         "tiles": _tiles(data, artifact),
         "findings": findings(data, artifact),
         "checks": checks(data, artifact),
-        "size": _bytes(artifact["bytes"]),
-        "latent": _db(latent if latent is not None else stored and stored["learned"]["latent_sqnr_db"]),
-        "psnr": _db(artifact["image_psnr_db"]),
-        "prediction": _db(_prediction(artifact)),
+        "size": byte_size(artifact["bytes"]),
+        "latent": decibels(latents_db(artifact)),
+        "psnr": decibels(artifact["image_psnr_db"]),
+        "prediction": decibels(prediction_db(artifact)),
         "losses": [
             {"title": PHASES.get(phase, phase), "units": _losses(units)}
             for phase, units in sorted((artifact["reconstruction"] or {}).items(), reverse=True)
         ],
-        "files": [(name, _bytes(size)) for name, size in artifact["file_bytes"].items()],
+        "files": [(name, byte_size(size)) for name, size in artifact["file_bytes"].items()],
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(artifact["versions"].items())),
         "axis": artifact["time_axis"]["text"],
-        "calibration": _calibration(artifact["calibration_set"]),
-        "choices": [(name, _text(value)) for name, value in artifact["choices"].items()],
+        "calibration": calibration_rows(artifact["calibration_set"]),
+        "choices": [(name, choice_text(of)) for name, of in artifact["choices"].items()],
     }
-
-
-def _calibration(stored: Json) -> list[tuple[str, str]]:
-    """What the calibration set was made with: the pipeline's arguments one by one, prompts as their number."""
-    flat = {**stored, **(stored["call"] if isinstance(stored.get("call"), dict) else {})}
-    if isinstance(flat.get("prompts"), list):
-        flat["prompts"] = len(flat["prompts"])
-    left_out = ("call", "model_sha256", "scheduler_sha256")
-    return [(name, _text(value)) for name, value in flat.items() if name not in left_out and value is not None]
 
 
 def _steps_text(data: Json) -> str:
@@ -122,32 +128,26 @@ def _tiles(data: Json, artifact: Json) -> list[dict[str, str]]:
     latent, where = artifact["latent_sqnr_db"], f"{data['samples']} samples, SQNR against full precision"
     if latent is None and stored:
         latent, where = stored["learned"]["latent_sqnr_db"], f"{stored['samples']} samples, measured at calibration"
-    tiles = [_tile(f"Final {data['end']}", _number(latent), "dB", where if latent is not None else "not measured")]
-    prediction = _prediction(artifact)
+    tiles = [_tile(f"Final {data['end']}", number(latent), "dB", where if latent is not None else "not measured")]
+    prediction = prediction_db(artifact)
     how = "not measured" if prediction is None else "SQNR, mean over the steps"
-    tiles.append(_tile("Prediction", _number(prediction), "dB", how))
+    tiles.append(_tile("Prediction", number(prediction), "dB", how))
     if errors:
         worst = worst_layers(artifact)
         if worst:
-            tiles.append(_tile("Layer that loses most", _number(worst[0][1]), "dB", worst[0][0]))
+            tiles.append(_tile("Layer that loses most", number(worst[0][1]), "dB", worst[0][0]))
         k = lowest(errors["prediction"])
         if k is not None:
             tiles.append(_tile("Worst step", f"t = {data['steps'][k]:.4g}", "", f"{errors['prediction'][k]:.1f} dB"))
     ratio = artifact["fp32_bytes"] / artifact["bytes"]
     compared = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"  # tables of a tiny model
-    size, unit = _bytes(artifact["bytes"]).split(" ")
-    tiles.append(_tile("Size", size, unit, f"{compared} than {_bytes(artifact['fp32_bytes'])} in float32"))
+    size, unit = byte_size(artifact["bytes"]).split(" ")
+    tiles.append(_tile("Size", size, unit, f"{compared} than {byte_size(artifact['fp32_bytes'])} in float32"))
     return tiles
 
 
 def _tile(label: str, value: str, unit: str, hint: str) -> dict[str, str]:
     return {"label": label, "value": value, "unit": unit if value != UNKNOWN else "", "hint": hint}
-
-
-def _prediction(artifact: Json) -> float | None:
-    if artifact["errors"]:
-        return average(artifact["errors"]["prediction"])
-    return artifact["stored"]["learned"]["mean_noise_sqnr_db"] if artifact["stored"] else None
 
 
 def _losses(units: list[Json]) -> list[Json]:
@@ -183,23 +183,7 @@ def _picture(data: Json, index: int, name: str, image: Image.Image) -> Json:
     text = ""
     if index:
         artifact = data["artifacts"][index - 1]
-        text = f"{artifact['scheme']}, {artifact['method']}; images {_db(artifact['image_psnr_db'])} PSNR"
+        text = f"{artifact['scheme']}, {artifact['method']}; images {decibels(artifact['image_psnr_db'])} PSNR"
     uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
     count = min(data["samples"], data["pictures"])
     return {"name": name, "uri": uri, "text": text, "width": image.width, "height": image.height, "count": count}
-
-
-def _number(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.1f}"
-
-
-def _db(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.1f} dB"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
-
-
-def _text(value: object) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ptq_tdq.config import Role
 from ptq_tdq.errors import ArtifactMismatchError
 from ptq_tdq.evaluate.images import CAPTION_HEIGHT, captions_of, columns_for, count_classes, grid
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
-from ptq_tdq.evaluate.trajectories import Reference, make_reference, run
+from ptq_tdq.evaluate.trajectories import Progress, Reference, make_reference, run
 from ptq_tdq.load import load_quantized
 from ptq_tdq.plan import find_roles
 from ptq_tdq.report.measure import Activation, LayerErrors, measure_errors, observe_activations
@@ -69,35 +70,42 @@ def survey(
     num_inference_steps: int = 25,
     seed: int = 0,
     notices: Sequence[str] = (),
-    on_progress: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Survey:
     """Measure each artifact against ``model`` on ``samples`` full-precision trajectories; without a model, nothing.
+
+    ``on_progress(name, done, total)`` counts what is done of each part.
 
     Raises :class:`ArtifactMismatchError` for artifacts of different base models.
     """
     check_same_model(subjects)
     if model is None:
         return Survey(tuple(subjects), seed=seed, notices=tuple(notices))
-    on_progress(f"Sampling {samples} trajectories in full precision")
-    reference = make_reference(model, samples=samples, num_inference_steps=num_inference_steps, seed=seed)
+    sampling = partial(on_progress, "Sampling in full precision")
+    sampling(0, samples)
+    reference = make_reference(
+        model, samples=samples, num_inference_steps=num_inference_steps, seed=seed, on_progress=sampling
+    )
     # the tables' own axis: an axis that is stretched over the values that were seen differs from run to run
     reference = replace(reference, calls=replace(reference.calls, axis=subjects[0].artifact.time_axis))
     observed: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, Activation]] = {}
     done = []
-    for i, subject in enumerate(subjects):
-        on_progress(f"Measuring {subject.name} ({i + 1} of {len(subjects)})")
+    for subject in subjects:
         layers = subject.artifact.layers
         seen_by = tuple((q.name, layer.splits) for layer in layers for q in layer.inputs)
         if seen_by not in observed:
-            observed[seen_by] = observe_activations(layers, reference)
-        done.append(_measure(subject, reference, observed[seen_by]))
+            observed[seen_by] = observe_activations(layers, reference, partial(on_progress, "Watching activations"))
+        progress = partial(on_progress, f"Measuring {subject.name}")
+        done.append(_measure(subject, reference, observed[seen_by], progress))
     roles = find_roles(trace(folded_copy(model.denoiser), reference.calls))
     return Survey(tuple(done), reference, roles, seed, (*notices, *_missing(reference)))
 
 
-def _measure(subject: Subject, reference: Reference, activations: dict[str, Activation]) -> Subject:
+def _measure(
+    subject: Subject, reference: Reference, activations: dict[str, Activation], on_progress: Progress
+) -> Subject:
     quantized = load_quantized(subject.folder, device=reference.model.denoiser.device)
-    errors = measure_errors(quantized, reference)
+    errors = measure_errors(quantized, reference, on_progress)
     found = run(quantized, reference.model, reference.conditions, reference.num_inference_steps, reference.seed)
     full, mine = reference.images, found.images
     psnr = None if full is None or mine is None else psnr_db(full, mine, peak=2.0)

@@ -77,6 +77,14 @@ class IntegerModel(TimedModel):
             output = super().forward(*args, **kwargs)
         return output if self.dtype == torch.float32 else pytree.tree_map(self._as_outside, output)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Raises :class:`ModelError`: what is saved is the artifact that this was read from."""
+        raise ModelError(
+            "The integer model is not saved; keep the artifact that it was read from, or save its simulated model."
+        )
+
+    push_to_hub = save_pretrained
+
     def _as_outside(self, leaf: Any) -> Any:
         return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 

@@ -127,7 +127,7 @@ def native_rotate(library: ctypes.CDLL) -> Rotate:
 @lru_cache
 def _library(march: str) -> ctypes.CDLL:
     """The built library; raises OSError, ValueError or SubprocessError where it cannot be built."""
-    compiler = _compiler()
+    compiler = c_compiler()
     compile_command = [*compiler, *FLAGS, f"-march={march}"]
     source = files("ptq_tdq.runtime").joinpath("native.c").read_bytes()
     identity = [source, *map(str.encode, compile_command), _processor()]
@@ -145,8 +145,11 @@ def _library(march: str) -> ctypes.CDLL:
     return _opened(library)
 
 
-def _compiler() -> list[str]:
-    """The command of the C compiler; ``$CC`` may have flags or a launcher (``ccache gcc``)."""
+def c_compiler() -> list[str]:
+    """The command of the C compiler, which ``$CC`` may name with flags or a launcher (``ccache gcc``).
+
+    Raises OSError where there is none.
+    """
     chosen = shlex.split(os.environ.get("CC", ""))
     found = chosen or [name for name in ("gcc", "clang", "cc") if shutil.which(name)][:1]
     if not found:

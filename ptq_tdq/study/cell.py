@@ -17,7 +17,7 @@ from ptq_tdq.artifacts import summarize, write_atomic
 from ptq_tdq.calib_data import LoadedModel, collect, collect_cached
 from ptq_tdq.calibration import calibrate, identity, provenance, weight_identity
 from ptq_tdq.calls import Calls
-from ptq_tdq.config import COLLECT_CHOICES, Config
+from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.baseline import Baseline, load_baseline, make_baseline, save_baseline
 from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
@@ -58,7 +58,7 @@ def run_cell(
         return {**line, "results": baseline.quality(), "seconds": {"evaluation": time.perf_counter() - began}}
     line["choices"] = cell.choices
     say("calibration set")
-    calls = collect_cached(model, **{key: getattr(cell.config, key) for key in COLLECT_CHOICES})
+    calls = collect_cached(model, **cell.config.recipe)
     try:
         return {**line, **_measure(model, cell, baseline, calls, work, say, grids)}
     except NonFiniteError as error:
@@ -77,7 +77,7 @@ def check_plans(model: LoadedModel, configs: Sequence[Config]) -> None:
     """
     copied, calls = folded_copy(model.denoiser), dict[int, Calls]()
     for config in configs:
-        steps = config.num_inference_steps
+        steps = config.calibration.num_inference_steps
         if steps not in calls:  # two samples are enough to see the model's structure
             few = min(2, steps)
             calls[steps] = collect(model, samples_per_step=2, calibration_steps=few, num_inference_steps=steps)
@@ -139,7 +139,9 @@ def _executable(quantized: QuantizedModel, cell: Cell, folder: Path) -> nn.Modul
 
 def _file_name(cell: Cell) -> str:
     """PRESET-SCHEME-METHOD-SEED-STEPS in letters that every file system has."""
-    return re.sub(r"[^\w.]+", "-", "-".join(map(str, (*cell.key, f"{cell.config.num_inference_steps}steps"))))
+    return re.sub(
+        r"[^\w.]+", "-", "-".join(map(str, (*cell.key, f"{cell.config.calibration.num_inference_steps}steps")))
+    )
 
 
 def _baseline(model: LoadedModel, cell: Cell, work: Path, say: Say) -> Baseline:

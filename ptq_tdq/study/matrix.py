@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptq_tdq.config import COLLECT_CHOICES, PRESETS, Config, preset
+from ptq_tdq.config import PRESETS, Config, preset
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.ptqd import CorrectionName, read_correction
 from ptq_tdq.intervals import source_class
@@ -62,7 +62,11 @@ class Cell:
     @property
     def evaluation(self) -> dict[str, int]:
         """What the full-precision side depends on."""
-        return {"samples": self.samples, "num_inference_steps": self.config.num_inference_steps, "seed": self.seed}
+        return {
+            "samples": self.samples,
+            "num_inference_steps": self.config.calibration.num_inference_steps,
+            "seed": self.seed,
+        }
 
     @property
     def resources(self) -> frozenset[str]:
@@ -70,9 +74,8 @@ class Cell:
         baseline = f"baseline {json.dumps(self.evaluation)}"
         if self.method == FULL_PRECISION:
             return frozenset((baseline,))
-        weights = f"weights {json.dumps(self.config.weight_choices())}"
-        calibration = [getattr(self.config, key) for key in COLLECT_CHOICES]
-        return frozenset((baseline, weights, f"calibration {calibration}"))
+        weights = f"weights {json.dumps(self.config.weight_choices)}"
+        return frozenset((baseline, weights, f"calibration {json.dumps(self.config.recipe)}"))
 
     def same(self, line: Mapping[str, Any]) -> bool:
         """Whether a line of a results file was measured with these choices."""

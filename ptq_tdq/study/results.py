@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptq_tdq.choices import ungrouped
 from ptq_tdq.errors import OutputError, UsageError
 from ptq_tdq.files import read_file, reason
 from ptq_tdq.study.matrix import FULL_PRECISION, Cell
@@ -95,7 +96,7 @@ def _place(key: tuple[str, str, str, int], evaluation: Mapping[str, int]) -> tup
 def _difference(cell: Cell, line: Line) -> str:
     wanted, stored = dict[str, Any](cell.evaluation), dict(line["evaluation"])
     if cell.method != FULL_PRECISION:
-        wanted, stored = wanted | cell.choices, stored | line["choices"]
+        wanted, stored = wanted | ungrouped(cell.choices), stored | ungrouped(line["choices"])
     for key in [*wanted, *stored]:
         if wanted.get(key) != stored.get(key):
             return f"{key} {stored.get(key)} where this study has {wanted.get(key)}"

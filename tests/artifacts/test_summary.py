@@ -12,6 +12,7 @@ def test_facts(artifact: Artifact, tmp_path: Path) -> None:
     write_artifact(tmp_path / "out", artifact)
     summary = summarize(read_artifact(tmp_path / "out"))
     assert summary == summarize(artifact)
+    assert summary["choices"] == artifact.config["choices"]
     assert summary["file_bytes"] == {file.name: file.stat().st_size for file in sorted((tmp_path / "out").iterdir())}
     assert summary["bytes"] == sum(summary["file_bytes"].values())
     assert summary["fp32_bytes"] == 4 * (81 + 10 + 15 + 3 + 7 + 7 + 1)

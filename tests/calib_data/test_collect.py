@@ -13,6 +13,7 @@ from ptq_tdq.calib_data import LoadedModel, LoopSampler, collect, collect_cached
 from ptq_tdq.calib_data.collect import drawn
 from ptq_tdq.calls import Calls, prediction
 from ptq_tdq.errors import NonFiniteError, OutputError, UsageError
+from ptq_tdq.files import holding
 
 SMALL: dict[str, Any] = {"samples_per_step": 5, "calibration_steps": 3, "num_inference_steps": 5}
 
@@ -182,6 +183,18 @@ def test_an_interrupted_collection_goes_on_after_its_last_batch(model: LoadedMod
     )
     assert seen == [11, 12, 13, 14, 15], "two batches of five steps were kept"
     assert found.sha256 == whole.sha256
+
+
+def test_a_run_leaves_the_parts_of_another_alone(model: LoadedModel, tmp_path: Path) -> None:
+    first = collect_cached(model, tmp_path, **SMALL)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    theirs = path.with_suffix(".parts")
+    theirs.mkdir()
+    with holding(theirs):
+        assert collect_cached(model, tmp_path, **SMALL).sha256 == first.sha256
+        assert list(theirs.iterdir()) == []
+    assert sorted(tmp_path.iterdir()) == sorted([path, theirs])
 
 
 def test_a_damaged_cache_is_mended(model: LoadedModel, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ptq_tdq.calib_data import (
     LoopSampler,
     check_denoiser,
     collect,
+    from_pipeline,
     is_embedded,
     load_model,
     with_scheduler,
@@ -222,6 +223,11 @@ def test_a_folder_without_a_denoiser_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be read as JSON"):
         load_model(str(tmp_path))
+
+
+def test_the_name_of_a_pipeline_is_none() -> None:
+    with pytest.raises(ModelError, match=r"A str is no pipeline .* load_model\(\) reads folders"):
+        from_pipeline("reference")
 
 
 def test_a_pipeline_without_a_denoiser_says_so(tmp_path: Path) -> None:

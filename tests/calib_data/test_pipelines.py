@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,12 @@ def test_another_scheduler_takes_the_place_of_the_pipelines_own(saved_pipeline: 
         ("StableDiffusionPipeline", {"classes": [1]}, "takes no classes"),
         ("StableDiffusionPipeline", {"prompts": []}, "no prompt"),
         ("StableDiffusionPipeline", {"call": {"heigth": 16}}, "takes no argument 'heigth' here; it takes"),
+        (
+            "StableDiffusionPipeline",
+            {"call": {"latents": torch.zeros(1)}},
+            r"'latents' is tensor\(.*, which no recipe",
+        ),
+        ("StableDiffusionPipeline", {"call": {"guidance_scale": math.nan}}, "'guidance_scale' is nan, which no recipe"),
         ("StableDiffusionPipeline", {"component": "text_encoder"}, "no denoiser named 'text_encoder'; it has unet"),
         ("WanPipeline", {}, r"several denoisers \(transformer, transformer_2\); name one with --component"),
         ("DDPMPipeline", {"prompts": ["A fox"]}, "takes no prompts"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from ptq_tdq import Calls, record
 from ptq_tdq.calls import Recorder, main_argument, prediction
+from ptq_tdq.calls.arguments import split_rows
 from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
 from ptq_tdq.timeaxis import TimeAxis
+from ptq_tdq.timed_model import TimedModel
 
 B = 2
 Change = Callable[[Tensor], Tensor]
@@ -178,7 +181,34 @@ def test_a_call_without_a_time_step_is_an_error_in_that_call(model: Conditioned,
     assert not model._forward_pre_hooks
 
 
-def test_models_without_a_time_or_an_input_are_refused() -> None:
+@dataclass
+class Output:
+    loss: Tensor | None
+    sample: Tensor
+
+
+FORMS: list[Callable[[Tensor], Any]] = [
+    lambda x: x,
+    lambda x: (None, {"logits": None, "sample": [x, 2 * x]}),
+    lambda x: Output(None, x),
+    lambda x: {"none": [], "sample": list(x)},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_prediction_is_the_first_tensor_of_any_output(form: Callable[[Tensor], Any]) -> None:
+    x = torch.randn(3, 4)
+    assert torch.equal(prediction(form(x)), torch.stack([x, 2 * x]) if form is FORMS[1] else x)
+
+
+def test_samples_in_another_dimension_than_the_first_are_refused() -> None:
+    with pytest.raises(TimestepError, match="2 values of timestep for 6 samples"):
+        split_rows({"frames": torch.randn(6, 4), "timestep": torch.tensor([9.0, 3.0])}, "timestep")
+
+
+def test_models_without_a_time_an_input_or_an_output_are_refused() -> None:
+    with pytest.raises(CalibrationSetError, match="without a tensor"):
+        prediction((None, {"loss": 3.0}))
     with pytest.raises(ModelError, match="time step"), record(nn.Linear(1, 1)):
         pass
     with pytest.raises(CalibrationSetError, match="no tensor beside its time step"):
@@ -195,3 +225,22 @@ def test_nothing_recorded_and_values_that_are_not_finite_are_refused(model: Cond
         model(torch.full((1, 4), torch.inf), torch.tensor([37.0]))
     with pytest.raises(CalibrationSetError, match=r"NaN or Inf in 'sample' at time step t = 37"):
         calls.check()
+
+
+def test_a_time_argument_that_was_named_is_known_from_then_on() -> None:
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+            y: Tensor = self.a(x) * log_snr[:, None].sigmoid()
+            return y
+
+    model = Denoiser().requires_grad_(False)
+    with record(model, time="log_snr") as calls:
+        for value in (-15.0, -3.0, 2.0, 15.0):
+            model(torch.ones(2, 4), torch.full((2,), value))
+    assert calls.t[[0, 2, 4, 6]].tolist() == pytest.approx([0, 400, 17000 / 30, 1000])
+    inputs = calls.inputs(slice(2, 4))
+    assert torch.equal(TimedModel(model, calls.axis)(**inputs), model(**inputs))

@@ -164,7 +164,8 @@ def test_a_name_that_no_document_can_hold_is_refused_before_the_first_unit(unet:
 def test_a_lower_case_scheme_and_fewer_steps_end_in_an_artifact(cli: Any, pipeline: Path, tmp_path: Path) -> None:
     run = ("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out")
     shown = json.loads(cli(*run, "--num-inference-steps", "10", "--scheme", " w4a8 ", "--show-config").out)
-    assert (shown["scheme"], shown["num_inference_steps"], shown["calibration_steps"]) == ("W4A8", 10, 10)
+    steps = shown["calibration"]
+    assert (shown["scheme"], steps["num_inference_steps"], steps["calibration_steps"]) == ("W4A8", 10, 10)
     quick = (
         "--samples-per-step",
         "2",
@@ -178,7 +179,7 @@ def test_a_lower_case_scheme_and_fewer_steps_end_in_an_artifact(cli: Any, pipeli
     result = cli(*run, "--scheme", " w4a8 ", "--num-inference-steps", "2", *quick)
     assert result.code == 0, result.err
     choices = json.loads((tmp_path / "out" / "ptq_tdq_config.json").read_text())["choices"]
-    assert (choices["scheme"], choices["calibration_steps"]) == ("W4A8", 2)
+    assert (choices["scheme"], choices["calibration"]["calibration_steps"]) == ("W4A8", 2)
 
 
 def test_a_model_of_zeros_is_calibrated_and_measured(

@@ -50,7 +50,7 @@ def test_each_cell_is_a_line_with_all_that_it_stands_for(whole: Path) -> None:
     lines = [json.loads(text) for text in whole.read_text().splitlines()]
     assert len(lines) == len(measured(whole)) == 6
     for line in lines[2:]:
-        assert line["choices"]["weight_iterations"] == 2 and line["choices"]["seed"] == line["seed"]
+        assert line["choices"]["weights"]["weight_iterations"] == 2 and line["choices"]["seed"] == line["seed"]
         assert line["results"]["latent_sqnr_db"] > 0 and line["evaluation"]["samples"] == 8
         assert {"cpu", "torch", "commit", "command", "threads"} <= line["facts"].keys()
     found = measured(whole)
@@ -69,6 +69,12 @@ def test_the_table_comes_from_the_lines_alone(whole: Path, cli: Any, tmp_path: P
     two = ("--metric", "latent-sqnr,mean-noise-sqnr")
     listed = cli("benchmark", "--render", whole, *two, "--format", "list", "--against", ":static")
     assert listed.code == 0 and listed.out.count("| default | W4A8 | ") == 1 and "to S_1 on the same" in listed.out
+    document = json.loads(cli("benchmark", "--render", whole, *two, "--json").out)
+    assert (document["results"], document["cells"]) == (str(whole), len(whole.read_text().splitlines()))
+    assert [table["metric"] for table in document["tables"]] == ["latent_sqnr_db", "mean_noise_sqnr_db"]
+    entries = [entry for entry in document["tables"][0]["entries"] if entry["method"] != "fp"]
+    values = {(e["scheme"], e["method"], int(seed)): value for e in entries for seed, value in e["values"].items()}
+    assert values == {key: found["latent_sqnr_db"] for key, (found, *_) in measured(whole).items() if key[1] != "fp"}
     refused = cli("benchmark", "--render", whole, *two, "--format", "csv")
     assert refused.code != 0 and "one --metric" in refused.err
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from ptq_tdq.config import PRESETS, preset
+from ptq_tdq.choices import described
+from ptq_tdq.config import PRESETS, Config, preset
+from ptq_tdq.finetuning import FinetuneConfig
 
 
 def choices(cli: Any, *flags: object) -> dict[str, Any]:
-    result = cli("calibrate", "--output-dir", "unused", "--show-config", *flags)
+    result = cli("calibrate", "--show-config", *flags)
     assert (result.code, result.err) == (0, "")
     found: dict[str, Any] = json.loads(result.out)
     assert not Path("unused").exists()
@@ -23,13 +25,13 @@ def choices(cli: Any, *flags: object) -> dict[str, Any]:
 def test_every_preset_is_what_it_says(name: str, cli: Any) -> None:
     assert choices(cli, "--preset", name) == preset(name).to_dict()
     assert choices(cli) == preset("default").to_dict()
-    assert choices(cli, "--preset", name)["weight_symmetric"] == ("8-bit" if name == "default" else "never")
+    assert choices(cli, "--preset", name)["weights"]["weight_symmetric"] == ("8-bit" if name == "default" else "never")
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("choices.toml", 'preset = "qdiff"\nscheme = "W3A5"\nseed = 7\nskip = ["conv_*", "mid_block.*"]\n'),
+        ("choices.toml", 'preset = "qdiff"\nscheme = "W3A5"\nseed = 7\n[layers]\nskip = ["conv_*", "mid_block.*"]\n'),
         ("choices.json", '{"preset": "qdiff", "scheme": "W3A5", "seed": 7, "skip": ["conv_*", "mid_block.*"]}'),
     ],
 )
@@ -41,8 +43,8 @@ def test_flags_go_before_the_file_and_set_before_flags(name: str, text: str, cli
         == preset("qdiff", scheme="W3A5", seed=7, skip=("conv_*", "mid_block.*")).to_dict()
     )
     found = choices(cli, "--config", file, "--scheme", "W2A8", "--seed", "1", "--set", "seed=2", "--skip", "conv_in")
-    assert (found["scheme"], found["seed"], found["skip"]) == ("W2A8", 2, ["conv_in"])
-    assert found["calibration_steps"] == preset("qdiff").calibration_steps
+    assert (found["scheme"], found["seed"], found["layers"]["skip"]) == ("W2A8", 2, ["conv_in"])
+    assert found["calibration"] == preset("qdiff").calibration.to_dict()
     assert choices(cli, "--config", file, "--preset", "paper")["preset"] == "paper"
 
 
@@ -51,7 +53,19 @@ def test_what_show_config_prints_is_a_config_file(cli: Any, tmp_path: Path) -> N
     first = choices(cli, "--preset", "paper", "--set", "time-encoding=fourier", "--set", "attention=true")
     file.write_text(json.dumps(first))
     assert choices(cli, "--config", file) == first
-    assert (first["time_encoding"], first["attention"]) == ("fourier", True)
+    assert (first["intervals"]["time_encoding"], first["layers"]["attention"]) == ("fourier", True)
+
+
+def test_choices_lists_what_may_be_set(cli: Any) -> None:
+    every, tuning = cli("choices", "--json"), cli("choices", "--finetune", "--json")
+    assert {about["name"] for about in json.loads(every.out)} == set(described(Config))
+    assert {about["name"] for about in json.loads(tuning.out)} == set(described(FinetuneConfig))
+    (rounding,) = json.loads(cli("choices", "rounding", "--json").out)
+    assert (rounding["group"], rounding["default"]) == ("weights", "learned") and len(rounding["alternatives"]) == 4
+    text = " ".join(cli("choices", "weight-lr", "calibration").out.split())
+    assert "[default: 0.003; qdiff: 0.001; paper: 0.001]" in text and "thinning" in text and "rotate" not in text
+    wrong = cli("choices", "roundin")
+    assert (wrong.code, wrong.out) == (2, "") and "the nearest are rounding, round_again" in wrong.err
 
 
 @pytest.mark.parametrize(
@@ -89,7 +103,7 @@ def test_a_wrong_choice_is_a_usage_error(setting: str, said: str, cli: Any, tmp_
         ("a.toml", "seed = true", "seed must be of type int. Got True instead."),
         ("a.toml", "seed 3", "cannot be read ("),
         ("a.json", "[1]", "must hold a table of choices."),
-        ("a.json", '{"shade": 1}', "There is no choice named 'shade'; the choices are preset, scheme,"),
+        ("a.json", '{"shade": 1}', "There is no choice named 'shade'; `ptq-tdq choices` lists them"),
         ("a.json", '{"preset": "best"}', "The preset must be one of default, qdiff, paper. Got 'best' instead."),
         ("a.json", '{"preset": ["paper"]}', "The preset must be one of default, qdiff, paper."),
         ("a.json", "\xff", "cannot be read ("),

@@ -92,7 +92,7 @@ def test_sample_is_repeatable_and_follows_the_seed(
         flags = ("--num-images", 2, "--num-inference-steps", 2, "--threads", 1, "--seed", seed, "--json")
         result = cli("sample", calibrated(conditional), "--output", tmp_path / f"{i}.png", *flags)
         facts = json.loads(result.out)
-        assert facts["num_images"] == 2 and facts["latent_sqnr_db"] > 0
+        assert facts["num_images"] == 2 and facts["artifacts"][0]["latent_sqnr_db"] > 0
         pictures.append((tmp_path / f"{i}.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
 
@@ -138,6 +138,14 @@ def test_every_flag_is_explained(command: str, cli: Any) -> None:
     assert shown.out.startswith(f"Usage: ptq-tdq {command} [OPTIONS]")
 
 
+@pytest.mark.parametrize("name", list(entry.COMMANDS))
+def test_every_command_gives_its_result_as_json(name: str) -> None:
+    command = entry.cli.get_command(click.Context(entry.cli), name)
+    assert command is not None
+    (option,) = (parameter for parameter in command.params if "--json" in parameter.opts)
+    assert option.name == "as_json" and getattr(option, "is_flag", False)
+
+
 def test_the_bare_command_lists_the_commands(cli: Any) -> None:
     shown = cli()
     assert shown.code == 2
@@ -153,15 +161,20 @@ def test_the_list_of_commands_quotes_their_own_help() -> None:
         assert " ".join(command.help.partition("\n\n")[0].split()) == text
 
 
-def test_help_imports_neither_torch_nor_diffusers() -> None:
-    script = """
-import sys
+AT_A_KEY = {"_PTQ_TDQ_COMPLETE": "bash_complete", "COMP_WORDS": "ptq-tdq cal", "COMP_CWORD": "1"}
+
+
+@pytest.mark.parametrize(("environment", "expected"), [({}, "Commands:"), (AT_A_KEY, "plain,calibrate\n")])
+def test_help_and_completion_import_neither_torch_nor_diffusers(environment: dict[str, str], expected: str) -> None:
+    script = f"""
+import os, sys
 from ptq_tdq.cli.main import main
+os.environ |= {environment}
 try:
     main(["--help"])
 except SystemExit as stop:
     assert not stop.code
-print(sorted({"torch", "diffusers", "scipy", "pandas"} & set(sys.modules)))
+print(sorted({{"torch", "diffusers", "scipy", "pandas"}} & set(sys.modules)))
 """
     done = run_python(script)
-    assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stderr
+    assert done.returncode == 0 and done.stdout.endswith("[]\n") and expected in done.stdout, done.stderr

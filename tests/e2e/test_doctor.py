@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ def test_the_facts_are_those_of_the_interpreter(cli: Any) -> None:
     assert (found["missing"]["metrics"] == []) == (importlib.util.find_spec("torchmetrics") is not None)
     assert (found["missing"]["fidelity"] == []) == (importlib.util.find_spec("torch_fidelity") is not None)
     assert found["devices"][0] == "cpu" and found["cores"] >= 1
+    assert found["native"] or shutil.which(found["compiler"].split()[0])
 
 
 def test_it_reads_like_text(cli: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,14 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ptq_tdq.artifacts import read_artifact
+from ptq_tdq.artifacts import alone, read_artifact
 
 START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
 FEW = (
     *("--iterations", "6", "--trajectories", "16", "--batch-size", "8"),
     *("--set", "num_inference_steps=4", "--set", "warmup=1", "--set", "checkpoint_every=2"),
+    *("--set", "compute_dtype=float32"),
     *("--evaluation-samples", "2", "--threads", "1"),
 )
 
@@ -47,17 +51,34 @@ def whole(run: tuple[Any, Path]) -> Path:
     return run[1]
 
 
-def test_every_command_takes_the_result(whole: Path, cli: Any, conditional: Path, tmp_path: Path) -> None:
+def test_every_command_takes_the_result(
+    artifact: Path, whole: Path, cli: Any, conditional: Path, tmp_path: Path
+) -> None:
     document = read_artifact(whole).config
     assert document["finetune"]["choices"]["iterations"] == 6
     assert cli("inspect", whole).code == 0
     exported = cli("export", whole, "--format", "json", "--output", tmp_path / "tables.json")
     assert exported.code == 0, exported.err
-    for backend in ("simulated", "integer"):
-        request = ("evaluate", whole, "--model", conditional, "--samples", 8, "--num-inference-steps", 2, "--json")
-        measured = cli(*request, "--backend", backend, "--threads", 1)
-        assert measured.code == 0, measured.err
-        assert json.loads(measured.out)["samples"] == 8
+    request = ("evaluate", whole, "--model", conditional, "--samples", 8, "--num-inference-steps", 2, "--json")
+    measured = cli(*request, "--backend", "integer", "--threads", 1)
+    assert measured.code == 0, measured.err
+    assert json.loads(measured.out)["samples"] == 8
+    onnx = tmp_path / "model.onnx"
+    exported = cli("export", whole, "--format", "onnx", "--model", conditional, "--output", onnx)
+    assert exported.code == 0 and onnx.exists(), exported.err
+    picture = (artifact, whole, "--output", tmp_path / "grid.png", "--num-images", 4, "--num-inference-steps", 2)
+    sampled = cli("sample", *picture, "--model", conditional, "--json")
+    assert [x["title"] for x in json.loads(sampled.out)["artifacts"]] == ["W4A8 auto", "W4A8 auto lsq"]
+    with Image.open(tmp_path / "grid.png") as image:  # three panels, a column for each class
+        assert image.width == 3 * 3 * 8 * 3 + 2 * 4 * 3
+    shown = ("--model", conditional, "--samples", 2, "--num-inference-steps", 2, "--threads", 1)
+    reported = cli("report", whole, "--output-dir", tmp_path / "report", *shown)
+    assert reported.code == 0, reported.err
+    text = re.search(r'id="data">(.*?)</script>', (tmp_path / "report" / "report.html").read_text(), re.S)
+    assert text
+    found, known = json.loads(text[1])["artifacts"][0]["finetune"], read_artifact(whole).metrics["finetune"]
+    assert found["quantizer"] == "lsq" and found["after"] == known["held_out"]["after"]
+    assert found["losses"]["t"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_result_is_shown_beside_the_calibrated_model(run: tuple[Any, Path]) -> None:
@@ -72,7 +93,7 @@ def test_the_result_is_shown_beside_the_calibrated_model(run: tuple[Any, Path]) 
 def test_a_killed_run_ends_with_the_same_bytes(
     artifact: Path, conditional: Path, whole: Path, cli: Any, contents: Any, tmp_path: Path
 ) -> None:
-    out, partial = tmp_path / "out", tmp_path / "out.partial" / "finetune.safetensors"
+    out, partial = tmp_path / "out", tmp_path / "out.partial" / "finetune-0000.safetensors"
     command = ["finetune", str(artifact), "--model", str(conditional), "--output-dir", str(out), *FEW]
     process = subprocess.Popen([sys.executable, "-c", START, *command], stderr=subprocess.PIPE)
     try:
@@ -83,11 +104,37 @@ def test_a_killed_run_ends_with_the_same_bytes(
     finally:
         process.kill()
     assert partial.exists() and not out.exists()
+    with alone(partial.parent):
+        refused = cli(*command)
+    assert refused.code == 1 and "Another run works in" in refused.err
     refused = cli(*command, "--seed", "1")
     assert refused.code == 1 and "start with --no-resume" in refused.err
     result = cli(*command)
     assert result.code == 0, result.err
     assert contents(out) == contents(whole)
+
+
+def test_two_processes_learn_what_one_does(
+    artifact: Path, conditional: Path, whole: Path, shared_cache: Path, tmp_path: Path
+) -> None:
+    """To the digits that another order of sums leaves, until a value rounds to another code; one writes and speaks."""
+    command = ("finetune", artifact, "--model", conditional, "--output-dir", tmp_path / "out", *FEW)
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ptq_tdq")
+    done = subprocess.run(
+        [*launch, *map(str, command), "--json"],
+        env={**os.environ, "PTQ_TDQ_CACHE": str(shared_cache), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = read_artifact(whole), read_artifact(tmp_path / "out")
+    assert json.loads(done.stdout)["finetune"] == two.metrics["finetune"]
+    losses = [[x["loss"] for x in found.metrics["finetune"]["losses"]] for found in (one, two)]
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=5e-2)
+    for name, scale in one.weight_scale.items():
+        torch.testing.assert_close(two.weight_scale[name], scale, rtol=1e-2, atol=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_images_and_latents_are_learned_from(artifact: Path, conditional: Path, cli: Any, tmp_path: Path) -> None:
@@ -111,7 +158,7 @@ def test_images_and_latents_are_learned_from(artifact: Path, conditional: Path, 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--quantizer", "qil"), "The quantizer must be one of duq, lsq, nipq, pact. Got 'qil' instead."),
+        (("--quantizer", "dorefa"), "The quantizer must be one of duq, lsq, nipq, pact, qil. Got 'dorefa' instead."),
         (("--set", "speed=1"), "There is no choice named 'speed'"),
         (("--set", "iterations"), "--set takes KEY=VALUE. Got 'iterations' instead."),
         (("--loss", "denoising"), "The loss 'denoising' needs images or latents (data)"),

@@ -136,4 +136,4 @@ def test_half_precision_from_calibration_to_samples(dtype: str, cli: Any, tmp_pa
         flags = ("--backend", backend, "--num-images", 2, "--json", "--output", tmp_path / "x.png", *FEW)
         result = cli("sample", tmp_path / "out", *flags)
         assert result.code == 0, result.err
-        assert json.loads(result.out)["latent_sqnr_db"] > 10
+        assert json.loads(result.out)["artifacts"][0]["latent_sqnr_db"] > 10

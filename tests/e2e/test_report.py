@@ -184,6 +184,13 @@ seen.switched = getComputedStyle(document.body).backgroundColor;
 input("sort", "order", "change"); seen.order = names();
 document.querySelector("tr.row[data-layer=conv_out]").click();
 seen.charts = [...document.querySelectorAll("tr.detail .chart svg")].map((svg) => svg.clientWidth);
+const name = () => document.querySelector("tr.row[data-layer=conv_in] .name");
+name().focus(); name().click();
+seen.focus = [document.activeElement === name(), name().getAttribute("aria-expanded")];
+name().click();
+const curve = document.querySelector("#steps-chart svg");
+for (const key of ["Home", "ArrowRight", "End"]) curve.dispatchEvent(new KeyboardEvent("keydown", { key }));
+seen.said = curve.getAttribute("aria-valuetext");
 document.querySelector("[data-mode=accumulated]").click();
 const canvas = document.getElementById("map-canvas");
 const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
@@ -214,6 +221,8 @@ def test_the_page_works_in_a_browser_on_a_desk_and_on_a_phone(report: Path, tmp_
         assert facts["first"] == sorted(layers, key=lambda name: mean[name])
         assert facts["found"] == [name for name in layers if "up_blocks" in name and "conv1" in name]
         assert facts["none"] == "No layer matches"
+        assert facts["focus"] == [True, "true"]  # the row is drawn anew under it
+        assert re.match(r"t = 1000, .*learned intervals -?[\d.]+ dB", facts["said"])
         assert len(facts["charts"]) == 4 and min(facts["charts"]) >= 220 and facts["colors"] > 5
     assert seen[0]["dark"] != seen[1]["dark"]  # the system's colours, then the reader's own
     assert seen[0]["dark"] == seen[1]["switched"]

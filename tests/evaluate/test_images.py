@@ -48,3 +48,10 @@ def test_pictures_are_named_after_what_they_were_asked_to_show() -> None:
 )
 def test_columns_of_a_grid(count: int, classes: int, expected: int) -> None:
     assert columns_for(count, classes) == expected
+
+
+def test_panels_that_do_not_fit_beside_each_other_stand_below() -> None:
+    white, black = torch.ones(1, 3, 90, 900), -torch.ones(1, 3, 90, 900)
+    picture = np.asarray(grid({"a": white, "b": white, "c": black}, columns=1, scale=1))
+    assert picture.shape == (2 * (90 + CAPTION_HEIGHT) + 4, 2 * 900 + 4, 3)
+    assert (picture[-90:, :900] == 0).all() and (picture[-90:, 900:] == 255).all()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers.utils import BaseOutput
 from processors import needs_wide_sums
 from torch import Tensor, nn
 
@@ -188,3 +189,34 @@ def test_time_steps_of_a_batch_may_differ_also_where_rows_are_of_no_one_sample(
     assert graph.facts["one_step"] and "batch" in graph.facts["free_sizes"]
     for steps in (t, t[[1, 1, 1]]):
         assert sqnr_db(simulated(x, steps), graph(x, steps)) > 40
+
+
+class Shortcut(nn.Module):
+    """A transposed convolution of two joined tensors; returns a bare tensor where a tuple is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inside, self.last = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(3, 2, 1)
+        self.up = nn.ConvTranspose2d(10, 3, 2, stride=2)
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> Any:
+        """sample [B, 2, H, W]."""
+        x = self.first(sample) + timestep[:, None, None, None] / 1000
+        y = self.last(self.up(torch.cat([x, self.inside(x.tanh())], 1)).tanh())
+        return BaseOutput(sample=y) if return_dict else y
+
+
+@torch.no_grad()
+def test_ranges_of_a_transposed_convolution_and_a_bare_tensor_in_the_place_of_a_tuple(
+    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(0)
+    x, t = torch.randn(3, 2, 4, 4), torch.tensor([900.0, 100.0, 400.0])
+    artifact, calls = quantize_model(Shortcut(), sample=x, timestep=t)
+    assert next(layer for layer in artifact.layers if layer.name == "up").splits == (0, 6, 10)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Shortcut())
+    graph, simulated = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, Shortcut())
+    expected = simulated(x, t, return_dict=False)
+    for got in (graph(x, t).sample, graph(x, t)[0], graph(x, t, return_dict=False)):
+        assert got.shape == (3, 2, 8, 8)
+        assert sqnr_db(expected, got) > 30

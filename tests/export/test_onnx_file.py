@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,19 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn, ones
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.calls import Calls, prediction
+from ptq_tdq.calls import Calls, Group, Place, prediction
 from ptq_tdq.errors import ArtifactMismatchError, ModelError, UsageError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export import export_tables
 from ptq_tdq.export.onnx import FORMS, OnnxDenoiser, export_onnx, export_onnx_float
 from ptq_tdq.export.onnx import file as onnx_file
 from ptq_tdq.export.onnx.file import encode_onnx
+from ptq_tdq.export.onnx.signature import describe
 from ptq_tdq.export.onnx.skeleton import Skeleton
 from ptq_tdq.export.onnx.trial import try_out
 from ptq_tdq.load import build_quantized
 from ptq_tdq.timeaxis import TimeAxis
+from ptq_tdq.timed_model import TimedModel
 
 NO_CALLS = Calls(TimeAxis("timestep"))
 RUNTIMES = ("portable", "onnxruntime", "openvino", "float")
@@ -223,6 +226,17 @@ def test_a_class_of_ones_own_is_exported_with_an_instance(
     graph, expected = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, Own())(**arguments)
     assert sqnr_db(expected, graph(**arguments)) > 40
     assert not hasattr(graph, "add_embedding")
+
+
+def test_an_output_that_no_graph_can_give_is_refused() -> None:
+    class Output(Own):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+            return SimpleNamespace(sample=super().forward(sample, timestep))
+
+    rows = [torch.randn(2, 3, 4), torch.tensor([900.0, 100.0])]
+    calls = Calls(TimeAxis("timestep"), [Group({"sample": Place(0), "timestep": Place(1)}, rows)])
+    with pytest.raises(ModelError, match="returns a SimpleNamespace, which no graph can give"):
+        describe(TimedModel(Output(), calls.axis), calls)
 
 
 def test_a_graph_that_computes_something_else_is_refused(

@@ -48,6 +48,6 @@ def choose() -> Callable[..., FinetuneConfig]:
 
     def make(**choices: Any) -> FinetuneConfig:
         few = {"iterations": 40, "batch_size": 16, "weight_lr": 1e-3, "warmup": 3, "ema": 0.8}
-        return FinetuneConfig(**{**few, "compute_dtype": "float32", **choices})
+        return FinetuneConfig().changed({**few, "compute_dtype": "float32", **choices})
 
     return make

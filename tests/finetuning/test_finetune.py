@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from recorded import images
+from small_denoiser import SmallDenoiser
 from torch import nn
 
-from ptq_tdq import Calls, FinetuneConfig, QuantizedModel, finetune, load_quantized
+from ptq_tdq import Calls, FinetuneConfig, QuantizedModel, calibrate, finetune, load_quantized, preset, record
 from ptq_tdq.artifacts import read_artifact
 from ptq_tdq.errors import ArtifactMismatchError, CalibrationSetError, ConfigError, NonFiniteError
 from ptq_tdq.finetuning import IterationReport
@@ -39,8 +41,13 @@ def loss(model: nn.Module, denoiser: nn.Module) -> float:
         return float((model(x, t) - denoiser(x, t)).square().mean())
 
 
-@pytest.mark.parametrize("quantizer", ["lsq", "pact", "nipq", "duq"])
-@pytest.mark.parametrize("method", ["keep", "tdq", "S_3", "step-lsq", "dynamic-token-tdq"])
+@pytest.mark.parametrize(
+    ("quantizer", "method"),
+    [
+        *product(("lsq", "pact", "nipq", "duq", "qil"), ("keep", "tdq", "S_3", "step-lsq")),
+        *product(("lsq", "pact", "nipq", "duq"), ("dynamic-token-tdq",)),
+    ],
+)
 def test_it_starts_at_the_artifact(
     quantizer: str, method: str, denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
 ) -> None:
@@ -56,7 +63,7 @@ def test_it_starts_at_the_artifact(
 
 @pytest.mark.parametrize(
     ("quantizer", "method"),
-    [("lsq", "keep"), ("lsq", "tdq-thin"), ("pact", "step-lsq"), ("nipq", "keep"), ("duq", "tdq")],
+    [("lsq", "keep"), ("lsq", "tdq-thin"), ("pact", "step-lsq"), ("nipq", "keep"), ("duq", "tdq"), ("qil", "tdq")],
 )
 def test_it_is_better_than_calibration_alone_and_ends_as_an_artifact(
     quantizer: str,
@@ -80,20 +87,43 @@ def test_it_is_better_than_calibration_alone_and_ends_as_an_artifact(
     assert tuned.provenance["method"] == expected and tuned.provenance["finetune"]["choices"]["quantizer"] == quantizer
 
 
-@pytest.mark.parametrize("quantizer", ["lsq", "duq"])
+@pytest.mark.parametrize(
+    ("quantizer", "method"), [("lsq", "tdq"), ("duq", "tdq"), ("qil", "S_3"), ("qil", "dynamic-statistics")]
+)
 def test_the_finished_model_is_what_was_trained(
-    quantizer: str, denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
+    quantizer: str, method: str, denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
 ) -> None:
-    student = student_of(denoiser, calibrated(), calls, choose(quantizer=quantizer, method="tdq"))
+    student = student_of(denoiser, calibrated(), calls, choose(quantizer=quantizer, method=method))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in student.learned().values():
             parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
-        for ratio in student.ratios:
-            ratio.add_(0.3)
+        for factor in student.extra:
+            factor.add_(0.3)
     with student.judged():
         trained = student(X, T)[0]
     torch.testing.assert_close(student.finish()(X, T), trained, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_low_precision_model_learns_in_float32_and_keeps_its_dtypes(
+    dtype: torch.dtype, choose: Choose, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = SmallDenoiser().to(dtype).eval().requires_grad_(False)
+    with record(model) as calls, torch.no_grad():
+        for t in (999.0, 500.0, 1.0):
+            model(images(64).to(dtype), torch.full((64,), t))
+    few = {"rounding": "gptq", "activation_iterations": 2, "eight_bit_layers": ()}
+    begun = calibrate(model, preset("default", scheme="W2A4", method="static", **few), calls)
+    tuned = finetune(model, begun, choose(weight_lr=1e-4), calls)  # steps that such a weight would round away
+    known = tuned.metrics["finetune"]["held_out"]
+    assert known["after"] < known["before"]
+    kept, expected = tuned.state_dict(), begun.state_dict()
+    assert {name: x.dtype for name, x in kept.items()} == {name: x.dtype for name, x in expected.items()}
+    tuned.save_pretrained(tmp_path / "out")
+    loaded = load_quantized(tmp_path / "out", model=model)
+    assert torch.equal(loaded(X.to(dtype), T), tuned(X.to(dtype), T))
 
 
 @pytest.mark.parametrize("method", ["dynamic", "dynamic-statistics-time", "dynamic-token", "dynamic-token-tdq"])
@@ -165,12 +195,12 @@ def test_a_damaged_checkpoint_costs_a_notice(
 ) -> None:
     config, notices = choose(iterations=2), list[str]()
     finetune(denoiser, calibrated(), config, calls, run_directory=tmp_path)
-    file = tmp_path / "finetune.safetensors"
+    file = tmp_path / "finetune-0000.safetensors"
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
     finetune(denoiser, calibrated(), config, calls, run_directory=tmp_path, on_notice=notices.append)
-    assert any("is damaged; the run begins again" in text for text in notices)
+    assert any("is damaged; what it held is done again" in text for text in notices)
 
 
 def test_nan_stops_with_the_iteration_and_the_layer(
@@ -184,6 +214,8 @@ def test_nan_stops_with_the_iteration_and_the_layer(
 def test_wrong_requests_are_one_sentence(
     denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
 ) -> None:
+    with pytest.raises(ConfigError, match=r"'qil' learns where intervals lie, and those of method 'dynamic' "):
+        finetune(denoiser, calibrated(), choose(quantizer="qil", method="dynamic"), calls)
     with pytest.raises(ConfigError, match="'denoising' needs images or latents"):
         finetune(denoiser, calibrated(), choose(loss="denoising"), calls)
     with pytest.raises(CalibrationSetError, match="alone does not say how it is sampled"):
@@ -199,7 +231,7 @@ def test_wrong_requests_are_one_sentence(
 @pytest.mark.parametrize(
     ("choices", "text"),
     [
-        ({"quantizer": "qil"}, "The quantizer must be one of duq, lsq, nipq, pact. Got 'qil'"),
+        ({"quantizer": "dorefa"}, "The quantizer must be one of duq, lsq, nipq, pact, qil. Got 'dorefa'"),
         ({"method": "nothing"}, "The method must be one of"),
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1. Got 1.0"),

@@ -156,6 +156,39 @@ def test_duq_without_a_weight_behind_it_is_lsq() -> None:
     assert torch.equal(gradients(function, batch())[0], codes(batch()))
 
 
+def test_qil_learns_centre_and_half_width_from_the_values_inside() -> None:
+    """x_hat = clip((x - (c - d)) / (2 d), 0, 1) in n steps, and its derivatives by c and d (Jung et al., section 3)."""
+    x, function, n = batch().requires_grad_(), quantizer_class("qil")(), 15
+    assert function.shift is not None
+    with torch.no_grad():
+        function.shift.fill_(0.3)  # 2.25 codes: z goes from 7 to 5
+    scale = torch.tensor(0.23, requires_grad=True)
+    out = function(x, scale, torch.tensor(7, dtype=torch.int32), QTYPE)
+    values, d = x.detach().double().numpy(), 0.23 * n / 2
+    c = 0.23 * (n / 2 - 5)
+    x_hat = np.clip((values - (c - d)) / (2 * d), 0, 1)
+    np.testing.assert_allclose(out.detach(), 2 * d * np.round(x_hat * n) / n + (c - d), atol=1e-5)
+    out.backward(torch.ones_like(out))
+    assert scale.grad is not None and x.grad is not None and function.shift.grad is not None
+    inside = np.abs(values - c) <= d
+    by_c, by_d = -2 * d * inside / (2 * d), -2 * d * inside * (values - c) / (2 * d**2)
+    # c = s (n / 2 - z) + shift d, d = s n / 2
+    assert float(function.shift.grad) == pytest.approx((by_c * d).sum(), rel=1e-4)
+    assert float(scale.grad) == pytest.approx((by_c * (n / 2 - 5) + by_d * n / 2).sum(), rel=1e-4)
+    np.testing.assert_allclose(x.grad, inside)  # 2 d / (2 d)
+
+
+def test_qil_keeps_its_zero_points_among_the_codes() -> None:
+    function = quantizer_class("qil")()
+    assert function.shift is not None
+    with torch.no_grad():
+        function.shift.fill_(-0.4)  # three codes
+    assert function.moved(ZERO, QTYPE).tolist() == [3, 10, 15]
+    held = quantizer_class("qil")(held=True)
+    assert held.shift is None
+    assert torch.equal(gradients(held, batch())[0], codes(batch()))
+
+
 def test_an_unknown_quantizer_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"must be one of duq, lsq, nipq, pact\. Got 'qil'"):
-        quantizer_class("qil")
+    with pytest.raises(ConfigError, match=r"must be one of duq, lsq, nipq, pact, qil\. Got 'dorefa'"):
+        quantizer_class("dorefa")

@@ -15,7 +15,7 @@ from diffusers import PipelineQuantizationConfig, UNet2DConditionModel
 from diffusers.quantizers import DiffusersAutoQuantizer
 from safetensors.torch import load_file, save_file
 
-from ptq_tdq import calibrate, load_quantized
+from ptq_tdq import calibrate, load_model, load_quantized
 from ptq_tdq.cli.main import main
 from ptq_tdq.errors import ArtifactCorruptError, ArtifactMismatchError, ConfigError, ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
@@ -150,6 +150,12 @@ def test_a_model_is_not_calibrated_while_it_is_loaded(stable_diffusion: Calibrat
     pipe.unet = UNet2DConditionModel.from_pretrained(saved / "unet")
     with pytest.raises(ModelError, match="quantized already"):
         calibrate(pipe, QUICK, prompts=["A red fox"])
+
+
+def test_a_quantized_model_is_no_source_for_calibration(stable_diffusion: Calibrated, saved: Path) -> None:
+    for source in (saved, saved / "unet", stable_diffusion.artifact):
+        with pytest.raises(ModelError, match="quantized already; give the full-precision one"):
+            load_model(str(source))
 
 
 def test_a_class_of_ones_own_is_no_component(stable_diffusion: Calibrated) -> None:

@@ -57,7 +57,7 @@ def test_a_dynamic_scale_for_zeros_is_positive() -> None:
 
 
 def test_the_network_reads_four_statistics_and_the_time_encoding() -> None:
-    widths = {method: build(method, start="as-is").net[0].in_features for method in NETWORKS}  # type: ignore[union-attr,index]
+    widths = {method: build(method, module_start="as-is").net[0].in_features for method in NETWORKS}  # type: ignore[union-attr,index]
     assert widths == {"dynamic-statistics": 4, "dynamic-statistics-time": 4 + 128}
 
 
@@ -82,7 +82,7 @@ def test_a_network_starts_with_less_error_than_the_static_interval(method: str, 
     t = STEPS.repeat_interleave(8)
     noise = torch.randn(len(t), 200, generator=torch.Generator().manual_seed(1))
     x = (0.3 + 1.5 * t / T)[:, None] * (noise + 2 * (t / T)[:, None])
-    observed = watch(x, t, 6, start="steps", zero_point=zero_point)
+    observed = watch(x, t, 6, module_start="steps", zero_point=zero_point)
     torch.manual_seed(0)
     started = source_class(method).build(method, observed).eval()(t, x)
     static = (value.expand(len(t)) for value in (observed.static.scale, observed.static.zero_point))
@@ -94,7 +94,7 @@ def test_a_network_starts_with_less_error_than_the_static_interval(method: str, 
 
 
 def test_with_zero_weights_a_network_starts_as_the_static_interval() -> None:
-    source, static = build("dynamic-statistics", start="as-is", weights="zero"), observe(bits=8).static
+    source, static = build("dynamic-statistics", module_start="as-is", module_weights="zero"), observe(bits=8).static
     scale, zero_point = source(STEPS, activation(STEPS))
     torch.testing.assert_close(scale, static.scale.expand(len(STEPS)))
     assert bool((zero_point == static.zero_point).all())
@@ -102,7 +102,7 @@ def test_with_zero_weights_a_network_starts_as_the_static_interval() -> None:
 
 @pytest.mark.parametrize("method", NETWORKS)
 def test_each_sample_has_its_own_interval_which_follows_t_in_one_variant_only(method: str) -> None:
-    source, x = build(method, start="as-is"), activation(torch.tensor([100.0, 900.0]))
+    source, x = build(method, module_start="as-is"), activation(torch.tensor([100.0, 900.0]))
     both = source(torch.tensor([5, 5]), x)[0]
     torch.testing.assert_close(source(torch.tensor([5]), x[1:])[0], both[1:])
     assert both[0] != both[1]
@@ -113,7 +113,7 @@ def test_each_sample_has_its_own_interval_which_follows_t_in_one_variant_only(me
 
 @pytest.mark.parametrize("method", NETWORKS)
 def test_gradients_reach_the_network_and_not_the_tensor(method: str) -> None:
-    source, x = build(method, start="as-is"), activation(STEPS).requires_grad_()
+    source, x = build(method, module_start="as-is"), activation(STEPS).requires_grad_()
     source(STEPS, x)[0].sum().backward()
     assert all(p.grad is not None and bool((p.grad != 0).any()) for p in source.parameters())
     assert x.grad is None and source.raw_parameters() == []

@@ -17,9 +17,9 @@ from ptq_tdq.intervals.mlp import fit, inverse_softplus
 from ptq_tdq.intervals.tdq import TDQ, TimeEncoding, make_net
 
 MODULES: list[tuple[str, dict[str, Any]]] = [
-    *(("tdq", {"encoding": e}) for e in ("normalize", "fourier", "frequency")),
-    *(("tdq", {"weights": w}) for w in ("zero", "xavier")),
-    *(("tdq-thin", {"activation": a}) for a in ("relu", "silu", "tanh")),
+    *(("tdq", {"time_encoding": e}) for e in ("normalize", "fourier", "frequency")),
+    *(("tdq", {"module_weights": w}) for w in ("zero", "xavier")),
+    *(("tdq-thin", {"thin_activation": a}) for a in ("relu", "silu", "tanh")),
 ]
 
 
@@ -27,16 +27,16 @@ MODULES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("encoding", ["none", "normalize", "fourier", "frequency"])
 @pytest.mark.parametrize("start", ["as-is", "static"])
 def test_tdq_has_a_positive_table_for_each_encoding_and_initialisation(encoding: str, weights: str, start: str) -> None:
-    check_table(build("tdq", observe(encoding=encoding, weights=weights, start=start)))
+    check_table(build("tdq", observe(time_encoding=encoding, module_weights=weights, module_start=start)))
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
 def test_tdq_thin_has_a_positive_table_for_each_activation(activation: str) -> None:
-    check_table(build("tdq-thin", observe(activation=activation, start="as-is")))
+    check_table(build("tdq-thin", observe(thin_activation=activation, module_start="as-is")))
 
 
 def test_the_tdq_module_is_that_of_supp_table_3() -> None:
-    source = build("tdq", observe(start="as-is"))
+    source = build("tdq", observe(module_start="as-is"))
     assert isinstance(source, TDQ)
     net = source.net
     layers = [(type(m).__name__, getattr(m, "out_features", getattr(m, "p", None))) for m in net]
@@ -50,7 +50,7 @@ def test_the_tdq_module_is_that_of_supp_table_3() -> None:
 
 
 def test_the_thin_module_has_three_layers_with_16_hidden_units_on_u() -> None:
-    source = build("tdq-thin", observe(start="as-is"))
+    source = build("tdq-thin", observe(module_start="as-is"))
     widths = [(m.in_features, m.out_features) for m in source.modules() if isinstance(m, nn.Linear)]
     assert widths == [(1, 16), (16, 16), (16, 1)]
     assert source.encode(torch.tensor([0, 250, 999])).squeeze(1).tolist() == pytest.approx([0, 0.25, 0.999])
@@ -58,14 +58,14 @@ def test_the_thin_module_has_three_layers_with_16_hidden_units_on_u() -> None:
 
 @pytest.mark.parametrize("encoding", ["none", "normalize", "fourier", "frequency"])
 def test_the_thin_module_takes_each_encoding(encoding: str) -> None:
-    source = build("tdq-thin", observe(thin_encoding=encoding, encoding="none", start="static"))
+    source = build("tdq-thin", observe(thin_encoding=encoding, time_encoding="none", module_start="static"))
     assert next(m for m in source.modules() if isinstance(m, nn.Linear)).in_features == source.encode.width
     assert source.encode.kind == encoding
     check_table(source)
 
 
 def test_dropout_acts_in_training_only() -> None:
-    source = build("tdq", observe(start="as-is"))
+    source = build("tdq", observe(module_start="as-is"))
     t, x = torch.full((64,), 500), torch.empty(64, 0)
     assert source(t, x)[0].unique().numel() == 1
     assert source.train()(t, x)[0].unique().numel() > 1
@@ -90,7 +90,7 @@ def test_the_other_encodings() -> None:
 
 @pytest.mark.parametrize("weights", ["he", "gaussian", "zero", "xavier"])
 def test_initial_weights_have_the_named_distribution(weights: str) -> None:
-    source = build("tdq", observe(start="as-is", weights=weights))
+    source = build("tdq", observe(module_start="as-is", module_weights=weights))
     for layer in (m for m in source.modules() if isinstance(m, nn.Linear) and m.out_features == 64):
         inputs, outputs = layer.in_features, layer.out_features
         default = 1 / (3 * inputs) ** 0.5  # torch's own, uniform in +-1 / sqrt(inputs)
@@ -102,7 +102,7 @@ def test_initial_weights_have_the_named_distribution(weights: str) -> None:
 def test_by_default_a_module_starts_around_the_static_interval_at_each_time_step() -> None:
     """Over 60 draws the median distance is below 3% at every t, whatever was observed."""
     for method, activation in (("tdq", "silu"), ("tdq-thin", "relu"), ("tdq-thin", "silu")):
-        observed, drawn = observe(start="as-is", activation=activation), list[torch.Tensor]()
+        observed, drawn = observe(module_start="as-is", thin_activation=activation), list[torch.Tensor]()
         for seed in range(60):
             torch.manual_seed(seed)
             drawn.append(scales(source_class(method).build(method, observed)) / observed.static.scale)
@@ -110,7 +110,7 @@ def test_by_default_a_module_starts_around_the_static_interval_at_each_time_step
         assert off.max() < 0.03, (method, activation)
 
 
-@pytest.mark.parametrize("options", [{"start": "static"}, {"start": "as-is", "weights": "zero"}])
+@pytest.mark.parametrize("options", [{"module_start": "static"}, {"module_start": "as-is", "module_weights": "zero"}])
 @pytest.mark.parametrize("method", ["tdq", "tdq-thin"])
 def test_a_module_that_starts_static_is_the_static_interval_at_each_time_step(
     method: str, options: dict[str, Any]
@@ -121,11 +121,11 @@ def test_a_module_that_starts_static_is_the_static_interval_at_each_time_step(
 
 @pytest.mark.parametrize(("method", "options"), MODULES)
 def test_start_steps_reproduces_the_intervals_of_the_steps(method: str, options: dict[str, Any]) -> None:
-    observed = observe(start="steps", **options)
+    observed = observe(module_start="steps", **options)
     found = scales(build(method, observed))[STEPS.long()]
     off = (found / observed.steps.scale).log().abs()
     static = (observed.static.scale / observed.steps.scale).log().abs()
-    if options.get("weights") == "zero":  # all hidden units stay alike: only the bias can move much
+    if options.get("module_weights") == "zero":  # all hidden units stay alike: only the bias can move much
         assert off.mean() < static.mean() * 1.05
         return
     assert off.mean() < 0.05
@@ -135,7 +135,7 @@ def test_start_steps_reproduces_the_intervals_of_the_steps(method: str, options:
 @pytest.mark.parametrize("method", ["tdq", "tdq-thin"])
 def test_between_observed_steps_a_module_is_where_it_was_not_told(method: str) -> None:
     """Started from every other step, it is as near to the best intervals of the others as to those it has seen."""
-    seen, others = observe(STEPS[::2], start="steps"), observe(STEPS[1::2])
+    seen, others = observe(STEPS[::2], module_start="steps"), observe(STEPS[1::2])
     off = (scales(build(method, seen))[STEPS[1::2].long()] / others.steps.scale).log().abs()
     assert off.max() < 0.1
 

@@ -26,7 +26,7 @@ QUICK = ["static", "S_1", "S_2", "S_4", "S_7", "S_20", "S_1000", "step-table", "
 def test_tables_hold_a_positive_interval_and_a_code_for_each_time_step(
     method: str, parameter: str, zero_point: str
 ) -> None:
-    check_table(build(method, observe(parameter=parameter, zero_point=zero_point)))
+    check_table(build(method, observe(interval_parameter=parameter, zero_point=zero_point)))
 
 
 # static and S_N
@@ -103,7 +103,7 @@ def test_step_sources_accept_integer_steps() -> None:
 # all of them
 
 
-ALL = [*((m, {}) for m in QUICK), ("tdq", {"start": "as-is"}), ("tdq-thin", {"start": "as-is"})]
+ALL = [*((m, {}) for m in QUICK), ("tdq", {"module_start": "as-is"}), ("tdq-thin", {"module_start": "as-is"})]
 
 
 @pytest.mark.parametrize(("method", "options"), ALL)
@@ -120,7 +120,7 @@ def test_each_sample_of_a_batch_has_its_own_time_step(method: str, options: dict
 @pytest.mark.parametrize(("method", "options"), [(m, o) for m, o in ALL if m != "step-table"])
 @pytest.mark.parametrize("parameter", ["raw", "log"])
 def test_gradients_reach_each_learned_parameter(method: str, options: dict[str, str], parameter: str) -> None:
-    source = build(method, observe(parameter=parameter, **options))
+    source = build(method, observe(interval_parameter=parameter, **options))
     scale, _ = source(torch.arange(T + 1), torch.empty(T + 1, 0))
     scale.sum().backward()
     learned = list(source.parameters())

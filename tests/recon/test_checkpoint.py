@@ -236,4 +236,4 @@ def test_without_a_callback_a_notice_is_logged(
     copy = copied()
     (copy / "weights-0000.safetensors").write_bytes(b"")
     calibrate(case.unet, case.config, case.calls, run_directory=copy)
-    assert "weights-0000.safetensors is damaged; the unit is done again." in caplog.text
+    assert "weights-0000.safetensors is damaged; what it held is done again." in caplog.text

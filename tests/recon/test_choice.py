@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,7 +46,7 @@ def run(growing: tuple[Growing, Calls]) -> Run:
         model, calls = growing
         few = {"scheme": "W8A4", "rounding": "nearest", "activation_iterations": 30, "compute_dtype": "float32"}
         config = preset(name, method=method, **{**few, "fixed_layers": (), "weight_only_layers": (), **choices})
-        config = replace(config, eight_bit_layers=(), unlearned_layers=(), attention=False)
+        config = config.changed({"eight_bit_layers": (), "unlearned_layers": (), "attention": False})
         quantized = QuantizedModel.copy_of(model, calls.axis, make_plan(model, config, calls).layers)
         reports: list[UnitReport] = []
         reconstruct(quantized, calls, config, on_unit=reports.append)

@@ -119,7 +119,7 @@ def test_a_cache_that_is_a_file_is_no_obstacle(cache: Path) -> None:
 def test_the_compiler_may_have_flags_or_a_launcher(launcher: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.uname().machine != "x86_64":
         pytest.skip("-m64 is of x86")
-    (compiler,) = native._compiler()
+    (compiler,) = native.c_compiler()
     monkeypatch.setenv("CC", launcher.format(compiler))
     assert reopened().quantize
 

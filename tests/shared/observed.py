@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq_tdq.intervals import IntervalOptions, IntervalSource, Observed, source_class
+from ptq_tdq.intervals import IntervalChoices, IntervalSource, Observed, source_class
 from ptq_tdq.observe import Observer
 from ptq_tdq.scheme import QType
 
@@ -27,7 +27,8 @@ def watch(x: Tensor, t: Tensor, bits: int, **options: Any) -> Observed:
     observer.see(x, t)
     observer.start_counting()
     observer.see(x, t)
-    return Observed(T, t.unique(), observer.histogram(), QType(bits), options=IntervalOptions(**options))
+    choices = IntervalChoices(**{"zero_point": "fixed", **options})
+    return Observed(T, t.unique(), observer.histogram(), QType(bits), choices=choices)
 
 
 def observe(steps: Tensor = STEPS, bits: int = 4, drift: float = 0.0, **options: Any) -> Observed:

@@ -15,7 +15,8 @@ class SmallDenoiser(nn.Module):
         self.time = nn.Linear(1, 8)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        shift = self.time(timestep.float().view(-1, 1) / 1000).view(-1, 8, 1, 1)
+        time = (timestep.float() / 1000).view(-1, 1).to(sample.dtype)
+        shift = self.time(time).view(-1, 8, 1, 1)
         h = nn.functional.silu(self.first(sample) + shift)
         q, k, v = self.mix(h.flatten(2).transpose(1, 2)).chunk(3, -1)
         h = h + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).view_as(h)

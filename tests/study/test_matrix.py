@@ -38,22 +38,26 @@ def test_every_combination_is_a_cell_after_full_precision_seed_by_seed() -> None
 def test_settings_hold_for_all_presets_or_for_one() -> None:
     settings = ["qdiff:weight_iterations=7", "weight_iterations=3", "batch-size=4"]
     found = cells(presets=["qdiff", "paper"], settings=settings, seeds=[0])
-    iterations = {cell.preset: cell.config.weight_iterations for cell in found if cell.preset}
+    iterations = {cell.preset: cell.config.weights.weight_iterations for cell in found if cell.preset}
     assert iterations == {"qdiff": 7, "paper": 3}
-    assert {cell.config.batch_size for cell in found} == {4}
+    assert {cell.config.learning.batch_size for cell in found} == {4}
 
 
 def test_a_method_with_changed_choices_is_a_column_of_its_own() -> None:
     label = "tdq-thin:module_start=static+bias_lr=0+eight_bit_layers=first/last"
     (cell,) = cells(methods=[label], schemes=["W4A8"], seeds=[3], settings=["module_start=as-is"])[1:]
     assert cell.method == label and cell.seed == 3
-    assert (cell.config.method, cell.config.module_start, cell.config.bias_lr) == ("tdq-thin", "static", 0.0)
-    assert cell.config.eight_bit_layers == ("first", "last")
+    assert (cell.config.method, cell.config.intervals.module_start, cell.config.learning.bias_lr) == (
+        "tdq-thin",
+        "static",
+        0.0,
+    )
+    assert cell.config.layers.eight_bit_layers == ("first", "last")
 
 
 def test_full_precision_is_sampled_once_for_each_number_of_steps() -> None:
     found = cells(presets=["qdiff", "paper"], settings=["qdiff:num_inference_steps=30"], seeds=[0])
-    steps = [cell.config.num_inference_steps for cell in found if cell.method == FULL_PRECISION]
+    steps = [cell.config.calibration.num_inference_steps for cell in found if cell.method == FULL_PRECISION]
     assert steps == [30, 20]
 
 

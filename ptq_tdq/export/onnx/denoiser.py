@@ -222,7 +222,8 @@ class OnnxDenoiser(nn.Module):
 
         returned = fill(self.call.outputs)
         if return_dict and self.call.fields:
-            return DenoiserOutput(zip(self.call.fields, returned, strict=False))
+            values = [returned] if isinstance(returned, Tensor) else returned  # some models give a bare one for False
+            return DenoiserOutput(zip(self.call.fields, values, strict=False))
         return returned
 
 

@@ -176,10 +176,9 @@ class Portable:
         b, groups = self.b, weight_groups(module)
         assert isinstance(module, TRANSPOSED)
         sizes = list(module.kernel_size)
-        channels, outputs = module.in_channels // groups, module.out_channels // groups
-        order = [0, 2, 1, *range(3, 3 + len(sizes))]
-        grouped = b("Transpose", b("Reshape", weight, axes(groups, outputs, channels, *sizes)), perm=order)
-        return b("Reshape", grouped, axes(module.in_channels, outputs, *sizes))
+        outputs, order = module.out_channels // groups, [0, 2, 1, *range(3, 3 + len(sizes))]
+        grouped = b("Transpose", b("Reshape", weight, axes(groups, outputs, -1, *sizes)), perm=order)
+        return b("Reshape", grouped, axes(-1, outputs, *sizes))  # as many channels as the range has
 
     def sums_inside(self, module: nn.Module, kernel: NDArray[np.float32], x: ir.Value, rank: int) -> ir.Value:
         """``kernel`` [O, 1, ...], sums over channels, summed over its places: [O], or [1, O, ...] where padding leaves

@@ -125,7 +125,7 @@ def describe(model: TimedModel, calls: Calls) -> tuple[Signature, Callable[[int]
     """The signature of ``model`` as ``calls`` use it, and a function that gives the inputs of a call with some rows.
 
     ``model`` is run once or twice, to see what it returns. The time is a float where the model takes it as one, so that
-    schedulers with fractional steps work. Raises :class:`ModelError` for an argument that no graph has.
+    schedulers with fractional steps work. Raises :class:`ModelError` for arguments or results that no graph has.
     """
     if not len(calls):
         raise ModelError("There is no recorded call to export the model with; record at least one.")
@@ -200,6 +200,11 @@ def _outputs(model: nn.Module, arguments: dict[str, Any], return_dict: bool) -> 
     returned = model(**arguments)
     leaves, spec = pytree.tree_flatten(returned)
     tensors = sum(isinstance(leaf, Tensor) for leaf in leaves)
+    if not tensors:
+        raise ModelError(
+            f"The model returns a {type(returned).__name__}, which no graph can give; let it return a tensor, or a "
+            "tuple, list or dict of tensors."
+        )
     names = iter(fields if len(fields) == tensors else map(str, range(tensors)))
     return (
         pytree.tree_unflatten(

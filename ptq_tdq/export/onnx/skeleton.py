@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.artifacts import Artifact
@@ -213,10 +214,9 @@ def _refusals(reads: Collection[str] = ()) -> Iterator[None]:
         raise
     except Exception as error:  # of many unrelated types
         reason = _reason(error)
-        if reads:
-            reason = (
-                f"its code depends on values of tensors ({', '.join(sorted(reads))}), and a graph is one code for all"
-            )
+        if reads or _depends_on_values(error):
+            read = f" ({', '.join(sorted(reads))})" if reads else ""
+            reason = f"its code depends on values of tensors{read}, and a graph is one code for all"
         raise ModelError(f"torch cannot export the model to ONNX ({reason}).") from error
 
 
@@ -225,6 +225,15 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+
+
+def _depends_on_values(error: BaseException) -> bool:
+    """Whether tracing has met a size or a choice that only the values of a tensor tell."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    unknown = ("non-nested SymInt", "should have been constant")  # a size where the code needs a number
+    return any(isinstance(e, GuardOnDataDependentSymNode) or any(u in str(e) for u in unknown) for e in causes)
 
 
 def _mark(quantized: QuantizedModel) -> None:

@@ -23,26 +23,42 @@ class Quantizer(ABC):
 
     ``absorbs`` says whether a weight behind the activation can take over a constant factor: there is none behind the
     operands of attention products. ``ratio``, where a quantizer learns it, is the logarithm of such a factor.
+    ``held`` says that the interval must stay where it is against 0. ``shift``, where a quantizer ``moves`` the others,
+    is what it learns to add to their centre, in half-widths.
     For the last part of the iterations ``frozen`` is set where a quantizer ``freezes``: intervals learn no more.
     ``penalty`` is what the last forward pass adds to the loss.
     """
 
     name: ClassVar[str]
     freezes: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
     registry: ClassVar[dict[str, type[Quantizer]]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         Quantizer.registry[cls.name] = cls
 
-    def __init__(self, absorbs: bool = False) -> None:
+    def __init__(self, absorbs: bool = False, held: bool = False) -> None:
         self.ratio: nn.Parameter | None = None
+        self.shift: nn.Parameter | None = None
         self.frozen = False
         self.penalty: Tensor | None = None
 
     @abstractmethod
     def __call__(self, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
         """``x`` as its codes stand for it (or a proxy of that), differentiable; scale and zero_point broadcast."""
+
+    def learned(self) -> list[nn.Parameter]:
+        """What it learns beside the source of its intervals."""
+        return [p for p in (self.ratio, self.shift) if p is not None]
+
+    def moved(self, zero_point: Tensor, qtype: QType) -> Tensor:
+        """``z - round(shift (qmax - qmin) / 2)`` among the codes, float32; the gradient passes straight through."""
+        if self.shift is None:
+            return zero_point.float()
+        away = self.shift * ((qtype.qmax - qtype.qmin) / 2)
+        value = (zero_point - away.detach().round()).clamp(qtype.qmin, qtype.qmax)
+        return with_gradient_of(zero_point - away, value)
 
 
 def ends(scale: Tensor, zero_point: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ class DuQ(Quantizer):
 
     name = "duq"
 
-    def __init__(self, absorbs: bool = False) -> None:
-        super().__init__(absorbs)
+    def __init__(self, absorbs: bool = False, held: bool = False) -> None:
+        super().__init__(absorbs, held)
         self.ratio = nn.Parameter(torch.zeros(())) if absorbs else None
 
     def __call__(self, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:

@@ -61,22 +61,23 @@ function draw(parent, s, x, y) {
   else parent.append(node("path", { d: path(s.t, s.v, x, y), style: `fill:none;stroke:${color};stroke-width:${s.width || 1.8};opacity:${s.opacity || 1};stroke-linejoin:round${s.dash ? ";stroke-dasharray:4 3" : ""}` }));
 }
 
-// A chart in `parent`, as wide as it is. options: {series, last (T), height, zero (y from 0), unit}
+// A chart in `parent`, as wide as it is. options: {series, last (T), height, zero (y from 0), unit, axis (name of x)}
 function chart(parent, options) {
   const width = Math.max(parent.clientWidth, 220), height = options.height || 170;
   const left = 42, right = 8, top = 8, bottom = 22;
+  const axis = options.axis || "t";
   let [lo, hi] = extent(options.series);
   if (options.zero) lo = Math.min(lo, 0);
   const pad = (hi - lo) * 0.05;
   lo = options.zero && lo === 0 ? 0 : lo - pad;
   hi += pad;
   const x = linear(0, options.last, left, width - right), y = linear(lo, hi, height - bottom, top);
-  const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": options.label || "" });
+  const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "slider", tabindex: 0, "aria-label": options.label, "aria-valuemin": 0, "aria-valuemax": options.last, "aria-valuenow": 0 });
   for (const v of ticks(lo, hi, height > 200 ? 5 : 4)) {
     svg.append(node("line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) }));
     svg.append(node("text", { x: left - 6, y: y(v) + 3.5, "text-anchor": "end" }, format(v)));
   }
-  for (const t of ticks(0, options.last, width > 500 ? 8 : 4)) svg.append(node("text", { x: x(t), y: height - 6, "text-anchor": t === 0 ? "start" : t === options.last ? "end" : "middle" }, t === 0 ? "t = 0" : t));
+  for (const t of ticks(0, options.last, width > 500 ? 8 : 4)) svg.append(node("text", { x: x(t), y: height - 6, "text-anchor": t === 0 ? "start" : t === options.last ? "end" : "middle" }, t === 0 ? `${axis} = 0` : t));
   options.series.forEach((s) => draw(svg, s, x, y));
   const cross = node("line", { class: "cross", y1: top, y2: height - bottom, visibility: "hidden" });
   svg.append(cross);
@@ -84,16 +85,34 @@ function chart(parent, options) {
   hover(svg, cross, x, options, left, width - right, width);
 }
 
+// The values at a t, for a pointer and for the arrow keys.
 function hover(svg, cross, x, options, left, right, width) {
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect(), at = ((event.clientX - box.left) / box.width) * width;
-    const t = Math.round(((Math.min(Math.max(at, left), right) - left) / (right - left)) * options.last);
+  const axis = options.axis || "t";
+  let t = 0;
+  const show = (at, event) => {
+    t = Math.round(Math.min(Math.max(at, 0), options.last));
+    const box = svg.getBoundingClientRect(), place = event || { clientX: box.left + (x(t) / width) * box.width, clientY: box.top };
     cross.setAttribute("x1", x(t)); cross.setAttribute("x2", x(t)); cross.setAttribute("visibility", "visible");
     const rows = options.series.filter((s) => s.label).map((s) => s.type === "band"
       ? [s.label, `${format(value(s.t, s.lo, t))} to ${format(value(s.t, s.hi, t))}`] : [s.label, format(value(s.t, s.v, t) * (s.times || 1)) + (options.unit || "")]);
-    showTip(event, `t = ${t}`, rows);
+    showTip(place, `${axis} = ${t}`, rows);
+    svg.setAttribute("aria-valuenow", t);
+    svg.setAttribute("aria-valuetext", [`${axis} = ${t}`, ...rows.map((row) => row.join(" "))].join(", "));
+  };
+  const hide = () => { cross.setAttribute("visibility", "hidden"); hideTip(); };
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect(), at = ((event.clientX - box.left) / box.width) * width;
+    show(((at - left) / (right - left)) * options.last, event);
   });
-  svg.addEventListener("pointerleave", () => { cross.setAttribute("visibility", "hidden"); hideTip(); });
+  svg.addEventListener("keydown", (event) => {
+    const step = options.last / 40, to = { ArrowLeft: t - step, ArrowDown: t - step, ArrowRight: t + step, ArrowUp: t + step, Home: 0, End: options.last }[event.key];
+    if (event.key === "Escape") hide();
+    if (to === undefined) return;
+    event.preventDefault();
+    show(to);
+  });
+  svg.addEventListener("pointerleave", hide);
+  svg.addEventListener("blur", hide);
 }
 
 // Value of a curve at t, linear between its points.

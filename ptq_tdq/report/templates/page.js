@@ -66,10 +66,17 @@ function sortBy(key, toggle) {
   table();
 }
 
+// A part of the table that is drawn anew under the reader's focus.
+function kept(key, part) {
+  part.dataset.key = key;
+  return part;
+}
+
 function table() {
+  const { key } = document.activeElement.dataset;
   const head = byId("table").tHead.rows[0], body = byId("table").tBodies[0], found = sorted();
   const title = (key, text, hint) => {
-    const th = element("th", { scope: "col", title: hint }, element("button", { type: "button", textContent: text, onclick: () => sortBy(key, true) }));
+    const th = element("th", { scope: "col", title: hint }, kept(`sort ${key}`, element("button", { type: "button", textContent: text, onclick: () => sortBy(key, true) })));
     if (state.sort === key) th.setAttribute("aria-sort", state.down ? "descending" : "ascending");
     return th;
   };
@@ -82,19 +89,25 @@ function table() {
   const all = current().layers.length;
   byId("count").textContent = found.length === all ? `${all} layers` : found.length ? `${found.length} of ${all} layers` : "No layer matches";
   found.filter((r) => state.open.has(r.layer.name)).forEach(fill);
+  if (key) focusOn(key);
+}
+
+function focusOn(key) {
+  const part = document.querySelector(`[data-key="${CSS.escape(key)}"]`);
+  if (part) part.focus({ preventScroll: true });
 }
 
 function line(r) {
   const { layer } = r, open = state.open.has(layer.name);
   const bits = [...new Set(r.tables.map((t) => `A${t.bits}`))].join(" ");
   const toggle = () => { state.open.has(layer.name) ? state.open.delete(layer.name) : state.open.add(layer.name); table(); };
-  const name = element("button", { type: "button", className: "name" }, ...breakable(layer.name));
+  const name = kept(`layer ${layer.name}`, element("button", { type: "button", className: "name" }, ...breakable(layer.name)));
   name.setAttribute("aria-expanded", open);
   const tags = [layer.kind, layer.shape ? layer.shape.join("×") : "of attention", layer.weight_bits ? `W${layer.weight_bits} ${bits}` : bits, ...layer.roles.map((role) => role.replace("_", " "))].join(" · ");
-  const row = element("tr", { className: `row${open ? " open" : ""}`, onclick: toggle }, element("td", {}, name, element("span", { className: "tags", textContent: tags })));
+  const row = element("tr", { className: `row${open ? " open" : ""}`, role: "row", onclick: toggle }, element("td", { role: "cell" }, name, element("span", { className: "tags", textContent: tags })));
   row.dataset.layer = layer.name;
   for (const c of shown) {
-    const cell = element("td", {}, ...c.cell(r));
+    const cell = element("td", { role: "cell" }, ...c.cell(r));
     cell.dataset.label = c.title;
     row.append(cell);
   }
@@ -104,7 +117,7 @@ function line(r) {
 }
 
 function sparkCell(label, series) {
-  const cell = element("td", { className: "wide" }, series.length ? spark(series, last) : "–");
+  const cell = element("td", { className: "wide", role: "cell" }, series.length ? spark(series, last) : "–");
   cell.dataset.label = label;
   return cell;
 }
@@ -166,9 +179,9 @@ function fill(r) {
     if (intervalSeries(name).length) panels.push(panel("Interval against activation magnitude", intervalSeries(name), { zero: true }));
     if (groupSeries(name).length) panels.push(panel(`Middle 98% of values, one line for each ${data.condition}`, groupSeries(name), {}));
     const facts = [`${t.method}, ${t.bits} bits`, t.scale ? null : "interval found at run time", known(t.follows) ? `correlation with the best interval ${t.follows.toFixed(2)}` : null, known(t.off) ? `${percent(t.off)} off it` : null];
-    return [element("h4", {}, `${name} `, element("small", { textContent: facts.filter(Boolean).join(" · ") })), element("div", { className: "multiples" }, ...panels)];
+    return [element("h3", {}, `${name} `, element("small", { textContent: facts.filter(Boolean).join(" · ") })), element("div", { className: "multiples" }, ...panels)];
   }).flat();
-  if (!parts.length) parts.push(element("h4", {}, `${r.layer.name} `, element("small", { textContent: "only the weight is quantized" })), element("div", { className: "multiples" }));
+  if (!parts.length) parts.push(element("h3", {}, `${r.layer.name} `, element("small", { textContent: "only the weight is quantized" })), element("div", { className: "multiples" }));
   if (errors) {
     const series = [["inputs", "activations only", "inputs"], ["own", "own: weights and activations", "learned"], ["accumulated", "accumulated", "accumulated"]].map(([key, label, color]) => ({ t: steps, v: errors[key][r.i], color, label }));
     const shownSeries = r.layer.weight_bits ? series : series.slice(1);
@@ -235,6 +248,7 @@ function reveal(name) {
   state.open.add(name);
   table();
   document.querySelector(`tr[data-layer="${CSS.escape(name)}"]`).scrollIntoView({ block: "start" });
+  focusOn(`layer ${name}`);
 }
 
 if (byId("map-canvas")) {
@@ -287,10 +301,17 @@ function seedCharts() {
   charts.forEach(([n, c]) => chart(c, { series: series(n), last, height: 140, zero: true, label: `Intervals of ${n} for several seeds` }));
 }
 
+// ---- the loss of fine-tuning ----
+function finetuneChart() {
+  const place = byId(`finetune-${state.artifact}`), run = current().finetune;
+  if (place) chart(place, { series: [{ ...run.losses, color: "learned", label: "loss" }], last: run.losses.t.at(-1), axis: "iteration", height: 200, label: "Loss of fine-tuning over the iterations" });
+}
+
 // ---- controls ----
 function everything() {
   document.querySelectorAll("[data-artifact]").forEach((part) => { part.hidden = part.dataset.artifact !== String(state.artifact); });
-  stepsChart(); heatMap(); table(); seedCharts();
+  document.querySelectorAll("[data-other]").forEach((part) => { part.hidden = part.dataset.other !== String(Math.max(1, state.artifact)); });
+  stepsChart(); heatMap(); table(); seedCharts(); finetuneChart();
 }
 
 for (const [key, text] of [["order", "Execution order"], ...shown.map((c) => [c.key, c.title])]) byId("sort").append(element("option", { value: key, textContent: text }));
@@ -300,23 +321,25 @@ byId("sort").addEventListener("change", (event) => sortBy(event.target.value, fa
 byId("search").addEventListener("input", (event) => { state.query = event.target.value; table(); });
 if (byId("artifact")) byId("artifact").addEventListener("change", (event) => { state.artifact = Number(event.target.value); everything(); });
 
-const themes = [["(prefers-color-scheme: dark)", "◐"], ["not all", "☀"], ["all", "☾"]];
+const themes = [["(prefers-color-scheme: dark)", "◐", "as the system"], ["not all", "☀", "light"], ["all", "☾", "dark"]];
 let theme = 0;
 byId("theme").addEventListener("click", () => {
   theme = (theme + 1) % themes.length;
   byId("dark").media = themes[theme][0];
   byId("theme").textContent = themes[theme][1];
+  byId("theme").setAttribute("aria-label", `Colours: ${themes[theme][2]}`);
   heatMap();
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", heatMap);
 
 const fullPicture = document.querySelector(".pictures .full img");
-document.querySelectorAll(".pictures figure:not(.full) img").forEach((image) => {
-  const own = image.src;
-  const swap = (full) => () => { image.src = full ? fullPicture.src : own; };
+document.querySelectorAll(".pictures .swap").forEach((button) => {
+  const image = button.firstElementChild, own = image.src;
+  const swap = (full) => { image.src = full ? fullPicture.src : own; };
   image.draggable = false;
-  image.addEventListener("pointerdown", swap(true));
-  for (const end of ["pointerup", "pointerleave", "pointercancel"]) image.addEventListener(end, swap(false));
+  button.addEventListener("pointerdown", () => swap(true));
+  button.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") swap(true); });
+  for (const end of ["pointerup", "pointerleave", "pointercancel", "keyup", "blur"]) button.addEventListener(end, () => swap(false));
 });
 
 function follow() {

@@ -1,0 +1,59 @@
+"""What a denoiser gives: a tensor, or a tuple, list, dict or dataclass with one in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq_tdq.errors import CalibrationSetError
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors of a denoiser's output, the prediction first."""
+    return [output] if isinstance(output, Tensor) else [x for inner in _inside(output) for x in tensors_of(inner)]
+
+
+def prediction(output: Any) -> Tensor:
+    """What a denoiser predicts: the first tensor of its output, or its list with one tensor per row, stacked.
+
+    Raises :class:`CalibrationSetError` for an output without a tensor.
+    """
+    found = _first(output)
+    return found if isinstance(found, Tensor) else torch.stack(found)
+
+
+def last_row(output: Any) -> Tensor:
+    """The last row of :func:`prediction`, where rows may differ in size."""
+    return _first(output)[-1]
+
+
+def _first(output: Any) -> Tensor | list[Tensor]:
+    """The first tensor of a denoiser's output, or its first list with one tensor per row, whose sizes may differ."""
+    found = next(_candidates(output), None)
+    if found is None:
+        raise CalibrationSetError(
+            f"The model gives a {type(output).__name__} without a tensor, which is no prediction; record a denoiser."
+        )
+    return found
+
+
+def _candidates(output: Any) -> Iterator[Tensor | list[Tensor]]:
+    tensors = isinstance(output, list) and output and all(isinstance(x, Tensor) for x in output)
+    if tensors or isinstance(output, Tensor):
+        yield output
+    else:
+        for inner in _inside(output):
+            yield from _candidates(inner)
+
+
+def _inside(output: Any) -> Iterable[Any]:
+    """What an output holds."""
+    if isinstance(output, dict):
+        return output.values()
+    if isinstance(output, list | tuple):
+        return output
+    return [getattr(output, f.name) for f in fields(output)] if is_dataclass(output) else ()
