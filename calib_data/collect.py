@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq_tdq.artifacts import check_folder
 from ptq_tdq.cache import cache_folder
 from ptq_tdq.calib_data.finite import finite_outputs
 from ptq_tdq.calib_data.load import LoadedModel
 from ptq_tdq.calib_data.sampler import Sampler, new_schedule, sample_generator
 from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 from ptq_tdq.calls import Calls, Recorder
-from ptq_tdq.errors import CalibrationSetError, ConfigError, OutputError
-from ptq_tdq.files import holding, reason
+from ptq_tdq.errors import CalibrationSetError, ConfigError
+from ptq_tdq.files import holding
 from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
@@ -203,10 +204,7 @@ def collect_cached(
     except CalibrationSetError:
         pass  # absent or damaged: a cache mends itself
     parts = path.with_suffix(".parts")
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"The cache '{parts}' cannot be written ({reason(error)}): choose another.") from error
+    check_folder(parts)
     with holding(parts) as held:
         alone = held is not False and parts.exists()  # another run may be collecting the same, or just have finished
         kept = parts if alone else None

@@ -99,7 +99,7 @@ def test_an_empty_calibration_set(cli: Any, pipeline: Path, tmp_path: Path) -> N
     check_refusal(cli("calibrate", *flags), 2, "samples_per_step must be at least 1 and below 1048576. Got 0 instead.")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CalibrationSetError, match="empty"):
-        calibrate(nn.Identity(), preset("default"), Calls(TimeAxis("timestep")))
+        calibrate(nn.Linear(1, 1), preset("default"), Calls(TimeAxis("timestep")))
 
 
 class NoTime(nn.Module):
