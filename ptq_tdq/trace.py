@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import Calls, Each, Group, Place, main_argument
-from ptq_tdq.calls.arguments import REFUSALS
+from ptq_tdq.calls.arguments import REFUSALS, without_gradients
 from ptq_tdq.errors import ModelError
 from ptq_tdq.modules.layers import layer_kind
 from ptq_tdq.watch import Print, Source, TracedLayer, Watcher
@@ -61,7 +61,9 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
     one, two = (group.arguments(index) for index in (pair[:1], pair))
     watcher = Watcher(model)
     try:
-        alone, together = watcher.look(one), watcher.look(two, again=True)
+        with without_gradients(model):
+            alone = watcher.look(one)
+        together = watcher.look(two, again=True)
     except REFUSALS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(f"{type(model).__name__} refuses the recorded calls ({reason}); record its own.") from error

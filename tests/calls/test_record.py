@@ -244,3 +244,24 @@ def test_a_time_argument_that_was_named_is_known_from_then_on() -> None:
     assert calls.t[[0, 2, 4, 6]].tolist() == pytest.approx([0, 400, 17000 / 30, 1000])
     inputs = calls.inputs(slice(2, 4))
     assert torch.equal(TimedModel(model, calls.axis)(**inputs), model(**inputs))
+
+
+class Energy(nn.Module):
+    """Predicts by the gradient of an energy."""
+
+    def __init__(self, turns_gradients_on: bool) -> None:
+        super().__init__()
+        self.net, self.on = nn.Linear(4, 1), turns_gradients_on
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, 4]."""
+        with torch.set_grad_enabled(self.on or torch.is_grad_enabled()):
+            x = sample.detach().requires_grad_()
+            return torch.autograd.grad(self.net(x).square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_model_that_differentiates_itself_is_refused(on: bool) -> None:
+    model = Energy(on)
+    with record(model), pytest.raises(ModelError, match="Energy differentiates itself"):
+        model(torch.randn(2, 4), torch.tensor([3, 5]))
