@@ -55,7 +55,7 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     require_rows(model, calls)
     seen = trace(model, calls)
     _check_skip(config, seen)
-    roles, units = find_roles(seen), find_units(model, seen.faithful, seen.products)
+    roles, units = find_roles(seen), find_units(model, seen.faithful, seen.called, seen.products)
     layers = [seen.layers[name] for name in seen.faithful if not _skipped(config, name, roles[name])]
     owners = [name for name in seen.products if name in units and not _skipped(config, name)]
     if not layers:

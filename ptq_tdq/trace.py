@@ -27,14 +27,15 @@ _CLOSE = 0.02  # relative difference of one row computed alone and beside anothe
 class Trace:
     """All that was seen.
 
-    ``products`` counts the attention products of each module that computes some, ``mixed`` are those modules whose
-    products do not have the rows of one sample after the other. By the module that computes them, ``matmuls`` are
-    multiply-accumulates of other products of two activations, ``loose`` those with parameters that no layer holds, and
-    ``fused`` those of torch's multi-head attention, whose projections and products are one function. ``unused`` are
-    layers that were never called and whose weight no such function took.
+    ``called`` are the modules that were called, by name. ``products`` counts the attention products of each module that
+    computes some, ``mixed`` are those modules whose products do not have the rows of one sample after the other. By the
+    module that computes them, ``matmuls`` are multiply-accumulates of other products of two activations, ``loose``
+    those with parameters that no layer holds, and ``fused`` those of torch's multi-head attention, whose projections
+    and products are one function. ``unused`` are layers that were never called and whose weight no such function took.
     """
 
     layers: dict[str, TracedLayer]
+    called: set[str]
     products: dict[str, int]
     mixed: set[str]
     matmuls: dict[str, int]
@@ -82,6 +83,7 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
         moving |= {name for name, prints in other.matmuls.items() if prints != alone.matmuls.get(name)}
     return Trace(
         watcher.layers,
+        watcher.called,
         {name: len(of) for name, of in alone.products.items()},
         mixed,
         {name: macs for name, macs in watcher.matmuls.items() if name in moving},

@@ -91,6 +91,7 @@ class Watcher:
         self.modules = dict(model.named_modules())
         self.storages = {_memory(p) for p in model.parameters()}
         self.layers: dict[str, TracedLayer] = {}
+        self.called: set[str] = set()  # modules; others hold some that are called, by themselves or by a method
         self.matmuls: dict[str, int] = {}
         self.loose: dict[str, int] = {}
         self.fused: dict[str, int] = {}
@@ -121,6 +122,7 @@ class Watcher:
     def _enter(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.stack.append(name)
+            self.called.add(name)
             x = layer_input(args, kwargs) if layer_kind(module) else None
             if x is None:
                 return
