@@ -7,6 +7,7 @@ input depends on.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ _CLOSE = 0.02  # relative difference of one row computed alone and beside anothe
 class Trace:
     """All that was seen.
 
-    ``called`` are the modules that were called, by name. ``products`` counts the attention products of each module that
+    ``called`` counts the calls of each module, by name. ``products`` counts the attention products of each module that
     computes some, ``mixed`` are those modules whose products do not have the rows of one sample after the other. By the
     module that computes them, ``matmuls`` are multiply-accumulates of other products of two activations, ``loose``
     those with parameters that no layer holds, and ``fused`` those of torch's multi-head attention, whose projections
@@ -35,7 +36,7 @@ class Trace:
     """
 
     layers: dict[str, TracedLayer]
-    called: set[str]
+    called: Counter[str]
     products: dict[str, int]
     mixed: set[str]
     matmuls: dict[str, int]

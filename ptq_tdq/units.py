@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Container, Iterable, Iterator
 
 from torch import nn
 
@@ -11,7 +11,7 @@ MIN_LAYERS = 2  # a unit holds at least so many layers; a layer in no unit is on
 
 
 def find_units(
-    model: nn.Module, layers: Iterable[str], called: Set[str], products: Iterable[str] = ()
+    model: nn.Module, layers: Iterable[str], called: Container[str], products: Iterable[str] = ()
 ) -> dict[str, str]:
     """The unit of each layer (and of each module that computes attention products), by name.
 

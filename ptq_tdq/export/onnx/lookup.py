@@ -116,7 +116,7 @@ class Lookup:
             value = b("Add", b("Mul", value, np.float32(axis.scale)), np.float32(axis.offset))
         nearest = b("Round", value)
         near = b("Less", b("Abs", b("Sub", value, nearest)), np.float32(NEAR))
-        return b("Where", near, nearest, value, name="t")
+        return b("Where", near, nearest, value, name="lookup/t")
 
     def _interval(self, artifact: Artifact, name: str, bits: int) -> Interval:
         table = artifact.tables[name]
