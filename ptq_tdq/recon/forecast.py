@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ptq_tdq.calls import Calls
@@ -63,7 +62,7 @@ def make_forecast(
 ) -> Forecast:
     """The forecast for ``rows`` calls like ``call``, which take the sampler ``sampled`` of them to record."""
     sizes = unit_sizes(quantized, call.inputs(slice(0, 1)))
-    paces = unit_paces(quantized, call, sizes, getattr(torch, config.learning.compute_dtype))
+    paces = unit_paces(quantized, call, sizes, config)
     streams, rates = stream_bytes(sizes, rows), Rates.measured()
     layers, memory, seconds = quantized.layers(), 0, 0.0
     of_unit: dict[str, list[QuantLayer]] = {name: [] for name in quantized.units()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import Calls
+from ptq_tdq.config import Config
 from ptq_tdq.gptq import gptq, solve_order
 from ptq_tdq.intervals.static import BinnedIntervals
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
@@ -21,6 +22,7 @@ from ptq_tdq.modules.layers import layer_input
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.moments import Inputs
 from ptq_tdq.recon.size import UnitSize, at_once
+from ptq_tdq.recon.unit import reconstruction_loss
 from ptq_tdq.recon.windows import picker
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import weight_qparams
@@ -46,13 +48,10 @@ class Pace:
 
 
 def unit_paces(
-    quantized: QuantizedModel, call: Calls, sizes: Mapping[str, UnitSize], dtype: torch.dtype
+    quantized: QuantizedModel, call: Calls, sizes: Mapping[str, UnitSize], config: Config
 ) -> dict[str, Pace]:
-    """The pace of each unit, in calls like ``call`` in which each unit runs several times.
-
-    Products of a learning step are in ``dtype``.
-    """
-    clock = _Clock(dtype)
+    """The pace of each unit, in calls like ``call`` in which each unit runs several times."""
+    clock = _Clock(config)
     taken = seconds(partial(_run, quantized, call, 1), 1)
     most = min([SEVERAL, *(at_once(size) for size in sizes.values())])
     clock.count, clock.times = max(1, min(most, int(LONG / taken))), 1 if taken > LONG else 2
@@ -71,8 +70,8 @@ def _run(quantized: QuantizedModel, call: Calls, count: int) -> None:
 class _Clock:
     """Times units as they are called."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.count, self.times = dtype, 1, 1
+    def __init__(self, config: Config) -> None:
+        self.config, self.count, self.times = config, 1, 1
         self.paces: dict[str, Pace] = {}
 
     @contextmanager
@@ -94,15 +93,16 @@ class _Clock:
     def pace(self, unit: nn.Module, run: Callable[[], Any]) -> Pace:
         reach, plain = _reach(unit, run), seconds(run, self.times)
         with _quantizing(unit) as quantizers:
-            behind, learned = seconds(run, self.times), seconds(partial(self.learn, run), self.times)
+            behind, learned = (seconds(of, self.times) for of in (run, partial(self.learn, _device(unit), run)))
         return Pace(plain / self.count, behind / self.count, learned / self.count, reach, quantizers)
 
-    def learn(self, run: Callable[[], Any]) -> None:
+    def learn(self, device: torch.device, run: Callable[[], Any]) -> None:
+        dtype, power = getattr(torch, self.config.learning.compute_dtype), self.config.activations.loss_power
         with torch.enable_grad():
-            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
                 outputs = [x for x in pytree.tree_leaves(run()) if isinstance(x, Tensor) and x.requires_grad]
             if outputs:
-                torch.stack([x.float().square().sum() for x in outputs]).sum().backward()
+                reconstruction_loss(outputs, [torch.ones_like(x) for x in outputs], power).backward()
 
 
 def _reach(unit: nn.Module, run: Callable[[], Any]) -> float:
