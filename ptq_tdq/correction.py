@@ -154,7 +154,8 @@ class Corrected(nn.Module):
 
 def _with_prediction(output: Any, predicted: Tensor) -> Any:
     """A denoiser's output, whatever its form, with another prediction [B, ...] in it."""
-    if is_dataclass(output) and not isinstance(output, dict):  # a tree knows diffusers' own alone
+    kind = type(output)
+    if is_dataclass(kind) and not issubclass(kind, dict):  # a tree knows diffusers' own alone
         name = next(f.name for f in fields(output) if tensors_of(getattr(output, f.name)))
         return replace(output, **{name: _with_prediction(getattr(output, name), predicted)})
     leaves, form = pytree.tree_flatten(output)

@@ -90,8 +90,9 @@ def listen(module: nn.Module, tensors: dict[str, Tensor]) -> list[Read]:
             inner.register_forward_hook(lambda *_: inside.pop() and None),
         )
     ]
+    listener = _Listener(tensors, inside)
     try:
-        with torch.no_grad(), _Listener(tensors, inside) as listener:
+        with torch.no_grad(), listener:
             module(tensors)
     finally:
         for hook in hooks:

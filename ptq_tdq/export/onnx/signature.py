@@ -287,8 +287,8 @@ def _pack(value: Any) -> Any:
 def _unpack(packed: dict[str, Any]) -> Any:
     ((kind, content),) = packed.items()
     if kind == "input":
-        *facts, held = content
-        return Leaf(*facts, tuple(held))
+        name, place, dim, several, is_complex, held = content
+        return Leaf(name, place, dim, several, is_complex, tuple(held))
     if kind == "dict":
         return {key: _unpack(item) for key, item in content.items()}
     if kind in ("list", "tuple"):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
+from io import StringIO
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class _Quantizer(ActivationQuantizer):
         super().__init__(record)
         self.enabled = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *interval: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::Quantizer", [x], attrs={"name": self.record.name}, dtype=x.dtype, shape=x.shape, version=1
         )
@@ -209,13 +210,13 @@ def _marked(quantized: QuantizedModel) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back what the exporter says about packages that are not installed and about its own future."""
-    talkers = ("torch.onnx", "onnxscript", "torch.fx.experimental.symbolic_shapes")
+    """Hold back what the exporter says about missing packages and its own future, and the graphs it did not finish."""
+    talkers = ("torch.onnx", "onnx_ir", "onnxscript", "torch.fx.experimental.symbolic_shapes")
     levels = {logger: logger.level for logger in map(logging.getLogger, talkers)}
     for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
