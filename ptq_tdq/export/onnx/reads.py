@@ -3,6 +3,7 @@
 A graph is one code for all calls, and while a model is traced its tensors have no values. So the model is run once
 before (:func:`listen`), and tracing gets the answers of that run (:class:`Answers`). They hold for other calls too if
 the inputs that they follow from are part of the graph, or, of decisions, if the graph checks that they are the same.
+What is read in any other way than the table says fails while the model is traced, so no answer is taken for granted.
 """
 
 from __future__ import annotations
@@ -82,14 +83,15 @@ def _use(name: str, answer: Any, func: Callable[..., Any], args: tuple[Any, ...]
 def listen(module: nn.Module, tensors: dict[str, Tensor]) -> list[Read]:
     """What is read in one call of ``module`` with a dictionary of tensors."""
     inside: list[nn.Module] = []
-    hooks = [
-        hook
-        for inner in module.modules()
-        for hook in (
-            inner.register_forward_pre_hook(lambda own, _: inside.append(own)),
-            inner.register_forward_hook(lambda *_: inside.pop() and None),
-        )
-    ]
+
+    def enter(own: nn.Module, _: Any) -> None:
+        inside.append(own)
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    hooks = [inner.register_forward_pre_hook(enter) for inner in module.modules()]
+    hooks += [inner.register_forward_hook(leave) for inner in module.modules()]
     listener = _Listener(tensors, inside)
     try:
         with torch.no_grad(), listener:

@@ -43,8 +43,8 @@ class ReadsValuesError(ModelError):
 class Call(nn.Module):
     """The model with a dictionary of tensors as its only argument, and all tensors that it returns as its result.
 
-    What it :meth:`hold` s is not in the dictionary. Then its code is also told what it reads while it is traced, as an
-    earlier run has found it; of decisions, the last result says whether they are the same.
+    What it holds (:meth:`hold`) is not in the dictionary. Its code is then told what it reads while it is traced, as a
+    run before has found it; where that includes decisions, the last result says whether they are the same.
     """
 
     def __init__(self, quantized: QuantizedModel, signature: Signature) -> None:
