@@ -144,7 +144,10 @@ def main_argument(arguments: dict[str, Any], time: str) -> str:
 
 def count_rows(arguments: dict[str, Any], time: str) -> int:
     """Samples in one call: the first dimension of what is denoised, or the length of a list of them."""
-    return len(arguments[main_argument(arguments, time)])
+    main = arguments[main_argument(arguments, time)]
+    return (
+        len(main) if isinstance(main, list) else len(next(x for x in pytree.tree_leaves(main) if isinstance(x, Tensor)))
+    )
 
 
 Odd = frozenset[tuple[int, int, bool]]

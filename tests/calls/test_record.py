@@ -265,3 +265,20 @@ def test_a_model_that_differentiates_itself_is_refused(on: bool) -> None:
     model = Energy(on)
     with record(model), pytest.raises(ModelError, match="Energy differentiates itself"):
         model(torch.randn(2, 4), torch.tensor([3, 5]))
+
+
+class Pair(nn.Module):
+    def forward(self, inputs: tuple[Tensor, Tensor], timestep: Tensor) -> Tensor:
+        """Points [B, N, 3] and features [B, 3]."""
+        points, features = inputs
+        return points + (features * timestep[:, None])[:, None]
+
+
+def test_what_is_denoised_may_be_a_tuple() -> None:
+    given, t = (torch.randn(4, 5, 3), torch.randn(4, 3)), torch.tensor([3, 5, 7, 9])
+    model = Pair()
+    with record(model) as calls:
+        model(given, t)
+    points, features = calls.inputs(torch.tensor([1, 3]))["inputs"]
+    assert len(calls) == 4
+    assert torch.equal(points, given[0][[1, 3]]) and torch.equal(features, given[1][[1, 3]])
