@@ -69,8 +69,9 @@ def unit_sizes(quantized: QuantizedModel, arguments: dict[str, Any]) -> dict[str
 
 
 def at_once(size: UnitSize) -> int:
-    """Samples that a unit runs with: as many as a step of learning holds in memory."""
-    return min(MOST, max(1, WORKING_BYTES // max(1, size.made, size.most)))
+    """Samples that a unit runs with: as many as a step of learning holds in memory, and a power of two."""
+    some = max(1, WORKING_BYTES // max(1, size.made, size.most))
+    return min(MOST, 1 << some.bit_length() - 1)
 
 
 def stream_bytes(sizes: dict[str, UnitSize], samples: int) -> int:
