@@ -88,8 +88,8 @@ def apart() -> Iterator[None]:
 
 
 def share(number: int, whole: int = 1) -> slice:
-    """Which of so many things fall to this process: some in a row, from a multiple of ``whole`` on."""
-    edges = [*(number * i // count() // whole * whole for i in range(count())), number]
+    """Which of so many things fall to this process: some in a row, from the multiple of ``whole`` next to its share."""
+    edges = [*((number * i // count() + whole // 2) // whole * whole for i in range(count())), number]
     return slice(edges[rank()], edges[rank() + 1])
 
 

@@ -80,18 +80,18 @@ def _as_chosen(record: LayerRecord, quantized: QuantizedModel) -> LayerRecord:
     return replace(record, inputs=inputs, rotated=layer is not None and layer.record.rotated)
 
 
-def _share(calls: Calls) -> tuple[list[slice], slice]:
+def _share(calls: Calls, most: int) -> tuple[list[slice], slice]:
     """The pieces of the calibration set that this process's model runs at once, and their rows.
 
-    Raises :class:`CalibrationSetError` where there is less than a row for each process.
+    No batch of up to ``most`` rows, a power of two, is cut where there are so many for each process: it gives the very
+    same numbers then, wherever it runs. Raises :class:`CalibrationSetError` for less than a row for each process.
     """
     each = len(calls) // processes.count()
     if not each:
         raise CalibrationSetError(
             f"{len(calls)} recorded calls cannot be shared by {processes.count()} processes; start fewer."
         )
-    # a batch that is not cut gives the very same numbers, wherever it runs
-    mine = processes.share(len(calls), whole=min(CHUNK, 1 << each.bit_length() - 1))
+    mine = processes.share(len(calls), whole=min(most, 1 << each.bit_length() - 1))
     pieces = [slice(max(x.start, mine.start), min(x.stop, mine.stop)) for x in calls.chunks(CHUNK)]
     return [piece for piece in pieces if piece.start < piece.stop], mine
 
@@ -115,7 +115,7 @@ class _Engine:
         self.units = quantized.units()
         self.device = quantized.device
         self.sizes = unit_sizes(quantized, calls.inputs(slice(0, 1)))
-        self.pieces, self.mine = _share(calls)
+        self.pieces, self.mine = _share(calls, max(map(self.most, self.units)))
         on_disk = stream_bytes(self.sizes, self.mine.stop - self.mine.start) > budget
         self.store = Store(on_disk, self.device, run.path if run else None)
         self.static: dict[str, QParams] = {}
@@ -125,9 +125,12 @@ class _Engine:
 
     def unit(self, name: str, spans: tuple[slice, ...] = ()) -> Unit:
         module = self.quantized.model.get_submodule(name)
-        most = at_once(self.sizes.get(name, UnitSize()))
-        single = name in self.single
+        single, most = name in self.single, self.most(name)
         return Unit(name, module, self.t, spans, single, self.device, self.held_out, most=most, mine=self.mine)
+
+    def most(self, name: str) -> int:
+        """Samples that a unit runs with."""
+        return at_once(self.sizes.get(name, UnitSize()))
 
     def pass_over(self, phase: Phase) -> None:
         """Both streams through all units, each of which is learned or restored when its turn comes."""

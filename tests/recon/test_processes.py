@@ -97,7 +97,7 @@ def test_each_process_has_the_streams_of_its_own_calls(
         (own,) = rows
         return own
 
-    assert in_processes(2, tmp_path, work) == [8, 16]
+    assert in_processes(2, tmp_path, work) == [12, 12]
 
 
 @pytest.mark.parametrize("dead", [0, 1])
