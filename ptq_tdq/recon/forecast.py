@@ -63,7 +63,7 @@ def make_forecast(
     """The forecast for ``rows`` calls like ``call``, which take the sampler ``sampled`` of them to record."""
     sizes = unit_sizes(quantized, call.inputs(slice(0, 1)))
     paces = unit_paces(quantized, call, sizes, config)
-    streams, rates = stream_bytes(sizes, rows), Rates.measured()
+    streams, rates = stream_bytes(sizes, rows), Rates.measured(config)
     layers, memory, seconds = quantized.layers(), 0, 0.0
     of_unit: dict[str, list[QuantLayer]] = {name: [] for name in quantized.units()}
     for layer in layers.values():
@@ -185,9 +185,10 @@ def unit_seconds(
         second += pace.quantized / JUDGES * (3 + pace.quantizers + tokens * (2 + pace.quantizers))
     if config.weights.rounding == "learned":
         second += pace.quantized / JUDGES * CHECKS
+    starts = pace.quantizers * rates.start * (1.5 if config.method == "auto" else 1.0)  # as many as will follow t again
     step, steps = config.learning.batch_size * pace.learned, _steps(layers, config)
     rounding = _rounding_seconds(layers, size, rates, config, rows)
-    return rows * first + step * steps[0] + rounding, rows * second + step * steps[1] + again * rounding
+    return rows * first + step * steps[0] + rounding, rows * second + starts + step * steps[1] + again * rounding
 
 
 def _steps(layers: Sequence[QuantLayer], config: Config) -> tuple[float, float]:

@@ -16,9 +16,12 @@ from torch.utils import _pytree as pytree
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.gptq import gptq, solve_order
+from ptq_tdq.intervals import Observed, source_class
+from ptq_tdq.intervals.auto import FOLLOWING, Auto
 from ptq_tdq.intervals.static import BinnedIntervals
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import layer_input
+from ptq_tdq.observe import Observer
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.moments import Inputs
 from ptq_tdq.recon.size import UnitSize, at_once
@@ -148,7 +151,7 @@ def _device(unit: nn.Module) -> torch.device:
 class Rates:
     """Seconds of what closed-form rounding does: for an operation of a product in float32 and in float64; to search the
     interval of a weight, for a number; to pick and keep a number of a layer's inputs, of a convolution and of a linear
-    layer; to round one weight with one scale.
+    layer; to round one weight with one scale. And ``start`` those of one quantizer's interval source at its start.
     """
 
     product: float
@@ -157,9 +160,10 @@ class Rates:
     pick: float
     pick_linear: float
     rounding: float
+    start: float
 
     @classmethod
-    def measured(cls) -> Rates:
+    def measured(cls, config: Config) -> Rates:
         size, columns, generator = 768, 256, torch.Generator()
         a = torch.randn(size, size)
         double, weight, scale = a.double(), torch.randn(320, columns), torch.ones(5, 320, columns)
@@ -171,7 +175,22 @@ class Rates:
             pick=_picked(nn.Conv2d(64, 1, 3, padding=1), torch.randn(1, 64, 16, 16), generator),
             pick_linear=_picked(nn.Linear(512, 1), torch.randn(1, 256, 512), generator),
             rounding=seconds(lambda: gptq(weight, solve, scale, zero_point, QType(4)), 2) / scale.numel(),
+            start=seconds(partial(_start, config), 1),
         )
+
+
+def _start(config: Config) -> None:
+    """Start a source of the method, if it is one of t, from what might be seen at a few steps."""
+    method, steps = FOLLOWING if config.method == Auto.pattern else config.method, torch.linspace(0, 1000, 8)
+    observer, x = Observer("", steps), torch.randn(8, 1024) * (1 + steps[:, None] / 1000)
+    observer.see(x, steps)
+    observer.start_counting()
+    observer.see(x, steps)
+    if source_class(method).timed:
+        seen = Observed(
+            1000, steps, observer.histogram(), QType(8), config.activations.activation_range, choices=config.intervals
+        )
+        source_class(method).build(method, seen)
 
 
 def _picked(layer: nn.Module, x: Tensor, generator: torch.Generator) -> float:
