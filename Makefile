@@ -22,7 +22,7 @@ demo: $(VENV)/.installed  ## calibrate the embedded reference model in a small w
 	@echo "Look at $(OUT)/samples.png (full precision beside quantized) and open $(OUT)/report/report.html in a browser."
 
 test: lint docs  ## lint and documentation, then every test that is not marked slow
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --durations 40
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
 from ptq_tdq.identity import model_sha256
+from ptq_tdq.processor import check_device
 from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import time_argument
 
@@ -72,6 +73,7 @@ def load_model(
     :class:`NonFiniteError` naming the layer for NaN or Inf in a weight, and :class:`ConfigError` for an unknown device
     and for prompts, classes or arguments that the model does not take.
     """
+    check_device(device)
     source = "reference" if source is None else source
     name = EMBEDDED[source].id if source in EMBEDDED else source
     embedded = find_embedded(name)
@@ -83,13 +85,11 @@ def load_model(
         denoiser = _load_weights(_class_of(parts.denoiser), parts.denoiser)
         check_denoiser(denoiser)
         sampler, notices = _make_sampler(parts, denoiser, prompts, classes, call)
-    if isinstance(sampler, LoopSampler) and folder.resolve() == reference_path().resolve() and classes is None:
-        sampler.num_classes = NO_CLASS  # the last embedding means "no class"
     sha256 = model_sha256(denoiser)
     try:
         with _quiet():
             _move(denoiser, sampler, torch.device(device), dtype)
-    except (RuntimeError, AssertionError) as error:  # torch reports a missing backend as either
+    except RuntimeError as error:  # too little memory, a dtype that it does not have
         raise ConfigError(f"The device '{device}' cannot be used here ({error}); choose another.") from error
     return LoadedModel(denoiser, sampler, name, sha256, parts.component, notices)
 
@@ -196,7 +196,9 @@ def _make_sampler(
     vae = parts.vae or (embedded.vae if embedded else None)
     loaded = None if vae is None else _load_weights(_class_of(vae), vae)
     scheduler, notices = _load_scheduler(parts)
-    return LoopSampler(denoiser, scheduler, loaded, classes, **(call or {})), notices
+    # the last embedding of the embedded U-Net means "no class"
+    count = NO_CLASS if parts.denoiser.parent.resolve() == reference_path().resolve() else None
+    return LoopSampler(denoiser, scheduler, loaded, classes, count, **(call or {})), notices
 
 
 def _load_pipeline(folder: Path, component: str, denoiser: nn.Module) -> Any:

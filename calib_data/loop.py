@@ -30,9 +30,12 @@ class LoopSampler(Sampler):
         scheduler: Any,
         vae: Any | None = None,
         classes: Sequence[int] | None = None,
+        num_classes: int | None = None,
         eta: float = 0.0,
     ) -> None:
-        """``classes`` are those to sample; by default all, in turn. ``eta`` is DDIM's share of added noise.
+        """``classes`` are those to sample; by default all, in turn: ``num_classes``, or as many as the model embeds.
+
+        ``eta`` is DDIM's share of added noise.
 
         Raises :class:`ModelError` for a denoiser that needs more than x, t and a class.
         """
@@ -42,7 +45,7 @@ class LoopSampler(Sampler):
         if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
             raise ConfigError(f"eta must be a number from 0 to 1. Got {eta!r} instead.")
         self.names = main_argument_name(model), time_argument(model)
-        self.num_classes = _count_classes(model)
+        self.num_classes = _count_classes(model) if num_classes is None else num_classes
         self.shape = _shape_of_x(model)
         self.choose(classes)
 

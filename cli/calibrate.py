@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ptq_tdq import processes
 from ptq_tdq.artifacts import alone, check_output
 from ptq_tdq.calib_data import LoadedModel, collect_cached, load_model, with_scheduler
 from ptq_tdq.calibration import calibrate, foresee
@@ -105,7 +106,7 @@ def calibrate_command(
     Samples with the model's own pipeline for a calibration set, learns the rounding of the weights and the activation
     intervals as a function of the time step, block by block, and writes an artifact directory. Flags go before the file
     of --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the
-    first unfinished block.
+    first unfinished block. Started by torchrun or accelerate launch, processes share the calls and the work.
     """
     began = time.perf_counter()
     flags = {key: given.pop(key) for key in FLAGS}
@@ -118,36 +119,37 @@ def calibrate_command(
     check_output(output_dir, overwrite=overwrite)
     unfinished = unfinished_folder(output_dir)
     context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished block."
-    say = Progress(quiet=quiet, verbose=verbose)
-    say.line("Loading the model and looking at its layers")
-    model = load_model(source, **given)
-    if scheduler is not None:
-        model = with_scheduler(model, scheduler)
-    model_id = _id(model.id)
-    for notice in model.notices:
-        say.notice(notice)
-    say.config(config)
-    found = foresee(model, config, cache_budget=cache_budget)
-    if dry_run:
-        print_json(found.to_dict()) if as_json else show_forecast(found)
-    check_room(found, unfinished)
-    if dry_run:
+    with processes.joined(given["device"]) as given["device"]:
+        first = processes.rank() == 0
+        say = Progress(quiet=quiet or not first, verbose=verbose)
+        model = _load(source, scheduler, say, **given)
+        say.config(config)
+        if first:
+            found = foresee(model, config, cache_budget=cache_budget)
+            if dry_run:
+                print_json(found.to_dict()) if as_json else show_forecast(found)
+            check_room(found, unfinished)
+        if dry_run:
+            return
+        if first:
+            context.with_resource(alone(unfinished))
+        with processes.first_alone():
+            calls = collect_cached(model, on_progress=say.collecting, **config.recipe)
+        if first and not resume:
+            clear(unfinished)
+        with say.units():
+            quantized = calibrate(
+                model,
+                config,
+                calls,
+                model_id=_id(model.id),
+                run_directory=unfinished,
+                cache_budget=cache_budget,
+                on_unit=say.unit,
+                on_notice=say.notice,
+            )
+    if not first:
         return
-    context.with_resource(alone(unfinished))
-    calls = collect_cached(model, on_progress=say.collecting, **config.recipe)
-    if not resume:
-        clear(unfinished)
-    with say.units():
-        quantized = calibrate(
-            model,
-            config,
-            calls,
-            model_id=model_id,
-            run_directory=unfinished,
-            cache_budget=cache_budget,
-            on_unit=say.unit,
-            on_notice=say.notice,
-        )
     for notice in quantized.notices:
         say.notice(notice)
     if evaluation_samples is None:
@@ -161,6 +163,17 @@ def calibrate_command(
         if measured:
             show_gain(config.method, *measured)
         show_files(output_dir, time.perf_counter() - began)
+
+
+def _load(source: str | None, scheduler: str | None, say: Progress, **given: Any) -> LoadedModel:
+    say.line("Loading the model and looking at its layers")
+    model = load_model(source, **given)
+    if scheduler is not None:
+        model = with_scheduler(model, scheduler)
+    _id(model.id)
+    for notice in model.notices:
+        say.notice(notice)
+    return model
 
 
 def _measure(

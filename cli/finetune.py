@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from ptq_tdq import processes
 from ptq_tdq.artifacts import Artifact, alone, check_output, read_artifact
 from ptq_tdq.calib_data import LoadedModel, collect_cached
 from ptq_tdq.cli.options import (
@@ -28,7 +29,7 @@ from ptq_tdq.cli.original import load_original
 from ptq_tdq.cli.progress import Progress, show_files
 from ptq_tdq.cli.unfinished import clear, discard, unfinished_folder
 from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference
-from ptq_tdq.finetuning import FinetuneConfig, IterationReport, check_start, finetune, processes, recipe
+from ptq_tdq.finetuning import FinetuneConfig, IterationReport, check_start, finetune, recipe
 from ptq_tdq.load import build_quantized
 from ptq_tdq.quantized_model import QuantizedModel
 
@@ -100,12 +101,10 @@ def finetune_command(
     check_output(output_dir, overwrite=overwrite)
     unfinished = unfinished_folder(output_dir)
     stored = read_artifact(artifact)
-    given["device"] = processes.join(given["device"])
-    first = processes.rank() == 0
-    stopped = "Stopped; the same command goes on at the last checkpoint."
-    context.ensure_object(dict)["on_stop"] = stopped if first else ""  # one of them says so
-    say = _Training(quiet=quiet or not first, verbose=verbose)
-    try:
+    context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on at the last checkpoint."
+    with processes.joined(given["device"]) as given["device"]:
+        first = processes.rank() == 0
+        say = _Training(quiet=quiet or not first, verbose=verbose)
         model = load_original(source, stored, **given)
         check_start(model, stored, config, data)
         if first:
@@ -123,9 +122,7 @@ def finetune_command(
             on_iteration=say.iteration,
             on_notice=say.notice,
         )
-    finally:
-        say.stop()
-        processes.leave()
+    say.stop()
     if not first:
         return
     samples = min(64, model.sampler.batch) if evaluation_samples is None else evaluation_samples

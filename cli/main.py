@@ -17,7 +17,7 @@ import click
 from click.shell_completion import CompletionItem
 
 import ptq_tdq
-from ptq_tdq.errors import PtqTdqError, UsageError
+from ptq_tdq.errors import PtqTdqError, UsageError, WorkerError
 
 COMMANDS = {
     "benchmark": "Calibrate and measure every method x scheme x preset x seed, and draw a table.",
@@ -78,8 +78,7 @@ def main(args: list[str] | None = None) -> None:
         command = getattr(getattr(error, "ctx", None), "command_path", "ptq-tdq")
         _fail(f"{error.format_message()} See `{command} --help`.", 2)
     except (click.Abort, KeyboardInterrupt) as stop:  # click makes an Abort of the interrupt
-        if text := state.get("on_stop", "Stopped."):
-            click.echo(text, err=True)
+        _tell(state.get("on_stop", "Stopped."))
         sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
     except BrokenPipeError:  # the reader of a pipe has seen enough; nothing is left to say, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,7 +86,7 @@ def main(args: list[str] | None = None) -> None:
     except PtqTdqError as error:
         if state.get("verbose"):
             traceback.print_exc()
-        _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+        _fail(str(error), 2 if isinstance(error, UsageError) else 1, of_one=isinstance(error, WorkerError))
 
 
 class _Terminated(KeyboardInterrupt):
@@ -98,6 +97,12 @@ def _terminate(number: int, frame: Any) -> None:
     raise _Terminated
 
 
-def _fail(message: str, code: int) -> None:
-    click.echo("Error: " + " ".join(message.split()), err=True)
+def _fail(message: str, code: int, *, of_one: bool = False) -> None:
+    _tell("Error: " + " ".join(message.split()), of_one=of_one)
     sys.exit(code)
+
+
+def _tell(text: str, *, of_one: bool = False) -> None:
+    """Say how the run ends; of several processes the first one does, but for what concerns one of them."""
+    if of_one or int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0":
+        click.echo(text, err=True)

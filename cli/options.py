@@ -15,6 +15,7 @@ import click
 import torch
 from rich.console import Console
 
+from ptq_tdq import processes
 from ptq_tdq.calib_data import EMBEDDED, read_prompts
 from ptq_tdq.choices import Choices, described
 from ptq_tdq.config import read_config_file
@@ -249,14 +250,15 @@ def read_settings(settings: Sequence[str]) -> dict[str, str]:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, there // processes.here())
 
 
 threads_option: Decorator = click.option(
     "--threads",
     type=click.IntRange(1, 1024),
     default=_cores,
-    show_default="the cores that this process may use",
+    show_default="the cores that this process may use, shared by those of a launch",
     callback=_set_threads,
     expose_value=False,
     help="CPU threads; the last digits of a result depend on them.",

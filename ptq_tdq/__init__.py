@@ -7,7 +7,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptq_tdq.calib_data import collect, load_model
+    from ptq_tdq.calib_data import load_model
+    from ptq_tdq.calib_data.collect import collect
     from ptq_tdq.calibration import calibrate
     from ptq_tdq.calls import Calls, record
     from ptq_tdq.config import Config, preset

@@ -6,6 +6,7 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptq_tdq import processes
 from ptq_tdq.artifacts import check_draft
 from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
 from ptq_tdq.calls import Calls
@@ -29,6 +31,7 @@ from ptq_tdq.wrap import folded_copy
 _log = logging.getLogger(__name__)
 
 
+@processes.together()
 def calibrate(
     model: Any,
     config: Config,
@@ -62,6 +65,9 @@ def calibrate(
     result's :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit
     ("reconstruction"), its :attr:`notices` what stays in floating point and why.
 
+    Processes that torch.distributed has joined, and that call this with the same, share the calls and the work: each
+    gets the result, the first one alone samples the calls and keeps files, and what one raises all raise.
+
     Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
     :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model,
     :class:`~ptq_tdq.errors.ConfigError` for what an artifact cannot say (a ``model_id`` that is no text) and
@@ -77,7 +83,7 @@ def calibrate(
     denoiser: nn.Module = model.denoiser if isinstance(model, LoadedModel) else model
     _check_plain(denoiser)
     if calls is None and isinstance(model, LoadedModel):
-        calls = collect(model, **config.recipe)
+        calls = processes.of_first(partial(collect, model, **config.recipe))
     elif calls is None:
         raise CalibrationSetError(
             f"A {type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
@@ -92,6 +98,7 @@ def calibrate(
     quantized.provenance |= {"one_step": bool(plan.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = plan.notices
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
+    _check_alike(quantized.provenance)
     run = _open_run(run_directory, weights_directory, config, quantized.provenance, on_notice)
     reports: list[UnitReport] = []
 
@@ -118,6 +125,7 @@ def calibrate(
     return quantized.finalize()
 
 
+@processes.apart()
 def foresee(model: LoadedModel, config: Config, *, cache_budget: int = CACHE_BYTES) -> Forecast:
     """What :func:`calibrate` will take, before there is a calibration set, at the price of a few calls.
 
@@ -157,6 +165,14 @@ def _check_finite(model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise NonFiniteError(f"'{name}' has NaN or Inf; repair the model before quantizing it.")
+
+
+def _check_alike(document: dict[str, Any]) -> None:
+    """Raise :class:`ConfigError` where processes that share a run were not given the same."""
+    given = processes.gather([identity(document)])
+    for key, value in given[0].items():
+        if any(other[key] != value for other in given):
+            raise ConfigError(f"The processes of this run differ in their {key}; give the same to all of them.")
 
 
 def _open_run(

@@ -13,14 +13,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.calls import bind, prediction
+from ptq_tdq.calls import bind, prediction, tensors_of
 from ptq_tdq.timeaxis import TimeAxis
 from ptq_tdq.timed_model import TimedModel
 
@@ -154,9 +154,16 @@ class Corrected(nn.Module):
 
 def _with_prediction(output: Any, predicted: Tensor) -> Any:
     """A denoiser's output, whatever its form, with another prediction [B, ...] in it."""
+    kind = type(output)
+    if is_dataclass(kind) and not issubclass(kind, dict):  # a tree knows diffusers' own alone
+        name = next(f.name for f in fields(output) if tensors_of(getattr(output, f.name)))
+        return replace(output, **{name: _with_prediction(getattr(output, name), predicted)})
     leaves, form = pytree.tree_flatten(output)
-    rows = [predicted] if leaves[0].ndim == predicted.ndim else list(predicted)  # a list with one tensor per row
-    return pytree.tree_unflatten([*rows, *leaves[len(rows) :]], form)
+    first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    one = leaves[first].ndim == predicted.ndim
+    rows = [predicted] if one else list(predicted)  # a list with one tensor per row
+    leaves[first : first + len(rows)] = rows
+    return pytree.tree_unflatten(leaves, form)
 
 
 def _normal(x: Tensor, generator: Any) -> Tensor:

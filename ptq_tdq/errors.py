@@ -11,7 +11,7 @@ PtqTdqError
 ├── RuntimeUnsupportedError  what the integer runtime cannot run, or not exactly, on this processor
 ├── ResumeError             an unfinished run that belongs to another model, config or calibration set
 ├── OutputError             an output path that cannot be written
-├── WorkerError             a process of a study that ended before its work
+├── WorkerError             another process of a study, or of a run of several, ended before its work
 ├── MissingExtraError       an optional package, or a file that it needs, is not there
 └── ArtifactError           an artifact directory that cannot be used
     ├── ArtifactCorruptError    missing, truncated or altered files
@@ -42,6 +42,8 @@ __all__ = [
 
 class PtqTdqError(Exception):
     """Base of all errors raised on purpose; its text is one sentence for the user."""
+
+    told = False  # to the other processes of a run
 
 
 class UsageError(PtqTdqError):
@@ -85,7 +87,7 @@ class OutputError(PtqTdqError):
 
 
 class WorkerError(PtqTdqError):
-    """A process of a study that ended before its work."""
+    """Another process of a study, or of a run of several, ended before its work."""
 
 
 class MissingExtraError(PtqTdqError):

@@ -89,16 +89,16 @@ def _check_state(model: nn.Module, artifact: Artifact) -> None:
         raise ArtifactMismatchError(f"The tensor '{key}' is missing in {where}{_ADVICE}")
     for key, tensor in expected.items():
         found = artifact.float_state[key]
-        if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point() or _odd(found):
+        if found.shape != tensor.shape or _kind(found) != _kind(tensor):
             raise ArtifactMismatchError(
                 f"The tensor '{key}' is {found.dtype} {list(found.shape)}, "
                 f"in the model {tensor.dtype} {list(tensor.shape)}{_ADVICE}"
             )
 
 
-def _odd(tensor: Tensor) -> bool:
-    """Numbers that no model has: complex ones, and bytes with a meaning of their own."""
-    return tensor.is_complex() or tensor.is_quantized
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    """Whether its numbers are real, complex, or bytes with a meaning of their own."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.is_quantized
 
 
 def _require(condition: bool, record: LayerRecord, clause: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ptq_tdq.scheme import QType
 
-BLOCK = 32  # columns that take over at once what all columns behind them have left
+BLOCK = 128  # columns that take over at once what all columns behind them have left
 DAMPING = 0.01  # of GPTQ's own factor, as published
 
 
@@ -84,13 +84,13 @@ def gptq(
     w, diagonal = weight.double().t()[order].contiguous(), lower.diagonal()
     lost = w.new_empty(len(order), *scale.shape[:2])
     codes, errors = lost.float(), torch.zeros_like(lost[0])
+    scale, zero_point = scale.permute(2, 0, 1)[order], zero_point.t()[order]  # columns next to each other in memory
     for stop in range(len(order), 0, -BLOCK):
         start = max(stop - BLOCK, 0)
         inner = lower[start:stop, start:stop]
         left = (lower[stop:, start:stop].t() @ lost[stop:].flatten(1)).view(-1, *errors.shape)
         for k in reversed(range(start, stop)):
-            i, column = k - start, int(order[k])
-            s, z = scale[..., column].double(), zero_point[:, column]
+            i, s, z = k - start, scale[k].double(), zero_point[k]
             pull = (inner[i + 1 :, i] @ lost[k + 1 : stop].flatten(1)).view_as(errors).add_(left[i])
             aim = w[k] + pull / diagonal[k]
             codes[k] = code = torch.round(aim / s).add_(z).clamp_(qtype.qmin, qtype.qmax)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ptq_tdq.artifacts import CONFIG_FILE, Artifact, read_artifact
 from ptq_tdq.errors import ArtifactError, ConfigError
+from ptq_tdq.processor import check_device
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.structure import building, hollow_model
 
@@ -71,11 +72,7 @@ def load_quantized(
     """
     if backend not in get_args(Backend):
         raise ConfigError(f"The backend must be one of {', '.join(get_args(Backend))}. Got {backend!r} instead.")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:  # an assertion where torch is built without it
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"The device {str(device)!r} cannot be used here ({reason}); choose another.") from error
+    check_device(device)
     if backend == "integer" and torch.device(device).type != "cpu":
         raise ConfigError(f'The backend "integer" runs on the CPU only. Got device {str(device)!r} instead.')
     artifact = find_artifact(source)

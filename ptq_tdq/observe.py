@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ptq_tdq import processes
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import RATIOS, Histogram, ratio_errors
@@ -30,6 +31,7 @@ class Observer:
         self.errors = torch.zeros(len(steps), len(RATIOS))
         self.lo = torch.full((len(steps),), torch.inf)
         self.hi = torch.full((len(steps),), -torch.inf)
+        self.ranges: list[tuple[Tensor, Tensor]] = []  # of each batch
         self.counts: Tensor | None = None
 
     def start_counting(self) -> None:
@@ -64,6 +66,20 @@ class Observer:
             raise NonFiniteError(f"{self.name} has NaN or Inf in its activations at t = {t[~finite][0].item():g}.")
         batch_lo = torch.full_like(self.lo, torch.inf).scatter_reduce_(0, index, lo, "amin")
         batch_hi = torch.full_like(self.hi, -torch.inf).scatter_reduce_(0, index, hi, "amax")
+        self.ranges.append((batch_lo, batch_hi))
+        self._widen(batch_lo, batch_hi)
+
+    def join(self) -> None:
+        """End a pass: take in what other processes have seen in it, in their order."""
+        if self.counts is not None:
+            self.counts, self.errors = processes.total(self.counts), processes.total(self.errors)
+            return
+        self.lo, self.hi = torch.full_like(self.lo, torch.inf), torch.full_like(self.hi, -torch.inf)
+        for lo, hi in processes.gather(self.ranges):
+            self._widen(lo.to(self.lo.device), hi.to(self.lo.device))
+
+    def _widen(self, batch_lo: Tensor, batch_hi: Tensor) -> None:
+        """Take the ranges of a batch into those of the steps."""
         if self.ema:
             seen, known = torch.isfinite(batch_lo), torch.isfinite(self.lo)
             keep = torch.where(known, EMA_MOMENTUM, 0.0)

@@ -55,7 +55,7 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     require_rows(model, calls)
     seen = trace(model, calls)
     _check_skip(config, seen)
-    roles, units = find_roles(seen), find_units(model, seen.faithful, seen.products)
+    roles, units = find_roles(seen), find_units(model, seen.faithful, seen.called, seen.products)
     layers = [seen.layers[name] for name in seen.faithful if not _skipped(config, name, roles[name])]
     owners = [name for name in seen.products if name in units and not _skipped(config, name)]
     if not layers:
@@ -187,6 +187,9 @@ def _notices(seen: Trace, units: dict[str, str], config: Config) -> Iterator[str
             "Attention that torch computes in one piece (nn.MultiheadAttention), with the layers in it, stays in "
             f"floating point ({_share(seen.fused, seen)}): that of {_some(seen.fused)}."
         )
+    repeated = [unit for unit in dict.fromkeys(units.values()) if seen.called[unit] > 1]
+    if repeated:
+        yield f"Run several times in a call, and learned from the first time alone: {_some(repeated)}."
     if not config.layers.attention:
         return
     lost = [name for name in seen.products if name not in units]

@@ -1,4 +1,4 @@
-"""What this processor computes: integer products, bfloat16."""
+"""What this machine computes: on which devices, integer products, bfloat16."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ from typing import Literal
 
 import torch
 
+from ptq_tdq.errors import ConfigError
+
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 COMPUTE_DTYPES = {
     "auto": "bfloat16 where the processor computes in it, float32 elsewhere",
     "float32": "exact",
     "bfloat16": "fast where the processor has it",
 }
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise :class:`ConfigError` for a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:  # an assertion where torch is built without it
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"The device {str(device)!r} cannot be used here ({reason}); choose another.") from error
 
 
 def instruction_set() -> str:

@@ -42,6 +42,12 @@ def weight_qparams(rows: Tensor, qtype: QType, *, method: str = "mse", symmetric
 
     ``method`` is "minmax" or "mse". ``symmetric`` fixes the zero point at the middle code.
     """
+    pieces = rows.split(max(1, PIECE // max(1, rows.shape[1])))  # which stay in the processor's cache
+    found = [_row_qparams(piece, qtype, method, symmetric) for piece in pieces]
+    return QParams(torch.cat([f.scale for f in found]), torch.cat([f.zero_point for f in found]))
+
+
+def _row_qparams(rows: Tensor, qtype: QType, method: str, symmetric: bool) -> QParams:
     lo, hi = rows.amin(1), rows.amax(1)
     place = _symmetric if symmetric else choose_qparams
     best_scale, best_zero = place(lo, hi, qtype)

@@ -7,6 +7,7 @@ input depends on.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import Calls, Each, Group, Place, main_argument
-from ptq_tdq.calls.arguments import REFUSALS
+from ptq_tdq.calls.arguments import REFUSALS, without_gradients
 from ptq_tdq.errors import ModelError
 from ptq_tdq.modules.layers import layer_kind
 from ptq_tdq.watch import Print, Source, TracedLayer, Watcher
@@ -27,14 +28,15 @@ _CLOSE = 0.02  # relative difference of one row computed alone and beside anothe
 class Trace:
     """All that was seen.
 
-    ``products`` counts the attention products of each module that computes some, ``mixed`` are those modules whose
-    products do not have the rows of one sample after the other. By the module that computes them, ``matmuls`` are
-    multiply-accumulates of other products of two activations, ``loose`` those with parameters that no layer holds, and
-    ``fused`` those of torch's multi-head attention, whose projections and products are one function. ``unused`` are
-    layers that were never called and whose weight no such function took.
+    ``called`` counts the calls of each module, by name. ``products`` counts the attention products of each module that
+    computes some, ``mixed`` are those modules whose products do not have the rows of one sample after the other. By the
+    module that computes them, ``matmuls`` are multiply-accumulates of other products of two activations, ``loose``
+    those with parameters that no layer holds, and ``fused`` those of torch's multi-head attention, whose projections
+    and products are one function. ``unused`` are layers that were never called and whose weight no such function took.
     """
 
     layers: dict[str, TracedLayer]
+    called: Counter[str]
     products: dict[str, int]
     mixed: set[str]
     matmuls: dict[str, int]
@@ -61,7 +63,9 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
     one, two = (group.arguments(index) for index in (pair[:1], pair))
     watcher = Watcher(model)
     try:
-        alone, together = watcher.look(one), watcher.look(two, again=True)
+        with without_gradients(model):
+            alone = watcher.look(one)
+        together = watcher.look(two, again=True)
     except REFUSALS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(f"{type(model).__name__} refuses the recorded calls ({reason}); record its own.") from error
@@ -80,6 +84,7 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
         moving |= {name for name, prints in other.matmuls.items() if prints != alone.matmuls.get(name)}
     return Trace(
         watcher.layers,
+        watcher.called,
         {name: len(of) for name, of in alone.products.items()},
         mixed,
         {name: macs for name, macs in watcher.matmuls.items() if name in moving},

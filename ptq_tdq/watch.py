@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class Watcher:
         self.modules = dict(model.named_modules())
         self.storages = {_memory(p) for p in model.parameters()}
         self.layers: dict[str, TracedLayer] = {}
+        self.called: Counter[str] = Counter()  # how often each module was; a container never is
         self.matmuls: dict[str, int] = {}
         self.loose: dict[str, int] = {}
         self.fused: dict[str, int] = {}
@@ -121,6 +123,7 @@ class Watcher:
     def _enter(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.stack.append(name)
+            self.called[name] += not self.again
             x = layer_input(args, kwargs) if layer_kind(module) else None
             if x is None:
                 return

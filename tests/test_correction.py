@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -129,6 +130,25 @@ def test_t_is_read_from_the_model_s_own_argument_and_any_output_is_corrected() -
     assert other == 7 and isinstance(found, list)
     torch.testing.assert_close(found[0].double(), torch.full((3, 2, 2), 1.9).double() - MU[2].view(3, 1, 1))
     torch.testing.assert_close(found[1].double(), torch.full((3, 2, 2), 2.8).double() - MU[1].view(3, 1, 1))
+
+
+@dataclass
+class Plain:
+    scale: float
+    latents: Tensor
+    mask: Tensor
+
+
+class Dataclasses(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Plain:
+        return Plain(3.0, 2 * x, x)
+
+
+def test_an_output_that_is_a_dataclass_is_corrected() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    found = Corrected(Dataclasses(), halved(), TimeAxis("t"))(x, torch.tensor([10.0, 400.0]))
+    assert isinstance(found, Plain) and found.scale == 3 and found.mask is x
+    torch.testing.assert_close(found.latents, (2 * x - 0.5) / 2)
 
 
 @pytest.mark.parametrize("remaining", [0.0, 0.01, 1.0, 1e9])

@@ -174,3 +174,25 @@ def test_tensors_that_no_file_holds_have_their_values_and_nothing_else_takes_mem
     for backend in ("simulated", "integer"):
         loaded = load_quantized(tmp_path / "out", backend=backend)
         assert sqnr_db(prediction(quantized(**pair)), prediction(loaded(**pair))) > 30
+
+
+class Spectral(nn.Module):
+    """Multiplies by complex factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.factor = nn.Parameter(torch.randn(8, dtype=torch.complex64))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, 4]."""
+        result: Tensor = self.last((self.first(sample) * self.factor * timestep[:, None] / 1000).real)
+        return result
+
+
+@torch.no_grad()
+def test_complex_parameters_come_back(tmp_path: Path) -> None:
+    given = {"sample": torch.randn(4, 4), "timestep": torch.tensor([1000.0, 600.0, 200.0, 1.0])}
+    quantized = calibrate(Spectral(), QUICK, calls_of(Spectral(), **given, num_train_timesteps=1000))
+    quantized.save_pretrained(tmp_path / "out")
+    assert torch.equal(load_quantized(tmp_path / "out", model=Spectral())(**given), quantized(**given))

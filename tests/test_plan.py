@@ -126,6 +126,29 @@ def test_units_are_residual_and_attention_blocks_and_single_layers(unet: UNet2DM
         assert record.unit == expected
 
 
+class Boxes(nn.Module):
+    """Keeps the layers of its blocks in containers, which nobody calls; takes one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}) for _ in range(2))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, 4]."""
+        sample = self.first(self.first(sample))
+        for block in self.blocks:
+            sample = sample + block["b"](block["a"](sample).tanh()) * timestep[:, None]  # type: ignore[index]
+        return sample
+
+
+def test_containers_that_nobody_calls_are_no_units() -> None:
+    model = Boxes()
+    plan = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 4), torch.tensor([3.0, 5.0])))
+    assert len(plan.layers) == 5 and all(record.unit == record.name for record in plan.layers)
+    assert "Run several times in a call, and learned from the first time alone: first." in plan.notices
+
+
 def test_a_skip_pattern_leaves_its_layers_in_floating_point(unet: UNet2DModel) -> None:
     full, plan = plan_of(unet, preset("qdiff")), plan_of(unet, preset("qdiff", skip="up_blocks.*,conv_out"))
     assert set(full) - set(plan) == {n for n in full if n.startswith("up_blocks.") or n == "conv_out"}

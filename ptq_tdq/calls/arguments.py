@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls.outputs import last_row
-from ptq_tdq.errors import CalibrationSetError, TimestepError
+from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
+from ptq_tdq.modules.layers import layer_kind
 from ptq_tdq.timeaxis import time_argument
 
 Rows = slice | Tensor
@@ -142,7 +144,10 @@ def main_argument(arguments: dict[str, Any], time: str) -> str:
 
 def count_rows(arguments: dict[str, Any], time: str) -> int:
     """Samples in one call: the first dimension of what is denoised, or the length of a list of them."""
-    return len(arguments[main_argument(arguments, time)])
+    main = arguments[main_argument(arguments, time)]
+    return (
+        len(main) if isinstance(main, list) else len(next(x for x in pytree.tree_leaves(main) if isinstance(x, Tensor)))
+    )
 
 
 Odd = frozenset[tuple[int, int, bool]]
@@ -213,7 +218,7 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
     count, given = count_rows(arguments, time), (time, main_argument(arguments, time))
     tensors = [(i, x) for i, (name, x) in enumerate(_flatten(arguments, time)[0]) if name not in given]
     candidates = [(i, *form) for i, x in tensors if isinstance(x, Tensor) for form in _odd_forms(x, count)]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with without_gradients(model), torch.random.fork_rng(devices=[]):
         expected = last_row(model(**arguments))
         works: list[Odd] = []
         for odd in _subsets(candidates):
@@ -227,6 +232,31 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
             if max(errors) < SAME:
                 return odd
     return works[0] if works else frozenset()
+
+
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Calls of ``model`` compute no gradients; raises :class:`ModelError` for one that differentiates itself."""
+    refusal = ModelError(
+        f"{type(model).__name__} differentiates itself in its forward, and quantized layers have no such gradients; "
+        "quantize a model that computes its prediction directly."
+    )
+
+    def refuse(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            raise refusal
+
+    hooks = [module.register_forward_pre_hook(refuse) for module in model.modules() if layer_kind(module)]
+    try:
+        with torch.no_grad():
+            yield
+    except RuntimeError as error:
+        if "does not require grad" in str(error):
+            raise refusal from error
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:

@@ -20,10 +20,18 @@ def tensors_of(output: Any) -> list[Tensor]:
 def prediction(output: Any) -> Tensor:
     """What a denoiser predicts: the first tensor of its output, or its list with one tensor per row, stacked.
 
-    Raises :class:`CalibrationSetError` for an output without a tensor.
+    A list of several shapes, such as a ControlNet's, comes as one tensor [B, values]. Raises
+    :class:`CalibrationSetError` for an output without a tensor, and for such a list without a common B.
     """
     found = _first(output)
-    return found if isinstance(found, Tensor) else torch.stack(found)
+    if isinstance(found, Tensor):
+        return found
+    if all(x.shape == found[0].shape for x in found):
+        return torch.stack(found)
+    if len({x.shape[:1] for x in found}) > 1:
+        shapes = " and ".join(str(list(x.shape)) for x in found[:2])
+        raise CalibrationSetError(f"The model gives tensors of different shapes ({shapes}); call it with like samples.")
+    return torch.cat([x.flatten(1) for x in found], 1)
 
 
 def last_row(output: Any) -> Tensor:

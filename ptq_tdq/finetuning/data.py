@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,10 @@ class Data(ABC):
 
         All that is random is drawn for all B samples, so each sample gets the same however many processes there are.
         """
+
+    @abstractmethod
+    def remember(self, predict: Callable[..., Tensor]) -> None:
+        """Ask for all that full precision predicts beforehand, where it will be asked for the same more than once."""
 
     @abstractmethod
     def judges(self) -> list[Batch]:
@@ -78,6 +83,11 @@ class RecordedCalls(Data):
         judges = judges if len(judges) else self.rows
         self._judges = judges[:: -(-len(judges) // MOST_JUDGES)]
         self.count, self.steps = len(self.rows), calls.t.cpu().unique()
+        self._targets: list[Tensor] | None = None  # of each group
+
+    def remember(self, predict: Callable[..., Tensor]) -> None:
+        spans = [torch.arange(span.start, span.stop).split(PIECE) for _, span in self.calls.spans()]
+        self._targets = [torch.cat([predict(**self.calls.inputs(rows)) for rows in pieces]) for pieces in spans]
 
     def draw(self, numbers: Tensor, part: slice, generator: torch.Generator) -> list[Batch]:
         return self._batches(self.rows[numbers[part]])
@@ -92,10 +102,11 @@ class RecordedCalls(Data):
     def _batches(self, rows: Tensor) -> list[Batch]:
         """One call for each group that the rows are of."""
         found = []
-        for _, span in self.calls.spans():
+        for group, (_, span) in enumerate(self.calls.spans()):
             inner = rows[(rows >= span.start) & (rows < span.stop)]
             if len(inner):
-                found.append(Batch(self.calls.inputs(inner), None, len(inner)))
+                target = None if self._targets is None else self._targets[group][inner - span.start]
+                found.append(Batch(self.calls.inputs(inner), target, len(inner)))
         return found
 
 
@@ -132,6 +143,9 @@ class NoisedSamples(Data):
 
     def draw(self, numbers: Tensor, part: slice, generator: torch.Generator) -> list[Batch]:
         return [self._noised(self.rows[numbers], part, generator)]
+
+    def remember(self, predict: Callable[..., Tensor]) -> None:
+        """Nothing: each call has noise of its own."""
 
     def judges(self) -> list[Batch]:
         rows = self._judges if len(self._judges) else self.rows[:MOST_JUDGES]

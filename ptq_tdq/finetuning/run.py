@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptq_tdq import processes
 from ptq_tdq.artifacts import CONFIG_FILE, Artifact, check_base_model, encode_artifact
 from ptq_tdq.calib_data import LoadedModel, collect, from_pipeline
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import CalibrationSetError, ConfigError
-from ptq_tdq.finetuning import processes
 from ptq_tdq.finetuning.config import KEEP, FinetuneConfig
 from ptq_tdq.finetuning.data import Data, RecordedCalls
 from ptq_tdq.finetuning.files import read_data
@@ -34,6 +34,7 @@ THINNING = 8  # each trajectory gives every so many of its steps: trajectories c
 PROBED = 4  # of the calls that judge, in which unknown intervals are observed
 
 
+@processes.together()
 def finetune(
     model: Any,
     artifact: str | Path | Artifact | QuantizedModel,
@@ -81,8 +82,7 @@ def finetune(
     training = Training(Student(quantized, teacher, config), teacher, source, config)
     kept = None
     if run_directory is not None:
-        with processes.first_alone():
-            kept = RunDirectory(run_directory, _identity(found, config, source), on_notice=on_notice)
+        kept = RunDirectory(run_directory, _identity(found, config, source), on_notice=on_notice)
     before = training.judge()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         training.run(kept, on_iteration)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptq_tdq import processes
 from ptq_tdq.calls import prediction
 from ptq_tdq.errors import NonFiniteError
-from ptq_tdq.finetuning import processes
 from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.data import Batch, Data, generator_of
 from ptq_tdq.finetuning.student import Student
@@ -44,6 +44,7 @@ class Training:
         processes.begin_alike(p.detach() for p in self.learned.values())
         self.averages = [p.detach().clone() for p in self.learned.values()]
         self.losses: list[float] = []
+        data.remember(self._wanted)
 
     def run(self, kept: RunDirectory | None, on_iteration: Callable[[IterationReport], None]) -> None:
         """Learn from the iteration that the state in ``kept`` has reached; leaves the averages in the student.
@@ -59,7 +60,7 @@ class Training:
             seconds = (time.perf_counter() - began) / (done - first)
             on_iteration(IterationReport(done, self.config.iterations, loss, seconds))
             due = done % self.config.checkpoint_every == 0 or done == self.config.iterations
-            if kept is not None and due and processes.rank() == 0:
+            if kept is not None and due:
                 kept.write(*STATE, self._state(), (self.losses[0], loss))
         with torch.no_grad():
             for parameter, average in zip(self.learned.values(), self.averages, strict=True):
@@ -86,10 +87,10 @@ class Training:
         torch.manual_seed(generator_of(f"noise of process {processes.rank()}", config.seed, iteration).initial_seed())
         batches = self._draw(iteration)
         self.optimizer.zero_grad()
-        loss = processes.mean(self._descend(batches))
+        loss = processes.total(self._descend(batches))
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(self._why(iteration, batches))
-        processes.mean_gradients(list(self.learned.values()))
+        processes.add_gradients(list(self.learned.values()))
         self.optimizer.step()
         decay = min(config.ema, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(self.averages, [p.detach() for p in self.learned.values()], 1 - decay)
@@ -109,10 +110,10 @@ class Training:
         ]
 
     def _descend(self, batches: Sequence[Batch]) -> Tensor:
-        """Add up the gradients of a process's share of the loss, which is returned."""
+        """Add up the gradients of this process's share of the loss, which is returned."""
         total = torch.zeros((), device=self.student.quantized.device)
         for batch in batches:
-            share = batch.rows / (self.size * self.config.accumulation)
+            share = batch.rows / self.config.batch_size
             with torch.enable_grad():
                 predicted, penalty = self.student(**batch.arguments)
                 loss = (_distance(predicted, self._target(batch)) + penalty) * share
@@ -121,10 +122,11 @@ class Training:
         return total
 
     def _target(self, batch: Batch) -> Tensor:
-        if batch.target is not None:
-            return batch.target
-        with torch.no_grad():
-            return prediction(self.teacher(**batch.arguments)).float()
+        return self._wanted(**batch.arguments) if batch.target is None else batch.target
+
+    @torch.no_grad()
+    def _wanted(self, **arguments: Any) -> Tensor:
+        return prediction(self.teacher(**arguments)).float()
 
     def _why(self, iteration: int, batches: Sequence[Batch]) -> str:
         layers = filter(None, (self.student.first_to_overflow(batch.arguments) for batch in batches))

@@ -176,15 +176,15 @@ class PtqTdqQuantizer(DiffusersQuantizer):
 
 
 def as_diffusers(quantized: QuantizedModel) -> Any:
-    """The denoiser of a quantized model as diffusers' own class, for a pipeline that is to be saved.
+    """The denoiser of a quantized model as diffusers' own class, for a pipeline that is to be saved or asks for it.
 
     ::
 
         pipe.unet = as_diffusers(load_quantized("out"))  # or what calibrate gives
         pipe.save_pretrained("folder")
 
-    It computes what ``quantized`` does, and is the model inside it. Raises :class:`~ptq_tdq.errors.ModelError` for a
-    class that is not diffusers' own.
+    A ControlNet's pipeline takes no other class. The result computes what ``quantized`` does, and is the model inside
+    it. Raises :class:`~ptq_tdq.errors.ModelError` for a class that is not diffusers' own.
     """
     model: Any = quantized.model
     if not isinstance(model, ModelMixin):

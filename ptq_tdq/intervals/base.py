@@ -83,6 +83,7 @@ class IntervalSource(nn.Module, ABC):
     pattern: ClassVar[str]
     timed: ClassVar[bool] = True  # a function of t alone, so a table can hold it
     by_token: ClassVar[bool] = False  # an interval for each token; see ``dynamic_token.py``
+    by_sample: ClassVar[bool] = False  # an interval from all values of each sample
     registry: ClassVar[dict[str, type[IntervalSource]]] = {}
 
     def __init_subclass__(cls) -> None:

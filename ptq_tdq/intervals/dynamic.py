@@ -21,6 +21,7 @@ class Dynamic(IntervalSource):
 
     pattern = "dynamic"
     timed = False
+    by_sample = True
 
     def __init__(self, zero_point: Tensor, qtype: QType) -> None:
         super().__init__()

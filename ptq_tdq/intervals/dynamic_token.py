@@ -32,6 +32,7 @@ class DynamicToken(Dynamic):
 
     pattern = "dynamic-token"
     by_token = True
+    by_sample = False
 
     @classmethod
     def of(cls, qtype: QType) -> DynamicToken:

@@ -32,17 +32,31 @@ class ActivationQuantizer(nn.Module):
         self.source: IntervalSource | None = None
         self.function: Callable[[Tensor, Tensor, Tensor, QType], Tensor] = fake_quantize
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, ...] -> the same shape, on the grid of the interval at each sample's t."""
+    @property
+    def by_rows(self) -> bool:
+        """Whether it does to some rows along the last dimension what it does to them among all others."""
+        if not self.enabled or self.source is None or self.observer is not None:
+            return False
+        apart = not self.source.by_sample and not (self.source.by_token and self.along != -1)
+        return apart and self.function is fake_quantize
+
+    def forward(self, x: Tensor, *interval: Tensor) -> Tensor:
+        """x [B, ...] -> the same shape, on the grid of the interval at each sample's t, where no other is given."""
         if self.observer is not None:
             self.observer.see(x if self.observer.vectors is None else self._tokens(x), present(len(x), x.device))
             return x
         if not self.enabled or self.source is None:
             return x
+        scale, zero_point = interval or self.interval(x)
+        return self.function(x, self._beside(scale, x), self._beside(zero_point, x), self.qtype)
+
+    def interval(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero_point of each sample [B], or of each token of x."""
+        assert self.source is not None
         with torch.autocast(x.device.type, enabled=False):  # intervals are float32 whatever the products are
             seen = self._tokens(x) if self.source.by_token else x
             scale, zero_point = self.source(present(len(x), x.device), seen)
-        return self.function(x, self._beside(scale, x), self._beside(zero_point, x), self.qtype)
+        return scale, zero_point
 
     def _tokens(self, x: Tensor) -> Tensor:
         """x as [B, ..., K], its tokens last."""

@@ -7,10 +7,10 @@ rotary, masked or grouped attention and any processor of diffusers are alike her
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from itertools import chain, cycle, repeat
 from typing import Any
 
@@ -18,13 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from ptq_tdq.errors import ModelError
+from ptq_tdq.intervals import source_class
 from ptq_tdq.modules.activation import ActivationQuantizer
 from ptq_tdq.records import LayerRecord
+from ptq_tdq.timeaxis import at, present
 
 OPERANDS = ("q", "k", "v", "softmax")
 ALONG = (-1, -1, -2, -1)  # the dimension of each that its product sums over
+BLOCK = 1 << 20  # scores that are computed at once, where rows are quantized apart from each other
 ATTRIBUTE = "products"  # of the module that computes them; `<module>.products.<i>` is the i-th in its forward pass
 
 
@@ -32,6 +36,11 @@ def owner_of(name: str) -> tuple[str, int]:
     """The module that computes the product of this name, and the product's number in its forward pass (-1: none)."""
     owner, _, number = name.rpartition(f".{ATTRIBUTE}.")
     return owner, int(number) if number.isdecimal() and number.isascii() else -1
+
+
+def in_blocks(record: LayerRecord) -> bool:
+    """Whether large products may be computed block by block: no interval needs all probabilities of a sample."""
+    return not source_class(record.inputs[-1].method).by_sample
 
 
 class QuantProduct(nn.Module):
@@ -67,16 +76,56 @@ class QuantProduct(nn.Module):
         q, k, v = on_query(query).float(), on_key(key).float(), on_value(value).float()
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if is_causal:
-            scores = scores + torch.full(scores.shape[-2:], -torch.inf, device=q.device, dtype=q.dtype).triu(1)
-        if attn_mask is not None:
-            blocked = attn_mask.dtype == torch.bool
-            scores = scores.masked_fill(~attn_mask, -torch.inf) if blocked else scores + attn_mask
+            attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        apart = on_softmax.by_rows and not torch.compiler.is_compiling() and q.ndim > 2
+        apart = apart and q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and _scores(q, k) > BLOCK
+        attend = self._in_blocks if apart else self._attend
+        return attend(q, k, v, attn_mask, factor).to(query.dtype)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float, *interval: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) * factor
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         # a row that may look at nothing gives zeros, as torch's own function does
-        probabilities = scores.softmax(-1).nan_to_num(0.0) if attn_mask is not None else scores.softmax(-1)
-        out: Tensor = on_softmax(probabilities) @ v
-        return out.to(query.dtype)
+        probabilities = scores.softmax(-1).nan_to_num(0.0) if mask is not None else scores.softmax(-1)
+        out: Tensor = self.inputs[-1](probabilities, *interval) @ v
+        return out
+
+    def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float) -> Tensor:
+        """:meth:`_attend` block by block, each of which stays in the processor's cache.
+
+        Gradients compute a block again, so none of the N x M scores and probabilities is kept.
+        """
+        softmax = self.quantizers()[-1]
+        assert softmax.source is not None
+        own = (
+            () if softmax.source.by_token else softmax.interval(q)
+        )  # once, since a network in it may drop units at random
+        samples, rows = (max(1, BLOCK * n // _scores(q[:1], k)) for n in (1, q.shape[-2]))
+        mask = None if mask is None else mask.expand(*q.shape[:-1], k.shape[-2])
+
+        def attend(t: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *own: Tensor) -> Tensor:
+            with at(t):
+                return self._attend(q, k, v, mask, factor, *own)
+
+        run = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+        found = []
+        for now, queries, keys, values, seen, *interval in zip(
+            *(_split(x, samples) for x in (present(len(q), q.device), q, k, v, mask, *own)), strict=False
+        ):
+            blocks = zip(queries.split(rows, -2), _split(seen, rows, -2), strict=False)
+            found.append(torch.cat([run(now, block, keys, values, part, *interval) for block, part in blocks], -2))
+        return torch.cat(found)
+
+
+def _scores(q: Tensor, k: Tensor) -> int:
+    return q.numel() // q.shape[-1] * k.shape[-2]
+
+
+def _split(x: Tensor | None, size: int, dim: int = 0) -> Iterable[Any]:
+    return repeat(None) if x is None else x.split(size, dim)
 
 
 class _Intercept(TorchFunctionMode):

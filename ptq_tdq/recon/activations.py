@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptq_tdq import processes
 from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.intervals import IntervalSource, Observed, source_class
@@ -56,6 +57,8 @@ def observe(unit: Unit, call: UnitCall, config: Config, num_train_timesteps: int
             with torch.no_grad():
                 for batch in unit.batches():
                     unit.run(call, batch)
+            for observer in observers.values():
+                observer.join()
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
@@ -226,8 +229,9 @@ def _learn(unit: Unit, call: UnitCall, target: Parts, config: Config, generator:
     with unit.learning():
         for _ in range(phase.activation_iterations):
             index = unit.draw(config.learning.batch_size, generator, chances)
-            if not unit.descend(call, target, phase.loss_power, config, index, optimizer, schedule):
+            if not unit.descend(call, target, phase.loss_power, config, index, optimizer):
                 break
+            schedule.step()
     sources.eval()
 
 
@@ -236,12 +240,14 @@ def _chances(unit: Unit, target: Parts, power: float) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
     batches = list(unit.batches())
     # in the unit of the largest value no power overflows
-    largest = max((float(x.abs().max()) for batch in batches for x in target.real(batch)), default=0.0) or tiny
+    largest = max((float(x.abs().max()) for batch in batches for x in target.real(batch)), default=0.0)
+    largest = max(processes.gather([largest])) or tiny
     size = torch.zeros(len(unit.t))
     for batch in batches:
         count = len(unit.t[batch])
         sizes = [(x.float() / largest).abs().pow(power).reshape(count, -1).mean(1) for x in target.real(batch)]
         size[batch] = torch.stack(sizes).mean(0).cpu() if sizes else 1.0
+    size = processes.total(size)
     _, step, count = unit.t.unique(return_inverse=True, return_counts=True)
     of_step = torch.zeros(len(count)).index_add(0, step, size) / count
     relative = of_step / of_step.max().clamp(min=tiny)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ptq_tdq import processes
 from ptq_tdq.artifacts import IntervalTable, write_atomic
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError, ResumeError
@@ -66,6 +67,11 @@ class RunDirectory:
         self.path, self.on_notice = path, on_notice
         self.identity = json.dumps(identity, sort_keys=True)
         self._homes = {"weights": weights or self}
+        with processes.first_alone():
+            self._open(identity)
+
+    def _open(self, identity: dict[str, Any]) -> None:
+        path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -111,7 +117,9 @@ class RunDirectory:
         return sha256(json.dumps(about).encode() + save(tensors)).hexdigest()
 
     def write(self, phase: str, index: int, tensors: Tensors, losses: tuple[float, float]) -> None:
-        """Keep a finished unit; raises :class:`OutputError` where that is impossible."""
+        """Keep a finished unit, in the first process; raises :class:`OutputError` where that is impossible."""
+        if processes.rank() > 0:
+            return
         tensors, text = {k: v.cpu().contiguous() for k, v in tensors.items()}, json.dumps(losses)
         data = save(tensors, metadata={"losses": text, "sha256": self._hash(phase, index, tensors, text)})
         write_atomic(self._file(phase, index), data)
@@ -119,8 +127,12 @@ class RunDirectory:
     def read(self, phase: str, index: int, form: Form) -> Saved | None:
         """The saved unit with tensors of this ``form``, or None where it has to be done.
 
-        Says so to ``on_notice`` if there is a file. Raises :class:`ResumeError` for a folder in its place.
+        Says so to ``on_notice`` if there is a file. Raises :class:`ResumeError` for a folder in its place. The first
+        process reads for all.
         """
+        return processes.of_first(lambda: self._read(phase, index, form))
+
+    def _read(self, phase: str, index: int, form: Form) -> Saved | None:
         path = self._file(phase, index)
         if path.is_dir():
             raise ResumeError(f"{path} is a folder where a finished unit would be kept; move it away.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq_tdq import processes
 from ptq_tdq.config import Config
 from ptq_tdq.gptq import absorbed, compensated, gptq, layer_error, nearest, solve_order
 from ptq_tdq.modules import QuantLayer
@@ -66,23 +67,40 @@ def _solve(
     what those before it have lost, as each layer does. The first one chooses the factor of a row's scales.
     """
     codes, lost = torch.empty_like(weight, dtype=torch.uint8), known.lost
+    mine = processes.share(len(weight))  # the rows of a weight are rounded apart from each other
     for columns in known.blocks(taps):
-        hessian, (cross, *earlier) = known.moments(columns)
-        own, solve = weight[:, columns], solve_order(hessian)
-        better = compensated(own, hessian, cross, damping)
-        target = better + sum(absorbed(of_blocks, solve) for of_blocks in earlier)
-        # the rows of a weight are rounded apart from each other: some at a time, which bounds the memory
-        for rows in torch.arange(len(own), device=own.device).split(max(1, PIECE // len(factors) // len(hessian))):
-            codes[rows, columns], factor = _best_codes(
-                target[rows], hessian, solve, scale[rows], zero_point[rows], part[columns], qtype, factors
-            )
-            scale[rows] = _times(scale[rows], factor[:, None])
-        rounded = (codes[:, columns] - zero_point[:, part[columns]]) * scale[:, part[columns]]
+        hessian, crosses = known.moments(columns)
+        better, found, factor = _solve_rows(
+            weight[mine, columns], hessian, [cross[mine] for cross in crosses], scale[mine], zero_point[mine],
+            part[columns], qtype, damping, factors,
+        )  # fmt: skip
+        codes[:, columns] = processes.join_rows(found)
+        scale = _times(scale, processes.join_rows(factor)[:, None])
+        own, rounded = weight[:, columns], (codes[:, columns] - zero_point[:, part[columns]]) * scale[:, part[columns]]
         lost = lost + (own - rounded).double() @ known.mean[columns]
         if columns.stop < weight.shape[1]:
+            better = processes.join_rows(better)
             known.solved(columns, better - own, better - rounded)
         factors = (1.0,)
     return codes, scale, lost.float()
+
+
+def _solve_rows(
+    weight: Tensor, hessian: Tensor, crosses: list[Tensor], scale: Tensor, zero_point: Tensor, part: Tensor,
+    qtype: QType, damping: float, factors: tuple[float, ...],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of a block of columns: the compensated weight [R, k], its codes, and the factor [R] of the scales."""
+    solve, (cross, *earlier) = solve_order(hessian), crosses
+    better = compensated(weight, hessian, cross, damping)
+    target = better + sum(absorbed(of_blocks, solve) for of_blocks in earlier)
+    codes, factor = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight[:, 0])
+    size = max(1, PIECE // len(factors) // len(hessian))  # of what is rounded at once, which bounds the memory
+    for start in range(0, len(weight), size):
+        rows = slice(start, start + size)
+        codes[rows], factor[rows] = _best_codes(
+            target[rows], hessian, solve, scale[rows], zero_point[rows], part, qtype, factors
+        )
+    return better, codes, factor
 
 
 def _times(scale: Tensor, factor: Tensor | float) -> Tensor:

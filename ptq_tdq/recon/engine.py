@@ -10,8 +10,10 @@ from typing import Literal
 
 import torch
 
+from ptq_tdq import processes
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
+from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
@@ -78,6 +80,22 @@ def _as_chosen(record: LayerRecord, quantized: QuantizedModel) -> LayerRecord:
     return replace(record, inputs=inputs, rotated=layer is not None and layer.record.rotated)
 
 
+def _share(calls: Calls, most: int) -> tuple[list[slice], slice]:
+    """The pieces of the calibration set that this process's model runs at once, and their rows.
+
+    No batch of up to ``most`` rows, a power of two, is cut where there are so many for each process: it gives the very
+    same numbers then, wherever it runs. Raises :class:`CalibrationSetError` for less than a row for each process.
+    """
+    each = len(calls) // processes.count()
+    if not each:
+        raise CalibrationSetError(
+            f"{len(calls)} recorded calls cannot be shared by {processes.count()} processes; start fewer."
+        )
+    mine = processes.share(len(calls), whole=min(most, 1 << each.bit_length() - 1))
+    pieces = [slice(max(x.start, mine.start), min(x.stop, mine.stop)) for x in calls.chunks(CHUNK)]
+    return [piece for piece in pieces if piece.start < piece.stop], mine
+
+
 class _Engine:
     """One run over all units of a model."""
 
@@ -97,7 +115,8 @@ class _Engine:
         self.units = quantized.units()
         self.device = quantized.device
         self.sizes = unit_sizes(quantized, calls.inputs(slice(0, 1)))
-        on_disk = stream_bytes(self.sizes, len(calls)) > budget
+        self.pieces, self.mine = _share(calls, max(map(self.most, self.units)))
+        on_disk = stream_bytes(self.sizes, self.mine.stop - self.mine.start) > budget
         self.store = Store(on_disk, self.device, run.path if run else None)
         self.static: dict[str, QParams] = {}
         number = calls.trajectory.cpu().unique(return_inverse=True)[1]
@@ -106,8 +125,12 @@ class _Engine:
 
     def unit(self, name: str, spans: tuple[slice, ...] = ()) -> Unit:
         module = self.quantized.model.get_submodule(name)
-        most = at_once(self.sizes.get(name, UnitSize()))
-        return Unit(name, module, self.t, spans, name in self.single, self.device, self.held_out, most=most)
+        single, most = name in self.single, self.most(name)
+        return Unit(name, module, self.t, spans, single, self.device, self.held_out, most=most, mine=self.mine)
+
+    def most(self, name: str) -> int:
+        """Samples that a unit runs with."""
+        return at_once(self.sizes.get(name, UnitSize()))
 
     def pass_over(self, phase: Phase) -> None:
         """Both streams through all units, each of which is learned or restored when its turn comes."""
@@ -140,7 +163,7 @@ class _Engine:
         sweep(self.quantized.model, self.units, self.chunks(), self.store, process)
 
     def chunks(self) -> list[Chunk]:
-        """The calibration set in pieces that the model runs at once."""
+        """This process's pieces of the calibration set, with what runs the model over each."""
         model, calls = self.quantized.model, self.calls
         of_groups = layouts(model, self.units, calls)
         groups = [(span.stop, found) for (_, span), found in zip(calls.spans(), of_groups, strict=True)]
@@ -150,7 +173,7 @@ class _Engine:
                 chunk,
                 next(found for stop, found in groups if chunk.stop <= stop),
             )
-            for chunk in calls.chunks(CHUNK)
+            for chunk in self.pieces
         ]
 
     def read(self, phase: Phase, index: int, name: str) -> Saved | None:

@@ -11,6 +11,7 @@ no digit of the layer's output in floating point.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -19,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq_tdq import processes
 from ptq_tdq.affine import fake_quantize
 from ptq_tdq.config import Config
 from ptq_tdq.intervals import source_class
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import layer_input
 from ptq_tdq.recon.streams import UnitCall
-from ptq_tdq.recon.unit import Unit
+from ptq_tdq.recon.unit import Unit, as_slice
 from ptq_tdq.rotate import rotated
 from ptq_tdq.search import QParams, vector_qparams, weight_qparams
 
@@ -121,25 +123,47 @@ def _inputs(
     number = torch.unique(unit.t, return_inverse=True)[1]
     found: dict[QuantLayer, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
 
-    def hear(steps: Tensor, layer: QuantLayer, args: Any, kwargs: Any) -> None:
-        x = layer_input(args, kwargs)
-        assert x is not None
-        rows = x.detach().reshape(-1, x.shape[-1])
+    def hear(steps: Tensor, layer: QuantLayer, rows: Tensor) -> None:
         wanted = each * len(steps)
         index = torch.randint(len(rows), (wanted if len(rows) else 0,), generator=generator)
         own = steps[index * len(steps) // len(rows)] if len(rows) else steps[:0]
         found[layer].append((rows[index.to(rows.device)].float(), own.to(rows.device)))
 
-    for batch in unit.batches():
-        with ExitStack() as hooks, torch.no_grad():
-            for layer in layers:
-                handle = layer.register_forward_pre_hook(partial(hear, number[batch]), with_kwargs=True)
-                hooks.callback(handle.remove)
-            unit.run(call, batch)
-    return {layer: _joined(layer, parts) for layer, parts in found.items()}
+    def look(sample: Tensor) -> int:
+        heard: list[int] = []
+        _run(unit, layers, call, sample, lambda layer, rows: heard.append(len(rows)))
+        return sum(tokens > 0 for tokens in heard)
+
+    for batch, here, calls in unit.turns(look):
+        if len(here):
+            _run(unit, layers, call, as_slice(here), partial(hear, number[here]))
+        torch.randint(2, (calls * each * (len(batch) - len(here)),), generator=generator)  # as others draw
+    processes.follow(generator)
+    return {layer: _joined(layer, processes.gather(parts)) for layer, parts in found.items()}
+
+
+def _run(
+    unit: Unit,
+    layers: list[QuantLayer],
+    call: UnitCall,
+    index: slice | Tensor,
+    hear: Callable[[QuantLayer, Tensor], None],
+) -> None:
+    """Run the unit on some samples; ``hear`` gets each layer that runs with its tokens [n, C]."""
+
+    def listen(layer: QuantLayer, args: Any, kwargs: Any) -> None:
+        x = layer_input(args, kwargs)
+        assert x is not None
+        hear(layer, x.detach().reshape(-1, x.shape[-1]))
+
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(listen, with_kwargs=True).remove)
+        unit.run(call, index)
 
 
 def _joined(layer: QuantLayer, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if not parts:
         return layer.weight.new_empty(0, layer.weight.shape[1]), torch.empty(0, dtype=torch.int64)
-    return torch.cat([x for x, _ in parts]), torch.cat([number for _, number in parts])
+    x, number = (torch.cat(pieces).to(layer.weight.device) for pieces in zip(*parts, strict=True))
+    return x, number

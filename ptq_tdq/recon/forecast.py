@@ -1,35 +1,33 @@
-"""What a run will take, before it begins: from one call, the choices, and how fast this machine multiplies."""
+"""What a run will take, before it begins: from one call, the choices, and how fast this machine computes."""
 
 from __future__ import annotations
 
 import resource
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ptq_tdq.affine import fake_quantize
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError
+from ptq_tdq.intervals import source_class
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import weight_groups
 from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.recon.activations import STATIC
 from ptq_tdq.recon.closed_form import FACTORS, PIECE
+from ptq_tdq.recon.engine import JUDGES
 from ptq_tdq.recon.moments import COLUMNS, rows_of
+from ptq_tdq.recon.pace import Pace, Rates, unit_paces
 from ptq_tdq.recon.size import UnitSize, at_once, stream_bytes, unit_sizes
-from ptq_tdq.recon.weights import LEARNED_BITS
-from ptq_tdq.scheme import MAX_BITS, QType
+from ptq_tdq.recon.weights import CHECKS, LEARNED_BITS
+from ptq_tdq.scheme import MAX_BITS
 
-WITH_GRADIENTS = 3.0  # cost of a step of learning, in forward passes
-PICKING = 7000  # cost of a number of a layer's input that is picked and scaled, in operations
-DOUBLE = 3.0  # cost of an operation in float64, with what is done to single columns
+TRIANGULAR = 1.5  # what an operation of a factorization or a solution takes of one of a product
 ERROR = 0.3  # of a forecast, at most
 DOCUMENT_BYTES = 4 << 10  # that an artifact says in text of each layer
 RUNTIME_BYTES = 300 << 20  # what python and the libraries allocate as they go
@@ -64,10 +62,8 @@ def make_forecast(
 ) -> Forecast:
     """The forecast for ``rows`` calls like ``call``, which take the sampler ``sampled`` of them to record."""
     sizes = unit_sizes(quantized, call.inputs(slice(0, 1)))
-    streams = stream_bytes(sizes, rows)
-    products, quantizing = _products_per_second(), _seconds_per_byte()
-    each = _seconds_per_row(quantized, call, rows)
-    operations = max(1, sum(size.operations for size in sizes.values()))
+    paces = unit_paces(quantized, call, sizes, config)
+    streams, rates = stream_bytes(sizes, rows), Rates.measured(config)
     layers, memory, seconds = quantized.layers(), 0, 0.0
     of_unit: dict[str, list[QuantLayer]] = {name: [] for name in quantized.units()}
     for layer in layers.values():
@@ -75,9 +71,8 @@ def make_forecast(
     for name, own in of_unit.items():
         size = sizes.get(name, UnitSize())
         memory = max(memory, _unit_bytes(size, own, config, rows, streams > budget))
-        plain, behind = _passes(own, config, rows)
-        seconds += rows * (each * size.operations / operations * (plain + behind) + quantizing * size.made * behind)
-        seconds += _closed_form_seconds(own, size, config, rows, products)
+        seconds += sum(unit_seconds(own, size, paces.get(name, Pace()), rates, config, rows))
+    recording = sampled * sum(pace.plain for pace in paces.values())
     weights = sum(layer.weight.numel() for layer in layers.values())
     kept = sum(p.nbytes for p in quantized.parameters())
     bits = [layer.record.weight_bits or MAX_BITS for layer in layers.values()]
@@ -90,7 +85,7 @@ def make_forecast(
     tables = 8 * call.axis.length * len(quantized.quantizers()) + DOCUMENT_BYTES * len(quantized.plan)
     disk = 2 * recorded + 2 * (weights + tables) + max(streams if streams > budget else 0, packed + floating + tables)
     return Forecast(
-        len(of_unit), len(layers), rows, recorded, streams, streams > budget, memory, disk, each * sampled, seconds
+        len(of_unit), len(layers), rows, recorded, streams, streams > budget, memory, disk, recording, seconds
     )
 
 
@@ -172,75 +167,64 @@ def _shape(layer: QuantLayer, size: UnitSize, samples: int) -> tuple[int, int, i
     return groups, outputs, columns, min(rows_of(groups, columns, outputs), there)
 
 
-def _closed_form_seconds(
-    layers: Sequence[QuantLayer], size: UnitSize, config: Config, samples: int, per_second: float
-) -> float:
-    """Both times, or once: products of rows, two factorizations of each block, one pass over the rows' columns."""
-    if config.weights.rounding not in ("gptq", "learned"):
-        return 0.0
-    operations = 0.0
-    for layer in layers:
-        groups, outputs, columns, rows = _shape(layer, size, samples)
-        block = min(COLUMNS, columns)
-        products = rows * columns * (1.5 * block + 6 * outputs + PICKING)
-        solved = columns * block * (2 * block + (len(FACTORS) + 6) * outputs)
-        operations += groups * (products + DOUBLE * solved)
-    return (1 + config.weights.round_again) * operations / per_second
-
-
-def _passes(layers: Sequence[QuantLayer], config: Config, rows: int) -> tuple[float, float]:
-    """Forward passes of a unit over all rows without quantized activations, in phase W, and with, in phase A."""
-    learned = WITH_GRADIENTS * config.learning.batch_size / rows
-    inputs = 0.2 + 0.8 * max(0, len(layers) - 1)  # of both streams, each up to the layer; q, k and v come together
-    closed, first = config.weights.rounding in ("gptq", "learned"), 4.0
-    if closed:
-        first += inputs
-    elif config.weights.rounding == "adaround":
-        first += learned * config.weights.weight_iterations
+def unit_seconds(
+    layers: Sequence[QuantLayer], size: UnitSize, pace: Pace, rates: Rates, config: Config, rows: int
+) -> tuple[float, float]:
+    """What one unit takes with ``rows`` samples in phase W and in phase A."""
+    closed = config.weights.rounding in ("gptq", "learned")
+    again = closed and config.weights.round_again
+    first, second = 4 * pace.plain, pace.plain + 6 * pace.quantized
     if config.weights.equalize == "channels" or config.weights.rotate == "auto":
-        first += 1
-    learns = 2.0 if config.method == "auto" else 1.0
-    second = 7.0 + learns * learned * config.activations.activation_iterations
+        first += pace.plain
+    if closed:
+        first += 2 * pace.reach * pace.plain
+    if again:
+        second += pace.reach * (pace.plain + pace.quantized)
+    if config.method == "auto":  # each quantizer is judged alone, and by token
+        tokens = config.activations.token_intervals == "auto"
+        second += pace.quantized / JUDGES * (3 + pace.quantizers + tokens * (2 + pace.quantizers))
+    if config.weights.rounding == "learned":
+        second += pace.quantized / JUDGES * CHECKS
+    starts = pace.quantizers * rates.start * (1.5 if config.method == "auto" else 1.0)  # as many as will follow t again
+    step, steps = config.learning.batch_size * pace.learned, _steps(layers, config)
+    rounding = _rounding_seconds(layers, size, rates, config, rows)
+    return rows * first + step * steps[0] + rounding, rows * second + starts + step * steps[1] + again * rounding
+
+
+def _steps(layers: Sequence[QuantLayer], config: Config) -> tuple[float, float]:
+    """Steps of learning in phase W and in phase A."""
     bits = min((layer.record.weight_bits or MAX_BITS for layer in layers), default=MAX_BITS)
-    if config.weights.rounding == "learned" and bits <= LEARNED_BITS:
-        second += learned * config.weights.weight_iterations
-    return first, second + inputs + 1 if closed and config.weights.round_again else second
+    weights, intervals = config.weights.weight_iterations, config.activations.activation_iterations
+    # auto: half of them with each source, then a static one, and perhaps one that follows t
+    follows = source_class(config.method).timed and config.method not in STATIC
+    learned = intervals * (2.5 if config.method == "auto" else 2.0 if follows else 1.0)
+    codes = weights if config.weights.rounding == "learned" and bits <= LEARNED_BITS else 0
+    return weights if config.weights.rounding == "adaround" else 0, learned + codes
 
 
-def _seconds_per_row(quantized: QuantizedModel, call: Calls, rows: int) -> float:
-    """Of a forward pass with as many rows at once as a second allows."""
-
-    def run(count: int) -> None:
-        with torch.no_grad():
-            quantized(**call.inputs(torch.zeros(count, dtype=torch.int64)))
-
-    count, taken = 0, _seconds(partial(run, 1), 1)
-    while (following := max(1, min(rows, 16, int(1 / taken)))) > count:
-        count = following
-        taken = _seconds(partial(run, count), 2) / count
-    return taken
-
-
-def _products_per_second(size: int = 1024) -> float:
-    """Floating-point operations per second in a product of float32 matrices."""
-    a = torch.randn(size, size)
-    return 2 * size**3 / _seconds(lambda: a @ a)
-
-
-def _seconds_per_byte(size: int = 1 << 22) -> float:
-    """Of what quantizers make: twice a tensor, and what comes out."""
-    x, one = torch.randn(size), torch.ones(())
-    return _seconds(lambda: fake_quantize(x, one, one, QType(8))) / (3 * x.nbytes)
-
-
-def _seconds(run: Callable[[], object], times: int = 3) -> float:
-    """Of this process alone, whatever else the machine does; the fastest time."""
-    found = []
-    for _ in range(times):
-        began = time.process_time()
-        run()
-        found.append(time.process_time() - began)
-    return max(min(found), 1e-9) / torch.get_num_threads()
+def _rounding_seconds(
+    layers: Sequence[QuantLayer], size: UnitSize, rates: Rates, config: Config, samples: int
+) -> float:
+    """Intervals of the weights, and closed-form rounding: what :mod:`ptq_tdq.recon.closed_form` does, operation by
+    operation.
+    """
+    found = 0.0
+    for layer in layers:
+        if config.weights.weight_range == "mse":
+            found += rates.search * layer.weight.numel()
+        if config.weights.rounding not in ("gptq", "learned"):
+            continue
+        groups, outputs, columns, rows = _shape(layer, size, samples)
+        blocks = -(-columns // COLUMNS)
+        block, later = columns / blocks, 1 - 1 / blocks  # the share of columns that others come after
+        pick = rates.pick if layer.weight.ndim > 2 else rates.pick_linear
+        # moments of the inputs, about half of them; what is lost, and its moments, in later blocks of two kinds
+        products = 1.125 * block + 2 * outputs * (2 + 3 * later)
+        factors = len(FACTORS) / blocks + later
+        solved = 2 / 3 * block**2 + outputs * block * (4 + 2 * later + factors)
+        found += groups * rows * columns * (pick + rates.product * products)
+        found += groups * columns * (TRIANGULAR * rates.double * solved + rates.rounding * factors * outputs)
+    return found
 
 
 def own_bytes() -> int:

@@ -8,23 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptq_tdq import processes
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import layer_input, weight_groups
 from ptq_tdq.recon.streams import UnitCall
-from ptq_tdq.recon.unit import Unit, check_finite
-from ptq_tdq.recon.windows import picker
+from ptq_tdq.recon.unit import Unit, as_slice, check_finite
+from ptq_tdq.recon.windows import picker, positions
 from ptq_tdq.timeaxis import at
 from ptq_tdq.wrap import switched
 
 ROWS = 32  # inputs that are looked at for each column of the weight, about
 KEPT = 1 << 28  # numbers that are kept of all of them, at most
 PIECE = 1 << 23  # numbers that are picked at once
+COMPARED = 1 << 20  # numbers of both streams whose difference is taken at once
 SUMMED = 1 << 13  # rows whose products are summed in float32
 COLUMNS = 6144  # of the weight that are solved for together, at most
 
 
 class Inputs:
-    """Rows of the quantized inputs x_hat [K] of a layer (of one group of it), and what its outputs lack [O].
+    """Own rows of the quantized inputs x_hat [K] of a layer (of one group of it), and what its outputs lack [O].
 
     ``mean`` [K] is the mean of x_hat and ``lost`` [O] that of d = W (x - x_hat), x being the full-precision inputs;
     both float64. Where the layer is solved in several blocks, e is what rounding the blocks so far has lost. Rows are
@@ -49,7 +51,9 @@ class Inputs:
         self._lost[0] += difference.split(SUMMED)
 
     def close(self, *, centred: bool) -> Inputs:
-        """All rows are there; the moments are about the means where ``centred``. Returns itself."""
+        """All rows of all processes are there; the moments are about the means where ``centred``. Returns itself."""
+        self.count = sum(processes.gather([self.count]))
+        self.mean, self.lost = processes.total(self.mean), processes.total(self.lost)
         for mean, pieces in ((self.mean, self._x), (self.lost, self._lost[0])):
             mean /= self.count or 1  # an expert that no sample reached has no moments
             largest = torch.zeros_like(mean)
@@ -57,7 +61,7 @@ class Inputs:
                 if centred:
                     rows.copy_(rows.double().sub_(mean))
                 torch.maximum(largest, rows.abs().amax(0), out=largest)
-            self._exponents.append(torch.frexp(largest).exponent.double())
+            self._exponents.append(torch.frexp(processes.greatest(largest)).exponent.double())
             for rows in pieces:
                 rows.copy_(torch.ldexp(rows.double(), -self._exponents[-1]))
         return self
@@ -73,19 +77,21 @@ class Inputs:
         """E[x_hat x_hat^T] [k, k] of some columns, and E[d x_hat^T], perhaps E[e x_hat^T] [O, k]; float64."""
         of_x, of_lost = self._exponents[0][columns], self._exponents[1]
         hessian = of_x.new_zeros(len(of_x), len(of_x))
-        edges = range(0, len(of_x), -(-len(of_x) // 4))
+        edges = range(0, len(of_x), -(-len(of_x) // 8))
         for rows in self._x:
             x = rows[:, columns]
             for i in edges:  # the upper triangle, nearly
                 some = slice(i, i + edges.step)
                 hessian[some, i:] += x[:, some].t() @ x[:, i:]
+        hessian = processes.total(hessian)
         hessian = (hessian.triu() + hessian.triu(1).t()) / (self.count or 1)
         found = []
         for pieces in self._lost:
             cross = of_x.new_zeros(len(of_lost), len(of_x))
             for rows, lost in zip(self._x, pieces, strict=True):
                 cross += lost.t() @ rows[:, columns]
-            found.append(torch.ldexp(torch.ldexp(cross / (self.count or 1), of_x), of_lost[:, None]))
+            cross = processes.total(cross) / (self.count or 1)
+            found.append(torch.ldexp(torch.ldexp(cross, of_x), of_lost[:, None]))
         return torch.ldexp(torch.ldexp(hessian, of_x), of_x[:, None]), found
 
     def solved(self, columns: slice, made_up: Tensor, lost: Tensor) -> None:
@@ -115,27 +121,38 @@ def same_input(unit: Unit, call: UnitCall) -> list[list[QuantLayer]]:
     handles = [layer.register_forward_pre_hook(hear, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad():
-            unit.run(call, next(iter(unit.cells))[:1])
+            unit.run(call, call.arguments.first())
     finally:
         for handle in handles:
             handle.remove()
-    groups: list[list[QuantLayer]] = []
-    for layer in layers:
-        mine, last = seen.get(layer), seen.get(groups[-1][-1]) if groups else None
+    groups: list[list[int]] = []  # of their numbers
+    for number, layer in enumerate(layers):
+        mine, last = seen.get(layer), seen.get(layers[number - 1]) if number else None
         if mine and last and mine[0] is last[0] and mine[1] == last[1]:
-            groups[-1].append(layer)
+            groups[-1].append(number)
         else:
-            groups.append([layer])
-    return groups
+            groups.append([number])
+    return [[layers[number] for number in group] for group in processes.of_first(lambda: groups)]
 
 
 def inputs(
     unit: Unit, layers: Sequence[QuantLayer], full: UnitCall, mine: UnitCall, generator: torch.Generator
 ) -> list[list[Inputs]]:
     """Rows of what layers with one input compute with, for each of their groups: all samples at random positions."""
-    weights = [layer.weight.flatten(1).float().chunk(weight_groups(layer.layer)) for layer in layers]
-    found = [[Inputs(len(w), w.shape[1], w.device) for w in own] for own in weights]
-    for batch in unit.batches():
+    chunks = [layer.weight.flatten(1).float().chunk(weight_groups(layer.layer)) for layer in layers]
+    found = [[Inputs(len(w), w.shape[1], w.device) for w in own] for own in chunks]
+    weights = [[_small(w.t(), 0) for w in own] for own in chunks]
+
+    def look(sample: Tensor) -> list[int]:
+        x = _input(unit, layers[0], mine, sample)
+        return [1 if x is None else positions(layer.layer, x).numel() for layer in layers]
+
+    for _, here, places in unit.turns(look):
+        if not len(here):
+            for count in places:
+                torch.randperm(count, generator=generator)
+            continue
+        batch = as_slice(here)
         mine_raw = _input(unit, layers[0], mine, batch)
         with switched(unit.module, weights=False, activations=False):
             full_raw = _input(unit, layers[0], full, batch)
@@ -150,23 +167,27 @@ def inputs(
             with switched(layer, weights=False, activations=False), torch.no_grad():
                 original = quantized if full_raw is None else layer.quantized_input(full_raw)
             _pick(layer, own, groups, quantized, original, len(unit.t), generator)
+    processes.follow(generator)
     return found
 
 
 def _pick(
-    layer: QuantLayer, weights: Sequence[Tensor], groups: list[Inputs], quantized: Tensor, original: Tensor,
-    samples: int, generator: torch.Generator,
+    layer: QuantLayer, weights: Sequence[tuple[Tensor, Tensor]], groups: list[Inputs], quantized: Tensor,
+    original: Tensor, samples: int, generator: torch.Generator,
 ) -> None:  # fmt: skip
-    """Add rows of a batch of one layer's inputs, as many of each sample as ``samples`` of them are to give."""
-    outputs, columns = weights[0].shape
+    """Add rows of a batch of one layer's inputs, as many of each sample as ``samples`` of them are to give.
+
+    ``weights`` are those of the groups, [K, O], as :func:`_small` gives them.
+    """
+    columns, outputs = weights[0][0].shape
     each = -(-rows_of(len(weights), columns, outputs) // samples)
     pick = picker(layer.layer, quantized, each, generator)
     piece = max(1, PIECE // (each * len(weights) * columns))
     for values in zip(quantized.split(piece), original.split(piece), strict=True):
         seen, meant = map(pick, values)
         for group, (weight, own) in enumerate(zip(weights, groups, strict=True)):
-            x = seen[:, group]
-            own.add(x.float().contiguous(), _product(meant[:, group].double() - x, weight.t()).float())
+            x = seen[:, group].float().contiguous()
+            own.add(x, _lost(meant[:, group], x, *weight))
 
 
 def rows_of(groups: int, columns: int, outputs: int) -> int:
@@ -174,11 +195,17 @@ def rows_of(groups: int, columns: int, outputs: int) -> int:
     return min(ROWS * columns, KEPT // (groups * (columns + outputs)))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float64 for any sizes; computed in float32, twice as fast, once the powers of two are taken out."""
-    a, of_rows = _small(a, 1)
-    b, of_columns = _small(b, 0)
-    return torch.ldexp(torch.ldexp((a @ b).double(), of_rows), of_columns)
+def _lost(meant: Tensor, seen: Tensor, weight: Tensor, exponents: Tensor) -> Tensor:
+    """``(meant - seen) weight`` [n, O] for numbers of any size.
+
+    Powers of two are out of ``weight`` already; without those of the difference too the product fits float32, which is
+    twice as fast as float64.
+    """
+    found, rows = [], max(1, COMPARED // seen.shape[1])
+    for a, b in zip(meant.split(rows), seen.split(rows), strict=True):
+        difference, of_rows = _small(a.double() - b, 1)
+        found.append(torch.ldexp(torch.ldexp((difference @ weight).double(), of_rows), exponents).float())
+    return torch.cat(found)
 
 
 def _small(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,27 @@ class Store:
 
 
 @dataclass(frozen=True, eq=False)
+class Form:
+    """What trees of ``samples`` have in common with those that they may be joined with: structure and shared leaves."""
+
+    samples: slice
+    structure: Any
+    shared: list[Any]
+
+    def same(self, other: Form) -> bool:
+        return self.structure == other.structure and all(map(_same, self.shared, other.shared))
+
+
+def spans(forms: Sequence[Form]) -> tuple[slice, ...]:
+    """The samples that may run together, from consecutive forms."""
+    found: list[slice] = []
+    for last, form in zip([None, *forms], forms, strict=False):
+        alike = last is not None and last.same(form)
+        found.append(slice(found.pop().start if alike else form.samples.start, form.samples.stop))
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """The trees of consecutive ``samples`` as one: a leaf with rows is [n, count, ...], others are as they came.
 
@@ -107,21 +128,20 @@ class Part:
         device = next((x.device for x, place in zip(leaves, own, strict=True) if place), torch.device("cpu"))
         return cls(samples, tuple(leaves), rest, spec, own, device)
 
-    def joinable(self, other: Part) -> bool:
-        """Whether samples of both could be in one call."""
-        return (
-            self.spec == other.spec
-            and self.layout == other.layout
-            and all(_same(rows, other.rest[i]) for i, rows in self.rest.items())
-            and all(
-                (a.shape[1:], a.dtype) == (b.shape[1:], b.dtype) if place else _same(a, b)
-                for a, b, place in zip(self.leaves, other.leaves, self.layout, strict=True)
-            )
+    def form(self) -> Form:
+        """All but the rows."""
+        pairs = list(zip(self.leaves, self.layout, strict=True))
+        rows = [(leaf.shape[1:], leaf.dtype) for leaf, place in pairs if place]
+        shared = [*(leaf for leaf, place in pairs if not place), *self.rest.values()]
+        return Form(
+            self.samples,
+            (str(self.spec), self.layout, rows),
+            [leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in shared],
         )
 
     @staticmethod
     def join(parts: Sequence[Part], store: Store) -> Part:
-        """Joinable parts, one after the other."""
+        """Parts of one form, one after the other."""
         first, samples = parts[0], slice(parts[0].samples.start, parts[-1].samples.stop)
         columns = zip(*(part.leaves for part in parts), strict=True)
         leaves = [store.join(of) if place else of[0] for of, place in zip(columns, first.layout, strict=True)]
@@ -194,6 +214,10 @@ class Parts:
     """Trees of all samples."""
 
     parts: tuple[Part, ...]
+
+    def first(self) -> Tensor:
+        """The number of one sample."""
+        return torch.tensor([self.parts[0].samples.start])
 
     def of(self, index: slice | Tensor) -> Part:
         """The part that holds some samples, which all have to be in one."""

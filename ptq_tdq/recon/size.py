@@ -16,11 +16,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ptq_tdq.modules import ActivationQuantizer, QuantLayer
+from ptq_tdq.modules import ActivationQuantizer, QuantLayer, QuantProduct
+from ptq_tdq.modules.products import BLOCK, in_blocks
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.unit import MOST
 
 WORKING_BYTES = 2 << 30  # of what a step of learning makes
+BLOCK_BYTES = 8 * 4 * BLOCK  # scores, probabilities and codes of a block, with their gradients
 
 
 @dataclass
@@ -28,6 +30,7 @@ class UnitSize:
     """One unit with one sample, in bytes.
 
     ``made`` is all that its operations make, which is about what a learning step keeps, ``most`` what is alive at once.
+    Attention products are made block by block while something is learned, and whole while they are observed.
     When it is called, ``given`` of units before it is still alive, and ``own`` of what the model has made in between;
     ``inputs`` are its arguments, ``outputs`` what it gives. ``operations`` are floating-point ones, two for each
     multiply-accumulate; ``places`` is at how many places of its input each layer's weight is multiplied.
@@ -52,6 +55,10 @@ def unit_sizes(quantized: QuantizedModel, arguments: dict[str, Any]) -> dict[str
         handles.append(module.register_forward_pre_hook(partial(counter.enter, name), with_kwargs=True))
         handles.append(module.register_forward_hook(counter.leave))
     handles += [layer.register_forward_hook(counter.place) for layer in quantized.layers().values()]
+    for product in quantized.model.modules():
+        if isinstance(product, QuantProduct) and in_blocks(product.record):
+            handles.append(product.register_forward_pre_hook(counter.begin, with_kwargs=True))
+            handles.append(product.register_forward_hook(counter.kept, with_kwargs=True))
     try:
         with torch.no_grad(), _watched(quantized, counter), counter:
             quantized(**arguments)
@@ -62,8 +69,9 @@ def unit_sizes(quantized: QuantizedModel, arguments: dict[str, Any]) -> dict[str
 
 
 def at_once(size: UnitSize) -> int:
-    """Samples that a unit runs with: as many as a step of learning holds in memory."""
-    return min(MOST, max(1, WORKING_BYTES // max(1, size.made)))
+    """Samples that a unit runs with: as many as a step of learning holds in memory, and a power of two."""
+    some = max(1, WORKING_BYTES // max(1, size.made, size.most))
+    return min(MOST, 1 << some.bit_length() - 1)
 
 
 def stream_bytes(sizes: dict[str, UnitSize], samples: int) -> int:
@@ -92,7 +100,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[str, UnitSize] = {"": UnitSize()}
-        self.now, self.before = "", 0
+        self.now, self.before, self.before_product = "", 0, 0
         self.holders = Counter[int]()  # tensors that hold each storage
         self.bytes: dict[int, int] = {}
         self.given = set[int]()
@@ -114,6 +122,14 @@ class _Counter(TorchDispatchMode):
     def place(self, layer: nn.Module, args: Any, output: Tensor) -> None:
         assert isinstance(layer, QuantLayer)
         self.sizes[self.now].places[layer.record.name] = output.numel() // len(layer.weight)
+
+    def begin(self, product: nn.Module, args: Any, kwargs: Any) -> None:
+        self.before_product = self.sizes[self.now].made
+
+    def kept(self, product: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Of a product in blocks: four times its operands, of which three are their quantizers', and what it gives."""
+        size, held = self.sizes[self.now], 4 * _bytes((args, kwargs)) + _bytes(output)
+        size.made = min(size.made, self.before_product + held + BLOCK_BYTES)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         size = self.sizes[self.now]

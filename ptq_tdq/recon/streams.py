@@ -22,9 +22,10 @@ from torch._C import _len_torch_function_stack
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils import _pytree as pytree
 
+from ptq_tdq import processes
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError
-from ptq_tdq.recon.parts import ABSENT, Layout, Part, Parts, Place, Store
+from ptq_tdq.recon.parts import ABSENT, Layout, Part, Parts, Place, Store, spans
 
 Layouts = dict[str, list[tuple[Layout, Layout]]]
 """By unit: how its arguments and its outputs hold rows, for each time that one forward pass calls it."""
@@ -91,8 +92,8 @@ class UnitCall:
 
     @property
     def spans(self) -> tuple[slice, ...]:
-        """The samples of each part."""
-        return tuple(part.samples for part in self.arguments.parts)
+        """The samples that may run together, those of other processes too."""
+        return spans(processes.gather([part.form() for part in self.arguments.parts]))
 
     def output(self, tree: Any, index: slice | Tensor) -> Part:
         """What the unit gave for some samples; the part counts them from 0."""
@@ -158,22 +159,13 @@ def intercepted(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
 
 def merge(calls: Sequence[UnitCall], store: Store) -> UnitCall:
     """The calls of all chunks as one."""
+    given = [(call.arguments.parts[0], call.outputs[0]) for call in calls]
     parts, layouts = [], []
-    for run in _alike(calls):
-        parts.append(Part.join([call.arguments.parts[0] for call in run], store))
-        layouts.append(run[0].outputs[0])
+    for span in spans([part.form() for part, _ in given]):
+        some = [pair for pair in given if span.start <= pair[0].samples.start < span.stop]
+        parts.append(Part.join([part for part, _ in some], store))
+        layouts.append(some[0][1])
     return UnitCall(calls[0].unit, Parts(tuple(parts)), tuple(layouts))
-
-
-def _alike(calls: Sequence[UnitCall]) -> Iterator[list[UnitCall]]:
-    """Consecutive calls whose samples may run together."""
-    run: list[UnitCall] = []
-    for call in calls:
-        if run and not run[-1].arguments.parts[0].joinable(call.arguments.parts[0]):
-            yield run
-            run = []
-        run.append(call)
-    yield run
 
 
 Process = Callable[[UnitCall, UnitCall], tuple[Parts, Parts]]
@@ -190,13 +182,13 @@ def sweep(model: nn.Module, units: Sequence[str], chunks: Sequence[Chunk], store
     with intercepted(model, units), torch.no_grad():
         lanes = [Lane(*chunk) for chunk in (*chunks, *chunks)]
         calls = [lane.resume() for lane in lanes]
-        while present := [c for c in calls if c is not None]:
-            names = {c.unit for c in present}
-            if len(present) < len(lanes) or len(names) > 1:
+        while (names := set(processes.gather([call.unit if call else None for call in calls]))) != {None}:
+            if len(names) > 1:
                 raise ModelError(
-                    f"The model's forward pass takes different ways for different samples (at {sorted(names)})."
+                    "The model's forward pass takes different ways for different samples "
+                    f"(at {sorted(filter(None, names))})."
                 )
-            count = len(chunks)
+            present, count = list(filter(None, calls)), len(chunks)
             full, quantized = (merge(half, store) for half in (present[:count], present[count:]))
             calls = [None] * len(lanes)
             present.clear()

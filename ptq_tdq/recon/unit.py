@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, reduce
+from operator import add
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ptq_tdq import processes
 from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.fused import power_sum
@@ -21,6 +23,8 @@ from ptq_tdq.timeaxis import at
 
 MOST = 64  # samples that run at once
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -28,7 +32,8 @@ class Unit:
 
     ``spans`` are the samples that may run together, by default all. A ``single`` unit takes samples of one time step at
     a time. ``held_out`` [N] marks the samples of the trajectories that only judge what is learned; ``among`` [N] those
-    that are drawn, run and counted in a loss, by default all. ``most`` samples run at once.
+    that are drawn, run and counted in a loss, by default all. ``most`` samples run at once. ``mine`` are the samples
+    whose streams this process has, by default all: it runs those, and what it gives is about those of all processes.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Unit:
     held_out: Tensor | None = None
     among: Tensor | None = None
     most: int = MOST
+    mine: slice | None = None
 
     @cached_property
     def cells(self) -> list[Tensor]:
@@ -88,12 +94,27 @@ class Unit:
         with at(self.t[index].to(part.device)):
             return self.module(*args, **kwargs)
 
+    def here(self, index: Tensor) -> Tensor:
+        """Those of some samples that this process has."""
+        return index if self.mine is None else index[(index >= self.mine.start) & (index < self.mine.stop)]
+
     def batches(self) -> Iterator[slice | Tensor]:
-        """All samples, some of one cell at a time."""
+        """All samples that this process has, some of one cell at a time."""
         for cell in self.cells:
             for piece in cell.split(self.most):
-                start, stop = int(piece[0]), int(piece[-1]) + 1
-                yield slice(start, stop) if stop - start == len(piece) else piece
+                if len(here := self.here(piece)):
+                    yield as_slice(here)
+
+    def turns(self, look: Callable[[Tensor], T]) -> Iterator[tuple[Tensor, Tensor, T]]:
+        """The samples of each batch, those that this process has, and what ``look`` finds in one sample of their cell.
+
+        That tells how many random numbers a batch takes, so that these are the same wherever it runs.
+        """
+        own = [(number, self.here(cell)) for number, cell in enumerate(self.cells)]
+        found = dict(processes.gather([(number, look(some[:1])) for number, some in own if len(some)]))
+        for number, cell in enumerate(self.cells):
+            for piece in cell.split(self.most):
+                yield piece, self.here(piece), found[number]
 
     def draw(self, size: int, generator: torch.Generator, chances: Tensor | None = None) -> Tensor:
         """``size`` random samples of one cell, all alike or with ``chances`` [N]."""
@@ -137,12 +158,12 @@ class Unit:
 
     def loss(self, call: UnitCall, target: Parts, power: float) -> float:
         """The reconstruction loss over all samples, in float32."""
-        total = 0.0
         with torch.no_grad():
-            for batch in self.batches():
-                found = self._loss(call, self.run(call, batch), target, power, batch)
-                total += found.item() * len(self.t[batch])
-        return total / sum(map(len, self.cells))
+            found = [
+                self._loss(call, self.run(call, batch), target, power, batch).item() * len(self.t[batch])
+                for batch in self.batches()
+            ]
+        return reduce(add, processes.gather(found), 0.0) / sum(map(len, self.cells))
 
     def losses(self, call: UnitCall, target: Parts, power: float) -> Tensor:
         """The reconstruction loss of each sample [n], in float32; its mean is that of :meth:`loss`."""
@@ -157,7 +178,7 @@ class Unit:
                     for a, b in zip(output.chunk(count), aim.chunk(count), strict=True)
                 ]
                 found.append(torch.stack(each).view(-1, count).sum(0) if each else torch.zeros(count))
-        return torch.cat(found)
+        return torch.cat(processes.gather(found))
 
     def descend(
         self,
@@ -167,42 +188,45 @@ class Unit:
         config: Config,
         index: Tensor,
         optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-    ) -> bool:
-        """One step down the learning loss of samples ``index``; False where none depends on what is learned."""
-        optimizer.zero_grad()
-        if not self.backward(call, target, power, config, index):
-            return False
-        optimizer.step()
-        schedule.step()
-        return True
-
-    def backward(
-        self,
-        call: UnitCall,
-        target: Parts,
-        power: float,
-        config: Config,
-        index: Tensor,
         penalties: Sequence[Tensor] = (),
     ) -> bool:
-        """Add the gradients of the learning loss of samples ``index``, and of ``penalties``.
+        """One step down the learning loss of samples ``index`` and ``penalties``.
 
-        False where the loss does not depend on what is learned; nothing is then added.
+        False, without a step, where the loss does not depend on what is learned.
         """
-        pieces = index.split(self.most)
+        optimizer.zero_grad()
+        self._backward(call, target, power, config, index, penalties)
+        learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        processes.add_gradients(learned)
+        if all(parameter.grad is None for parameter in learned):
+            return False
+        optimizer.step()
+        return True
+
+    def _backward(
+        self, call: UnitCall, target: Parts, power: float, config: Config, index: Tensor, penalties: Sequence[Tensor]
+    ) -> None:
+        """Add this process's share of the gradients; none where the loss does not depend on what is learned."""
+        own = self.here(index)
+        pieces = own.split(self.most) if len(own) else ()
         for number, some in enumerate(pieces, 1):
             loss = self.learning_loss(call, target, power, config, some) * (len(some) / len(index))
             if not loss.requires_grad:
-                return False
+                return
             last = number == len(pieces)
+            shares = [penalty * (len(own) / len(index)) for penalty in penalties] if last else []
             # what the pieces share, soft weights, is kept until the last one; the rest goes with its loss
-            sum(penalties if last else (), loss).backward(retain_graph=not last)
-        return True
+            sum(shares, loss).backward(retain_graph=not last)
 
     def _loss(self, call: UnitCall, output: Any, target: Parts, power: float, index: slice | Tensor) -> Tensor:
         part = call.output(output, index)
         return reconstruction_loss(part.real(slice(0, len(self.t[index]))), target.real(index), power)
+
+
+def as_slice(index: Tensor) -> slice | Tensor:
+    """Ascending numbers as a slice, if they are one."""
+    start, stop = int(index[0]), int(index[-1]) + 1
+    return slice(start, stop) if stop - start == len(index) else index
 
 
 def check_finite(values: Tensor, t: Tensor, what: str) -> None:

@@ -176,10 +176,8 @@ def _learn(
             end=choices.rounding_b_end,
         )
         penalties = [] if b is None else [choices.rounding_loss * rounding.regularizer(b) for rounding in roundings]
-        optimizer.zero_grad()
-        if not unit.backward(call, target, LOSS_POWER, config, index, penalties):
+        if not unit.descend(call, target, LOSS_POWER, config, index, optimizer, penalties):
             break
-        optimizer.step()
 
 
 def _learn_codes(unit: Unit, call: UnitCall, target: Parts, config: Config, generator: torch.Generator) -> None:
@@ -199,8 +197,9 @@ def _learn_codes(unit: Unit, call: UnitCall, target: Parts, config: Config, gene
     with unit.learning():
         for iteration in range(1, iterations + 1):
             index = seen.draw(config.learning.batch_size, generator)
-            if not seen.descend(call, target, power, config, index, optimizer, schedule):
+            if not seen.descend(call, target, power, config, index, optimizer):
                 break
+            schedule.step()
             if iteration in checks:
                 now = judge.loss(call, target, power)
                 if now < lowest:

@@ -12,14 +12,19 @@ from torch.nn import functional
 from ptq_tdq.modules.layers import find_kind, weight_groups
 
 
+def positions(layer: nn.Module, x: Tensor) -> torch.Size:
+    """How many places of every sample in an input like ``x`` [B, ...] the weight is multiplied with, by dimension."""
+    if isinstance(layer, nn.Linear):
+        return torch.Size([x.shape[1:-1].numel()])
+    return _windows(layer, x[:1]).shape[2 : x.ndim]
+
+
 def picker(layer: nn.Module, x: Tensor, each: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     """A function from inputs like ``x`` [B, ...] to [n, groups, K] at ``each`` random positions of every sample."""
-    if isinstance(layer, nn.Linear):
-        tokens = x[0].numel() // x.shape[-1]
-        index = torch.randperm(tokens, generator=generator)[:each]
-        return lambda value: value.reshape(len(value), tokens, -1)[:, index].flatten(0, 1)[:, None]
-    sizes = _windows(layer, x[:1]).shape[2 : x.ndim]
+    sizes = positions(layer, x)
     index = torch.randperm(sizes.numel(), generator=generator)[:each]
+    if isinstance(layer, nn.Linear):
+        return lambda value: value.reshape(len(value), sizes[0], -1)[:, index].flatten(0, 1)[:, None]
     where: tuple[slice | Tensor, ...] = (slice(None), slice(None), *torch.unravel_index(index, sizes))
 
     def pick(value: Tensor) -> Tensor:

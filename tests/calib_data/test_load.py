@@ -299,9 +299,15 @@ def test_class_embeddings_that_are_no_labels_are_refused(tmp_path: Path) -> None
         load_model(str(tmp_path))
 
 
-def test_an_unusable_device_is_a_usage_error(bare: Path) -> None:
+def test_an_unusable_device_is_a_usage_error_before_anything_is_read(bare: Path) -> None:
+    next(bare.glob("*.safetensors")).unlink()
     with pytest.raises(ConfigError, match="'nonsense'"):
         load_model(str(bare), device="nonsense")
+
+
+def test_what_means_no_class_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"from 0 to 9\. Got 10"):
+        load_model("reference", classes=[10])
 
 
 def test_another_scheduler_keeps_the_noise_schedule_of_the_model() -> None:

@@ -244,3 +244,41 @@ def test_a_time_argument_that_was_named_is_known_from_then_on() -> None:
     assert calls.t[[0, 2, 4, 6]].tolist() == pytest.approx([0, 400, 17000 / 30, 1000])
     inputs = calls.inputs(slice(2, 4))
     assert torch.equal(TimedModel(model, calls.axis)(**inputs), model(**inputs))
+
+
+class Energy(nn.Module):
+    """Predicts by the gradient of an energy."""
+
+    def __init__(self, turns_gradients_on: bool) -> None:
+        super().__init__()
+        self.net, self.on = nn.Linear(4, 1), turns_gradients_on
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, 4]."""
+        with torch.set_grad_enabled(self.on or torch.is_grad_enabled()):
+            x = sample.detach().requires_grad_()
+            return torch.autograd.grad(self.net(x).square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_model_that_differentiates_itself_is_refused(on: bool) -> None:
+    model = Energy(on)
+    with record(model), pytest.raises(ModelError, match="Energy differentiates itself"):
+        model(torch.randn(2, 4), torch.tensor([3, 5]))
+
+
+class Pair(nn.Module):
+    def forward(self, inputs: tuple[Tensor, Tensor], timestep: Tensor) -> Tensor:
+        """Points [B, N, 3] and features [B, 3]."""
+        points, features = inputs
+        return points + (features * timestep[:, None])[:, None]
+
+
+def test_what_is_denoised_may_be_a_tuple() -> None:
+    given, t = (torch.randn(4, 5, 3), torch.randn(4, 3)), torch.tensor([3, 5, 7, 9])
+    model = Pair()
+    with record(model) as calls:
+        model(given, t)
+    points, features = calls.inputs(torch.tensor([1, 3]))["inputs"]
+    assert len(calls) == 4
+    assert torch.equal(points, given[0][[1, 3]]) and torch.equal(features, given[1][[1, 3]])

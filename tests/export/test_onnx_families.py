@@ -81,13 +81,3 @@ def test_any_other_denoiser_becomes_a_right_graph_or_one_sentence(
     ratio = compared(name, artifact, tmp_path / "graph.onnx")
     keep(name, {"portable_db": ratio, "portable_error": None})
     assert ratio > (15 if name == "Kandinsky3UNet" else 25)  # a chaotic one: noise of its input grows tenfold
-
-
-def test_a_graph_that_no_runtime_takes_is_one_sentence_and_no_file(
-    tmp_path: Path, quantize_denoiser: Callable[[str], tuple[Artifact, Calls]]
-) -> None:
-    artifact, calls = quantize_denoiser("OmniGenTransformer2DModel")
-    with pytest.raises(ModelError, match="depends on values of tensors") as caught:
-        export_onnx(artifact, tmp_path / "graph.onnx", "portable", calls)
-    assert len(str(caught.value).splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,10 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from recorded import images
 from small_denoiser import SmallDenoiser
+from torch import Tensor
 
 from ptq_tdq import Calls, record
+from ptq_tdq.calls import prediction
 from ptq_tdq.finetuning.data import NoisedSamples, RecordedCalls
 from ptq_tdq.timeaxis import TimeAxis
 
@@ -68,6 +70,24 @@ def test_samples_that_judge_are_not_learned_from(calls: Calls) -> None:
     recorded = RecordedCalls(calls)
     learned = set(calls.trajectory[recorded.rows].tolist())
     assert len(learned) == 112 and sum(batch.rows for batch in recorded.judges()) == 48  # one trajectory in eight
+
+
+def test_what_is_remembered_is_what_full_precision_predicts(denoiser: SmallDenoiser, calls: Calls) -> None:
+    """Of rows in any order, from a teacher that is called once for each."""
+    data, rows = RecordedCalls(calls), list[int]()
+
+    def predict(**arguments: Tensor) -> Tensor:
+        rows.append(len(arguments["timestep"]))
+        with torch.no_grad():
+            return prediction(denoiser(**arguments))
+
+    data.remember(predict)
+    assert sum(rows) == len(calls)
+    drawn = data.draw(data.order(2, 12, seed=0), slice(4, 9), torch.Generator())
+    assert sum(batch.rows for batch in drawn) == 5
+    for batch in (*drawn, *data.judges()):
+        assert batch.target is not None
+        torch.testing.assert_close(batch.target, predict(**batch.arguments), rtol=1e-5, atol=1e-6)
 
 
 def test_each_sample_is_seen_once_an_epoch(calls: Calls) -> None:

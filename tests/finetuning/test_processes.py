@@ -7,14 +7,15 @@ from collections.abc import Callable
 import pytest
 from small_denoiser import SmallDenoiser
 
-from ptq_tdq import Calls, FinetuneConfig, QuantizedModel, finetune
+from ptq_tdq import Calls, FinetuneConfig, QuantizedModel, processes
 from ptq_tdq.errors import ConfigError
-from ptq_tdq.finetuning import processes
+from ptq_tdq.finetuning import check_start
 
 
 def test_a_batch_that_processes_cannot_share_is_one_sentence(
     denoiser: SmallDenoiser, calls: Calls, calibrated: Callable[..., QuantizedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    artifact = calibrated()
     monkeypatch.setattr(processes, "count", lambda: 3)
     with pytest.raises(ConfigError, match=r"batch_size must be a multiple .* \(3\). Got 32 instead"):
-        finetune(denoiser, calibrated(), FinetuneConfig(), calls)
+        check_start(denoiser, artifact.to_artifact(), FinetuneConfig(), calls)

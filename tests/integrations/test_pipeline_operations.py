@@ -17,7 +17,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from recorded import calls_of
 from torch import Tensor, nn
 
-from ptq_tdq import QuantizedModel, calibrate, load_quantized
+from ptq_tdq import QuantizedModel, calibrate, load_quantized, record
 from ptq_tdq.calib_data import first_call, from_pipeline
 from ptq_tdq.errors import ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
@@ -105,6 +105,19 @@ def test_the_extra_arguments_of_a_control_net(pipe: Any, stable_diffusion: Calib
         controlled.set_progress_bar_config(disable=True)
         drawn.append(stable_diffusion.draw(controlled, image=image))
     assert sqnr_db(stable_diffusion.drawn, drawn[0]) < 25 < sqnr_db(*drawn)
+
+
+def test_a_control_net_takes_the_original_s_place_as_diffusers_own_class(stable_diffusion: Calibrated) -> None:
+    full = stable_diffusion.pipe()
+    net = ControlNetModel.from_unet(full.unet, conditioning_embedding_out_channels=(16, 32)).eval()
+    components = {key: value for key, value in full.components.items() if key != "image_encoder"}
+    pipe = StableDiffusionControlNetPipeline(**components, controlnet=net, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 16, 16)
+    with record(net) as calls:
+        drawn = stable_diffusion.draw(pipe, image=image)
+    pipe.controlnet = as_diffusers(calibrate(net, QUICK, calls))  # pipelines ask for the class
+    assert sqnr_db(drawn, stable_diffusion.draw(pipe, image=image)) > 25
 
 
 def test_an_image_prompt_beside_the_text(pipe: Any, stable_diffusion: Calibrated) -> None:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.intervals import IntervalSource, Observed, source_class
 from ptq_tdq.intervals.dynamic import Dynamic
-from ptq_tdq.modules import ActivationQuantizer, QuantProduct
+from ptq_tdq.modules import ActivationQuantizer, QuantProduct, products
 from ptq_tdq.modules.products import OPERANDS, attach, owner_of, products_of
 from ptq_tdq.observe import Observer
 from ptq_tdq.records import LayerRecord, QuantizerRecord
+from ptq_tdq.scheme import QType
 from ptq_tdq.timeaxis import at
 
 SELF: dict[str, Any] = {"query_dim": 16, "heads": 2, "dim_head": 8}
@@ -137,6 +139,39 @@ def test_every_argument_means_what_it_means_to_torch(case: str, dtype: torch.dty
     torch.testing.assert_close(
         found, expected, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=2e-2 if dtype != torch.float32 else 1e-5
     )
+
+
+@pytest.mark.parametrize("method", ["dynamic-token", "tdq", "static"])
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_blocks_of_rows_give_what_all_rows_give(case: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, and gradients whose sums are in another order."""
+    torch.manual_seed(0)
+    arguments, heads = ARGUMENTS[case], 2 if case == "grouped" else 4
+    q, k, v = (torch.randn(2, h, n, 8, requires_grad=True) for h, n in ((4, 4), (heads, 3), (heads, 3)))
+    product, t, seen = QuantProduct(record("a.products.0")), torch.tensor([3.0, 700.0]), []
+    for quantizer, x in zip(product.quantizers(), (q, k, v, torch.rand(2, 4, 4, 3)), strict=True):
+        quantizer.source, quantizer.enabled = source(method, x), True
+    learned = [q, k, v, *product.parameters()]
+    for block in (products.BLOCK, 24, 7):  # all; a sample and a half; some rows of one
+        monkeypatch.setattr(products, "BLOCK", block)
+        torch.manual_seed(1)  # of the units that a network drops
+        with at(t):
+            out = product(q, k, v, **arguments)
+        seen.append((out, torch.autograd.grad(out.square().sum(), learned)))
+    for out, gradients in seen[1:]:
+        assert torch.equal(out, seen[0][0])
+        for found, expected in zip(gradients, seen[0][1], strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def source(method: str, x: Tensor) -> IntervalSource:
+    """At its start, for what the values of x are at two steps."""
+    observer = Observer("x", torch.tensor([3.0, 700.0]))
+    for counting in (False, True):
+        if counting:
+            observer.start_counting()
+        observer.see(x, torch.tensor([3.0, 700.0]))
+    return source_class(method).build(method, Observed(1000, observer.steps, observer.histogram(), QType(8)))
 
 
 def test_scores_beyond_half_precision_are_no_infinities() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.errors import ArtifactMismatchError, ModelError, RuntimeUnsupportedError, TimestepError, UsageError
+from ptq_tdq.export.onnx.places import places_of, rounds
 from ptq_tdq.export.onnx.runtimes import QDQ, RUNTIMES, WEIGHTS
 from ptq_tdq.export.onnx.signature import RETURN_DICT, Leaf, Signature
 from ptq_tdq.export.onnx.skeleton import BATCH, METADATA
@@ -166,10 +167,12 @@ class OnnxDenoiser(nn.Module):
             raise ModelError(f"The graph needs {leaf.name}; call it as the model that it was made from.")
         if leaf.kind == "each":
             return [self._array(replace(leaf, kind="shared"), item) for item in value]
-        kind = self._inputs[leaf.name]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
         tensor = leaf.real(torch.as_tensor(value).detach().cpu())
-        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy().astype(dtype)
+        array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        if leaf.held:
+            return array
+        kind = self._inputs[leaf.name]
+        array = array.astype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
         if leaf.name == self.call.time and array.ndim < 2:
             return array.reshape(-1)
         sizes = [dim.dim_value for dim in kind.shape.dim]
@@ -184,7 +187,7 @@ class OnnxDenoiser(nn.Module):
         return array
 
     def _rows(self, feed: Feed) -> list[NDArray[Any]]:
-        """The outputs for all samples: at once, or one by one where the graph is of one sample or of one time step."""
+        """The outputs for all samples: at once, or as many at a time as the graph is of; or one, for one time step."""
         leaves, time = self.call.leaves(), self.call.time
         main = next(leaf.name for leaf in leaves if leaf.name.partition(".")[0] == self.call.main)
         count = len(feed[main])
@@ -193,23 +196,35 @@ class OnnxDenoiser(nn.Module):
         one_step = self.facts["one_step"] or "steps" in self.facts
         mixed = one_step and bool((feed[time] != feed[time][:1]).any())
         if BATCH in self.facts["free_sizes"] and not mixed:
-            return self._run(feed)
-        parts = [self._run({leaf.name: leaf.one(feed[leaf.name], i, count) for leaf in leaves}) for i in range(count)]
-        return [np.concatenate(results) for results in zip(*parts, strict=True)]
+            return self._run({leaf.name: feed[leaf.name] for leaf in leaves})
+        found: dict[int, list[NDArray[Any]]] = {}
+        places = places_of(self.call.held(), feed, count)
+        for samples in rounds(places, self.call.samples, mixed):
+            results = self._run({leaf.name: leaf.some(feed[leaf.name], samples, count) for leaf in leaves})
+            for place, sample in enumerate(samples):
+                if places[sample] == place:
+                    found[sample] = [np.split(result, self.call.samples)[place] for result in results]
+        return [np.concatenate(parts) for parts in zip(*(found[i] for i in range(count)), strict=True)]
 
     def _run(self, feed: Feed) -> list[NDArray[Any]]:
         """The outputs of the graph, or of that for the step of all rows."""
         t = float(self.axis.t(torch.from_numpy(feed[self.call.time]))[0])
         for steps, run in self._graphs:
             if steps is None or any(abs(t - step) < NEAR for step in steps):
-                return run(feed)
+                results = run(feed)
+                if self.call.checked and not results.pop().all():
+                    raise ModelError(
+                        "The model's code decides by values of its arguments, and otherwise than in the calls of the "
+                        "graph's export; export it with such calls."
+                    )
+                return results
         known = ", ".join(f"{step:g}" for step in sorted(step for steps, _ in self._graphs for step in steps or []))
         raise TimestepError(f"There is no graph for t = {t:g}, only for {known}; export those steps too.")
 
     def _returned(self, results: list[Tensor], samples: int, return_dict: bool) -> Any:
         """The results in the tree that the model returns."""
-        found = dict(zip(self.call.output_names(), results, strict=True))
-        lists = any(leaf.kind == "each" for leaf in self.call.leaves())
+        found = dict(zip(self.call.output_names(), results, strict=False))
+        lists = any(leaf.kind == "each" for leaf in self.call.tensors())
 
         def fill(tree: Any) -> Any:
             if isinstance(tree, Leaf):

@@ -41,11 +41,11 @@ class Lookup:
     """Builds the lookup at the start of the graph.
 
     ``time`` is the input that holds the time argument [batch, ...], ``batch`` what its first size is called in the
-    shapes of the graph (None: the graph is of one sample). ``scales`` and ``zero_points`` float32 [batch, Q] are values
-    of the graph, None for Q = 0.
+    shapes of the graph: a name, or the number of samples that the graph is of. ``scales`` and ``zero_points`` float32
+    [batch, Q] are values of the graph, None for Q = 0.
     """
 
-    def __init__(self, b: Builder, artifact: Artifact, time: ir.Value, batch: str | None) -> None:
+    def __init__(self, b: Builder, artifact: Artifact, time: ir.Value, batch: str) -> None:
         b.prefix = "lookup"
         self.b, self.symbol = b, batch
         self.batch = b("Shape", time, start=0, end=1)
@@ -77,16 +77,15 @@ class Lookup:
     def lead(self, x: ir.Value) -> str | None:
         """What the first size of ``x`` is called; None where it is the same for any batch."""
         size = None if x.shape is None else x.shape[0]
-        if isinstance(size, int):
-            return None
-        name = getattr(size, "value", None)
-        if isinstance(name, str) and name.isdecimal():
-            return None
-        return f"rows of {x.name}" if name is None else str(name)
+        name = str(getattr(size, "value", size))
+        if name.isdecimal():
+            samples = int(self.symbol) if self.symbol.isdecimal() else 1
+            return name if samples > 1 and int(name) % samples == 0 else None
+        return f"rows of {x.name}" if name == "None" else name
 
     def length(self, x: ir.Value) -> ir.Value:
         """The first size of ``x`` as int64 [1]."""
-        return self.batch if self.lead(x) == self.symbol is not None else self.b("Shape", x, start=0, end=1)
+        return self.batch if self.lead(x) == self.symbol else self.b("Shape", x, start=0, end=1)
 
     def dynamic(self, interval: Interval, x: ir.Value, rank: int) -> ir.Value:
         """The scale [rows, 1, ...] that clips no value of each row of x.
@@ -117,7 +116,7 @@ class Lookup:
             value = b("Add", b("Mul", value, np.float32(axis.scale)), np.float32(axis.offset))
         nearest = b("Round", value)
         near = b("Less", b("Abs", b("Sub", value, nearest)), np.float32(NEAR))
-        return b("Where", near, nearest, value, name="t")
+        return b("Where", near, nearest, value, name="lookup/t")
 
     def _interval(self, artifact: Artifact, name: str, bits: int) -> Interval:
         table = artifact.tables[name]

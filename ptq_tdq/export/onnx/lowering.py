@@ -14,7 +14,8 @@ from ptq_tdq.export.onnx.floating import ANNOTATION
 from ptq_tdq.export.onnx.lookup import Lookup
 from ptq_tdq.export.onnx.nodes import Builder, axes
 from ptq_tdq.export.onnx.portable import Portable, swapped
-from ptq_tdq.export.onnx.skeleton import BATCH, DOMAIN, Skeleton
+from ptq_tdq.export.onnx.skeleton import Skeleton
+from ptq_tdq.export.onnx.tracing import DOMAIN
 from ptq_tdq.rotate import block_of, rotated, signs
 
 
@@ -24,7 +25,7 @@ def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable]) -> ir.Mo
     graph = model.graph
     b, first = Builder(graph), graph[0]
     time = next(value for value in graph.inputs if value.name == skeleton.signature.time)
-    lowering = form(b, Lookup(b, artifact, time, skeleton.symbol(BATCH)), artifact)
+    lowering = form(b, Lookup(b, artifact, time, skeleton.batch), artifact)
     b.flush(first)
     _lower_nodes(graph, b, lowering, artifact, skeleton)
     for node in [n for n in graph if n.op_type == "GroupNormalization"]:

@@ -24,8 +24,8 @@ class Builder:
         self.graph = graph
         self.prefix = ""
         self._nodes: list[ir.Node] = []
-        self._names = Counter(str(value.name) for value in graph.inputs)  # and of nodes,
-        self._replaced: Counter[str] = Counter()  # and of what took a node's place: a layer may run twice in a call
+        self._names = Counter(str(value.name) for value in (*graph.inputs, *graph.outputs))  # and of nodes,
+        self._replaced = self._names.copy()  # and of what took a node's place: a layer may run twice in a call
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
 
     def __call__(self, op: str, *operands: Operand, name: str | None = None, **attributes: Any) -> ir.Value:

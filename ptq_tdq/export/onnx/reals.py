@@ -14,11 +14,12 @@ from ptq_tdq.errors import ModelError
 
 # What these do to a complex tensor, they do to its parts, each by itself.
 _BY_PART = (
-    *("alias", "cat", "chunk", "clone", "contiguous", "detach", "detach_", "expand", "flatten", "flip", "getitem"),
-    *("index", "index_select", "lift_fresh_copy", "movedim", "narrow", "pad", "pad_sequence", "permute", "repeat"),
-    *("reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "stack", "to", "transpose", "unbind"),
-    *("unflatten", "unsqueeze", "view"),
+    *("alias", "cat", "chunk", "clone", "contiguous", "copy_", "detach", "detach_", "expand", "flatten", "flip"),
+    *("gather", "getitem", "index", "index_select", "lift_fresh_copy", "movedim", "narrow", "pad", "pad_sequence"),
+    *("permute", "repeat", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "stack", "to"),
+    *("transpose", "unbind", "unflatten", "unsqueeze", "view"),
 )
+_ZEROS = ("new_zeros", "zeros", "zeros_like")
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
@@ -99,7 +100,7 @@ class _Interpreter(fx.Interpreter):
             *setting, traced = args[:5]
             with torch.autocast(*setting):
                 return _Interpreter(traced, {}).run(*args[5:])
-        if not pairs:
+        if not pairs and not (name in _ZEROS and any(isinstance(x, torch.dtype) and x in _REAL for x in leaves)):
             return super().call_function(target, args, kwargs)
         if name in ("sym_size", "_assert_tensor_metadata"):
             return super().call_function(target, (pairs[0].real, *args[1:]), {})
@@ -110,7 +111,7 @@ class _Interpreter(fx.Interpreter):
         if name == "mul":
             return pairs[0].times(args[1] if args[0] is pairs[0] else args[0])
         fill = any(isinstance(leaf, float) and leaf != 0 for leaf in leaves)
-        if name not in _BY_PART or fill:
+        if name not in (*_BY_PART, *_ZEROS) or fill:
             raise ModelError(f"The model computes with complex numbers ({name}), which ONNX does not have.")
         parts = []
         for part in ("real", "imag"):

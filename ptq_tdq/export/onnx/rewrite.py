@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from ptq_tdq.export.onnx.reads import Answers, what_is_read
 
 
 def repeat_interleave(x: Tensor, repeats: Any, dim: int | None = None, *, output_size: Any = None) -> Tensor:
@@ -19,28 +20,23 @@ def repeat_interleave(x: Tensor, repeats: Any, dim: int | None = None, *, output
 
 
 _WORDS = {torch.repeat_interleave: repeat_interleave, Tensor.repeat_interleave: repeat_interleave}
-# These give the values of a tensor to Python, or as many values as they say.
-_READS = {
-    **{getattr(Tensor, name): name for name in ("__bool__", "__float__", "__index__", "__int__", "item", "numpy")},
-    **{getattr(Tensor, name): name for name in ("bincount", "masked_select", "nonzero", "tolist", "unique")},
-    **{getattr(torch, name): name for name in ("bincount", "masked_select", "nonzero", "unique")},
-}
 
 
 class InOtherWords(TorchFunctionMode):
-    """Calls the functions of this module in the place of torch's own; ``reads`` names those that read values."""
+    """Calls the functions of this module in the place of torch's own; ``reads`` names those that read values.
 
-    def __init__(self) -> None:
+    Those are called as they are, or get their ``answers``.
+    """
+
+    def __init__(self, answers: Answers | None = None, reads: set[str] | None = None) -> None:
         super().__init__()
-        self.reads: set[str] = set()
+        self.reads = set() if reads is None else reads
+        self._answers = answers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READS:
-            self.reads.add(_READS[func].strip("_"))
-        elif func is Tensor.__getitem__ and any(_is_mask(index) for index in pytree.tree_leaves(args[1])):
-            self.reads.add("mask as an index")
-        return _WORDS.get(func, func)(*args, **(kwargs or {}))
-
-
-def _is_mask(index: Any) -> bool:
-    return isinstance(index, Tensor) and index.dtype == torch.bool
+        kwargs = kwargs or {}
+        if found := what_is_read(func, args):
+            self.reads.add(found[0])
+            if self._answers is not None:
+                return self._answers.result(found[0], func, args, kwargs)
+        return _WORDS.get(func, func)(*args, **kwargs)

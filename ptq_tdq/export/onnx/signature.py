@@ -1,14 +1,16 @@
 """What a graph is called with: the leaves of one recorded call, by name, and the tree that they belong to.
 
 The names of the graph's inputs are those of the model's arguments; what is nested has dots in between
-(``added_cond_kwargs.text_embeds``). A plain value (a flag, None) is not an input: it is part of the graph.
+(``added_cond_kwargs.text_embeds``). A plain value (a flag, None) is not an input: it is part of the graph. So is a
+tensor whose values the model's code reads (the mask of a prompt).
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +25,7 @@ from ptq_tdq.timed_model import TimedModel, in_float32
 
 Kind = Literal["rows", "each", "shared"]
 RETURN_DICT = "return_dict"
+CHECK = "as_recorded"  # bool [1]: whether the code's decisions are those that the graph was traced with
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -31,7 +34,8 @@ class Leaf:
     """A tensor's place in the tree of a call.
 
     ``kind`` is "rows" (of samples, along ``dim``, with ``several`` of each sample or one), "each" (the place of a list
-    with one tensor per sample) or "shared". A ``complex`` tensor [...] is an input [..., 2].
+    with one tensor per sample) or "shared". A ``complex`` tensor [...] is an input [..., 2]. A tensor that is part of
+    the graph is ``held``: these are hashes of its values, one for each sample of the graph.
     """
 
     name: str
@@ -39,20 +43,31 @@ class Leaf:
     dim: int = 0
     several: bool = False
     complex: bool = False
+    held: tuple[str, ...] = ()
 
     def real(self, value: Tensor) -> Tensor:
         """What the graph is given for an argument."""
         return torch.view_as_real(value.to(torch.complex64)) if self.complex else value
 
-    def one(self, value: Any, index: int, count: int) -> NDArray[Any]:
-        """The part of one of ``count`` samples."""
+    def some(self, value: Any, samples: Sequence[int], count: int) -> NDArray[Any]:
+        """The part of some of ``count`` samples; of a list, of the one sample."""
         if self.kind == "each":
-            array: NDArray[Any] = value[index]
+            array: NDArray[Any] = value[samples[0]]
         elif self.kind == "shared":
             array = value
         else:
-            array = np.split(value, count, self.dim)[index]
+            parts = np.split(value, count, self.dim)
+            array = np.concatenate([parts[i] for i in samples], self.dim)
         return array
+
+    def hashes(self, value: Any, count: int) -> tuple[str, ...]:
+        """A hash of the values of each of ``count`` samples, whatever their precision."""
+        found = []
+        for i in range(count):
+            array = self.some(value, [i], count)
+            wide = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+            found.append(hashlib.sha256(str(wide.shape).encode() + wide.tobytes()).hexdigest())
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,8 @@ class Signature:
     ``arguments`` is the tree of its arguments by name, ``parameters`` are those of its ``forward`` (name, kind and, if
     there is one, the default), ``main`` is the argument that is denoised, ``time`` the one that holds the time step.
     ``outputs`` is the tree of what it returns (a tuple, if it takes ``return_dict``), ``fields`` are the names of the
-    tuple's items in the object that it returns otherwise.
+    tuple's items in the object that it returns otherwise. A graph that is ``checked`` has one output more,
+    :data:`CHECK`.
     """
 
     arguments: dict[str, Any]
@@ -71,17 +87,43 @@ class Signature:
     time: str
     outputs: Any
     fields: tuple[str, ...]
+    checked: bool = False
+
+    def tensors(self) -> list[Leaf]:
+        """The tensors of a call, in order."""
+        return [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Leaf)]
 
     def leaves(self) -> list[Leaf]:
         """The graph's inputs, in order."""
-        return [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Leaf)]
+        return [leaf for leaf in self.tensors() if not leaf.held]
+
+    def held(self) -> list[Leaf]:
+        """The tensors that are part of the graph."""
+        return [leaf for leaf in self.tensors() if leaf.held]
+
+    @property
+    def samples(self) -> int:
+        """How many samples a graph is of whose batch is fixed: one, or one for each value that it holds."""
+        return max((len(leaf.held) for leaf in self.held()), default=1)
+
+    def holding(self, tensors: dict[str, Tensor], samples: int) -> Signature:
+        """The signature of a graph that holds ``tensors`` of some ``samples``."""
+
+        def hold(leaf: Any) -> Any:
+            if not isinstance(leaf, Leaf) or leaf.name not in tensors:
+                return leaf
+            value = tensors[leaf.name].numpy()
+            return replace(leaf, held=leaf.hashes([value] if leaf.kind == "each" else value, samples))
+
+        return replace(self, arguments=pytree.tree_map(hold, self.arguments))
 
     def output_names(self) -> list[str]:
         """The graph's outputs, in order."""
-        return [leaf.name for leaf in pytree.tree_leaves(self.outputs) if isinstance(leaf, Leaf)]
+        names = [leaf.name for leaf in pytree.tree_leaves(self.outputs) if isinstance(leaf, Leaf)]
+        return [*names, CHECK] if self.checked else names
 
     def fill(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Keyword arguments of the model from the graph's inputs; a list has the one tensor of a single sample."""
+        """Keyword arguments of the model from a call's tensors; a list has the one tensor of a single sample."""
 
         def one(leaf: Any) -> Any:
             if not isinstance(leaf, Leaf):
@@ -106,6 +148,7 @@ class Signature:
             "time": self.time,
             "outputs": _pack(self.outputs),
             "fields": list(self.fields),
+            "checked": self.checked,
         }
 
     @classmethod
@@ -118,11 +161,16 @@ class Signature:
             data["time"],
             _unpack(data["outputs"]),
             tuple(data["fields"]),
+            data["checked"],
         )
 
 
-def describe(model: TimedModel, calls: Calls) -> tuple[Signature, Callable[[int], dict[str, Tensor]]]:
-    """The signature of ``model`` as ``calls`` use it, and a function that gives the inputs of a call with some rows.
+Rows = Callable[[Sequence[int]], dict[str, Tensor]]
+"""Numbers of recorded rows -> the tensors of a call with them."""
+
+
+def describe(model: TimedModel, calls: Calls) -> tuple[Signature, Rows, int]:
+    """The signature of ``model`` as ``calls`` use it, a function that gives a call with some rows, and their number.
 
     ``model`` is run once or twice, to see what it returns. The time is a float where the model takes it as one, so that
     schedulers with fractional steps work. Raises :class:`ModelError` for arguments or results that no graph has.
@@ -139,17 +187,18 @@ def describe(model: TimedModel, calls: Calls) -> tuple[Signature, Callable[[int]
     if not tensors[time].is_floating_point() and _takes_float(model, one, time):
         tensors[time] = tensors[time].float()
 
-    def rows(count: int) -> dict[str, Tensor]:
+    signature = Signature(arguments, parameters, main_argument(one, time), time, outputs, fields)
+
+    def rows(numbers: Sequence[int]) -> dict[str, Tensor]:
         found = {}
-        for leaf in pytree.tree_leaves(arguments):
-            if isinstance(leaf, Leaf):
-                value = tensors[leaf.name]
-                if leaf.kind == "rows":
-                    value = Place(0, leaf.dim, leaf.several).leaf(value[torch.arange(count) % len(value)])
-                found[leaf.name] = value
+        for leaf in signature.tensors():
+            value = tensors[leaf.name]
+            if leaf.kind == "rows":
+                value = Place(0, leaf.dim, leaf.several).leaf(value[torch.tensor(numbers) % len(value)])
+            found[leaf.name] = value
         return found
 
-    return Signature(arguments, parameters, main_argument(one, time), time, outputs, fields), rows
+    return signature, rows, len(group)
 
 
 def _named(value: Any, name: str, group: Group) -> Any:
@@ -227,7 +276,7 @@ def _takes_float(model: nn.Module, arguments: dict[str, Any], time: str) -> bool
 
 def _pack(value: Any) -> Any:
     if isinstance(value, Leaf):
-        return {"input": [value.name, value.kind, value.dim, value.several, value.complex]}
+        return {"input": [*vars(value).values()]}
     if isinstance(value, dict):
         return {"dict": {key: _pack(item) for key, item in value.items()}}
     if isinstance(value, list | tuple):
@@ -238,7 +287,8 @@ def _pack(value: Any) -> Any:
 def _unpack(packed: dict[str, Any]) -> Any:
     ((kind, content),) = packed.items()
     if kind == "input":
-        return Leaf(*content)
+        name, place, dim, several, is_complex, held = content
+        return Leaf(name, place, dim, several, is_complex, tuple(held))
     if kind == "dict":
         return {key: _unpack(item) for key, item in content.items()}
     if kind in ("list", "tuple"):

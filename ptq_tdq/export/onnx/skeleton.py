@@ -7,32 +7,29 @@ one operand of an attention product. No name or pattern of the exporter's own is
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Set
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils import _pytree as pytree
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError
-from ptq_tdq.export.onnx.geometry import output_shape, unpadded
-from ptq_tdq.export.onnx.reals import InReals, has_complex
-from ptq_tdq.export.onnx.rewrite import InOtherWords
-from ptq_tdq.export.onnx.signature import Signature, describe
+from ptq_tdq.export.onnx.geometry import unpadded
+from ptq_tdq.export.onnx.reads import DECISION, MASK, Read
+from ptq_tdq.export.onnx.signature import Rows, Signature, describe
+from ptq_tdq.export.onnx.tracing import DOMAIN, Call, ReadsValuesError, convert, quiet
 from ptq_tdq.load import build_quantized
-from ptq_tdq.modules import ActivationQuantizer
-from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.timeaxis import at
 
-DOMAIN = METADATA = "ptq_tdq"  # of our nodes, and the key of what a file says of itself
-OPSET, IR_VERSION = 21, 10
+METADATA = DOMAIN  # the key of what a file says of itself
+IR_VERSION = 10
+_log = logging.getLogger(__name__)
+MOST_VALUES = 4  # of what a graph holds: prompts and negative prompts
 BATCH = "batch"
 _SPATIAL = {4: ("height", "width"), 5: ("frames", "height", "width")}
 
@@ -42,7 +39,7 @@ class Skeleton:
     """The exported graph, the layers behind its opaque nodes by name, and how the model is called.
 
     ``sizes`` says what the exporter's symbols in shapes stand for: a name where the size may vary, else a number.
-    Without :data:`BATCH` among the names the graph is of one sample.
+    Without :data:`BATCH` among the names the graph is of a fixed number of samples, mostly of one.
     """
 
     model: ir.Model
@@ -55,49 +52,10 @@ class Skeleton:
         """Names of the sizes that may vary."""
         return sorted({name for name in self.sizes.values() if isinstance(name, str)})
 
-    def symbol(self, name: str) -> str | None:
-        """The exporter's symbol for the size ``name``."""
-        return next((symbol for symbol, own in self.sizes.items() if own == name), None)
-
-
-class _Layer(nn.Module):
-    def __init__(self, layer: nn.Module, name: str) -> None:
-        super().__init__()
-        self.layer, self.name = layer, name
-        self.plain, self.pad = unpadded(layer)
-
-    def forward(self, input: Tensor) -> Tensor:  # torch's layers are called by this name too
-        x = self.pad(input)
-        shape = output_shape(self.plain, x)
-        return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::Layer", [x], attrs={"name": self.name}, dtype=x.dtype, shape=shape, version=1
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        """What models ask of their layers beside calling them."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
-
-
-class _Quantizer(ActivationQuantizer):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::Quantizer", [x], attrs={"name": self.record.name}, dtype=x.dtype, shape=x.shape, version=1
-        )
-
-
-class _Call(nn.Module):
-    """The model with a dictionary of tensors as its only argument, and all tensors that it returns as its result."""
-
-    def __init__(self, model: nn.Module, signature: Signature) -> None:
-        super().__init__()
-        self.model, self.signature = model, signature
-
-    def forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        leaves = pytree.tree_leaves(self.model(**self.signature.fill(tensors)))
-        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    @property
+    def batch(self) -> str:
+        """The exporter's symbol for the number of samples, or that number."""
+        return next((symbol for symbol, own in self.sizes.items() if own == BATCH), str(self.signature.samples))
 
 
 def make_skeleton(artifact: Artifact, calls: Calls, model: nn.Module | None = None) -> Skeleton:
@@ -105,29 +63,77 @@ def make_skeleton(artifact: Artifact, calls: Calls, model: nn.Module | None = No
 
     ``model`` is one of the same structure, for classes that are not diffusers' own.
     The batch may vary, and the sizes of an image where the model itself takes others; a model whose batch cannot vary,
-    such as one that takes lists, is exported for one sample. Raises :class:`ModelError` for a model that torch cannot
-    export.
+    such as one that takes lists, is exported for one sample. Arguments whose values the model's code reads are held:
+    the graph has a sample for each of their values in ``calls``. Raises :class:`ModelError` for a model that torch
+    cannot export.
     """
     quantized = build_quantized(artifact, model).float()
-    signature, rows = describe(quantized, calls)
+    signature, rows, count = describe(quantized, calls)
     layers = {name: unpadded(layer.layer)[0] for name, layer in quantized.layers().items()}
-    call = _Call(quantized.model, signature).eval()
-    free: set[str] = set()
-    if all(leaf.kind != "each" for leaf in signature.leaves()):
-        inputs = rows(2)
+    call, samples = Call(quantized, signature).eval(), [0]
+    try:
+        exported, inputs, free = _exported(call, rows, samples)
+    except ReadsValuesError as refusal:
+        samples = _hold(call, rows, count, refusal)
+        exported, inputs, free = _exported(call, rows, samples)
+    checked = len(exported.graph_signature.user_outputs) > len(signature.output_names())
+    signature = replace(call.signature, checked=checked)
+    return _named(convert(exported).model, signature, layers, inputs, free)
+
+
+def _exported(
+    call: Call, rows: Rows, samples: list[int]
+) -> tuple[torch.export.ExportedProgram, dict[str, Tensor], set[str]]:
+    """The traced model of any batch, or else of some ``samples``; its inputs, and the names of its free sizes."""
+    signature = call.signature
+    if all(leaf.kind != "each" for leaf in signature.tensors()) and not signature.held():
+        inputs = rows([0, 1])
         with at(torch.zeros(1)):
             takes = [name for name in _spatial(signature, inputs) if _accepts(call, signature, rows, name)]
-        _mark(quantized)
         with suppress(ModelError):  # code that looks up sizes may take a fixed one
-            exported = _export(call, inputs, _axes(signature, inputs, takes))
+            exported = call.export(inputs, _axes(signature, inputs, takes))
             free = {name for name in (BATCH, *takes) if _accepts(exported.module(), signature, rows, name)}
-    else:
-        _mark(quantized)
-    if BATCH not in free:
-        inputs, free = rows(1), set()
-        exported = _export(call, inputs, {})
-    program = _convert(exported)
-    return _named(program.model, signature, layers, inputs, free)
+            if BATCH in free:
+                return exported, inputs, free
+    inputs = {leaf.name: rows(samples)[leaf.name] for leaf in signature.leaves()}
+    return call.export(inputs, {}), inputs, set()
+
+
+def _hold(call: Call, rows: Rows, count: int, refusal: ModelError) -> list[int]:
+    """Make the arguments whose values are read part of the model; returns one of the ``count`` rows for each value.
+
+    Code that reads what follows from x or t is tried in training mode: mixtures of experts sort tokens by their expert
+    where they are to be fast, and choose them by masks, which a graph can have, where they learn.
+    """
+    signature, one = call.signature, rows([0])
+    varying = {x.name for x in signature.tensors() if x.name.partition(".")[0] in (signature.main, signature.time)}
+    reads = call.listen(one)
+    sorting = [read.module for read in _fixed(reads, varying) if read.sources & varying]
+    if sorting and call.same_in_training(sorting, one):
+        reads = call.listen(one)
+    names = frozenset[str]().union(*(read.sources for read in _fixed(reads, varying)))
+    if not reads or names & varying:
+        raise refusal
+    samples: dict[Any, int] = {}
+    for row in range(count):
+        held = signature.holding({name: rows([row])[name] for name in names}, 1).held()
+        samples.setdefault(tuple(leaf.held for leaf in held), row)
+    if names:
+        reason = f"the model's code reads the values of {', '.join(sorted(names))}, and the graph holds them"
+        if len(samples) > MOST_VALUES:
+            raise ModelError(
+                f"At most {MOST_VALUES} kinds of samples fit into a graph, the calls have {len(samples)}; {reason}, "
+                "so export it with calls of one prompt and its negative one."
+            )
+        _log.warning("The graph runs for the values of these calls alone, such as prompts as long: %s.", reason)
+    found = list(samples.values())
+    call.hold({name: rows(found)[name] for name in names}, len(found))
+    return found
+
+
+def _fixed(reads: list[Read], varying: Set[str]) -> list[Read]:
+    """The reads whose answers are part of the graph; it checks decisions, and makes numbers of masks that vary."""
+    return [r for r in reads if r.name != DECISION and not (r.name == MASK and r.sources & varying)]
 
 
 def _named(
@@ -167,86 +173,21 @@ def _axes(signature: Signature, inputs: dict[str, Tensor], sizes: Collection[str
     return found
 
 
-def _export(call: _Call, inputs: dict[str, Tensor], free: dict[str, dict[int, str]]) -> torch.export.ExportedProgram:
-    """The traced model; the axes ``free`` become constants where the model's own code needs that."""
-    shapes = ({name: dict.fromkeys(free.get(name, ()), torch.export.Dim.AUTO) for name in inputs},)
-    words = InOtherWords()
-    with _refusals(words.reads):
-        with words:
-            exported = torch.export.export(call, (inputs,), dynamic_shapes=shapes, strict=False)
-        if has_complex(exported):
-            exported = torch.export.export(InReals(exported), (inputs,), dynamic_shapes=shapes, strict=False)
-        return exported
-
-
-def _accepts(module: nn.Module, signature: Signature, rows: Callable[[int], dict[str, Tensor]], name: str) -> bool:
+def _accepts(module: nn.Module, signature: Signature, rows: Rows, name: str) -> bool:
     """Whether a model takes another size: three rows, or twice the length along an axis of the image.
 
     A traced one checks what tracing has assumed; the assumptions are lost in the graph.
     """
-    inputs = rows(3 if name == BATCH else 2)
+    inputs = rows([0, 1, 2] if name == BATCH else [0, 1])
     if name != BATCH:
         x, axis = inputs[signature.main], _spatial(signature, inputs)[name]
         inputs[signature.main] = torch.cat([x, x], axis)
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             module(inputs)
     except Exception:  # of many unrelated types, and any of them means no
         return False
     return True
-
-
-def _convert(exported: torch.export.ExportedProgram) -> Any:
-    with _refusals():
-        return torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
-
-
-@contextmanager
-def _refusals(reads: Collection[str] = ()) -> Iterator[None]:
-    """One sentence for whatever torch, or the model's own code, says while it is traced.
-
-    ``reads`` are the ways in which the code has read values of tensors by then.
-    """
-    try:
-        with _quiet(), torch.no_grad():
-            yield
-    except ModelError:
-        raise
-    except Exception as error:  # of many unrelated types
-        reason = _reason(error)
-        if reads or _depends_on_values(error):
-            read = f" ({', '.join(sorted(reads))})" if reads else ""
-            reason = f"its code depends on values of tensors{read}, and a graph is one code for all"
-        raise ModelError(f"torch cannot export the model to ONNX ({reason}).") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the innermost cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
-
-
-def _depends_on_values(error: BaseException) -> bool:
-    """Whether tracing has met a size or a choice that only the values of a tensor tell."""
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    unknown = ("non-nested SymInt", "should have been constant")  # a size where the code needs a number
-    return any(isinstance(e, GuardOnDataDependentSymNode) or any(u in str(e) for u in unknown) for e in causes)
-
-
-def _mark(quantized: QuantizedModel) -> None:
-    """Put opaque modules in the place of quantized layers and of the quantizers of attention products."""
-    for name, layer in quantized.layers().items():
-        parent, _, own = name.rpartition(".")
-        setattr(quantized.model.get_submodule(parent), own, _Layer(layer.layer, name))
-    for module in quantized.model.modules():
-        for key, child in list(module.named_children()):
-            if type(child) is ActivationQuantizer:
-                marker = _Quantizer(child.record)
-                marker.enabled = True
-                setattr(module, key, marker)
 
 
 def _tidy(model: ir.Model, signature: Signature) -> None:
@@ -295,18 +236,3 @@ def _choose_by_logic(graph: ir.Graph) -> None:
         graph.insert_before(node, (*terms, chosen))
         ir.convenience.replace_all_uses_with(node.outputs[0], chosen.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what the exporter says about packages that are not installed and about its own future."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnxscript"))}
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
