@@ -112,6 +112,7 @@ def calibrate(
         config,
         single=plan.single,
         unlearned=plan.unlearned,
+        repeated=plan.repeated,
         run=run,
         budget=cache_budget,
         on_unit=hear,

@@ -32,7 +32,8 @@ class Plan:
     """The records in execution order, and sentences about what stays in floating point (``notices``).
 
     ``single`` names the units with quantizers whose rows cannot be told apart by sample (experts, sequences first):
-    they run with one time step at a time; ``unlearned`` those that are quantized and not reconstructed. ``coverage`` is
+    they run with one time step at a time; ``unlearned`` those that are quantized and not reconstructed; ``repeated``
+    those that run several times in a call, where inputs of the first time tell little of the others'. ``coverage`` is
     the share of the multiply-accumulates with weights that quantized layers do. ``weight_bits`` is the mean over the
     weights of all linear layers and convolutions, ``activation_bits`` that of their inputs over their
     multiply-accumulates; floating point counts with the bits of its type.
@@ -42,6 +43,7 @@ class Plan:
     notices: tuple[str, ...]
     single: frozenset[str]
     unlearned: frozenset[str]
+    repeated: frozenset[str]
     coverage: float
     weight_bits: float
     activation_bits: float
@@ -75,6 +77,7 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
         tuple(_notices(seen, units, config)),
         frozenset(single),
         frozenset(r.unit for r in records.values()) - learned,
+        frozenset(r.unit for r in records.values() if seen.called[r.unit] > 1),
         sum(layer.macs for layer in layers) / seen.macs,
         *_mean_bits(seen, records),
     )
@@ -189,7 +192,7 @@ def _notices(seen: Trace, units: dict[str, str], config: Config) -> Iterator[str
         )
     repeated = [unit for unit in dict.fromkeys(units.values()) if seen.called[unit] > 1]
     if repeated:
-        yield f"Run several times in a call, and learned from the first time alone: {_some(repeated)}."
+        yield f"Quantized, but not learned, since they run several times in a call: {_some(repeated)}."
     if not config.layers.attention:
         return
     lost = [name for name in seen.products if name not in units]

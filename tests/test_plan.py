@@ -146,7 +146,7 @@ def test_containers_that_nobody_calls_are_no_units() -> None:
     model = Boxes()
     plan = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 4), torch.tensor([3.0, 5.0])))
     assert len(plan.layers) == 5 and all(record.unit == record.name for record in plan.layers)
-    assert "Run several times in a call, and learned from the first time alone: first." in plan.notices
+    assert "Quantized, but not learned, since they run several times in a call: first." in plan.notices
 
 
 def test_a_skip_pattern_leaves_its_layers_in_floating_point(unet: UNet2DModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,8 +41,11 @@ class ActivationResult:
     static: dict[str, QParams]
 
 
-def observe(unit: Unit, call: UnitCall, config: Config, num_train_timesteps: int) -> dict[str, Observed]:
-    """Ranges and histograms of the unit's activations with quantized weights, by quantizer name."""
+def observe(unit: Unit, config: Config, num_train_timesteps: int, run: Callable[[], None]) -> dict[str, Observed]:
+    """Ranges and histograms of the unit's activations with quantized weights, by quantizer name.
+
+    ``run`` runs the unit on this process's samples, and is called twice.
+    """
     steps = unit.t.unique()
     quantizers = unit.quantizers()
     for quantizer in quantizers:
@@ -55,8 +59,7 @@ def observe(unit: Unit, call: UnitCall, config: Config, num_train_timesteps: int
                 if counting:
                     observer.start_counting()
             with torch.no_grad():
-                for batch in unit.batches():
-                    unit.run(call, batch)
+                run()
             for observer in observers.values():
                 observer.join()
     finally:
@@ -85,13 +88,20 @@ def reconstruct_activations(
     config: Config,
     generator: torch.Generator,
     num_train_timesteps: int,
+    observed: dict[str, Observed] | None = None,
 ) -> ActivationResult:
     """Learn the intervals of the unit's activations; the end is never worse than the start.
 
     Nor is it worse than S_1, which is learned first, from the same samples: of both the better one stays. ``full`` is
-    the unit's call in the full-precision stream, ``call`` the one to learn from.
+    the unit's call in the full-precision stream, ``call`` the one to learn from. Intervals start from what is
+    ``observed``, by default in that call.
     """
-    observed = observe(unit, call, config, num_train_timesteps)
+
+    def run() -> None:
+        for batch in unit.batches():
+            unit.run(call, batch)
+
+    observed = observed or observe(unit, config, num_train_timesteps, run)
     quantizers = unit.quantizers()
     _begin_static(unit, observed)
     if open_ones := undecided(unit):

@@ -14,8 +14,9 @@ from ptq_tdq import processes
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.intervals import Observed
 from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon.activations import reconstruct_activations
+from ptq_tdq.recon.activations import observe, reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
 from ptq_tdq.recon.equalize import equalize_unit
 from ptq_tdq.recon.parts import Parts, Store
@@ -54,6 +55,7 @@ def reconstruct(
     *,
     single: Collection[str] = (),
     unlearned: Collection[str] = (),
+    repeated: Collection[str] = (),
     run: RunDirectory | None = None,
     budget: int = CACHE_BYTES,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
@@ -61,11 +63,12 @@ def reconstruct(
     """Quantize all units of the model; leaves its quantizers on, with final codes and interval tables.
 
     Units in ``single`` run with one time step at a time, those in ``unlearned`` keep first intervals and nearest
-    rounding. Finished units are kept in ``run`` and read from it. Streams of more than ``budget`` bytes are kept in
-    memory-mapped files, in the folder of the run. Returns the static interval of each activation quantizer.
+    rounding; so do those in ``repeated``, whose intervals are observed in all runs of a call. Finished units are kept
+    in ``run`` and read from it. Streams of more than ``budget`` bytes are kept in memory-mapped files, in the folder of
+    the run. Returns the static interval of each activation quantizer.
     Raises :class:`~ptq_tdq.errors.NonFiniteError` naming the layer and t.
     """
-    engine = _Engine(quantized, calls, config, single, unlearned, run, budget, on_unit)
+    engine = _Engine(quantized, calls, config, single, unlearned, repeated, run, budget, on_unit)
     quantized.quantize(weights=False, activations=False)
     engine.pass_over("weights")
     engine.pass_over("activations")
@@ -106,12 +109,14 @@ class _Engine:
         config: Config,
         single: Collection[str],
         unlearned: Collection[str],
+        repeated: Collection[str],
         run: RunDirectory | None,
         budget: int,
         on_unit: Callable[[UnitReport], None],
     ) -> None:
         self.quantized, self.calls, self.config, self.run, self.on_unit = quantized, calls, config, run, on_unit
-        self.t, self.single, self.unlearned = calls.t.cpu(), single, unlearned
+        self.t, self.single, self.unlearned = calls.t.cpu(), single, {*unlearned, *repeated}
+        self.repeated, self.observed = repeated, dict[str, dict[str, Observed]]()
         self.units = quantized.units()
         self.device = quantized.device
         self.sizes = unit_sizes(quantized, calls.inputs(slice(0, 1)))
@@ -141,6 +146,8 @@ class _Engine:
                 assert saved is not None
                 self.restore(phase, index, self.unit(name), saved)
             return
+        if phase == "activations":
+            self.observed = {name: self.observe(name) for name in self.units if name in self.repeated}
         done: list[str] = []
 
         def process(full: UnitCall, mine: UnitCall) -> tuple[Parts, Parts]:
@@ -161,6 +168,15 @@ class _Engine:
             return target, outputs
 
         sweep(self.quantized.model, self.units, self.chunks(), self.store, process)
+
+    def observe(self, name: str) -> dict[str, Observed]:
+        """What a unit's quantizers see in whole calls of the model."""
+
+        def run() -> None:
+            for piece in self.pieces:
+                self.quantized(**self.calls.inputs(piece))
+
+        return observe(self.unit(name), self.config, self.calls.axis.num_train_timesteps, run)
 
     def chunks(self) -> list[Chunk]:
         """This process's pieces of the calibration set, with what runs the model over each."""
@@ -204,7 +220,8 @@ class _Engine:
             else:
                 seen = mine if self.config.activations.activation_inputs == "quantized" else full
                 steps = self.calls.axis.num_train_timesteps
-                result = reconstruct_activations(unit, full, seen, target, config, generator, steps)
+                observed = self.observed.get(unit.name)
+                result = reconstruct_activations(unit, full, seen, target, config, generator, steps, observed)
                 losses = result.before, result.after
                 self.static.update(result.static)
         if self.run:

@@ -1,4 +1,4 @@
-"""Which samples phase A learns from."""
+"""Which samples phase A learns from, and what it observes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ptq_tdq import Calls
+from ptq_tdq import Calls, calibrate, preset, record
 from ptq_tdq.config import Config
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import UnitReport, reconstruct
@@ -31,6 +31,40 @@ def test_an_unlearned_unit_keeps_its_first_interval_and_nearest_rounding(
     tables = {name: q.source.table(1)[0][0] for name, q in quantized.quantizers().items() if q.source}
     moved = {name for name, scale in tables.items() if not torch.isclose(scale, static[name].scale, rtol=1e-5)}
     assert moved - {"conv_in"} and "conv_out" not in moved  # x_t is not clipped
+
+
+class Looped(nn.Module):
+    """One block that runs three times, on numbers that grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 4))])
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for _ in range(3):
+            x = 3 * (x + self.blocks[0](x))
+        result: Tensor = self.last(x + timestep.view(-1, 1))
+        return result
+
+
+def test_a_unit_that_runs_several_times_covers_what_it_sees_in_each() -> None:
+    torch.manual_seed(0)
+    model, seen = Looped(), list[Tensor]()
+    with record(model) as recorded, torch.no_grad():
+        model(torch.randn(24, 4), torch.tensor([9.0, 5.0, 1.0]).repeat(8))
+    config = preset("default", scheme="W8A8", method="static", activation_range="minmax", activation_iterations=2)
+    quantized = calibrate(model, config, recorded)
+    assert any("several times" in notice for notice in quantized.notices)
+    model.blocks[0][2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**recorded.inputs(slice(0, 24)))
+    (quantizer,) = quantized.layers()["blocks.0.2"].activation_quantizers()
+    scale, zero_point = (x[0] for x in quantizer.source.table(1000))
+    low, high = scale * (quantizer.qtype.qmin - zero_point), scale * (quantizer.qtype.qmax - zero_point)
+    assert seen[2].abs().max() > 3 * seen[0].abs().max()
+    ends, expected = torch.stack([low, high]), torch.stack(torch.cat(seen).aminmax())
+    torch.testing.assert_close(ends, expected, rtol=0.03, atol=float(scale))
 
 
 @pytest.mark.parametrize("power", [1.5, 2.4])
