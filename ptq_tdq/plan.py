@@ -72,12 +72,13 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
         single |= {units[owner] for owner in owners if owner in seen.mixed}
     unlearned = config.layers.unlearned_layers
     learned = {r.unit for name, r in records.items() if roles.get(name, set()).isdisjoint(unlearned)}
+    repeated = dict.fromkeys(r.unit for r in records.values() if seen.called[r.unit] > 1)
     return Plan(
         _in_order(records.values()),
-        tuple(_notices(seen, units, config)),
+        tuple(_notices(seen, units, repeated, config)),
         frozenset(single),
         frozenset(r.unit for r in records.values()) - learned,
-        frozenset(r.unit for r in records.values() if seen.called[r.unit] > 1),
+        frozenset(repeated),
         sum(layer.macs for layer in layers) / seen.macs,
         *_mean_bits(seen, records),
     )
@@ -173,7 +174,7 @@ def _in_order(records: Collection[LayerRecord]) -> tuple[LayerRecord, ...]:
     return tuple(sorted(records, key=lambda r: first[r.unit]))
 
 
-def _notices(seen: Trace, units: dict[str, str], config: Config) -> Iterator[str]:
+def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], config: Config) -> Iterator[str]:
     """What stays in floating point, and why: each reason with the names that it is true of."""
     unfaithful = [name for name in seen.layers if name not in seen.faithful]
     if unfaithful:
@@ -190,9 +191,8 @@ def _notices(seen: Trace, units: dict[str, str], config: Config) -> Iterator[str
             "Attention that torch computes in one piece (nn.MultiheadAttention), with the layers in it, stays in "
             f"floating point ({_share(seen.fused, seen)}): that of {_some(seen.fused)}."
         )
-    repeated = [unit for unit in dict.fromkeys(units.values()) if seen.called[unit] > 1]
     if repeated:
-        yield f"Quantized, but not learned, since they run several times in a call: {_some(repeated)}."
+        yield f"Quantized, but not learned, since they run several times in a call: {_some(list(repeated))}."
     if not config.layers.attention:
         return
     lost = [name for name in seen.products if name not in units]
