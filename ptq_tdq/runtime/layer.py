@@ -72,6 +72,11 @@ class CodedLayer(nn.Module):
         """The layer itself, with a weight that has a shape and no values."""
         return self._layer[0]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Unheard by a module around that listens for attention products: hearing takes longer than small operations."""
+        with torch._C.DisableTorchFunction():
+            return super().__call__(*args, **kwargs)
+
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What the layer does with some weight [O, C / groups, ...]."""
         kind = find_kind(self.layer)

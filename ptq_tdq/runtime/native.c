@@ -45,9 +45,10 @@ typedef struct {
 /* One row of pixels, of which only the channel range is quantized; a, b are the affine of the norm, a alone a gain. */
 static void quantize_row(const Frame *f, const float *x, const float *a, const float *b, int with_silu, float scale,
                          float zero_point, uint8_t *out) {
-    const int64_t channels = f->channels;
+    const int64_t channels = f->channels, values = f->width * channels; /* as bytes of out might be those of f, */
+    const float qmax = f->qmax;                                         /* what loops need of it is read before */
     if (!a && f->stride == channels && f->pitch == channels && f->up == 1) { /* contiguous: one long loop */
-        for (int64_t i = 0; i < f->width * channels; i++) out[i] = code(x[i], scale, zero_point, f->qmax);
+        for (int64_t i = 0; i < values; i++) out[i] = code(x[i], scale, zero_point, qmax);
         return;
     }
     for (int64_t w = 0; w < f->width; w++) {
@@ -55,13 +56,13 @@ static void quantize_row(const Frame *f, const float *x, const float *a, const f
         uint8_t *to = out + w * f->up * f->pitch;
         if (a && with_silu)
             for (int64_t c = 0; c < channels; c++)
-                to[c] = code(silu(pixel[c] * a[c] + b[c]), scale, zero_point, f->qmax);
+                to[c] = code(silu(pixel[c] * a[c] + b[c]), scale, zero_point, qmax);
         else if (b)
-            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c] + b[c], scale, zero_point, f->qmax);
+            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c] + b[c], scale, zero_point, qmax);
         else if (a)
-            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c], scale, zero_point, f->qmax);
+            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c], scale, zero_point, qmax);
         else
-            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c], scale, zero_point, f->qmax);
+            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c], scale, zero_point, qmax);
         memset(to + channels, 0, (size_t)(f->pitch - channels));
         for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * f->pitch, to, (size_t)f->pitch);
     }
@@ -581,12 +582,11 @@ static void convolve_block(const Convolution *c, const Operands *o, int64_t n, i
     int32_t correction[BLOCK], sum[PIXELS][BLOCK];
     float gain[BLOCK];
     affine_of(c, first, scale[image], zero_point[image], correction, gain);
-    for (int64_t begin = 0; begin < pixels; begin += PIXELS) {
+    for (int64_t begin = 0, h = 0, w = 0; begin < pixels; begin += PIXELS) {
         int64_t at[PIXELS];
-        for (int64_t p = 0; p < PIXELS; p++) { /* beyond the end: the last pixel again, not stored */
-            const int64_t pixel = begin + p < pixels ? begin + p : pixels - 1;
-            const int64_t h = pixel / c->out_width, w = pixel % c->out_width;
+        for (int64_t p = 0; p < PIXELS; p++) {
             at[p] = h * c->stride_height * line + w * c->stride_width * c->channels;
+            if (begin + p + 1 < pixels && ++w == c->out_width) w = 0, h++; /* beyond the end: the last pixel, not stored */
         }
         tile(c, o, at, sum);
         for (int64_t p = 0; p < PIXELS && begin + p < pixels; p++) {
