@@ -20,7 +20,7 @@ from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.modules.layers import find_kind, outputs_first
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.rotate import rotated
-from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, Rotate, levels, normalized
+from ptq_tdq.runtime.kernels import NOTHING, Activation, Before, Grid, Norm, Quantize, Rotate, levels
 from ptq_tdq.runtime.products import LARGEST_CODE, LARGEST_FLOAT32_INTEGER, Geometry, Products
 from ptq_tdq.runtime.step import Step
 
@@ -73,7 +73,7 @@ class CodedLayer(nn.Module):
         return self._layer[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Unheard by a module around that listens for attention products: hearing takes longer than small operations."""
+        """Unheard by what listens for attention products, since hearing takes longer than a small operation."""
         with torch._C.DisableTorchFunction():
             return super().__call__(*args, **kwargs)
 
@@ -127,7 +127,7 @@ def weight_only_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | N
 
 
 class IntegerLayer(CodedLayer):
-    """A drop-in for a quantized Conv2d; ``norm`` (with SiLU or not) may be fused into its quantizer."""
+    """A drop-in for a quantized Conv2d; a norm and an activation may be fused into its quantizer."""
 
     def __init__(
         self,
@@ -147,19 +147,20 @@ class IntegerLayer(CodedLayer):
         self.record, self.parts, self.step, self.quantize = record, tuple(parts), step, quantize
         self.geometry = Geometry.of(layer)
         self.norm: Norm | None = None
+        self.activation: Activation | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its weights in memory."""
         return sum(products.nbytes for part in self.parts for products in part.products)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As the layer that it stands for, in float32: input [B, C, ...]."""
-        return self.convolve(self.bordered(input))
+    def forward(self, input: Tensor, activation: Activation | None = None) -> Tensor:
+        """As the layer that it stands for behind an activation, in float32: input [B, C, ...]."""
+        return self.convolve(self.bordered(input), activation)
 
-    def convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, activation: Activation | None) -> Tensor:
         """x [B, C, ...] with its border, but for zeros."""
-        return self.run(x)
+        return self.run(x, activation=activation)
 
     def bordered(self, x: Tensor) -> Tensor:
         """x with a border of its own values, where the layer has such a one: their codes are the same."""
@@ -172,36 +173,40 @@ class IntegerLayer(CodedLayer):
         x: Tensor,
         *,
         norm: Norm | None = None,
+        activation: Activation | None = None,
         shift: Tensor | None = None,
         onto: Tensor | None = None,
         up: int = 1,
     ) -> Tensor:
         """x [B, C, H, W] (a Linear's tokens as pixels) -> [B, O, H', W'].
 
-        A ``norm`` (by default the layer's own) comes before the quantizer, and ``shift`` [B, C] is added before it; the
-        result is added to ``onto``, whose memory it may take; ``up`` enlarges x by nearest neighbours first. Raises
-        :class:`ModelError` for another number of channels.
+        A ``norm`` and an ``activation`` (by default the layer's own) come before the quantizer, and ``shift`` [B, C] is
+        added before them; the result is added to ``onto``, whose memory it may take; ``up`` enlarges x by nearest
+        neighbours first. Raises :class:`ModelError` for another number of channels.
         """
-        self.check(x, 4)
-        norm = norm or self.norm
+        activation = activation or self.activation
+        before = Before(shift, norm or self.norm, activation, self.rotate if self.record.rotated else None, self.gain)
+        self.check(x, 4, before)
+        return self.coded(x, before, onto, up)
+
+    def coded(self, x: Tensor, before: Before, onto: Tensor | None = None, up: int = 1) -> Tensor:
+        """The products of the codes of x, with all that is done before them."""
         for part in self.parts:
             timed = part.quantizer.name in self.step
-            if norm is not None and (not timed or self.gain is not None):  # a dynamic interval needs the values
-                x, norm = normalized(x, norm, shift), None
-            gain = self.gain
-            if gain is not None and not timed:
-                x, gain = x * gain.view(1, -1, 1, 1), None
+            if not timed or (
+                before.norm is not None and before.gain is not None
+            ):  # a dynamic interval needs the values
+                x, before = before(x), NOTHING
             interval = self.step.interval(part.quantizer.name, x if timed else x[:, slice(*part.channels)].flatten(1))
             grid = Grid(part.channels, part.pitch, part.quantizer.bits, self.geometry.padding, up)
-            codes = self.quantize(x, grid, interval.scale, interval.zero_point, norm, shift, gain)
-            onto = part.products[0](codes, interval, onto)
+            onto = part.products[0](self.quantize(x, grid, *interval, before), interval, onto)
         assert onto is not None
         return onto
 
-    def check(self, x: Tensor, axes: int) -> None:
+    def check(self, x: Tensor, axes: int, before: Before = NOTHING) -> None:
         """Raise :class:`ModelError` for an x that is not of the layer's form, or of complex numbers."""
         channels = self.parts[-1].channels[1]
-        if x.ndim != axes or x.shape[1] != channels or x.is_complex():
+        if x.ndim != axes or before.channels(x.shape[1]) != channels or x.is_complex():
             raise ModelError(
                 f"The layer {self.record.name} takes {channels} channels of real numbers. "
                 f"Got {x.dtype} {list(x.shape)} instead."
@@ -211,7 +216,7 @@ class IntegerLayer(CodedLayer):
 class IntegerLinear(IntegerLayer):
     """A Linear: x [..., C], of which the first dimension holds the samples."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, activation: Activation | None = None) -> Tensor:
         x = input
         if not x.numel():
             return torch.zeros(*x.shape[:-1], self.layer.out_features)
@@ -219,29 +224,15 @@ class IntegerLinear(IntegerLayer):
         # one interval for all: one long row of pixels, which the kernels like better than many short ones
         rows = 1 if x.ndim == 1 or (timed and self.step.alike(len(x))) else len(x)
         image = x.reshape(rows, 1, prod(x.shape[:-1]) // rows, x.shape[-1]).permute(0, 3, 1, 2)
-        y = self.run(image).permute(0, 2, 3, 1)
+        y = self.run(image, activation=activation).permute(0, 2, 3, 1)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def run(
-        self,
-        x: Tensor,
-        *,
-        norm: Norm | None = None,
-        shift: Tensor | None = None,
-        onto: Tensor | None = None,
-        up: int = 1,
-    ) -> Tensor:
+    def coded(self, x: Tensor, before: Before, onto: Tensor | None = None, up: int = 1) -> Tensor:
         """As for other layers; where each token has an interval of its own, each is an image of one pixel."""
-        if self.record.rotated:
-            self.check(x, 4)
-            x, norm = x if norm is None else normalized(x, norm, shift), None
-            x = self.rotate(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if x.shape[2:].numel() == 1 or not any(self.step.by_token(part.quantizer.name) for part in self.parts):
-            return super().run(x, norm=norm, shift=shift, onto=onto, up=up)
-        self.check(x, 4)
-        x = x if norm is None else normalized(x, norm, shift)
-        tokens = x.permute(0, 2, 3, 1)
-        y = super().run(tokens.reshape(-1, x.shape[1], 1, 1))
+            return super().coded(x, before, onto, up)
+        tokens = before(x).permute(0, 2, 3, 1)
+        y = super().coded(tokens.reshape(-1, tokens.shape[-1], 1, 1), NOTHING)
         y = y.view(*tokens.shape[:3], -1).permute(0, 3, 1, 2)
         return y if onto is None else y + onto
 
@@ -249,14 +240,15 @@ class IntegerLinear(IntegerLayer):
 class IntegerConv1d(IntegerLayer):
     """A Conv1d: x [B, C, L]."""
 
-    def convolve(self, x: Tensor) -> Tensor:
-        return self.run(x.unsqueeze(2)).squeeze(2)
+    def convolve(self, x: Tensor, activation: Activation | None) -> Tensor:
+        return self.run(x.unsqueeze(2), activation=activation).squeeze(2)
 
 
 class IntegerConv3d(IntegerLayer):
     """A Conv3d: x [B, C, D, H, W]. The input is quantized once; its frames meet the weights of each depth in turn."""
 
-    def convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, activation: Activation | None) -> Tensor:
+        x = x if activation is None else activation(x)
         self.check(x, 5)
         kernel, stride, dilation = (of[0] for of in (self.layer.kernel_size, self.layer.stride, self.layer.dilation))
         if self.layer.padding_mode == "zeros":  # in depth; the code of 0 is the zero point
@@ -270,7 +262,7 @@ class IntegerConv3d(IntegerLayer):
         for part in self.parts:
             interval = self.step.interval(part.quantizer.name, x[:, slice(*part.channels)].flatten(1))
             grid = Grid(part.channels, part.pitch, part.quantizer.bits, self.geometry.padding)
-            codes = self.quantize(frames, grid, *interval.repeated(depth), None, None)
+            codes = self.quantize(frames, grid, *interval.repeated(depth))
             codes = codes.permute(0, 2, 3, 1).unflatten(0, (batch, depth))
             for place, products in enumerate(part.products):
                 first = place * dilation

@@ -20,7 +20,7 @@ assert not isinstance(library, str), library
 rows = int(sys.argv[1])  # of an image of 4 rows
 x, out = torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, rows, 4, dtype=torch.uint8)
 scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-frame = _Frame(1, rows, 4, 8, 8, 0, 8, 0, 0, 0, 0, 1, 0, 255)
+frame = _Frame(1, rows, 4, 8, 8, 0, 8, 0, 0, 0, 0, 1, 0, 0, 0, None, 255)
 library.quantize.argtypes = [ctypes.c_void_p] * 6
 library.quantize(ctypes.addressof(frame), x.data_ptr(), None, *(t.data_ptr() for t in (scale, zero_point, out)))
 print("done")
