@@ -195,9 +195,9 @@ def _steps(layers: Sequence[QuantLayer], config: Config) -> tuple[float, float]:
     """Steps of learning in phase W and in phase A."""
     bits = min((layer.record.weight_bits or MAX_BITS for layer in layers), default=MAX_BITS)
     weights, intervals = config.weights.weight_iterations, config.activations.activation_iterations
-    # auto: half of them with each source, then a static one, and perhaps one that follows t
+    # a static source, then one that follows t, which perhaps every other unit of auto has
     follows = source_class(config.method).timed and config.method not in STATIC
-    learned = intervals * (2.5 if config.method == "auto" else 2.0 if follows else 1.0)
+    learned = intervals * (1.5 if config.method == "auto" else 2.0 if follows else 1.0)
     codes = weights if config.weights.rounding == "learned" and bits <= LEARNED_BITS else 0
     return weights if config.weights.rounding == "adaround" else 0, learned + codes
 
