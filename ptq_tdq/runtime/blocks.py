@@ -21,7 +21,7 @@ from torch.nn import functional
 from ptq_tdq.modules.products import products_of
 from ptq_tdq.runtime.attention import IntegerProduct
 from ptq_tdq.runtime.kernels import Activation, Norm
-from ptq_tdq.runtime.layer import FORMS, IntegerLayer, IntegerLinear, WeightOnlyLayer, weight_only_linear
+from ptq_tdq.runtime.layer import FORMS, IntegerLayer, IntegerLinear, WeightOnlyLayer
 from ptq_tdq.runtime.step import kept
 
 SILU = Activation("silu")
@@ -55,6 +55,7 @@ class TimeProjections:
     """The time-embedding linears of all residual blocks as one; computed when the first of them asks."""
 
     def __init__(self, linears: list[WeightOnlyLayer]) -> None:
+        self.linear = linears[0].linear
         self.sizes = [len(linear.codes) for linear in linears]
         self.codes = torch.cat([linear.codes for linear in linears])
         self.scale = torch.cat([linear.scale.detach() for linear in linears])
@@ -67,7 +68,7 @@ class TimeProjections:
         """temb [B, E] -> the shift [B, C] of block ``index``; None for another temb than that of this call's others."""
         last, shifts = kept().get(self, (None, ()))
         if last is None:
-            y = weight_only_linear(functional.silu(temb), self.codes, self.scale, self.bias)
+            y = self.linear(functional.silu(temb), self.codes, self.scale, self.bias)
             last, shifts = kept()[self] = temb, y.split(self.sizes, 1)
         return shifts[index] if last is temb else None
 

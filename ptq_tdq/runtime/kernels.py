@@ -18,6 +18,7 @@ from ptq_tdq.affine import quantize
 from ptq_tdq.errors import RuntimeUnsupportedError
 from ptq_tdq.scheme import QType
 
+FLOAT_ROWS = 256  # of a weight that are made float at once: they stay in the cache
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # their order is that of native.c
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -105,6 +106,10 @@ class Grid(NamedTuple):
             raise RuntimeUnsupportedError(f"The integer kernels cannot quantize {given} channels by {self}{groups}.")
 
 
+WeightOnly = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""x float32 [..., C], codes [O, C], scale and bias [O] -> x codes^T scale + bias [..., O]."""
+
+
 class Quantize(Protocol):
     """x [B, C, H, W] -> codes uint8 [B, pitch, top + up H + bottom, left + up W + right], channels_last.
 
@@ -145,3 +150,10 @@ def reference_quantize(x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor,
     out[:, :channels, top : top + height, left : left + width] = codes
     out[:, channels:, top : top + height, left : left + width] = 0
     return out
+
+
+def reference_weight_only(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """:data:`WeightOnly` in torch operations; only some rows of the codes are float at a time."""
+    parts = [functional.linear(x, rows.to(torch.float32)) for rows in codes.split(FLOAT_ROWS)]
+    y = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scale
+    return y if bias is None else y + bias

@@ -20,11 +20,21 @@ from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.modules.layers import find_kind, outputs_first
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.rotate import rotated
-from ptq_tdq.runtime.kernels import NOTHING, Activation, Before, Grid, Norm, Quantize, Rotate, levels
+from ptq_tdq.runtime.kernels import (
+    NOTHING,
+    Activation,
+    Before,
+    Grid,
+    Norm,
+    Quantize,
+    Rotate,
+    WeightOnly,
+    levels,
+    reference_weight_only,
+)
+from ptq_tdq.runtime.linear import NativeLinear
 from ptq_tdq.runtime.products import LARGEST_CODE, LARGEST_FLOAT32_INTEGER, Geometry, Products
 from ptq_tdq.runtime.step import Step
-
-FLOAT_ROWS = 256  # of a weight that are made float at once: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -99,9 +109,16 @@ class WeightOnlyLayer(CodedLayer):
     codes int8 or int16 [O, C / groups, ...], less their zero points.
     """
 
-    def __init__(self, layer: nn.Module, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        linear: WeightOnly = reference_weight_only,
+    ) -> None:
         super().__init__(layer, scale, bias)
-        self.codes = codes
+        self.codes, self.linear = codes, linear
 
     @property
     def nbytes(self) -> int:
@@ -113,17 +130,10 @@ class WeightOnlyLayer(CodedLayer):
             raise ModelError("A layer was given complex numbers; pass real ones.")
         x = input.float()
         if self.codes.ndim == 2:
-            return weight_only_linear(x, self.codes, self.scale, self.bias)
+            return self.linear(x, self.codes, self.scale, self.bias)
         x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         weight = self.codes * self.scale.view(-1, *(1,) * (self.codes.ndim - 1))
         return self.operation(x, weight, self.bias)
-
-
-def weight_only_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., C] times codes [O, C], of which only some rows are float at a time."""
-    parts = [functional.linear(x, rows.to(torch.float32)) for rows in codes.split(FLOAT_ROWS)]
-    y = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scale
-    return y if bias is None else y + bias
 
 
 class IntegerLayer(CodedLayer):
@@ -216,10 +226,14 @@ class IntegerLayer(CodedLayer):
 class IntegerLinear(IntegerLayer):
     """A Linear: x [..., C], of which the first dimension holds the samples."""
 
+    native: NativeLinear | None = None  # all of it at once, where its one interval is of a table
+
     def forward(self, input: Tensor, activation: Activation | None = None) -> Tensor:
         x = input
         if not x.numel():
             return torch.zeros(*x.shape[:-1], self.layer.out_features)
+        if self.native is not None and x.ndim > 1 and self.native.takes(x, activation):
+            return self.native(x, self.step.interval(self.parts[0].quantizer.name, x), activation)
         timed = all(part.quantizer.name in self.step for part in self.parts)
         # one interval for all: one long row of pixels, which the kernels like better than many short ones
         rows = 1 if x.ndim == 1 or (timed and self.step.alike(len(x))) else len(x)

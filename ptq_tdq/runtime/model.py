@@ -22,9 +22,18 @@ from ptq_tdq.records import LayerRecord
 from ptq_tdq.rotate import rotated
 from ptq_tdq.runtime.attention import Attend, IntegerProduct, native_attend, reference_attend
 from ptq_tdq.runtime.blocks import fuse
-from ptq_tdq.runtime.kernels import Quantize, Rotate, reference_quantize
-from ptq_tdq.runtime.layer import FORMS, CodedLayer, IntegerLayer, Part, TransposedLayer, WeightOnlyLayer
-from ptq_tdq.runtime.native import native_quantize, native_rotate, open_library
+from ptq_tdq.runtime.kernels import (
+    Before,
+    Grid,
+    Quantize,
+    Rotate,
+    WeightOnly,
+    reference_quantize,
+    reference_weight_only,
+)
+from ptq_tdq.runtime.layer import FORMS, CodedLayer, IntegerLayer, IntegerLinear, Part, TransposedLayer, WeightOnlyLayer
+from ptq_tdq.runtime.linear import NativeLinear
+from ptq_tdq.runtime.native import native_quantize, native_rotate, native_weight_only, open_library
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights
 from ptq_tdq.runtime.step import Step
 from ptq_tdq.timed_model import TimedModel, in_float32
@@ -126,6 +135,7 @@ class _Engine:
         found = open_library()
         self.library = found if isinstance(found, CDLL) else None
         self.quantize: Quantize = native_quantize(self.library) if self.library else reference_quantize
+        self.weight_only: WeightOnly = native_weight_only(self.library) if self.library else reference_weight_only
         self.rotate: Rotate = native_rotate(self.library) if self.library else rotated
         self.attend: Attend = native_attend(self.library) if self.library else reference_attend
         self.passes = "native C" if self.library else f"torch ({found})"
@@ -145,7 +155,7 @@ class _Engine:
         )
         if not record.inputs:
             codes = _narrow(artifact.weight_codes[name], zero_points[0])
-            return WeightOnlyLayer(layer, codes, scales[0], bias)
+            return WeightOnlyLayer(layer, codes, scales[0], bias, self.weight_only)
         if record.kind not in FORMS:
             self.products[FloatProducts.name] = None
             ours = [artifact.weight_codes[name][:, slice(*channels)] for channels in ranges]
@@ -166,7 +176,20 @@ class _Engine:
             parts.append(Part(record.inputs[index], channels, pitch, tuple(products)))
         divisor = artifact.divisors.get(name)
         gain = None if divisor is None else divisor.reciprocal()
-        return FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize, gain, self.rotate)
+        made = FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize, gain, self.rotate)
+        if isinstance(made, IntegerLinear):
+            made.native = self._linear(made)
+        return made
+
+    def _linear(self, layer: IntegerLinear) -> NativeLinear | None:
+        """All of a linear layer in one call, where that is there."""
+        part, *others = layer.parts
+        products, quantizer = part.products[0], part.quantizer
+        native = self.library is not None and isinstance(products, NativeProducts) and products.single
+        if others or not native or quantizer.name not in layer.step:
+            return None
+        before = Before(rotate=self.rotate if layer.record.rotated else None, gain=layer.gain)
+        return NativeLinear(self.library, Grid(part.channels, part.pitch, quantizer.bits), before, products)
 
     def _products(self, weights: Weights, geometry: Geometry) -> Products:
         products: Products

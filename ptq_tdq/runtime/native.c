@@ -331,6 +331,10 @@ static inline float level(float y, float scale, float zero_point, float qmax) {
     return q < low ? low : (q > high ? high : q);
 }
 
+static void levels(const float *x, int64_t count, float scale, float zero_point, float qmax, float *restrict out) {
+    for (int64_t i = 0; i < count; i++) out[i] = level(x[i], scale, zero_point, qmax);
+}
+
 /* One row of scores [keys] -> levels of its softmax; mask is NULL or added. */
 static void softmax_levels(float *row, const float *mask, int64_t keys, float gain, float scale, float zero_point,
                            float qmax) {
@@ -338,14 +342,22 @@ static void softmax_levels(float *row, const float *mask, int64_t keys, float ga
         for (int64_t j = 0; j < keys; j++) row[j] = row[j] * gain + mask[j];
         gain = 1;
     }
-    float most = row[0], total = 0;
-    for (int64_t j = 1; j < keys; j++) most = row[j] > most ? row[j] : most;
+    float most = row[0], total = 0, part[LANES];
+    for (int i = 0; i < LANES; i++) part[i] = most;
+    for (int64_t j = 0; j + LANES <= keys; j += LANES)
+        for (int i = 0; i < LANES; i++) part[i] = row[j + i] > part[i] ? row[j + i] : part[i];
+    for (int64_t j = keys / LANES * LANES; j < keys; j++) most = row[j] > most ? row[j] : most;
+    for (int i = 0; i < LANES; i++) most = part[i] > most ? part[i] : most;
     if (most == -INFINITY) { /* a row that may look at nothing gives zeros */
         memset(row, 0, (size_t)keys * sizeof(float));
         return;
     }
     for (int64_t j = 0; j < keys; j++) row[j] = exponential((row[j] - most) * gain);
-    for (int64_t j = 0; j < keys; j++) total += row[j];
+    memset(part, 0, sizeof part);
+    for (int64_t j = 0; j + LANES <= keys; j += LANES)
+        for (int i = 0; i < LANES; i++) part[i] += row[j + i];
+    for (int64_t j = keys / LANES * LANES; j < keys; j++) total += row[j];
+    for (int i = 0; i < LANES; i++) total += part[i];
     for (int64_t j = 0; j < keys; j++) row[j] = level(row[j] / total, scale, zero_point, qmax);
 }
 
@@ -358,13 +370,12 @@ static void attend(const Attention *a, const float *q, const float *k, const flo
     const int64_t q_step = a->heads * depth, k_step = a->key_heads * depth, v_step = a->key_heads * values_depth;
     const int64_t wide_keys = rounded(keys, COLUMNS), wide_depth = rounded(values_depth, COLUMNS);
     float *queries = work, *turned = queries + rounded(a->queries, ROWS) * depth, *values = turned + depth * wide_keys;
-    float *scores = values + keys * wide_depth, *result = scores + ROWS * wide_keys;
-    for (int64_t n = 0; n < a->queries; n++)
-        for (int64_t c = 0; c < depth; c++) queries[n * depth + c] = level(q[n * q_step + c], s[0], z[0], a->qmax[0]);
+    float *scores = values + keys * wide_depth, *result = scores + ROWS * wide_keys, *line = result + ROWS * wide_depth;
+    for (int64_t n = 0; n < a->queries; n++) levels(q + n * q_step, depth, s[0], z[0], a->qmax[0], queries + n * depth);
     for (int64_t n = 0; n < keys; n++) {
-        for (int64_t c = 0; c < depth; c++) turned[c * wide_keys + n] = level(k[n * k_step + c], s[1], z[1], a->qmax[1]);
-        for (int64_t c = 0; c < values_depth; c++)
-            values[n * wide_depth + c] = level(v[n * v_step + c], s[2], z[2], a->qmax[2]);
+        levels(k + n * k_step, depth, s[1], z[1], a->qmax[1], line);
+        for (int64_t c = 0; c < depth; c++) turned[c * wide_keys + n] = line[c];
+        levels(v + n * v_step, values_depth, s[2], z[2], a->qmax[2], values + n * wide_depth);
     }
     for (int64_t row = 0; row < a->queries; row += ROWS) {
         const int64_t rows = a->queries - row < ROWS ? a->queries - row : ROWS;
@@ -387,7 +398,7 @@ int attention(const Attention *a, const float *q, const float *k, const float *v
     const int64_t samples = a->each ? a->batch : 1, group = a->heads / a->key_heads;
     const int64_t wide_keys = rounded(a->keys, COLUMNS), wide_depth = rounded(a->value_depth, COLUMNS);
     const size_t size = (size_t)(rounded(a->queries, ROWS) * a->depth + a->depth * wide_keys + a->keys * wide_depth +
-                                 ROWS * (wide_keys + wide_depth));
+                                 ROWS * (wide_keys + wide_depth) + a->depth);
     int failed = 0;
 #pragma omp parallel for collapse(2) schedule(static) reduction(| : failed)
     for (int64_t n = 0; n < a->batch; n++)
@@ -407,6 +418,40 @@ int attention(const Attention *a, const float *q, const float *k, const float *v
                 failed = 1;
             free(work);
         }
+    return failed;
+}
+
+static float dot(const float *a, const float *b, int64_t count) {
+    vec sums[4] = {0};
+    float sum = 0;
+    int64_t i = 0;
+    for (; i + 4 * LANES <= count; i += 4 * LANES)
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; l++) sums[l] += *(const vec *)(a + i + l * LANES) * *(const vec *)(b + i + l * LANES);
+    for (; i < count; i++) sum += a[i] * b[i];
+    sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int l = 0; l < LANES; l++) sum += sums[0][l];
+    return sum;
+}
+
+/* out [rows, outputs] = (x [rows, channels] times codes [outputs, channels]) scale + bias (or NULL). Returns 0, or 1
+ * without memory. */
+int weight_only(const float *x, const int8_t *codes, const float *scale, const float *bias, int64_t rows,
+                int64_t channels, int64_t outputs, float *out) {
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        float *weights = malloc((size_t)channels * sizeof(float)); /* of one output */
+        failed = !weights;
+#pragma omp for schedule(static)
+        for (int64_t o = 0; o < outputs; o++) {
+            if (!weights) continue;
+            for (int64_t c = 0; c < channels; c++) weights[c] = codes[o * channels + c];
+            for (int64_t row = 0; row < rows; row++)
+                out[row * outputs + o] = dot(x + row * channels, weights, channels) * scale[o] + (bias ? bias[o] : 0.0f);
+        }
+        free(weights);
+    }
     return failed;
 }
 
@@ -705,5 +750,15 @@ int convolve(const Convolution *c, const uint8_t *codes, const float *scale, con
         }
         free(work);
     }
+    return failed;
+}
+
+/* Tokens x -> quantize -> convolve, of a kernel of one pixel. Returns 0, or 1 without memory. */
+int linear(const Frame *f, const Convolution *c, const float *x, const float *gain, const float *scale,
+           const int32_t *zero_point, float *out) {
+    uint8_t *codes = malloc((size_t)(f->batch * f->height * f->width * f->pitch));
+    const int failed = !codes || quantize(f, x, gain, scale, zero_point, codes) ||
+                       convolve(c, codes, scale, zero_point, NULL, out);
+    free(codes);
     return failed;
 }

@@ -27,15 +27,26 @@ from ptq_tdq.cache import cache_folder, private_folder, read_private, with_diges
 from ptq_tdq.errors import OutputError
 from ptq_tdq.rotate import signs
 from ptq_tdq.runtime.address import address, per_sample
-from ptq_tdq.runtime.kernels import ACTIVATIONS, NOTHING, Activation, Before, Grid, Quantize, Rotate
+from ptq_tdq.runtime.kernels import (
+    ACTIVATIONS,
+    NOTHING,
+    Activation,
+    Before,
+    Grid,
+    Quantize,
+    Rotate,
+    WeightOnly,
+    reference_weight_only,
+)
 from ptq_tdq.scheme import QType
 
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 BUILD_SECONDS = 300  # a compiler that takes longer hangs
+FEW_ROWS = 8  # for which weights of integers are made float one by one
 SWITCH = "PTQ_TDQ_NATIVE"  # 0 = never build or use native code
 
 
-class _Frame(ctypes.Structure):
+class Frame(ctypes.Structure):
     """``Frame`` of native.c."""
 
     _fields_ = [
@@ -60,7 +71,7 @@ def open_library(march: str = "native") -> ctypes.CDLL | str:
 
 def native_quantize(library: ctypes.CDLL) -> Quantize:
     """:class:`~ptq_tdq.runtime.kernels.Quantize` on the built library."""
-    frames: dict[tuple[object, ...], tuple[_Frame, Tensor | None]] = {}
+    frames: dict[tuple[object, ...], tuple[Frame, Tensor | None]] = {}
     plain, fused = library.quantize, library.norm_quantize
     plain.restype = fused.restype = ctypes.c_int
     plain.argtypes = [ctypes.c_void_p] * 6
@@ -76,7 +87,7 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
         key = (batch, stride, height, width, grid, each, before.activation, before.rotate is not None)
         found = frames.get(key)
         if found is None:
-            found = frames[key] = _frame(*key)
+            found = frames[key] = frame_of(*key)
         frame = ctypes.addressof(found[0])
         shape = (batch, grid.pitch, top + height * up + bottom, left + width * up + right)
         out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
@@ -101,7 +112,7 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
     return quantize
 
 
-def _frame(
+def frame_of(
     batch: int,
     stride: int,
     height: int,
@@ -110,7 +121,7 @@ def _frame(
     each: bool,
     activation: Activation | None,
     rotated: bool,
-) -> tuple[_Frame, Tensor | None]:
+) -> tuple[Frame, Tensor | None]:
     """What C is told, and a tensor that has to live as long."""
     lo, hi = grid.channels
     if height == 1 and grid.up == 1 and not any(grid.padding):  # threads share rows
@@ -119,7 +130,7 @@ def _frame(
     kind = (0, 0) if activation is None else (1 + list(ACTIVATIONS).index(activation.name), activation.gated)
     flips = signs(hi) if rotated else None
     where = None if flips is None else address("signs", flips, torch.float32, (hi,))
-    return _Frame(*sizes, *kind, where, QType(grid.bits).qmax), flips
+    return Frame(*sizes, *kind, where, QType(grid.bits).qmax), flips
 
 
 def native_rotate(library: ctypes.CDLL) -> Rotate:
@@ -138,6 +149,35 @@ def native_rotate(library: ctypes.CDLL) -> Rotate:
         return out
 
     return rotate
+
+
+def native_weight_only(library: ctypes.CDLL) -> WeightOnly:
+    """:data:`~ptq_tdq.runtime.kernels.WeightOnly` on the built library, for few rows; torch takes the others."""
+    function = library.weight_only
+    function.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+
+    def linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        outputs, channels = codes.shape
+        rows = x.numel() // max(1, channels)
+        if rows > FEW_ROWS or codes.dtype != torch.int8 or x.shape[-1] != channels:
+            return reference_weight_only(x, codes, scale, bias)
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], outputs)
+        if function(
+            address("x", x, torch.float32, x.shape),
+            address("weights", codes, torch.int8, codes.shape),
+            address("the scales of weights", scale, torch.float32, (outputs,)),
+            None if bias is None else address("a bias", bias, torch.float32, (outputs,)),
+            rows,
+            channels,
+            outputs,
+            out.data_ptr(),
+        ):
+            raise MemoryError
+        return out
+
+    return linear
 
 
 @lru_cache

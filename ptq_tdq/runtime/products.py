@@ -224,6 +224,7 @@ class NativeProducts:
             for w, s, b in zip(stored, signed, bias, strict=True)
         ]
         self.nbytes = sum(x.nbytes for tensors in self._tensors for x in tensors)
+        self.outputs, self.single = len(weights.codes), len(self._tensors) == 1  # weights that fit one tensor
         self._calls: dict[tuple[int, ...], list[_Convolution]] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> NativeProducts:
@@ -236,29 +237,36 @@ class NativeProducts:
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
         shape = check_codes(codes, interval, onto, self._shape, self._geometry)
-        batch, channels, height, width = codes.shape
-        each, outputs, size = int(interval.each), shape[1], shape[2:]
-        if height == width == 1:  # one image of all pixels, which the kernel takes several at a time
-            batch, width, size, each = 1, batch, (1, batch), 2 * each
-        key = (batch, height, width, each)
-        calls = self._calls.get(key)
-        if calls is None:
-            g = self._geometry
-            sizes = (batch, height, width, channels, *size, outputs, *g.kernel, *g.stride, *g.dilation)
-            calls = self._calls[key] = [
-                _Convolution(*sizes, self._nibbles, each, *(x.data_ptr() for x in tensors)) for tensors in self._tensors
-            ]
+        batch, _, height, width = codes.shape
+        each = int(interval.each)
+        if height == width == 1 and self._geometry.stride == (
+            1,
+            1,
+        ):  # one image of all pixels, which the kernel takes several at a time
+            batch, width, each = 1, batch, 2 * each
         if onto is None:
             out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
         else:
             out = onto = onto.contiguous(memory_format=torch.channels_last)
         where = codes.data_ptr(), interval.scale.data_ptr(), interval.zero_point.data_ptr()
-        for call in calls:
+        for call in self.described(batch, height, width, each):
             there = None if onto is None else out.data_ptr()
             if self._convolve(ctypes.addressof(call), *where, there, out.data_ptr()):
                 raise MemoryError
             onto = out
         return out
+
+    def described(self, batch: int, height: int, width: int, each: int) -> list[_Convolution]:
+        """What C is told of the products of padded codes of these sizes: they add up."""
+        calls = self._calls.get((batch, height, width, each))
+        if calls is None:
+            g, (outputs, channels, *_) = self._geometry, self._shape
+            sizes = batch, height, width, channels, *g.size(height, width), outputs
+            steps = *g.kernel, *g.stride, *g.dilation, self._nibbles, each
+            calls = self._calls[batch, height, width, each] = [
+                _Convolution(*sizes, *steps, *(x.data_ptr() for x in tensors)) for tensors in self._tensors
+            ]
+        return calls
 
 
 def check_codes(
