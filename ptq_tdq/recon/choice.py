@@ -1,4 +1,4 @@
-"""Method ``auto``: which quantizers of a unit follow t, decided on trajectories that nothing was learned from."""
+"""Method ``auto``: which quantizers of a unit follow t, before anything is learned."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def undecided(unit: Unit) -> list[ActivationQuantizer]:
 def choose(unit: Unit, call: UnitCall, target: Parts, config: Config, observed: Mapping[str, Observed]) -> None:
     """Put the chosen method of each undecided quantizer, and what following t is worth, into its record.
 
-    Sources are judged as they start: learning them first moved no choice that mattered (docs/results.md). A quantizer
-    follows t where that alone makes the loss of the held-out samples smaller, by more than ``ERRORS`` standard errors
-    of the difference sample by sample, and if what all of those give together does so too.
+    Sources are judged as they start: to learn them first changes no result (docs/results.md). A quantizer follows t
+    where that alone makes the loss of the held-out samples smaller, by more than ``ERRORS`` standard errors of the
+    difference sample by sample, and if what all of those give together does so too. Ranges of these samples are among
+    those that intervals were searched in.
     """
     judge, quantizers = unit.split()[1], undecided(unit)
 
