@@ -29,7 +29,8 @@ from ptq_tdq.evaluate.trajectories import run
 from ptq_tdq.timeaxis import at as present_at
 
 RESULTS = Path(__file__).parent / "results" / "runtime.jsonl"
-NEAREST = {"rounding": "nearest", "activation_iterations": 0, "samples_per_step": 4, "calibration_steps": 25}
+QUICK = {"samples_per_step": 2, "calibration_steps": 8}
+NEAREST = {"method": "static", "rounding": "nearest", "activation_iterations": 0, **QUICK}
 Call = Callable[[], Any]
 
 
@@ -80,7 +81,7 @@ class Subject:
         self.name, self.folder = name, folder
         self.model = make_model(name, folder)
         self.denoiser = self.model.denoiser
-        self.calls = collect(self.model, samples_per_step=4, calibration_steps=25, num_inference_steps=25)
+        self.calls = collect(self.model, num_inference_steps=8, **QUICK)
         for scheme in ("W8A8", "W4A8"):
             config = preset("default", scheme=scheme, **NEAREST)
             calibrate(self.model, config, self.calls).save_pretrained(folder / scheme)

@@ -32,7 +32,7 @@ from ptq_tdq.runtime.kernels import (
     levels,
     reference_weight_only,
 )
-from ptq_tdq.runtime.linear import NativeLinear
+from ptq_tdq.runtime.native_layer import NativeLayer
 from ptq_tdq.runtime.products import LARGEST_CODE, LARGEST_FLOAT32_INTEGER, Geometry, Products
 from ptq_tdq.runtime.step import Step
 
@@ -45,6 +45,7 @@ class Part:
     channels: tuple[int, int]
     pitch: int  # channels of its codes in memory
     products: tuple[Products, ...]
+    native: NativeLayer | None = None  # all of it at once, where that is there
 
 
 class _Described(Tensor):
@@ -194,29 +195,33 @@ class IntegerLayer(CodedLayer):
         added before them; the result is added to ``onto``, whose memory it may take; ``up`` enlarges x by nearest
         neighbours first. Raises :class:`ModelError` for another number of channels.
         """
-        activation = activation or self.activation
-        before = Before(shift, norm or self.norm, activation, self.rotate if self.record.rotated else None, self.gain)
+        before = self.before(activation or self.activation, norm or self.norm, shift)
         self.check(x, 4, before)
         return self.coded(x, before, onto, up)
+
+    def before(self, activation: Activation | None, norm: Norm | None = None, shift: Tensor | None = None) -> Before:
+        """What is done before the codes, with what is always done."""
+        return Before(shift, norm, activation, self.rotate if self.record.rotated else None, self.gain)
 
     def coded(self, x: Tensor, before: Before, onto: Tensor | None = None, up: int = 1) -> Tensor:
         """The products of the codes of x, with all that is done before them."""
         for part in self.parts:
-            timed = part.quantizer.name in self.step
-            if not timed or (
-                before.norm is not None and before.gain is not None
-            ):  # a dynamic interval needs the values
+            timed = part.quantizer.name in self.step  # a dynamic interval needs the values
+            if not timed or (before.norm is not None and before.gain is not None):
                 x, before = before(x), NOTHING
             interval = self.step.interval(part.quantizer.name, x if timed else x[:, slice(*part.channels)].flatten(1))
+            if part.native is not None:
+                onto = part.native(x, before, interval, onto, up)
+                continue
             grid = Grid(part.channels, part.pitch, part.quantizer.bits, self.geometry.padding, up)
             onto = part.products[0](self.quantize(x, grid, *interval, before), interval, onto)
         assert onto is not None
         return onto
 
-    def check(self, x: Tensor, axes: int, before: Before = NOTHING) -> None:
+    def check(self, x: Tensor, axes: int, before: Before = NOTHING, axis: int = 1) -> None:
         """Raise :class:`ModelError` for an x that is not of the layer's form, or of complex numbers."""
         channels = self.parts[-1].channels[1]
-        if x.ndim != axes or before.channels(x.shape[1]) != channels or x.is_complex():
+        if x.ndim != axes or before.channels(x.shape[axis]) != channels or x.is_complex():
             raise ModelError(
                 f"The layer {self.record.name} takes {channels} channels of real numbers. "
                 f"Got {x.dtype} {list(x.shape)} instead."
@@ -226,15 +231,15 @@ class IntegerLayer(CodedLayer):
 class IntegerLinear(IntegerLayer):
     """A Linear: x [..., C], of which the first dimension holds the samples."""
 
-    native: NativeLinear | None = None  # all of it at once, where its one interval is of a table
-
     def forward(self, input: Tensor, activation: Activation | None = None) -> Tensor:
         x = input
         if not x.numel():
             return torch.zeros(*x.shape[:-1], self.layer.out_features)
-        if self.native is not None and x.ndim > 1 and self.native.takes(x, activation):
-            return self.native(x, self.step.interval(self.parts[0].quantizer.name, x), activation)
-        timed = all(part.quantizer.name in self.step for part in self.parts)
+        part, timed = self.parts[0], all(part.quantizer.name in self.step for part in self.parts)
+        if part.native is not None and timed and x.ndim > 1 and len(self.parts) == 1:
+            before = self.before(activation)
+            self.check(x, x.ndim, before, -1)
+            return part.native.of_tokens(x, before, self.step.interval(part.quantizer.name, x))
         # one interval for all: one long row of pixels, which the kernels like better than many short ones
         rows = 1 if x.ndim == 1 or (timed and self.step.alike(len(x))) else len(x)
         image = x.reshape(rows, 1, prod(x.shape[:-1]) // rows, x.shape[-1]).permute(0, 3, 1, 2)

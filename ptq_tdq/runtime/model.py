@@ -23,7 +23,6 @@ from ptq_tdq.rotate import rotated
 from ptq_tdq.runtime.attention import Attend, IntegerProduct, native_attend, reference_attend
 from ptq_tdq.runtime.blocks import fuse
 from ptq_tdq.runtime.kernels import (
-    Before,
     Grid,
     Quantize,
     Rotate,
@@ -31,9 +30,9 @@ from ptq_tdq.runtime.kernels import (
     reference_quantize,
     reference_weight_only,
 )
-from ptq_tdq.runtime.layer import FORMS, CodedLayer, IntegerLayer, IntegerLinear, Part, TransposedLayer, WeightOnlyLayer
-from ptq_tdq.runtime.linear import NativeLinear
+from ptq_tdq.runtime.layer import FORMS, CodedLayer, IntegerLayer, Part, TransposedLayer, WeightOnlyLayer
 from ptq_tdq.runtime.native import native_quantize, native_rotate, native_weight_only, open_library
+from ptq_tdq.runtime.native_layer import NativeLayer
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights
 from ptq_tdq.runtime.step import Step
 from ptq_tdq.timed_model import TimedModel, in_float32
@@ -173,23 +172,17 @@ class _Engine:
                 products.append(self._products(weights, geometry))
                 rest = no_bias
             pitch = weights.codes.shape[1] * geometry.groups
-            parts.append(Part(record.inputs[index], channels, pitch, tuple(products)))
+            grid = Grid(channels, pitch, record.inputs[index].bits, geometry.padding)
+            parts.append(Part(record.inputs[index], channels, pitch, tuple(products), self._whole(grid, products[0])))
         divisor = artifact.divisors.get(name)
         gain = None if divisor is None else divisor.reciprocal()
-        made = FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize, gain, self.rotate)
-        if isinstance(made, IntegerLinear):
-            made.native = self._linear(made)
-        return made
+        return FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize, gain, self.rotate)
 
-    def _linear(self, layer: IntegerLinear) -> NativeLinear | None:
-        """All of a linear layer in one call, where that is there."""
-        part, *others = layer.parts
-        products, quantizer = part.products[0], part.quantizer
-        native = self.library is not None and isinstance(products, NativeProducts) and products.single
-        if others or not native or quantizer.name not in layer.step:
+    def _whole(self, grid: Grid, products: Products) -> NativeLayer | None:
+        """A layer in one call, where that is there."""
+        if self.library is None or not isinstance(products, NativeProducts) or not products.single:
             return None
-        before = Before(rotate=self.rotate if layer.record.rotated else None, gain=layer.gain)
-        return NativeLinear(self.library, Grid(part.channels, part.pitch, quantizer.bits), before, products)
+        return NativeLayer(self.library, grid, products)
 
     def _products(self, weights: Weights, geometry: Geometry) -> Products:
         products: Products

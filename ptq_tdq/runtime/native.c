@@ -753,12 +753,23 @@ int convolve(const Convolution *c, const uint8_t *codes, const float *scale, con
     return failed;
 }
 
-/* Tokens x -> quantize -> convolve, of a kernel of one pixel. Returns 0, or 1 without memory. */
-int linear(const Frame *f, const Convolution *c, const float *x, const float *gain, const float *scale,
-           const int32_t *zero_point, float *out) {
-    uint8_t *codes = malloc((size_t)(f->batch * f->height * f->width * f->pitch));
-    const int failed = !codes || quantize(f, x, gain, scale, zero_point, codes) ||
-                       convolve(c, codes, scale, zero_point, NULL, out);
+/* What belongs to a layer: the norm before it (or NULL, then gain [channels] or NULL), and its products. */
+typedef struct {
+    const float *weight, *bias, *gain;
+    int64_t groups, codes; /* bytes of the padded codes */
+    float epsilon;
+} Layer;
+
+/* x (+ shift) -> (norm,) quantize -> convolve (+ onto, which may be out itself). Returns 0, or 1 without memory. */
+int layer(const Layer *l, const Frame *f, const Convolution *c, const float *x, const float *shift, const float *scale,
+          const int32_t *zero_point, const float *onto, float *out) {
+    uint8_t *codes = malloc((size_t)l->codes);
+    int failed = !codes;
+    if (!failed && l->weight)
+        failed = norm_quantize(f, x, shift, l->weight, l->bias, l->groups, l->epsilon, scale, zero_point, codes);
+    else if (!failed)
+        failed = quantize(f, x, l->gain, scale, zero_point, codes);
+    failed = failed || convolve(c, codes, scale, zero_point, onto, out);
     free(codes);
     return failed;
 }
