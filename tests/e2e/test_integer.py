@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,12 +230,26 @@ KINDS = [
     "QwenImageTransformer2DModel",
     "Lumina2Transformer2DModel",
 ]
+ONE_LEVEL: dict[str, dict[str, Any]] = {
+    "UNet2DConditionModel (SDXL)": {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "transformer_layers_per_block": 1,
+    },
+    "UNet3DConditionModel": {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock3D",),
+        "up_block_types": ("UpBlock3D",),
+    },
+}
 
 
 @pytest.mark.parametrize("denoiser", [d for d in DENOISERS if d.name in KINDS], ids=lambda d: d.name)
 def test_each_layer_of_denoisers_of_every_kind(denoiser: Denoiser, tmp_path: Path) -> None:
+    denoiser = replace(denoiser, config={**denoiser.config, **ONE_LEVEL.get(denoiser.name, {})})
     original = denoiser.build()
-    given = [denoiser.inputs(2, torch.full((2,), t), first) for t in (1000.0, 601.0, 201.0) for first in (0, 2)]
+    given = [denoiser.inputs(2, torch.full((2,), t)) for t in (1000.0, 601.0, 201.0)]
     cheap = {"scheme": "W4A8", "rounding": "nearest", "weight_range": "minmax", "activation_iterations": 0}
     folder = artifact_of(original, given, tmp_path / "out", "default", **cheap)
     simulated, integer = load_quantized(folder), load_quantized(folder, backend="integer")
