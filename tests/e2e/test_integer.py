@@ -125,14 +125,14 @@ def parts(model: IntegerModel) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def without_norm(part: nn.Module) -> Iterator[nn.Module]:
-    """A layer without the norm that is fused into it: the simulated layer's input is behind the norm."""
-    norm = part.norm if isinstance(part, IntegerLayer) else None
-    if norm is not None:
-        part.norm = None
+def alone(part: nn.Module) -> Iterator[nn.Module]:
+    """A layer without the norm and the activation that are fused into it: the simulated one's input is behind them."""
+    fused = {name: getattr(part, name) for name in ("norm", "activation") if isinstance(part, IntegerLayer)}
+    for name in fused:
+        setattr(part, name, None)
     yield part
-    if norm is not None:
-        part.norm = norm
+    for name, own in fused.items():
+        setattr(part, name, own)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -171,7 +171,7 @@ def test_each_layer_computes_what_the_simulated_one_does(artifact: Path, t: Tens
     assert set(found) == {name for name, *_ in calls}
     for name, rows, (args, kwargs), expected in calls:
         mine: dict[str, Tensor] = {}
-        with at(rows), model.step.call(), without_norm(found[name]) as part:
+        with at(rows), model.step.call(), alone(found[name]) as part:
             if isinstance(part, IntegerLayer):
                 record_codes(part, mine)
             output = part(*args, **kwargs)
@@ -265,7 +265,7 @@ def test_each_layer_of_denoisers_of_every_kind(denoiser: Denoiser, tmp_path: Pat
         assert (output - expected).pow(2).mean() < 0.3 * (expected - exact).pow(2).mean()
         assert output.dtype == torch.float32 and len(calls) >= len(found)
         for name, rows, (args, kwargs), expected in calls:
-            with torch.no_grad(), at(rows), integer.step.call(), without_norm(found[name]) as part:
+            with torch.no_grad(), at(rows), integer.step.call(), alone(found[name]) as part:
                 difference = (part(*args, **kwargs) - expected).pow(2).mean()
             assert difference < WITHIN * expected.pow(2).mean(), name
 
