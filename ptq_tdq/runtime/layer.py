@@ -234,7 +234,7 @@ class IntegerLinear(IntegerLayer):
     def forward(self, input: Tensor, activation: Activation | None = None) -> Tensor:
         x = input
         if not x.numel():
-            return torch.zeros(*x.shape[:-1], self.layer.out_features)
+            return torch.zeros(*x.shape[:-1], self.layer.out_features, dtype=torch.float32)
         part, timed = self.parts[0], all(part.quantizer.name in self.step for part in self.parts)
         if part.native is not None and timed and x.ndim > 1 and len(self.parts) == 1:
             before = self.before(activation)

@@ -163,7 +163,7 @@ def native_weight_only(library: ctypes.CDLL) -> WeightOnly:
         if rows > FEW_ROWS or codes.dtype != torch.int8 or x.shape[-1] != channels:
             return reference_weight_only(x, codes, scale, bias)
         x = x.contiguous()
-        out = torch.empty(*x.shape[:-1], outputs)
+        out = torch.empty(*x.shape[:-1], outputs, dtype=torch.float32)
         if function(
             address("x", x, torch.float32, x.shape),
             address("weights", codes, torch.int8, codes.shape),

@@ -53,11 +53,12 @@ class NativeLayer:
         """
         x = x.float().contiguous(memory_format=torch.channels_last)
         *found, each = per_sample("a quantizer", interval.scale, interval.zero_point, len(x))
-        call = self._call(*x.shape, each, up, before)
+        batch, channels, height, width = x.shape
+        call = self._call(batch, channels, height, width, each, up, before)
         shift = None if before.shift is None else before.shift.float().contiguous()
         moved = None if shift is None else address("a shift", shift, torch.float32, x.shape[:2])
         if onto is None:
-            out, there = torch.empty(call.shape, memory_format=torch.channels_last), None
+            out, there = torch.empty(call.shape, dtype=torch.float32, memory_format=torch.channels_last), None
         else:
             check_sum(onto, call.shape)
             out = onto.contiguous(memory_format=torch.channels_last)
@@ -73,13 +74,14 @@ class NativeLayer:
         *found, each = per_sample("a quantizer", interval.scale, interval.zero_point, len(x))
         samples, channels = len(x) if each else 1, x.shape[-1]
         call = self._call(samples, channels, x.numel() // (samples * channels), 1, each, 1, before)
-        out = torch.empty(*x.shape[:-1], call.shape[1])
+        out = torch.empty(*x.shape[:-1], call.shape[1], dtype=torch.float32)
         if self._function(*call.told, address("x", x, torch.float32, x.shape), None, *found, None, out.data_ptr()):
             raise MemoryError
         return out
 
     def _call(self, batch: int, channels: int, height: int, width: int, each: bool, up: int, before: Before) -> _Call:
-        key = batch, channels, height, width, each, up, before.activation, id(before.norm)
+        done = id(before.norm), id(before.gain), before.rotate is None
+        key = batch, channels, height, width, each, up, before.activation, *done
         found = self._calls.get(key)
         if found is None:
             found = self._calls[key] = self._described(batch, channels, height, width, each, up, before)
