@@ -170,11 +170,15 @@ class FusedAttention(Fused):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        block, x = self.block, hidden_states
+        x = hidden_states
         if x.ndim != 4 or encoder_hidden_states is not None or attention_mask is not None:
             return self.plainly(x, encoder_hidden_states, attention_mask, **kwargs)
-        x = x.contiguous(memory_format=torch.channels_last)
-        height, width = x.shape[2:]
+        with torch._C.DisableTorchFunction():  # what follows is not to be listened to
+            return self.attend(x.contiguous(memory_format=torch.channels_last))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] in channels_last memory."""
+        block, (height, width) = self.block, x.shape[2:]
         q, k, v = (
             layer.run(x, norm=self.norm)
             .permute(0, 2, 3, 1)
@@ -199,13 +203,15 @@ class FusedChain(Fused):
     @staticmethod
     def of(block: Any) -> FusedChain | None:
         modules = block.net if isinstance(block, FeedForward) else block
-        modules = [module for module in modules if not isinstance(module, nn.Dropout | nn.Identity)]
+        modules = [module for module in modules if type(module) not in (nn.Dropout, nn.Identity)]
         chain: list[tuple[nn.Module, Activation | None]] = []
         pending: Activation | None = None
         for module, following in zip(modules, [*modules[1:], None], strict=True):
             before, activation = [module], None
             if type(module) in ACTIVATED and type(following) in FORMS.values() and len(following.parts) == 1:
-                before, activation = ACTIVATED[type(module)](module)
+                first, last = ACTIVATED[type(module)](module)
+                if type(following) is IntegerLinear or not last.gated:  # a gate is in the last dimension
+                    before, activation = first, last
             chain += [(m, pending) for m in before]
             pending = activation
         return FusedChain(block, chain) if any(activation for _, activation in chain) else None
