@@ -14,7 +14,7 @@ from ptq_tdq.affine import quantize
 from ptq_tdq.rotate import rotated
 from ptq_tdq.runtime.attention import native_attend, reference_attend
 from ptq_tdq.runtime.kernels import ACTIVATIONS, Activation, Before, Grid, Norm, Rotate, reference_quantize
-from ptq_tdq.runtime.native import native_quantize
+from ptq_tdq.runtime.native import native_quantize, native_weight_only
 from ptq_tdq.runtime.step import Interval
 from ptq_tdq.scheme import QType
 
@@ -95,6 +95,20 @@ def assert_codes_but_for_ties(library: ctypes.CDLL, x: torch.Tensor, channels: i
     difference = (native_quantize(library)(*arguments).int() - reference_quantize(*arguments).int()).abs()
     assert difference.max() <= 1
     assert difference.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("channels", [1, 37, 192])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9])
+@pytest.mark.parametrize("biased", [False, True])
+def test_native_products_of_few_rows_equal_those_in_float64(
+    library: ctypes.CDLL, channels: int, rows: int, biased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (33, channels), generator=generator, dtype=torch.int8)
+    x, scale, bias = (torch.randn(shape, generator=generator) for shape in ((rows, channels), (33,), (33,)))
+    expected = x.double() @ codes.double().T * scale + (bias if biased else 0)
+    found = native_weight_only(library)(x, codes, scale, bias if biased else None)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["one t", "mixed t"])
