@@ -189,7 +189,7 @@ class FusedAttention(Fused):
         )
         out = self.product.attend(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
         image = out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        y = block.to_out[0].run(image, onto=x.clone() if block.residual_connection else None)
+        y: Tensor = block.to_out[0].run(image, onto=x.clone() if block.residual_connection else None)
         return y if block.rescale_output_factor == 1 else y / block.rescale_output_factor
 
 
