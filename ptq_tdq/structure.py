@@ -24,6 +24,7 @@ from ptq_tdq.fit import check_fit
 from ptq_tdq.wrap import fold, folded_copy
 
 LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small
+COUNTS = {"num_groups", "heads", "num_heads", "num_attention_heads"}  # attributes of modules that are above 0
 # A model makes each of its tensors and initializes it, in two to three calls; what it makes beside them (encodings of
 # positions) is small. Both limits are for files of a few values, where that "small" is more than the model itself.
 CALLS_PER_TENSOR, SPARE_CALLS = 8, 1_000
@@ -85,6 +86,7 @@ def meta_model(config: dict[str, Any], time: str, size: Size) -> nn.Module:
     with torch.device("meta"), _Limit(size):
         structure = cls.from_config(config)
     assert isinstance(structure, nn.Module)
+    _check_counts(structure)
     return fold(structure)
 
 
@@ -178,6 +180,18 @@ def _check_integers(config: dict[str, Any], size: Size) -> None:
             )
 
 
+def _check_counts(structure: nn.Module) -> None:
+    """Refuse what constructors take and calls do not: sizes that are products of two negative numbers."""
+    for name, module in structure.named_modules():
+        for key in COUNTS & vars(module).keys():
+            value = getattr(module, key)
+            if isinstance(value, int) and value < 1:
+                raise ArtifactMismatchError(
+                    f"The artifact's model_config is none that its model takes ('{name}' would have {value} as its "
+                    f"{key}); make the artifact again."
+                )
+
+
 _PLAIN: dict[Any, Any] = {float: (int, float), int: int, bool: int, str: str, dict: dict, type(None): type(None)}
 
 
@@ -189,8 +203,9 @@ def _check_types(cls: Any, config: dict[str, Any]) -> None:
         return
     parameters = inspect.signature(cls.__init__).parameters
     for name, value in config.items():
-        given = value is not None or name not in parameters or parameters[name].default is not None
-        if given and not _fits(value, declared.get(name, Any)):
+        default = parameters[name].default if name in parameters else inspect.Parameter.empty
+        own = value == default and type(value) is type(default)  # whatever is declared
+        if not own and not _fits(value, declared.get(name, Any)):
             wanted = getattr(declared[name], "__name__", declared[name])
             raise ArtifactMismatchError(
                 f"The artifact's model_config is none that its model takes ({name} = {str(value)[:100]!r} is no "
@@ -210,7 +225,7 @@ def _fits(value: Any, declared: Any) -> bool:
         return isinstance(value, list | tuple) and all(
             item is None or any(_fits(item, take) for take in takes) for item in value
         )
-    return isinstance(value, _PLAIN.get(kind, object))
+    return isinstance(value, _PLAIN.get(kind, object)) and not (kind in (int, float) and isinstance(value, bool))
 
 
 class _Limit(TorchFunctionMode):
