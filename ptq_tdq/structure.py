@@ -185,7 +185,7 @@ def _check_counts(structure: nn.Module) -> None:
     for name, module in structure.named_modules():
         for key in COUNTS & vars(module).keys():
             value = getattr(module, key)
-            if isinstance(value, int) and value < 1:
+            if isinstance(value, int) and (value < 1 or value is True):
                 raise ArtifactMismatchError(
                     f"The artifact's model_config is none that its model takes ('{name}' would have {value} as its "
                     f"{key}); make the artifact again."
@@ -203,9 +203,8 @@ def _check_types(cls: Any, config: dict[str, Any]) -> None:
         return
     parameters = inspect.signature(cls.__init__).parameters
     for name, value in config.items():
-        default = parameters[name].default if name in parameters else inspect.Parameter.empty
-        own = value == default and type(value) is type(default)  # whatever is declared
-        if not own and not _fits(value, declared.get(name, Any)):
+        given = value is not None or name not in parameters or parameters[name].default is not None
+        if given and not _fits(value, declared.get(name, Any)):
             wanted = getattr(declared[name], "__name__", declared[name])
             raise ArtifactMismatchError(
                 f"The artifact's model_config is none that its model takes ({name} = {str(value)[:100]!r} is no "
@@ -225,7 +224,7 @@ def _fits(value: Any, declared: Any) -> bool:
         return isinstance(value, list | tuple) and all(
             item is None or any(_fits(item, take) for take in takes) for item in value
         )
-    return isinstance(value, _PLAIN.get(kind, object)) and not (kind in (int, float) and isinstance(value, bool))
+    return isinstance(value, _PLAIN.get(kind, object))
 
 
 class _Limit(TorchFunctionMode):
