@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 OUT ?= out-demo
 BIN := $(VENV)/bin
-# An eighth of the rows and of the iterations of preset default: minutes, and a result that is a little worse.
+# An eighth of the rows and a quarter of the iterations of preset default: minutes, and a result that is a little worse.
 DEMO := --samples-per-step 4 --set activation_iterations=10 --evaluation-samples 16
 # The installed layout as a folder of links: mypy and import-linter do not follow the package-dir mapping of pyproject.toml.
 TREE := build/lint

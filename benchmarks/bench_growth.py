@@ -82,8 +82,8 @@ def make(point: Point) -> tuple[Any, dict[str, Any]]:
     ), {}
 
 
-def measure(point: Point) -> dict[str, Any]:
-    """Calibrate one model in this process."""
+def measure(point: Point, few: dict[str, Any], foretell: bool) -> dict[str, Any]:
+    """Calibrate one model in this process, with ``few`` choices that are not the preset's; or ``foretell`` that."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(SEED)
@@ -92,12 +92,14 @@ def measure(point: Point) -> dict[str, Any]:
     x = torch.randn(point.pairs, 4, point.size, point.size)
     t = torch.linspace(0, 999, STEPS).round().repeat(-(-point.pairs // STEPS))[: point.pairs]
     with torch.no_grad(), record(model, num_train_timesteps=1000) as calls:
-        for rows in torch.arange(point.pairs).split(64 if not point.model else 8):
+        for rows in torch.arange(1 if foretell else point.pairs).split(8 if point.model else 64):
             model(x[rows], timestep=t[rows].long(), **{name: value[rows] for name, value in others.items()})
-    config = preset("default", scheme="W4A8" if point.model else "W4A6", **{} if point.model else FEW)
+    config = preset("default", scheme="W4A8" if point.model else "W4A6", **(few if point.model else FEW))
     plan = make_plan(folded_copy(model), config, calls)
     quantized = QuantizedModel.copy_of(model, calls.axis, plan.layers)
     foreseen = make_forecast(quantized, calls, config, rows=point.pairs, sampled=0, budget=CACHE_BYTES)
+    if foretell:
+        return {**asdict(point), "set": few, "forecast": foreseen.to_dict()}
     del quantized
     memory = OwnMemory()
     before = memory.now()
@@ -107,6 +109,7 @@ def measure(point: Point) -> dict[str, Any]:
     calibrate(model, config, calls, on_unit=units.append)
     return {
         **asdict(point),
+        "set": few,
         "units": len(units) // 2,
         "parameters": sum(p.numel() for p in model.parameters()),
         "cpu_seconds": time.process_time() - began_cpu,
@@ -149,15 +152,26 @@ class OwnMemory(threading.Thread):
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--series", default="pairs,blocks,parameters")
 @click.option("--render", is_flag=True, help="Only draw the figure.")
+@click.option("--foretell", is_flag=True, help="Only print the forecasts.")
+@click.option("--set", "choices", multiple=True, help="A choice of series whole, name=value.")
 @click.option("--child", help="A point as JSON; for the child processes.")
-def main(results: Path, series: str, render: bool, child: str | None) -> None:
+def main(results: Path, series: str, render: bool, foretell: bool, choices: tuple[str, ...], child: str | None) -> None:
+    few = dict(choice.split("=", 1) for choice in choices)
     if child:
-        print(json.dumps(measure(Point(**json.loads(child)))))
+        print(json.dumps(measure(Point(**json.loads(child)), few, foretell)))
+        return
+    wanted = [point for point in POINTS if point.series in series.split(",")]
+    if foretell:
+        for point in wanted:
+            print(json.dumps(measure(point, few, True)), flush=True)
         return
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     known = {key(line) for line in lines}
-    for point in [p for p in POINTS if p.series in series.split(",") and key(asdict(p)) not in known and not render]:
-        run = [sys.executable, __file__, "--child", json.dumps(asdict(point))]
+    for point in wanted:
+        if render or key({**asdict(point), "set": few}) in known:
+            continue
+        given = [f"--set={choice}" for choice in choices]
+        run = [sys.executable, __file__, "--child", json.dumps(asdict(point)), *given]
         found = subprocess.run(run, capture_output=True, text=True, check=False)
         if found.returncode:
             sys.exit(f"{point} failed:\n{found.stderr}")
@@ -170,7 +184,8 @@ def main(results: Path, series: str, render: bool, child: str | None) -> None:
 
 
 def key(line: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(line.get(name, "") for name in ("series", "pairs", "blocks", "channels", "size", "model"))
+    names = ("series", "pairs", "blocks", "channels", "size", "model")
+    return *(line.get(name, "") for name in names), str(line.get("set") or {})
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:

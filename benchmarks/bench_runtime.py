@@ -29,19 +29,30 @@ from ptq_tdq.evaluate.trajectories import run
 from ptq_tdq.timeaxis import at as present_at
 
 RESULTS = Path(__file__).parent / "results" / "runtime.jsonl"
-NEAREST = {"rounding": "nearest", "activation_iterations": 0, "samples_per_step": 4, "calibration_steps": 25}
+QUICK = {"samples_per_step": 2, "calibration_steps": 8}
+NEAREST = {"method": "static", "rounding": "nearest", "activation_iterations": 0, **QUICK}
 Call = Callable[[], Any]
 
 
 @click.command()
-@click.option("--models", default="embedded,random")
+@click.option("--models", default="embedded,random,reference-dit")
 @click.option("--batches", default="1,8,64")
 @click.option("--threads", default="1,2")
+@click.option("--beside", default="openvino,onnxruntime", help="Other runtimes than torch.")
 @click.option("--rounds", default=15)
 @click.option("--pipeline", is_flag=True, help="Images per second of the embedded model, DDIM with 50 steps, instead.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--render", is_flag=True, help="Only print the table.")
-def main(models: str, batches: str, threads: str, rounds: int, pipeline: bool, results: Path, render: bool) -> None:
+def main(
+    models: str,
+    batches: str,
+    threads: str,
+    beside: str,
+    rounds: int,
+    pipeline: bool,
+    results: Path,
+    render: bool,
+) -> None:
     torch.set_flush_denormal(True)
     if not render:
         with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +64,7 @@ def main(models: str, batches: str, threads: str, rounds: int, pipeline: bool, r
                         write(results, end_to_end(subject))
                         continue
                     for batch in map(int, batches.split(",")):
-                        write(results, measure(subject, batch, count, rounds))
+                        write(results, measure(subject, batch, count, rounds, beside))
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     print(table([line for line in lines if "milliseconds" in line]))
     for line in lines:
@@ -70,7 +81,7 @@ class Subject:
         self.name, self.folder = name, folder
         self.model = make_model(name, folder)
         self.denoiser = self.model.denoiser
-        self.calls = collect(self.model, samples_per_step=4, calibration_steps=25, num_inference_steps=25)
+        self.calls = collect(self.model, num_inference_steps=8, **QUICK)
         for scheme in ("W8A8", "W4A8"):
             config = preset("default", scheme=scheme, **NEAREST)
             calibrate(self.model, config, self.calls).save_pretrained(folder / scheme)
@@ -104,7 +115,7 @@ def tensors_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
-def measure(subject: Subject, batch: int, threads: int, rounds: int) -> dict[str, Any]:
+def measure(subject: Subject, batch: int, threads: int, rounds: int, beside: str) -> dict[str, Any]:
     inputs = call_of(subject.calls, batch, 500)
     denoiser, time_argument = subject.denoiser, subject.calls.axis.argument
 
@@ -121,7 +132,10 @@ def measure(subject: Subject, batch: int, threads: int, rounds: int) -> dict[str
         "ptq-tdq W8A8": lambda: ours(**inputs | {time_argument: next(steps)}),
         "ptq-tdq W4A8": lambda: w4(**inputs | {time_argument: next(steps)}),
     }
-    calls |= openvino_calls(denoiser, inputs, threads) | onnxruntime_calls(denoiser, inputs, threads, subject.folder)
+    if "openvino" in beside:
+        calls |= openvino_calls(denoiser, inputs, threads)
+    if "onnxruntime" in beside:
+        calls |= onnxruntime_calls(denoiser, inputs, threads, subject.folder)
     best = dict.fromkeys(calls, float("inf"))
     with torch.no_grad():
         for call in calls.values():

@@ -11,7 +11,7 @@ from ptq_tdq.artifacts import Artifact, check_base_model, check_target, read_art
 from ptq_tdq.calib_data import collect
 from ptq_tdq.calls import Calls
 from ptq_tdq.cli.options import FilePath, json_option, original_options, print_json, quiet_option, verbose_option
-from ptq_tdq.cli.original import load_original
+from ptq_tdq.cli.original import check_class, load_original
 from ptq_tdq.errors import UsageError
 from ptq_tdq.export import export_tables
 
@@ -96,6 +96,7 @@ def export_command(
     else:
         from ptq_tdq.export import onnx  # an extra
 
+        check_class(stored)
         if not quiet:
             click.echo("Exporting the graph; this takes from seconds to minutes.", err=True)
         if calls_file is not None:

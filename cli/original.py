@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calib_data import EMBEDDED, LoadedModel, load_model
 from ptq_tdq.errors import ModelError
+from ptq_tdq.structure import diffusers_class
 
 _NAMES = {embedded.id: name for name, embedded in EMBEDDED.items()}
 
@@ -22,6 +23,8 @@ def load_original(source: str | None, stored: Artifact, **given: Any) -> LoadedM
     component, dtype, prompts or classes, and the pipeline's arguments. Raises what ``load_model`` raises.
     """
     base = stored.config["base_model"]
+    if not source:
+        check_class(stored)
     given = {**given, **_as_in_calibration(stored, given)}
     try:
         return load_model(source or _NAMES.get(base["id"], base["id"]), **given)
@@ -32,6 +35,16 @@ def load_original(source: str | None, stored: Artifact, **given: Any) -> LoadedM
             f"The model '{base['id']}' that the artifact was made from cannot be loaded from here; pass --model with "
             f"its folder or hub id ({error})."
         ) from error
+
+
+def check_class(stored: Artifact) -> None:
+    """Raise :class:`ModelError` for an artifact of a class that commands cannot build."""
+    name = stored.config["model_config"].get("_class_name")
+    if diffusers_class(name) is None:
+        raise ModelError(
+            f"The artifact is of a {name!r}, which diffusers does not have; use it in Python, where load_quantized, "
+            "export_onnx and finetune take an instance of it."
+        )
 
 
 def _as_in_calibration(stored: Artifact, given: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ about that: whoever writes a file writes its hashes too, and a kernel that trust
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
@@ -81,15 +82,20 @@ def _check_layer(record: LayerRecord, module: nn.Module, codes: Tensor | None) -
 
 
 def _check_state(model: nn.Module, artifact: Artifact) -> None:
-    """All tensors but the quantized weights: the same names, shapes and kinds of number."""
+    """All tensors but the quantized weights: the same names, shapes and kinds of number.
+
+    Real ones are in float32, in the model's dtype, or in one of those that its layers had.
+    """
     quantized = {f"{name}.weight" for name in artifact.weight_codes}
     expected = {key: tensor for key, tensor in model.state_dict().items() if key not in quantized}
     for key in sorted(expected.keys() ^ artifact.float_state.keys()):
         where = "the artifact" if key in expected else "the model"
         raise ArtifactMismatchError(f"The tensor '{key}' is missing in {where}{_ADVICE}")
+    known = {torch.float32, *(getattr(torch, layer.dtype) for layer in artifact.layers)}
     for key, tensor in expected.items():
         found = artifact.float_state[key]
-        if found.shape != tensor.shape or _kind(found) != _kind(tensor):
+        mixed = found.is_floating_point() and found.dtype not in {tensor.dtype, *known}
+        if found.shape != tensor.shape or _kind(found) != _kind(tensor) or mixed:
             raise ArtifactMismatchError(
                 f"The tensor '{key}' is {found.dtype} {list(found.shape)}, "
                 f"in the model {tensor.dtype} {list(tensor.shape)}{_ADVICE}"

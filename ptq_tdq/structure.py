@@ -24,6 +24,7 @@ from ptq_tdq.fit import check_fit
 from ptq_tdq.wrap import fold, folded_copy
 
 LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small
+COUNTS = {"num_groups", "heads", "num_heads", "num_attention_heads"}  # attributes of modules that are above 0
 # A model makes each of its tensors and initializes it, in two to three calls; what it makes beside them (encodings of
 # positions) is small. Both limits are for files of a few values, where that "small" is more than the model itself.
 CALLS_PER_TENSOR, SPARE_CALLS = 8, 1_000
@@ -85,6 +86,7 @@ def meta_model(config: dict[str, Any], time: str, size: Size) -> nn.Module:
     with torch.device("meta"), _Limit(size):
         structure = cls.from_config(config)
     assert isinstance(structure, nn.Module)
+    _check_counts(structure)
     return fold(structure)
 
 
@@ -176,6 +178,18 @@ def _check_integers(config: dict[str, Any], size: Size) -> None:
             raise ArtifactMismatchError(
                 f"The artifact's model_config holds a number beyond {largest}; make the artifact again."
             )
+
+
+def _check_counts(structure: nn.Module) -> None:
+    """Refuse what constructors take and calls do not: sizes that are products of two negative numbers."""
+    for name, module in structure.named_modules():
+        for key in COUNTS & vars(module).keys():
+            value = getattr(module, key)
+            if isinstance(value, int) and (value < 1 or value is True):
+                raise ArtifactMismatchError(
+                    f"The artifact's model_config is none that its model takes ('{name}' would have {value} as its "
+                    f"{key}); make the artifact again."
+                )
 
 
 _PLAIN: dict[Any, Any] = {float: (int, float), int: int, bool: int, str: str, dict: dict, type(None): type(None)}

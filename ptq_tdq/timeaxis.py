@@ -24,6 +24,8 @@ from ptq_tdq.errors import ModelError, TimestepError
 
 USUAL_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "noise_labels", "r")
 USUAL_LENGTH = 1000  # training steps of nearly every scheduler
+LONGEST = 1_000_000  # as the schema of an artifact says too
+LARGEST = 1 << 53  # of its numbers: floating point has all integers so far
 NEAR = 2e-3  # a t so close to a whole number is that number: t / 1000 * 1000 in float32 is not exact
 LOOSE = 4e-3  # relative error of a time value in bfloat16
 
@@ -50,8 +52,10 @@ class TimeAxis:
         numbers = axis.num_train_timesteps, axis.scale, axis.offset
         if not isinstance(axis.argument, str) or any(type(x) not in (int, float) for x in numbers):
             raise TypeError("a time axis is a name and three numbers")
-        if not all(map(math.isfinite, numbers)) or not axis.scale or int(numbers[0]) != numbers[0] or numbers[0] < 1:
-            raise ValueError("a time axis has a positive length and a finite scale other than 0")
+        if any(not abs(x) <= LARGEST for x in numbers) or not axis.scale:
+            raise ValueError("a time axis has a finite scale other than 0")
+        if int(numbers[0]) != numbers[0] or not 1 <= numbers[0] <= LONGEST:
+            raise ValueError(f"a time axis is 1 to {LONGEST:,} steps long")
         return axis
 
     @property

@@ -20,7 +20,7 @@ def processor_state() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_unet() -> Callable[..., UNet2DModel]:
     """Build a U-Net of 8 and 16 channels with random weights, attention and skips of different widths."""
 

@@ -108,6 +108,14 @@ def test_the_choices_of_a_preset_survive_json(name: str) -> None:
     assert preset(**ungrouped({"name": name, **choices})) == preset(name)
 
 
+@pytest.mark.parametrize("name", ["qdiff", "paper"])
+def test_a_preset_without_its_choices_is_refused(name: str) -> None:
+    """A record with the choices of another preset under this name would be told of wrongly ever after."""
+    for make in (lambda: Config(preset=name), lambda: Config().changed({"preset": name})):
+        with pytest.raises(ConfigError, match=rf"call preset\('{name}'\)"):
+            make()
+
+
 @pytest.mark.parametrize("record", [Config, FinetuneConfig])
 def test_every_choice_is_declared_in_full_under_a_name_of_its_own(record: type[Choices]) -> None:
     known = described(record)

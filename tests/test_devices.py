@@ -6,7 +6,9 @@ and therefore has one of its own. On a machine with a GPU the same runs use that
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,69 +17,90 @@ from hostile import run_python
 SHARED = Path(__file__).parent / "shared"
 
 SCRIPT = """
+import json
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = False  # a GPU's convolutions are compared with float32 of the CPU
-pretended, name, folder = sys.argv[1] == "elsewhere", sys.argv[2], Path(sys.argv[3])
-sys.path.insert(0, sys.argv[4])
-from contextlib import nullcontext
-
+pretended, folder, runs = sys.argv[1] == "elsewhere", Path(sys.argv[2]), json.loads(sys.argv[4])
+sys.path.insert(0, sys.argv[3])
 if pretended:
     from elsewhere import second_device, send
 from denoisers import DENOISERS, prediction
 from ptq_tdq import calibrate, load_quantized, preset, record
 from ptq_tdq.evaluate.metrics import sqnr_db
 
-choices = {key: value for key, value in (item.split("=") for item in sys.argv[5:])}
-denoiser = next(d for d in DENOISERS if d.name == name)
-model = denoiser.build()
-with record(model, num_train_timesteps=1000) as calls, torch.no_grad():
-    for t in (1000.0, 601.0, 201.0):
-        model(**denoiser.inputs(2, torch.full((2,), t)))
-config = preset("default", scheme="W4A8", activation_iterations=2, weight_iterations=2, batch_size=4,
-                weight_range="minmax", activation_range="minmax", compute_dtype="float32", **choices)
-here = calibrate(model, config, calls)
-rows = slice(0, 2)
-with torch.no_grad():
-    expected = prediction(here(**calls.inputs(rows)))
-with second_device() if pretended else nullcontext(torch.device("cuda", 0)) as device, torch.no_grad():
-    moved = send(denoiser.build()) if pretended else denoiser.build().to(device)
-    inputs = calls.to(device).inputs(rows)
-    there = calibrate(moved, config, calls, run_directory=folder / "run")
-    found = prediction(there(**inputs))
-    assert found.device == device and there.device == device
-    assert all(source.scale.device == device for source in (q.source for q in there.quantizers().values())
-               if hasattr(source, "scale"))
-    print("calibrated", sqnr_db(expected, found.cpu()))
-    again = calibrate(moved, config, calls, run_directory=folder / "run")
-    print("resumed", sqnr_db(found.cpu(), prediction(again(**inputs)).cpu()))
-    there.save_pretrained(folder / "out")
-    loaded = load_quantized(folder / "out", device=device)
-    print("loaded", sqnr_db(found.cpu(), prediction(loaded(**inputs)).cpu()))
+
+def run(folder, name, smaller, choices):
+    denoiser = next(d for d in DENOISERS if d.name == name)
+    denoiser = replace(denoiser, config={**denoiser.config, **smaller})
+    model = denoiser.build()
+    with record(model, num_train_timesteps=1000) as calls, torch.no_grad():
+        for t in (1000.0, 601.0, 201.0):
+            model(**denoiser.inputs(2, torch.full((2,), t)))
+    config = preset("default", scheme="W4A8", activation_iterations=2, weight_iterations=2, batch_size=4,
+                    weight_range="minmax", activation_range="minmax", compute_dtype="float32", **choices)
+    here = calibrate(model, config, calls)
+    rows = slice(0, 2)
+    with torch.no_grad():
+        expected = prediction(here(**calls.inputs(rows)))
+    with second_device() if pretended else nullcontext(torch.device("cuda", 0)) as device, torch.no_grad():
+        moved = send(denoiser.build()) if pretended else denoiser.build().to(device)
+        inputs = calls.to(device).inputs(rows)
+        there = calibrate(moved, config, calls, run_directory=folder / "run")
+        found = prediction(there(**inputs))
+        assert found.device == device and there.device == device
+        assert all(source.scale.device == device for source in (q.source for q in there.quantizers().values())
+                   if hasattr(source, "scale"))
+        again = calibrate(moved, config, calls, run_directory=folder / "run")
+        there.save_pretrained(folder / "out")
+        loaded = load_quantized(folder / "out", device=device)
+        resumed, loaded = (prediction(model(**inputs)) for model in (again, loaded))
+        return {"calibrated": sqnr_db(expected, found.cpu()), "resumed": bool((resumed == found).all()),
+                "loaded": bool((loaded == found).all())}
+
+
+print(json.dumps({title: run(folder / title, *of) for title, of in runs.items()}))
 """
 
+ONE_BLOCK = {"num_layers": 1}
 RUNS = {
-    "closed form, networks of t": ("DiTTransformer2DModel", ("method=tdq", "module_start=as-is")),
-    "AdaRound, steps": ("PixArtTransformer2DModel", ("method=step-lsq", "rounding=adaround", "loss_weights=relative")),
+    "closed form, networks of t": ("DiTTransformer2DModel", ONE_BLOCK, {"method": "tdq", "module_start": "as-is"}),
+    "AdaRound, steps": (
+        "PixArtTransformer2DModel",
+        ONE_BLOCK,
+        {"method": "step-lsq", "rounding": "adaround", "loss_weights": "relative"},
+    ),
     "split shortcuts, networks of statistics": (
         "UNet2DModel",
-        ("method=dynamic-statistics-time", "module_start=as-is", "rounding=nearest", "skip=*mid*,*up_blocks.1*"),
+        {},
+        {
+            "method": "dynamic-statistics-time",
+            "module_start": "as-is",
+            "rounding": "nearest",
+            "skip": "*mid*,*up_blocks.1*",
+        },
     ),
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("device", ["elsewhere", "cuda"])
-def test_a_run_on_another_device_gives_what_the_cpu_gives(run: str, device: str, tmp_path: Path) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
+@pytest.fixture(scope="module", params=["elsewhere", "cuda"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What each run gives on a device."""
+    if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    name, choices = RUNS[run]
-    done = run_python(SCRIPT, device, name, tmp_path, SHARED, *choices)
+    done = run_python(SCRIPT, request.param, tmp_path_factory.mktemp("runs"), SHARED, json.dumps(RUNS))
     assert done.returncode == 0, done.stderr[-3000:]
-    found = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
-    assert float(found["calibrated"]) > 30, "other orders of sums flip a code here and there"
-    assert {found["resumed"], found["loaded"]} == {"inf"}
+    results: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return results
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_on_another_device_gives_what_the_cpu_gives(run: str, found: dict[str, dict[str, Any]]) -> None:
+    assert found[run]["calibrated"] > 30, "other orders of sums flip a code here and there"
+    assert found[run]["resumed"] and found[run]["loaded"]

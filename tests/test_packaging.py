@@ -115,9 +115,11 @@ def test_the_wheel_runs_in_an_environment_that_has_its_dependencies_alone(
     (packages / "dependencies.pth").write_text(str(Path(numpy.__file__).parents[1]))
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--no-compile", str(wheel)], check=True, capture_output=True)
-    command = [str(tmp_path / "env" / "bin" / "ptq-tdq"), "doctor", "--json"]
-    found = json.loads(subprocess.run(command, cwd=tmp_path, check=True, capture_output=True).stdout)
-    assert found["versions"]["ptq-tdq"] == project["project"]["version"]
-    code = "import ptq_tdq; print(ptq_tdq.__file__); ptq_tdq.load_model('reference-dit')"
-    shown = subprocess.run([str(python), "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    assert Path(shown.strip()).is_relative_to(packages)
+    code = (
+        "import runpy, sys, ptq_tdq; ptq_tdq.load_model('reference-dit'); print(ptq_tdq.__file__, flush=True); "
+        "sys.argv = ['ptq-tdq', 'doctor', '--json']; runpy.run_path(sys.prefix + '/bin/ptq-tdq', run_name='__main__')"
+    )
+    done = subprocess.run([str(python), "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    place, _, found = done.stdout.partition("\n")
+    assert json.loads(found)["versions"]["ptq-tdq"] == project["project"]["version"]
+    assert Path(place).is_relative_to(packages)

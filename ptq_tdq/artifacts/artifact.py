@@ -111,6 +111,10 @@ def check_base_model(artifact: Artifact, sha256: str) -> None:
 
 def check_artifact(artifact: Artifact) -> None:
     """Raise :class:`ArtifactCorruptError` with the first contradiction between layers, tables and tensors."""
+    try:
+        length = artifact.time_axis.length
+    except (TypeError, ValueError) as error:
+        raise ArtifactCorruptError(f"The artifact's time axis is none ({error}); make the artifact again.") from None
     for name, count in Counter([layer.name for layer in artifact.layers]).items():
         _require(count == 1, f"The layer '{name}' is listed {count} times")
     for name, count in Counter([quantizer.name for quantizer in artifact.quantizers]).items():
@@ -120,7 +124,7 @@ def check_artifact(artifact: Artifact) -> None:
     for part in (artifact.weight_codes, artifact.weight_scale, artifact.weight_zero_point):
         _same_names("quantized weight", part, {layer.name for layer in weighted})
     for quantizer in artifact.quantizers:
-        _check_table(quantizer, artifact.tables[quantizer.name], artifact.time_axis.length)
+        _check_table(quantizer, artifact.tables[quantizer.name], length)
     for layer in weighted:
         name = layer.name
         _check_weight(layer, artifact.weight_codes[name], artifact.weight_scale[name], artifact.weight_zero_point[name])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ptq_tdq.choices import SEED, Choices, choice, described, ungrouped
+from ptq_tdq.choices import SEED, Choices, choice, described, groups, ungrouped
 from ptq_tdq.config.groups import Activations, Calibration, Layers, Learning, Weights
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.files import read_file, reason
@@ -48,6 +48,8 @@ class Config(Choices):
         super().__post_init__()
         if self.preset not in PRESETS:
             raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}. Got {self.preset!r} instead.")
+        if PRESETS[self.preset] and all(getattr(self, name) == group() for name, group in groups(Config).items()):
+            raise ConfigError(f"Config has no choices of preset {self.preset!r} in it; call preset({self.preset!r}).")
         object.__setattr__(self, "scheme", str(Scheme.parse(self.scheme)))
         source_class(self.method)
 

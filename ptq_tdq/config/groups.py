@@ -214,7 +214,7 @@ class Activations(Choices):
         source=f"{Q_DIFFUSION}; {TFMQ_DM}",
     )
     activation_iterations: int = choice(
-        80, "Iterations of a block.", unit="iterations", bounds=ITERATIONS, source=BRECQ
+        40, "Iterations of a block.", unit="iterations", bounds=ITERATIONS, source=BRECQ
     )
     interval_lr: float = choice(
         1e-2, "Learning rate (Adam, cosine decay) of a learned scale.", bounds=POSITIVE, source=BRECQ

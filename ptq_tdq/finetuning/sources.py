@@ -112,7 +112,8 @@ def _observe(
     """What some quantizers see while all others quantize."""
     axis = quantized.axis
     steps = torch.cat([axis.t(call[axis.argument]) for call in probe]).cpu().unique()
-    quantizers = {name: quantized.quantizers()[name] for name in names}
+    every = quantized.quantizers()
+    quantizers = {name: every[name] for name in names}
     observers = {name: Observer(name, steps) for name in names}
     for name, quantizer in quantizers.items():
         quantizer.observer = observers[name]

@@ -144,7 +144,7 @@ class _Intercept(TorchFunctionMode):
         self.next = cycle(products) if _one_by_one.get() else chain(products, beyond)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _computing.get() or func not in (functional.scaled_dot_product_attention, *_BY_HAND):
+        if func not in _HEARD or _computing.get():
             return func(*args, **(kwargs or {}))
         if func in _BY_HAND:
             raise ModelError(
@@ -159,6 +159,7 @@ class _Intercept(TorchFunctionMode):
 
 
 _BY_HAND = (functional.softmax, torch.softmax, Tensor.softmax)
+_HEARD = {functional.scaled_dot_product_attention, *_BY_HAND}
 _one_by_one: ContextVar[bool] = ContextVar("whether modules may go through their samples one by one", default=True)
 # torch's own function, where a product calls it, is not one of the products of a module around
 _computing: ContextVar[bool] = ContextVar("whether a product is being computed", default=False)

@@ -21,7 +21,7 @@ from ptq_tdq.intervals.mlp import ModuleInterval
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.observe import Observer
-from ptq_tdq.recon.choice import choose, set_shifts, undecided
+from ptq_tdq.recon.choice import choose, undecided
 from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.token_choice import choose_tokens
@@ -105,22 +105,21 @@ def reconstruct_activations(
     quantizers = unit.quantizers()
     _begin_static(unit, observed)
     if open_ones := undecided(unit):
-        probe = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
         with torch.random.fork_rng([unit.device] if unit.device.type == "cuda" else []):
-            choose(unit, call, target, config, observed, lambda some, half: _learn(some, call, target, half, probe))
+            choose(unit, call, target, config, observed)
         if config.activations.token_intervals == "auto":
             choose_tokens(unit, open_ones, call, target, config)
         _begin_static(unit, observed)
     best, follow = _Best(unit, call, target, config.activations.loss_power), [q for q in quantizers if _follows(q)]
     before = best.consider()
     first, seed = [shift.detach().clone() for shift in unit.shifts()], generator.initial_seed()
-    _learn(unit, call, target, config, torch.Generator().manual_seed(seed) if follow else generator)
-    best.consider()
-    if follow:
-        set_shifts(unit, first)
-        before = _start(unit, follow, observed, best, before)
-        _learn(unit, call, target, config, generator)
+    if _learn(unit, call, target, config, torch.Generator().manual_seed(seed) if follow else generator):
         best.consider()
+    if follow:
+        unit.set_shifts(first)
+        before = _start(unit, follow, observed, best, before)
+        if _learn(unit, call, target, config, generator):
+            best.consider()
     best.restore()
     for quantizer in follow:
         if quantizer.record.gain_db is not None and not isinstance(quantizer.source, ModuleInterval):
@@ -193,7 +192,7 @@ class _Best:
         sources, shifts = self.state
         for quantizer, source in zip(self.unit.quantizers(), sources, strict=True):
             quantizer.source = source
-        set_shifts(self.unit, shifts)
+        self.unit.set_shifts(shifts)
 
 
 def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
@@ -217,12 +216,12 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
     quantizer.source = TableSource(scale.clamp(min=torch.finfo(torch.float32).tiny), zero_point)
 
 
-def _learn(unit: Unit, call: UnitCall, target: Parts, config: Config, generator: torch.Generator) -> None:
-    """Adam with cosine decay to 0 over the unit's sources and bias corrections."""
+def _learn(unit: Unit, call: UnitCall, target: Parts, config: Config, generator: torch.Generator) -> bool:
+    """Adam with cosine decay to 0 over the unit's sources and bias corrections; whether there was anything to learn."""
     sources = nn.ModuleList(q.source for q in unit.quantizers() if q.source)
     phase = config.activations
     if not phase.activation_iterations or not any(True for _ in sources.parameters()):
-        return
+        return False
     raw = [p for s in sources if isinstance(s, IntervalSource) for p in s.raw_parameters()]
     known = {id(p) for p in raw}
     weights = [p for p in sources.parameters() if id(p) not in known]
@@ -243,6 +242,7 @@ def _learn(unit: Unit, call: UnitCall, target: Parts, config: Config, generator:
                 break
             schedule.step()
     sources.eval()
+    return True
 
 
 def _chances(unit: Unit, target: Parts, power: float) -> Tensor:

@@ -1,16 +1,15 @@
-"""Method ``auto``: which quantizers of a unit follow t, decided on trajectories that nothing was learned from."""
+"""Method ``auto``: which quantizers of a unit follow t, before anything is learned."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ptq_tdq.config import Config
-from ptq_tdq.intervals import Observed, source_class
+from ptq_tdq.intervals import IntervalSource, Observed, source_class
 from ptq_tdq.intervals.auto import FOLLOWING, SIMPLE, Auto
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.recon.parts import Parts
@@ -19,41 +18,32 @@ from ptq_tdq.recon.unit import Unit
 
 ERRORS = 2.0  # standard errors that a gain must exceed to be believed
 
-Learn = Callable[[Unit, Config], None]
-
 
 def undecided(unit: Unit) -> list[ActivationQuantizer]:
     """The unit's quantizers whose method is still "auto"."""
     return [q for q in unit.quantizers() if q.record.method == Auto.pattern]
 
 
-def choose(
-    unit: Unit, call: UnitCall, target: Parts, config: Config, observed: Mapping[str, Observed], learn: Learn
-) -> None:
+def choose(unit: Unit, call: UnitCall, target: Parts, config: Config, observed: Mapping[str, Observed]) -> None:
     """Put the chosen method of each undecided quantizer, and what following t is worth, into its record.
 
-    Sources that follow t and static ones are learned in half of the iterations each, on the trajectories that are not
-    held out. A quantizer follows t where that alone makes the loss of the held-out samples smaller, by more than
-    ``ERRORS`` standard errors of the difference sample by sample, and if what all of those give together does so too.
+    Sources are judged as they start: to learn them first changes no result (docs/results.md). A quantizer follows t
+    where that alone makes the loss of the held-out samples smaller, by more than ``ERRORS`` standard errors of the
+    difference sample by sample, and if what all of those give together does so too. Ranges of these samples are among
+    those that intervals were searched in.
     """
-    seen, judge = unit.split()
-    half = config.changed({"activation_iterations": config.activations.activation_iterations // 2})
-    quantizers, first = undecided(unit), [shift.detach().clone() for shift in unit.shifts()]
+    judge, quantizers = unit.split()[1], undecided(unit)
 
-    def learned(method: str) -> list[torch.nn.Module]:
-        set_shifts(unit, first)
-        for quantizer in quantizers:
-            source = source_class(method).build(method, observed[quantizer.record.name])
-            quantizer.source = source.to(unit.device).eval()
-        learn(seen, half)
-        return [q.source for q in quantizers if q.source]
+    def started(method: str) -> list[IntervalSource]:
+        found = (source_class(method).build(method, observed[q.record.name]) for q in quantizers)
+        return [source.to(unit.device).eval() for source in found]
 
-    def loss_with(sources: list[torch.nn.Module]) -> Tensor:
+    def loss_with(sources: list[IntervalSource]) -> Tensor:
         for quantizer, source in zip(quantizers, sources, strict=True):
-            quantizer.source = source  # type: ignore[assignment]
+            quantizer.source = source
         return judge.losses(call, target, config.activations.loss_power)
 
-    following, simple = learned(FOLLOWING), learned(SIMPLE)
+    following, simple = started(FOLLOWING), started(SIMPLE)
     static = loss_with(simple)
     alone = [loss_with([*simple[:i], source, *simple[i + 1 :]]) for i, source in enumerate(following)]
     pays = [believed(static - moved) for moved in alone]
@@ -61,14 +51,6 @@ def choose(
     for quantizer, moved, own in zip(quantizers, alone, pays, strict=True):
         method = FOLLOWING if own and believed(static - together) else SIMPLE
         quantizer.record = replace(quantizer.record, method=method, gain_db=ratio_db(static, moved))
-    set_shifts(unit, first)
-
-
-def set_shifts(unit: Unit, values: list[Tensor]) -> None:
-    """Put bias corrections into the unit."""
-    with torch.no_grad():
-        for shift, value in zip(unit.shifts(), values, strict=True):
-            shift.copy_(value)
 
 
 def believed(gain: Tensor) -> bool:

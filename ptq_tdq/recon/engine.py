@@ -72,15 +72,18 @@ def reconstruct(
     quantized.quantize(weights=False, activations=False)
     engine.pass_over("weights")
     engine.pass_over("activations")
-    quantized.plan = tuple(_as_chosen(record, quantized) for record in quantized.plan)
+    quantized.plan = _as_chosen(quantized)
     return engine.static
 
 
-def _as_chosen(record: LayerRecord, quantized: QuantizedModel) -> LayerRecord:
-    """The record with the methods that phase A chose for its quantizers, and the rotation that phase W did."""
-    chosen, layer = quantized.quantizers(), quantized.layers().get(record.name)
-    inputs = tuple(chosen[q.name].record for q in record.inputs)
-    return replace(record, inputs=inputs, rotated=layer is not None and layer.record.rotated)
+def _as_chosen(quantized: QuantizedModel) -> tuple[LayerRecord, ...]:
+    """The records with the methods that phase A chose for their quantizers, and the rotations that phase W did."""
+    chosen = {name: quantizer.record for name, quantizer in quantized.quantizers().items()}
+    rotated = {name for name, layer in quantized.layers().items() if layer.record.rotated}
+    return tuple(
+        replace(record, inputs=tuple(chosen[q.name] for q in record.inputs), rotated=record.name in rotated)
+        for record in quantized.plan
+    )
 
 
 def _share(calls: Calls, most: int) -> tuple[list[slice], slice]:

@@ -173,7 +173,8 @@ def unit_seconds(
     """What one unit takes with ``rows`` samples in phase W and in phase A."""
     closed = config.weights.rounding in ("gptq", "learned")
     again = closed and config.weights.round_again
-    first, second = 4 * pace.plain, pace.plain + 6 * pace.quantized
+    judged = (1 + _following(config)) * (1 + (config.activations.activation_iterations > 0))
+    first, second = 4 * pace.plain, pace.plain + (3 + again + judged) * pace.quantized
     if config.weights.equalize == "channels" or config.weights.rotate == "auto":
         first += pace.plain
     if closed:
@@ -195,11 +196,16 @@ def _steps(layers: Sequence[QuantLayer], config: Config) -> tuple[float, float]:
     """Steps of learning in phase W and in phase A."""
     bits = min((layer.record.weight_bits or MAX_BITS for layer in layers), default=MAX_BITS)
     weights, intervals = config.weights.weight_iterations, config.activations.activation_iterations
-    # auto: half of them with each source, then a static one, and perhaps one that follows t
-    follows = source_class(config.method).timed and config.method not in STATIC
-    learned = intervals * (2.5 if config.method == "auto" else 2.0 if follows else 1.0)
+    learned = intervals * (1 + _following(config))  # a static source before one that follows t
     codes = weights if config.weights.rounding == "learned" and bits <= LEARNED_BITS else 0
     return weights if config.weights.rounding == "adaround" else 0, learned + codes
+
+
+def _following(config: Config) -> float:
+    """The share of units with sources that follow t, as far as one knows before."""
+    if config.method == "auto":
+        return 0.5
+    return float(source_class(config.method).timed and config.method not in STATIC)
 
 
 def _rounding_seconds(

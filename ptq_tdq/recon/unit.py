@@ -74,6 +74,11 @@ class Unit:
         """The learned corrections of the layers' biases."""
         return [layer.shift for layer in self.layers() if layer.shift is not None]
 
+    def set_shifts(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for shift, value in zip(self.shifts(), values, strict=True):
+                shift.copy_(value)
+
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Gradients on, for the bias corrections too."""

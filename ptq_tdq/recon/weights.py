@@ -117,9 +117,7 @@ def _set_weights(unit: Unit, state: _WeightState) -> None:
     for (layer, index, _), (codes, scale, zero_point) in zip(_parts(unit.layers()), parts, strict=True):
         assert codes is not None and scale is not None and zero_point is not None
         layer.assign(index, codes, scale, zero_point)
-    with torch.no_grad():
-        for shift, value in zip(unit.shifts(), shifts, strict=True):
-            shift.copy_(value)
+    unit.set_shifts(shifts)
 
 
 def _parts(layers: list[QuantLayer]) -> list[tuple[QuantLayer, int, WeightQuantizer]]:

@@ -97,8 +97,9 @@ def observe_activations(
 def measure_errors(quantized: QuantizedModel, reference: Reference, on_progress: Progress | None = None) -> LayerErrors:
     """Compare every layer of a calibrated model with full precision; ``on_progress(done, total)`` counts rows."""
     full, calls = _full_precision(quantized.plan, reference, replace(reference.calls, axis=quantized.axis))
+    every = quantized.quantizers()
     for name, quantizer in full.quantizers().items():
-        quantizer.source = quantized.quantizers()[name].source
+        quantizer.source = every[name].source
     layers, twins = (
         [model.model.get_submodule(record.name) for record in quantized.plan] for model in (full, quantized)
     )

@@ -17,9 +17,8 @@ def address(
 
     Raises :class:`RuntimeUnsupportedError` for a tensor of another dtype, shape, layout or device.
     """
-    layout = torch.contiguous_format if layout is None else layout
-    fits = x.dtype == dtype and x.shape == torch.Size(shape) and x.device.type == "cpu"
-    if not (fits and x.is_contiguous(memory_format=layout)):
+    whole = x.is_contiguous() if layout is None else x.is_contiguous(memory_format=layout)
+    if not (whole and x.dtype == dtype and x.shape == tuple(shape) and x.is_cpu):
         raise RuntimeUnsupportedError(
             f"The integer kernels take {what} as {dtype} {list(shape)} without gaps on the CPU. "
             f"Got {x.dtype} {list(x.shape)} on {x.device} instead."

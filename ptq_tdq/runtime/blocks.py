@@ -1,4 +1,4 @@
-"""Blocks with their passes fused: norms go into the quantizers, residual sums into the products.
+"""Blocks with their passes fused: norms and activations go into quantizers, residual sums into products.
 
 One table from a class of diffusers to what computes in its place. All of this is for speed alone: a block of another
 form, or a call with other arguments, takes the block's own way, where its layers run in integers one by one.
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models import activations
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -18,17 +20,19 @@ from torch.nn import functional
 
 from ptq_tdq.modules.products import products_of
 from ptq_tdq.runtime.attention import IntegerProduct
-from ptq_tdq.runtime.kernels import Norm
-from ptq_tdq.runtime.layer import IntegerLayer, IntegerLinear, WeightOnlyLayer, weight_only_linear
+from ptq_tdq.runtime.kernels import Activation, Norm
+from ptq_tdq.runtime.layer import FORMS, IntegerLayer, IntegerLinear, WeightOnlyLayer
 from ptq_tdq.runtime.step import kept
 
+SILU = Activation("silu")
 
-def norm_of(module: nn.Module | None, *, silu: bool) -> Norm | None:
+
+def norm_of(module: nn.Module | None) -> Norm | None:
     """The group norm as data, or None for another kind of norm."""
     if not isinstance(module, nn.GroupNorm) or module.weight is None:
         return None
     weight, bias = (p.detach().float().contiguous() for p in (module.weight, module.bias))
-    return Norm(int(module.num_groups), weight, bias, module.eps, silu)
+    return Norm(int(module.num_groups), weight, bias, module.eps)
 
 
 def _takes_norm(layer: nn.Module | None, kind: type[IntegerLayer] = IntegerLayer) -> bool:
@@ -51,6 +55,7 @@ class TimeProjections:
     """The time-embedding linears of all residual blocks as one; computed when the first of them asks."""
 
     def __init__(self, linears: list[WeightOnlyLayer]) -> None:
+        self.linear = linears[0].linear
         self.sizes = [len(linear.codes) for linear in linears]
         self.codes = torch.cat([linear.codes for linear in linears])
         self.scale = torch.cat([linear.scale.detach() for linear in linears])
@@ -63,7 +68,7 @@ class TimeProjections:
         """temb [B, E] -> the shift [B, C] of block ``index``; None for another temb than that of this call's others."""
         last, shifts = kept().get(self, (None, ()))
         if last is None:
-            y = weight_only_linear(functional.silu(temb), self.codes, self.scale, self.bias)
+            y = self.linear(functional.silu(temb), self.codes, self.scale, self.bias)
             last, shifts = kept()[self] = temb, y.split(self.sizes, 1)
         return shifts[index] if last is temb else None
 
@@ -73,14 +78,14 @@ class FusedResnet(Fused):
 
     def __init__(self, block: Any) -> None:
         super().__init__(block)
-        self.norms = norm_of(block.norm1, silu=True), norm_of(block.norm2, silu=True)
+        self.norms = norm_of(block.norm1), norm_of(block.norm2)
         self.projections: tuple[TimeProjections, int] | None = None
 
     @staticmethod
     def of(block: Any) -> FusedResnet | None:
         covered = (
             all(_takes_norm(conv) for conv in (block.conv1, block.conv2))
-            and all(norm_of(norm, silu=True) for norm in (block.norm1, block.norm2))
+            and all(norm_of(norm) for norm in (block.norm1, block.norm2))
             and isinstance(block.nonlinearity, nn.SiLU)
             and (block.upsample is None and block.downsample is None)
             and block.time_embedding_norm == "default"
@@ -97,7 +102,8 @@ class FusedResnet(Fused):
         # a copy, since the sum takes its place and x may be wanted again as a skip connection
         residual = x.clone(memory_format=torch.channels_last) if block.conv_shortcut is None else block.conv_shortcut(x)
         first, second = self.norms
-        y = block.conv2.run(block.conv1.run(x, norm=first), norm=second, shift=shift, onto=residual)
+        y = block.conv1.run(x, norm=first, activation=SILU)
+        y = block.conv2.run(y, norm=second, activation=SILU, shift=shift, onto=residual)
         return y if block.output_scale_factor == 1 else y / block.output_scale_factor
 
     def _shift(self, temb: Tensor) -> Tensor:
@@ -136,7 +142,7 @@ class FusedAttention(Fused):
 
     def __init__(self, block: Any, product: IntegerProduct) -> None:
         super().__init__(block)
-        self.product, self.norm = product, norm_of(block.group_norm, silu=False)
+        self.product, self.norm = product, norm_of(block.group_norm)
 
     @staticmethod
     def of(block: Any) -> FusedAttention | None:
@@ -151,7 +157,7 @@ class FusedAttention(Fused):
             len(products) == 1
             and type(block.processor) is AttnProcessor2_0
             and all(_takes_norm(layer, IntegerLinear) for layer in projections)
-            and norm_of(block.group_norm, silu=False) is not None  # tokens have another norm, outside
+            and norm_of(block.group_norm) is not None  # tokens have another norm, outside
             and (block.spatial_norm is None and block.norm_q is None and block.norm_k is None)
             and not block.is_cross_attention
         )
@@ -164,11 +170,15 @@ class FusedAttention(Fused):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        block, x = self.block, hidden_states
+        x = hidden_states
         if x.ndim != 4 or encoder_hidden_states is not None or attention_mask is not None:
             return self.plainly(x, encoder_hidden_states, attention_mask, **kwargs)
-        x = x.contiguous(memory_format=torch.channels_last)
-        height, width = x.shape[2:]
+        with torch._C.DisableTorchFunction():  # what follows is not to be listened to
+            return self.attend(x.contiguous(memory_format=torch.channels_last))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] in channels_last memory."""
+        block, (height, width) = self.block, x.shape[2:]
         q, k, v = (
             layer.run(x, norm=self.norm)
             .permute(0, 2, 3, 1)
@@ -179,14 +189,62 @@ class FusedAttention(Fused):
         )
         out = self.product.attend(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
         image = out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        y = block.to_out[0].run(image, onto=x.clone() if block.residual_connection else None)
+        y: Tensor = block.to_out[0].run(image, onto=x.clone() if block.residual_connection else None)
         return y if block.rescale_output_factor == 1 else y / block.rescale_output_factor
+
+
+class FusedChain(Fused):
+    """Modules one after the other: an activation goes into the quantizer of the integer layer that follows it."""
+
+    def __init__(self, block: Any, chain: list[tuple[nn.Module, Activation | None]]) -> None:
+        super().__init__(block)
+        self.chain = chain
+
+    @staticmethod
+    def of(block: Any) -> FusedChain | None:
+        modules = block.net if isinstance(block, FeedForward) else block
+        modules = [module for module in modules if type(module) not in (nn.Dropout, nn.Identity)]
+        chain: list[tuple[nn.Module, Activation | None]] = []
+        pending: Activation | None = None
+        for module, following in zip(modules, [*modules[1:], None], strict=True):
+            before, activation = [module], None
+            if type(module) in ACTIVATED and type(following) in FORMS.values() and len(following.parts) == 1:
+                first, last = ACTIVATED[type(module)](module)
+                if type(following) is IntegerLinear or not last.gated:  # a gate is in the last dimension
+                    before, activation = first, last
+            chain += [(m, pending) for m in before]
+            pending = activation
+        return FusedChain(block, chain) if any(activation for _, activation in chain) else None
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return self.plainly(x, *args, **kwargs)
+        for module, activation in self.chain:
+            x = module(x) if activation is None else module(x, activation)
+        return x
+
+
+def _gelu(module: Any) -> Activation:
+    return Activation("gelu" if module.approximate == "none" else "gelu-tanh")
+
+
+ACTIVATED: dict[type[nn.Module], Callable[[Any], tuple[list[nn.Module], Activation]]] = {
+    nn.SiLU: lambda module: ([], SILU),
+    nn.GELU: lambda module: ([], _gelu(module)),
+    activations.GELU: lambda module: ([module.proj], _gelu(module)),
+    activations.ApproximateGELU: lambda module: ([module.proj], Activation("gelu-sigmoid")),
+    activations.GEGLU: lambda module: ([module.proj], Activation("gelu", gated=True)),
+    activations.SwiGLU: lambda module: ([module.proj], Activation("silu", gated=True)),
+}
+"""What a module does before its activation, which comes last, and that activation."""
 
 
 FUSED: dict[type[nn.Module], Callable[[Any], Fused | None]] = {
     ResnetBlock2D: FusedResnet.of,
     Upsample2D: FusedUpsample.of,
     Attention: FusedAttention.of,
+    FeedForward: FusedChain.of,
+    nn.Sequential: FusedChain.of,
 }
 
 
@@ -220,8 +278,9 @@ def _fuse_output(model: Any) -> list[str]:
     own = dict(model.named_children())
     if not isinstance(own.get("conv_act"), nn.SiLU) or not _takes_norm(own.get("conv_out")):
         return []
-    model.conv_out.norm = norm_of(model.conv_norm_out, silu=True)
-    if model.conv_out.norm is None:
+    norm = norm_of(model.conv_norm_out)
+    if norm is None:
         return []
+    model.conv_out.norm, model.conv_out.activation = norm, SILU
     model.conv_norm_out = model.conv_act = nn.Identity()
     return ["conv_out"]

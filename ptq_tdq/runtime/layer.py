@@ -20,11 +20,21 @@ from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.modules.layers import find_kind, outputs_first
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.rotate import rotated
-from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, Rotate, levels, normalized
+from ptq_tdq.runtime.kernels import (
+    NOTHING,
+    Activation,
+    Before,
+    Grid,
+    Norm,
+    Quantize,
+    Rotate,
+    WeightOnly,
+    levels,
+    reference_weight_only,
+)
+from ptq_tdq.runtime.native_layer import NativeLayer
 from ptq_tdq.runtime.products import LARGEST_CODE, LARGEST_FLOAT32_INTEGER, Geometry, Products
 from ptq_tdq.runtime.step import Step
-
-FLOAT_ROWS = 256  # of a weight that are made float at once: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Part:
     channels: tuple[int, int]
     pitch: int  # channels of its codes in memory
     products: tuple[Products, ...]
+    native: NativeLayer | None = None  # all of it at once, where that is there
 
 
 class _Described(Tensor):
@@ -72,6 +83,11 @@ class CodedLayer(nn.Module):
         """The layer itself, with a weight that has a shape and no values."""
         return self._layer[0]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Unheard by what listens for attention products, since hearing takes longer than a small operation."""
+        with torch._C.DisableTorchFunction():
+            return super().__call__(*args, **kwargs)
+
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What the layer does with some weight [O, C / groups, ...]."""
         kind = find_kind(self.layer)
@@ -94,9 +110,16 @@ class WeightOnlyLayer(CodedLayer):
     codes int8 or int16 [O, C / groups, ...], less their zero points.
     """
 
-    def __init__(self, layer: nn.Module, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        linear: WeightOnly = reference_weight_only,
+    ) -> None:
         super().__init__(layer, scale, bias)
-        self.codes = codes
+        self.codes, self.linear = codes, linear
 
     @property
     def nbytes(self) -> int:
@@ -108,21 +131,14 @@ class WeightOnlyLayer(CodedLayer):
             raise ModelError("A layer was given complex numbers; pass real ones.")
         x = input.float()
         if self.codes.ndim == 2:
-            return weight_only_linear(x, self.codes, self.scale, self.bias)
+            return self.linear(x, self.codes, self.scale, self.bias)
         x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         weight = self.codes * self.scale.view(-1, *(1,) * (self.codes.ndim - 1))
         return self.operation(x, weight, self.bias)
 
 
-def weight_only_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., C] times codes [O, C], of which only some rows are float at a time."""
-    parts = [functional.linear(x, rows.to(torch.float32)) for rows in codes.split(FLOAT_ROWS)]
-    y = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scale
-    return y if bias is None else y + bias
-
-
 class IntegerLayer(CodedLayer):
-    """A drop-in for a quantized Conv2d; ``norm`` (with SiLU or not) may be fused into its quantizer."""
+    """A drop-in for a quantized Conv2d; a norm and an activation may be fused into its quantizer."""
 
     def __init__(
         self,
@@ -142,19 +158,20 @@ class IntegerLayer(CodedLayer):
         self.record, self.parts, self.step, self.quantize = record, tuple(parts), step, quantize
         self.geometry = Geometry.of(layer)
         self.norm: Norm | None = None
+        self.activation: Activation | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its weights in memory."""
         return sum(products.nbytes for part in self.parts for products in part.products)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As the layer that it stands for, in float32: input [B, C, ...]."""
-        return self.convolve(self.bordered(input))
+    def forward(self, input: Tensor, activation: Activation | None = None) -> Tensor:
+        """As the layer that it stands for behind an activation, in float32: input [B, C, ...]."""
+        return self.convolve(self.bordered(input), activation)
 
-    def convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, activation: Activation | None) -> Tensor:
         """x [B, C, ...] with its border, but for zeros."""
-        return self.run(x)
+        return self.run(x, activation=activation)
 
     def bordered(self, x: Tensor) -> Tensor:
         """x with a border of its own values, where the layer has such a one: their codes are the same."""
@@ -167,36 +184,44 @@ class IntegerLayer(CodedLayer):
         x: Tensor,
         *,
         norm: Norm | None = None,
+        activation: Activation | None = None,
         shift: Tensor | None = None,
         onto: Tensor | None = None,
         up: int = 1,
     ) -> Tensor:
         """x [B, C, H, W] (a Linear's tokens as pixels) -> [B, O, H', W'].
 
-        A ``norm`` (by default the layer's own) comes before the quantizer, and ``shift`` [B, C] is added before it; the
-        result is added to ``onto``, whose memory it may take; ``up`` enlarges x by nearest neighbours first. Raises
-        :class:`ModelError` for another number of channels.
+        A ``norm`` and an ``activation`` (by default the layer's own) come before the quantizer, and ``shift`` [B, C] is
+        added before them; the result is added to ``onto``, whose memory it may take; ``up`` enlarges x by nearest
+        neighbours first. Raises :class:`ModelError` for another number of channels.
         """
-        self.check(x, 4)
-        norm = norm or self.norm
+        before = self.before(activation or self.activation, norm or self.norm, shift)
+        self.check(x, 4, before)
+        return self.coded(x, before, onto, up)
+
+    def before(self, activation: Activation | None, norm: Norm | None = None, shift: Tensor | None = None) -> Before:
+        """What is done before the codes, with what is always done."""
+        return Before(shift, norm, activation, self.rotate if self.record.rotated else None, self.gain)
+
+    def coded(self, x: Tensor, before: Before, onto: Tensor | None = None, up: int = 1) -> Tensor:
+        """The products of the codes of x, with all that is done before them."""
         for part in self.parts:
-            timed = part.quantizer.name in self.step
-            if norm is not None and (not timed or self.gain is not None):  # a dynamic interval needs the values
-                x, norm = normalized(x, norm, shift), None
-            gain = self.gain
-            if gain is not None and not timed:
-                x, gain = x * gain.view(1, -1, 1, 1), None
+            timed = part.quantizer.name in self.step  # a dynamic interval needs the values
+            if not timed or (before.norm is not None and before.gain is not None):
+                x, before = before(x), NOTHING
             interval = self.step.interval(part.quantizer.name, x if timed else x[:, slice(*part.channels)].flatten(1))
+            if part.native is not None:
+                onto = part.native(x, before, interval, onto, up)
+                continue
             grid = Grid(part.channels, part.pitch, part.quantizer.bits, self.geometry.padding, up)
-            codes = self.quantize(x, grid, interval.scale, interval.zero_point, norm, shift, gain)
-            onto = part.products[0](codes, interval, onto)
+            onto = part.products[0](self.quantize(x, grid, *interval, before), interval, onto)
         assert onto is not None
         return onto
 
-    def check(self, x: Tensor, axes: int) -> None:
+    def check(self, x: Tensor, axes: int, before: Before = NOTHING, axis: int = 1) -> None:
         """Raise :class:`ModelError` for an x that is not of the layer's form, or of complex numbers."""
         channels = self.parts[-1].channels[1]
-        if x.ndim != axes or x.shape[1] != channels or x.is_complex():
+        if x.ndim != axes or before.channels(x.shape[axis]) != channels or x.is_complex():
             raise ModelError(
                 f"The layer {self.record.name} takes {channels} channels of real numbers. "
                 f"Got {x.dtype} {list(x.shape)} instead."
@@ -206,37 +231,27 @@ class IntegerLayer(CodedLayer):
 class IntegerLinear(IntegerLayer):
     """A Linear: x [..., C], of which the first dimension holds the samples."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, activation: Activation | None = None) -> Tensor:
         x = input
         if not x.numel():
-            return torch.zeros(*x.shape[:-1], self.layer.out_features)
-        timed = all(part.quantizer.name in self.step for part in self.parts)
+            return torch.zeros(*x.shape[:-1], self.layer.out_features, dtype=torch.float32)
+        part, timed = self.parts[0], all(part.quantizer.name in self.step for part in self.parts)
+        if part.native is not None and timed and x.ndim > 1 and len(self.parts) == 1:
+            before = self.before(activation)
+            self.check(x, x.ndim, before, -1)
+            return part.native.of_tokens(x, before, self.step.interval(part.quantizer.name, x))
         # one interval for all: one long row of pixels, which the kernels like better than many short ones
         rows = 1 if x.ndim == 1 or (timed and self.step.alike(len(x))) else len(x)
         image = x.reshape(rows, 1, prod(x.shape[:-1]) // rows, x.shape[-1]).permute(0, 3, 1, 2)
-        y = self.run(image).permute(0, 2, 3, 1)
+        y = self.run(image, activation=activation).permute(0, 2, 3, 1)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def run(
-        self,
-        x: Tensor,
-        *,
-        norm: Norm | None = None,
-        shift: Tensor | None = None,
-        onto: Tensor | None = None,
-        up: int = 1,
-    ) -> Tensor:
+    def coded(self, x: Tensor, before: Before, onto: Tensor | None = None, up: int = 1) -> Tensor:
         """As for other layers; where each token has an interval of its own, each is an image of one pixel."""
-        if self.record.rotated:
-            self.check(x, 4)
-            x, norm = x if norm is None else normalized(x, norm, shift), None
-            x = self.rotate(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if x.shape[2:].numel() == 1 or not any(self.step.by_token(part.quantizer.name) for part in self.parts):
-            return super().run(x, norm=norm, shift=shift, onto=onto, up=up)
-        self.check(x, 4)
-        x = x if norm is None else normalized(x, norm, shift)
-        tokens = x.permute(0, 2, 3, 1)
-        y = super().run(tokens.reshape(-1, x.shape[1], 1, 1))
+            return super().coded(x, before, onto, up)
+        tokens = before(x).permute(0, 2, 3, 1)
+        y = super().coded(tokens.reshape(-1, tokens.shape[-1], 1, 1), NOTHING)
         y = y.view(*tokens.shape[:3], -1).permute(0, 3, 1, 2)
         return y if onto is None else y + onto
 
@@ -244,14 +259,15 @@ class IntegerLinear(IntegerLayer):
 class IntegerConv1d(IntegerLayer):
     """A Conv1d: x [B, C, L]."""
 
-    def convolve(self, x: Tensor) -> Tensor:
-        return self.run(x.unsqueeze(2)).squeeze(2)
+    def convolve(self, x: Tensor, activation: Activation | None) -> Tensor:
+        return self.run(x.unsqueeze(2), activation=activation).squeeze(2)
 
 
 class IntegerConv3d(IntegerLayer):
     """A Conv3d: x [B, C, D, H, W]. The input is quantized once; its frames meet the weights of each depth in turn."""
 
-    def convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, activation: Activation | None) -> Tensor:
+        x = x if activation is None else activation(x)
         self.check(x, 5)
         kernel, stride, dilation = (of[0] for of in (self.layer.kernel_size, self.layer.stride, self.layer.dilation))
         if self.layer.padding_mode == "zeros":  # in depth; the code of 0 is the zero point
@@ -265,7 +281,7 @@ class IntegerConv3d(IntegerLayer):
         for part in self.parts:
             interval = self.step.interval(part.quantizer.name, x[:, slice(*part.channels)].flatten(1))
             grid = Grid(part.channels, part.pitch, part.quantizer.bits, self.geometry.padding)
-            codes = self.quantize(frames, grid, *interval.repeated(depth), None, None)
+            codes = self.quantize(frames, grid, *interval.repeated(depth))
             codes = codes.permute(0, 2, 3, 1).unflatten(0, (batch, depth))
             for place, products in enumerate(part.products):
                 first = place * dilation

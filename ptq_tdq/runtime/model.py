@@ -22,9 +22,17 @@ from ptq_tdq.records import LayerRecord
 from ptq_tdq.rotate import rotated
 from ptq_tdq.runtime.attention import Attend, IntegerProduct, native_attend, reference_attend
 from ptq_tdq.runtime.blocks import fuse
-from ptq_tdq.runtime.kernels import Quantize, Rotate, reference_quantize
+from ptq_tdq.runtime.kernels import (
+    Grid,
+    Quantize,
+    Rotate,
+    WeightOnly,
+    reference_quantize,
+    reference_weight_only,
+)
 from ptq_tdq.runtime.layer import FORMS, CodedLayer, IntegerLayer, Part, TransposedLayer, WeightOnlyLayer
-from ptq_tdq.runtime.native import native_quantize, native_rotate, open_library
+from ptq_tdq.runtime.native import native_quantize, native_rotate, native_weight_only, open_library
+from ptq_tdq.runtime.native_layer import NativeLayer
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights
 from ptq_tdq.runtime.step import Step
 from ptq_tdq.timed_model import TimedModel, in_float32
@@ -126,6 +134,7 @@ class _Engine:
         found = open_library()
         self.library = found if isinstance(found, CDLL) else None
         self.quantize: Quantize = native_quantize(self.library) if self.library else reference_quantize
+        self.weight_only: WeightOnly = native_weight_only(self.library) if self.library else reference_weight_only
         self.rotate: Rotate = native_rotate(self.library) if self.library else rotated
         self.attend: Attend = native_attend(self.library) if self.library else reference_attend
         self.passes = "native C" if self.library else f"torch ({found})"
@@ -145,7 +154,7 @@ class _Engine:
         )
         if not record.inputs:
             codes = _narrow(artifact.weight_codes[name], zero_points[0])
-            return WeightOnlyLayer(layer, codes, scales[0], bias)
+            return WeightOnlyLayer(layer, codes, scales[0], bias, self.weight_only)
         if record.kind not in FORMS:
             self.products[FloatProducts.name] = None
             ours = [artifact.weight_codes[name][:, slice(*channels)] for channels in ranges]
@@ -163,10 +172,17 @@ class _Engine:
                 products.append(self._products(weights, geometry))
                 rest = no_bias
             pitch = weights.codes.shape[1] * geometry.groups
-            parts.append(Part(record.inputs[index], channels, pitch, tuple(products)))
+            grid = Grid(channels, pitch, record.inputs[index].bits, geometry.padding)
+            parts.append(Part(record.inputs[index], channels, pitch, tuple(products), self._whole(grid, products[0])))
         divisor = artifact.divisors.get(name)
         gain = None if divisor is None else divisor.reciprocal()
         return FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize, gain, self.rotate)
+
+    def _whole(self, grid: Grid, products: Products) -> NativeLayer | None:
+        """A layer in one call, where that is there."""
+        if self.library is None or not isinstance(products, NativeProducts) or not products.single:
+            return None
+        return NativeLayer(self.library, grid, products)
 
     def _products(self, weights: Weights, geometry: Geometry) -> Products:
         products: Products

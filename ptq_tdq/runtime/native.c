@@ -1,4 +1,4 @@
-/* The passes around the integer products, fused: (group norm, SiLU,) quantize, pad, upsample. Layout NHWC.
+/* The passes around the integer products, fused: (norm, activation, rotation,) quantize, pad, upsample. Layout NHWC.
  *
  * Plain C with OpenMP, built on demand by native.py. kernels.py holds the same functions in torch: the reference.
  * Written for the compiler's vectoriser: inner loops run over channels, or over all values of a row.
@@ -25,11 +25,114 @@ static inline float exponential(float x) {
     return p * power.f;
 }
 
-static inline float silu(float y) { return y / (1.0f + exponential(-y)); }
+enum { NONE, SILU, GELU, GELU_TANH, GELU_SIGMOID }; /* as in ACTIVATIONS of kernels.py */
+
+/* y times the logistic function of u: SiLU where u is y. */
+static inline float gated(float y, float u) { return y / (1.0f + exponential(-u)); }
+
+/* y times the normal distribution function (Abramowitz and Stegun 7.1.26, error 1e-7). */
+static inline float gelu(float y) {
+    const float z = fabsf(y) * 0.70710678118654752f, t = 1.0f / (1.0f + 0.3275911f * z);
+    float p = 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const float beyond = 0.5f * p * t * exponential(-z * z);
+    return y * (y < 0.0f ? beyond : 1.0f - beyond);
+}
+
+static inline __attribute__((always_inline)) float activated(float y, int64_t kind) {
+    return kind == SILU        ? gated(y, y)
+           : kind == GELU      ? gelu(y)
+           : kind == GELU_TANH ? gated(y, y * (1.59576912160573f + 0.0713548162726f * y * y))
+                               : gated(y, 1.702f * y);
+}
+
+/* y [channels] = activation(x), or x times the activation of the gate [channels]. */
+static inline __attribute__((always_inline)) void activate_as(int64_t kind, const float *x, const float *gate,
+                                                              int64_t channels, float *restrict y) {
+    if (gate)
+        for (int64_t c = 0; c < channels; c++) y[c] = x[c] * activated(gate[c], kind);
+    else
+        for (int64_t c = 0; c < channels; c++) y[c] = activated(x[c], kind);
+}
+
+static void activate(int64_t kind, const float *x, const float *gate, int64_t channels, float *y) {
+    if (kind == SILU) activate_as(SILU, x, gate, channels, y);
+    if (kind == GELU) activate_as(GELU, x, gate, channels, y);
+    if (kind == GELU_TANH) activate_as(GELU_TANH, x, gate, channels, y);
+    if (kind == GELU_SIGMOID) activate_as(GELU_SIGMOID, x, gate, channels, y);
+}
 
 static inline uint8_t code(float y, float scale, float zero_point, float qmax) {
     float q = rintf(y / scale) + zero_point;
     return (uint8_t)(int32_t)(q < 0.0f ? 0.0f : (q > qmax ? qmax : q));
+}
+
+/* ROWS x 2 vectors of sums: as many as the registers hold. */
+#if defined(__AVX512F__)
+enum { ROWS = 8, LANES = 16, COLUMNS = 2 * LANES };
+#else
+enum { ROWS = 6, LANES = 8, COLUMNS = 2 * LANES };
+#endif
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+
+/* The Hadamard transform of each run of `block` values of y [channels], times gain. */
+static void hadamard(float *y, int64_t channels, int64_t block, float gain) {
+    int64_t width = 1;
+    if (block % LANES == 0) { /* the first stages at once, as a product with the matrix of LANES */
+        vec rows[LANES];
+        for (int r = 0; r < LANES; r++)
+            for (int i = 0; i < LANES; i++) rows[r][i] = __builtin_parity((unsigned)(r & i)) ? -gain : gain;
+        for (int64_t start = 0; start < channels; start += LANES) {
+            vec sum = {0};
+            for (int r = 0; r < LANES; r++) sum += rows[r] * y[start + r];
+            *(vec *)(y + start) = sum;
+        }
+        for (width = LANES; width < block; width *= 2)
+            for (int64_t start = 0; start < channels; start += 2 * width)
+                for (int64_t i = start; i < start + width; i += LANES) {
+                    const vec low = *(vec *)(y + i), high = *(vec *)(y + i + width);
+                    *(vec *)(y + i) = low + high;
+                    *(vec *)(y + i + width) = low - high;
+                }
+        return;
+    }
+    for (; width < block; width *= 2)
+        for (int64_t start = 0; start < channels; start += 2 * width)
+            for (int64_t i = start; i < start + width; i++) {
+                const float low = y[i], high = y[i + width];
+                y[i] = low + high;
+                y[i + width] = low - high;
+            }
+    for (int64_t i = 0; i < channels; i++) y[i] *= gain;
+}
+
+/* y [channels] times diag(signs), then (I - 2/blocks 11^T) (x) Hadamard / sqrt(block): rotated() of rotate.py. */
+static void rotate_row(float *y, const float *signs, int64_t channels) {
+    enum { STRIP = 64 };
+    const int64_t block = channels & -channels, blocks = channels / (block ? block : 1);
+    const float share = 2.0f / (float)blocks;
+    for (int64_t i = 0; i < channels; i++) y[i] *= signs[i];
+    hadamard(y, channels, block, 1.0f / sqrtf((float)block));
+    for (int64_t first = 0; blocks > 1 && first < block; first += STRIP) {
+        const int64_t last = first + STRIP < block ? first + STRIP : block;
+        float sums[STRIP] = {0};
+        for (int64_t start = 0; start < channels; start += block)
+            for (int64_t i = first; i < last; i++) sums[i - first] += y[start + i] * share;
+        for (int64_t start = 0; start < channels; start += block)
+            for (int64_t i = first; i < last; i++) y[start + i] -= sums[i - first];
+    }
+}
+
+void rotate(const float *x, const float *signs, int64_t rows, int64_t channels, float *out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        float *y = out + row * channels;
+        memcpy(y, x + row * channels, (size_t)channels * sizeof(float));
+        rotate_row(y, signs, channels);
+    }
 }
 
 /* What to do with a batch of images: sizes, the channel range to read, and the frame of the output. */
@@ -39,59 +142,88 @@ typedef struct {
     int64_t pitch;                         /* channels of the output in memory; those beyond the range hold 0 */
     int64_t top, left, bottom, right, up;  /* padding with the zero point, and the factor of nearest upsampling */
     int64_t each;                          /* 1: a scale and zero point for each image, 0: one for all */
+    int64_t activation, is_gated;          /* of as many channels, after which those of the gate are in x */
+    const float *signs;                    /* of the rotation, or NULL */
     float qmax;
 } Frame;
 
-/* One row of pixels, of which only the channel range is quantized; a, b are the affine of the norm, a alone a gain. */
-static void quantize_row(const Frame *f, const float *x, const float *a, const float *b, int with_silu, float scale,
-                         float zero_point, uint8_t *out) {
+/* y [channels] = what is quantized of one pixel: normed (a, b), activated, rotated, or times a gain (a alone). */
+static void prepare(const Frame *f, const float *pixel, const float *a, const float *b, float *y) {
     const int64_t channels = f->channels;
-    if (!a && f->stride == channels && f->pitch == channels && f->up == 1) { /* contiguous: one long loop */
-        for (int64_t i = 0; i < f->width * channels; i++) out[i] = code(x[i], scale, zero_point, f->qmax);
-        return;
-    }
+    if (b)
+        for (int64_t c = 0; c < channels; c++) y[c] = pixel[c] * a[c] + b[c];
+    if (f->activation)
+        activate(f->activation, b ? y : pixel, f->is_gated ? pixel + channels : NULL, channels, y);
+    else if (!b)
+        memcpy(y, pixel, (size_t)channels * sizeof(float));
+    if (f->signs) rotate_row(y, f->signs, channels);
+    if (a && !b)
+        for (int64_t c = 0; c < channels; c++) y[c] *= a[c];
+}
+
+/* One row of pixels, of which only the channel range is quantized; a, b are the affine of the norm, a alone a gain. */
+static void quantize_row(const Frame *f, const float *x, const float *a, const float *b, float scale, float zero_point,
+                         float *work, uint8_t *out) {
+    const int64_t channels = f->channels; /* bytes of out might be those of f: what loops need of it is read before */
+    const float qmax = f->qmax;
+    const int with_silu = f->activation == SILU && b, prepared = f->signs || (f->activation && !with_silu);
     for (int64_t w = 0; w < f->width; w++) {
         const float *pixel = x + w * f->stride + f->first;
         uint8_t *to = out + w * f->up * f->pitch;
-        if (a && with_silu)
-            for (int64_t c = 0; c < channels; c++)
-                to[c] = code(silu(pixel[c] * a[c] + b[c]), scale, zero_point, f->qmax);
+        if (prepared) prepare(f, pixel, a, b, work);
+        if (prepared)
+            for (int64_t c = 0; c < channels; c++) to[c] = code(work[c], scale, zero_point, qmax);
+        else if (with_silu)
+            for (int64_t c = 0; c < channels; c++) {
+                const float y = pixel[c] * a[c] + b[c];
+                to[c] = code(gated(y, y), scale, zero_point, qmax);
+            }
         else if (b)
-            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c] + b[c], scale, zero_point, f->qmax);
+            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c] + b[c], scale, zero_point, qmax);
         else if (a)
-            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c], scale, zero_point, f->qmax);
+            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c], scale, zero_point, qmax);
         else
-            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c], scale, zero_point, f->qmax);
+            for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c], scale, zero_point, qmax);
         memset(to + channels, 0, (size_t)(f->pitch - channels));
         for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * f->pitch, to, (size_t)f->pitch);
     }
 }
 
-/* Quantize all images; affine is [batch, 2, channels] (a, then b) or NULL, gain [channels] or NULL. */
-static void quantize_images(const Frame *f, const float *x, const float *affine, const float *gain, int with_silu,
-                            const float *scale, const int32_t *zero_point, uint8_t *out) {
+/* Quantize all images; affine is [batch, 2, channels] (a, then b) or NULL, gain [channels] or NULL. Returns 0, or 1
+ * without memory. */
+static int quantize_images(const Frame *f, const float *x, const float *affine, const float *gain, const float *scale,
+                           const int32_t *zero_point, uint8_t *out) {
     const int64_t out_width = f->left + f->width * f->up + f->right, row = out_width * f->pitch;
     const int64_t out_height = f->top + f->height * f->up + f->bottom;
-#pragma omp parallel for collapse(2) schedule(static)
-    for (int64_t n = 0; n < f->batch; n++)
-        for (int64_t h = 0; h < f->height; h++) {
-            const float *a = affine ? affine + n * 2 * f->channels : gain;
-            uint8_t *image = out + n * out_height * row, *to = image + (f->top + h * f->up) * row;
-            const int zero = zero_point[n * f->each];
-            memset(to, zero, (size_t)(f->left * f->pitch));
-            quantize_row(f, x + (n * f->height + h) * f->width * f->stride, a, affine ? a + f->channels : NULL,
-                         with_silu, scale[n * f->each], (float)zero, to + f->left * f->pitch);
-            memset(to + (f->left + f->width * f->up) * f->pitch, zero, (size_t)(f->right * f->pitch));
-            for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * row, to, (size_t)row);
-            if (h == 0) memset(image, zero, (size_t)(f->top * row));
-            if (h == f->height - 1)
-                memset(image + (out_height - f->bottom) * row, zero, (size_t)(f->bottom * row));
-        }
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        float *work = malloc((size_t)f->channels * sizeof(float));
+        failed = !work;
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t n = 0; n < f->batch; n++)
+            for (int64_t h = 0; h < f->height; h++) {
+                if (!work) continue;
+                const float *a = affine ? affine + n * 2 * f->channels : gain;
+                uint8_t *image = out + n * out_height * row, *to = image + (f->top + h * f->up) * row;
+                const int zero = zero_point[n * f->each];
+                memset(to, zero, (size_t)(f->left * f->pitch));
+                quantize_row(f, x + (n * f->height + h) * f->width * f->stride, a, affine ? a + f->channels : NULL,
+                             scale[n * f->each], (float)zero, work, to + f->left * f->pitch);
+                memset(to + (f->left + f->width * f->up) * f->pitch, zero, (size_t)(f->right * f->pitch));
+                for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * row, to, (size_t)row);
+                if (h == 0) memset(image, zero, (size_t)(f->top * row));
+                if (h == f->height - 1)
+                    memset(image + (out_height - f->bottom) * row, zero, (size_t)(f->bottom * row));
+            }
+        free(work);
+    }
+    return failed;
 }
 
-void quantize(const Frame *f, const float *x, const float *gain, const float *scale, const int32_t *zero_point,
-              uint8_t *out) {
-    quantize_images(f, x, NULL, gain, 0, scale, zero_point, out);
+int quantize(const Frame *f, const float *x, const float *gain, const float *scale, const int32_t *zero_point,
+             uint8_t *out) {
+    return quantize_images(f, x, NULL, gain, scale, zero_point, out);
 }
 
 /* Group norm of x (+ shift [batch, channels] or NULL) as y = a x + b for each image and channel: affine [batch, 2, C]. */
@@ -150,79 +282,18 @@ static void group_affine(const Frame *f, const float *x, const float *shift, con
 
 /* Returns 0, or 1 without memory. */
 int norm_quantize(const Frame *f, const float *x, const float *shift, const float *weight, const float *bias,
-                  int64_t groups, float epsilon, int with_silu, const float *scale, const int32_t *zero_point,
-                  uint8_t *out) {
+                  int64_t groups, float epsilon, const float *scale, const int32_t *zero_point, uint8_t *out) {
     const size_t count = (size_t)(f->batch * 2 * f->channels);
     double *sums = malloc(count * sizeof(double));
     float *affine = malloc(count * sizeof(float));
-    if (sums && affine) {
+    int failed = !sums || !affine;
+    if (!failed) {
         group_affine(f, x, shift, weight, bias, groups, epsilon, sums, affine);
-        quantize_images(f, x, affine, NULL, with_silu, scale, zero_point, out);
+        failed = quantize_images(f, x, affine, NULL, scale, zero_point, out);
     }
-    const int failed = !sums || !affine;
     free(sums);
     free(affine);
     return failed;
-}
-
-/* ROWS x 2 vectors of sums: as many as the registers hold. */
-#if defined(__AVX512F__)
-enum { ROWS = 8, LANES = 16, COLUMNS = 2 * LANES };
-#else
-enum { ROWS = 6, LANES = 8, COLUMNS = 2 * LANES };
-#endif
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
-
-/* The Hadamard transform of each run of `block` values of y [channels], times gain. */
-static void hadamard(float *y, int64_t channels, int64_t block, float gain) {
-    int64_t width = 1;
-    if (block % LANES == 0) { /* the first stages at once, as a product with the matrix of LANES */
-        vec rows[LANES];
-        for (int r = 0; r < LANES; r++)
-            for (int i = 0; i < LANES; i++) rows[r][i] = __builtin_parity((unsigned)(r & i)) ? -gain : gain;
-        for (int64_t start = 0; start < channels; start += LANES) {
-            vec sum = {0};
-            for (int r = 0; r < LANES; r++) sum += rows[r] * y[start + r];
-            *(vec *)(y + start) = sum;
-        }
-        for (width = LANES; width < block; width *= 2)
-            for (int64_t start = 0; start < channels; start += 2 * width)
-                for (int64_t i = start; i < start + width; i += LANES) {
-                    const vec low = *(vec *)(y + i), high = *(vec *)(y + i + width);
-                    *(vec *)(y + i) = low + high;
-                    *(vec *)(y + i + width) = low - high;
-                }
-        return;
-    }
-    for (; width < block; width *= 2)
-        for (int64_t start = 0; start < channels; start += 2 * width)
-            for (int64_t i = start; i < start + width; i++) {
-                const float low = y[i], high = y[i + width];
-                y[i] = low + high;
-                y[i + width] = low - high;
-            }
-    for (int64_t i = 0; i < channels; i++) y[i] *= gain;
-}
-
-/* Each row times diag(signs), then (I - 2/blocks 11^T) (x) Hadamard / sqrt(block): rotated() of rotate.py. */
-void rotate(const float *x, const float *signs, int64_t rows, int64_t channels, float *out) {
-    enum { STRIP = 64 };
-    const int64_t block = channels & -channels, blocks = channels / (block ? block : 1);
-    const float gain = 1.0f / sqrtf((float)block), share = 2.0f / (float)blocks;
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        float *y = out + row * channels;
-        for (int64_t i = 0; i < channels; i++) y[i] = x[row * channels + i] * signs[i];
-        hadamard(y, channels, block, gain);
-        for (int64_t first = 0; blocks > 1 && first < block; first += STRIP) {
-            const int64_t last = first + STRIP < block ? first + STRIP : block;
-            float sums[STRIP] = {0};
-            for (int64_t start = 0; start < channels; start += block)
-                for (int64_t i = first; i < last; i++) sums[i - first] += y[start + i] * share;
-            for (int64_t start = 0; start < channels; start += block)
-                for (int64_t i = first; i < last; i++) y[start + i] -= sums[i - first];
-        }
-    }
 }
 
 /* Attention: softmax(q k^T factor + mask) v on codes. q [batch, queries, heads, depth], k [batch, keys, key_heads, depth],
@@ -260,6 +331,10 @@ static inline float level(float y, float scale, float zero_point, float qmax) {
     return q < low ? low : (q > high ? high : q);
 }
 
+static void levels(const float *x, int64_t count, float scale, float zero_point, float qmax, float *restrict out) {
+    for (int64_t i = 0; i < count; i++) out[i] = level(x[i], scale, zero_point, qmax);
+}
+
 /* One row of scores [keys] -> levels of its softmax; mask is NULL or added. */
 static void softmax_levels(float *row, const float *mask, int64_t keys, float gain, float scale, float zero_point,
                            float qmax) {
@@ -267,14 +342,22 @@ static void softmax_levels(float *row, const float *mask, int64_t keys, float ga
         for (int64_t j = 0; j < keys; j++) row[j] = row[j] * gain + mask[j];
         gain = 1;
     }
-    float most = row[0], total = 0;
-    for (int64_t j = 1; j < keys; j++) most = row[j] > most ? row[j] : most;
+    float most = row[0], total = 0, part[LANES];
+    for (int i = 0; i < LANES; i++) part[i] = most;
+    for (int64_t j = 0; j + LANES <= keys; j += LANES)
+        for (int i = 0; i < LANES; i++) part[i] = row[j + i] > part[i] ? row[j + i] : part[i];
+    for (int64_t j = keys / LANES * LANES; j < keys; j++) most = row[j] > most ? row[j] : most;
+    for (int i = 0; i < LANES; i++) most = part[i] > most ? part[i] : most;
     if (most == -INFINITY) { /* a row that may look at nothing gives zeros */
         memset(row, 0, (size_t)keys * sizeof(float));
         return;
     }
     for (int64_t j = 0; j < keys; j++) row[j] = exponential((row[j] - most) * gain);
-    for (int64_t j = 0; j < keys; j++) total += row[j];
+    memset(part, 0, sizeof part);
+    for (int64_t j = 0; j + LANES <= keys; j += LANES)
+        for (int i = 0; i < LANES; i++) part[i] += row[j + i];
+    for (int64_t j = keys / LANES * LANES; j < keys; j++) total += row[j];
+    for (int i = 0; i < LANES; i++) total += part[i];
     for (int64_t j = 0; j < keys; j++) row[j] = level(row[j] / total, scale, zero_point, qmax);
 }
 
@@ -287,13 +370,12 @@ static void attend(const Attention *a, const float *q, const float *k, const flo
     const int64_t q_step = a->heads * depth, k_step = a->key_heads * depth, v_step = a->key_heads * values_depth;
     const int64_t wide_keys = rounded(keys, COLUMNS), wide_depth = rounded(values_depth, COLUMNS);
     float *queries = work, *turned = queries + rounded(a->queries, ROWS) * depth, *values = turned + depth * wide_keys;
-    float *scores = values + keys * wide_depth, *result = scores + ROWS * wide_keys;
-    for (int64_t n = 0; n < a->queries; n++)
-        for (int64_t c = 0; c < depth; c++) queries[n * depth + c] = level(q[n * q_step + c], s[0], z[0], a->qmax[0]);
+    float *scores = values + keys * wide_depth, *result = scores + ROWS * wide_keys, *line = result + ROWS * wide_depth;
+    for (int64_t n = 0; n < a->queries; n++) levels(q + n * q_step, depth, s[0], z[0], a->qmax[0], queries + n * depth);
     for (int64_t n = 0; n < keys; n++) {
-        for (int64_t c = 0; c < depth; c++) turned[c * wide_keys + n] = level(k[n * k_step + c], s[1], z[1], a->qmax[1]);
-        for (int64_t c = 0; c < values_depth; c++)
-            values[n * wide_depth + c] = level(v[n * v_step + c], s[2], z[2], a->qmax[2]);
+        levels(k + n * k_step, depth, s[1], z[1], a->qmax[1], line);
+        for (int64_t c = 0; c < depth; c++) turned[c * wide_keys + n] = line[c];
+        levels(v + n * v_step, values_depth, s[2], z[2], a->qmax[2], values + n * wide_depth);
     }
     for (int64_t row = 0; row < a->queries; row += ROWS) {
         const int64_t rows = a->queries - row < ROWS ? a->queries - row : ROWS;
@@ -316,7 +398,7 @@ int attention(const Attention *a, const float *q, const float *k, const float *v
     const int64_t samples = a->each ? a->batch : 1, group = a->heads / a->key_heads;
     const int64_t wide_keys = rounded(a->keys, COLUMNS), wide_depth = rounded(a->value_depth, COLUMNS);
     const size_t size = (size_t)(rounded(a->queries, ROWS) * a->depth + a->depth * wide_keys + a->keys * wide_depth +
-                                 ROWS * (wide_keys + wide_depth));
+                                 ROWS * (wide_keys + wide_depth) + a->depth);
     int failed = 0;
 #pragma omp parallel for collapse(2) schedule(static) reduction(| : failed)
     for (int64_t n = 0; n < a->batch; n++)
@@ -336,6 +418,40 @@ int attention(const Attention *a, const float *q, const float *k, const float *v
                 failed = 1;
             free(work);
         }
+    return failed;
+}
+
+static float dot(const float *a, const float *b, int64_t count) {
+    vec sums[4] = {0};
+    float sum = 0;
+    int64_t i = 0;
+    for (; i + 4 * LANES <= count; i += 4 * LANES)
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; l++) sums[l] += *(const vec *)(a + i + l * LANES) * *(const vec *)(b + i + l * LANES);
+    for (; i < count; i++) sum += a[i] * b[i];
+    sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int l = 0; l < LANES; l++) sum += sums[0][l];
+    return sum;
+}
+
+/* out [rows, outputs] = (x [rows, channels] times codes [outputs, channels]) scale + bias (or NULL). Returns 0, or 1
+ * without memory. */
+int weight_only(const float *x, const int8_t *codes, const float *scale, const float *bias, int64_t rows,
+                int64_t channels, int64_t outputs, float *out) {
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        float *weights = malloc((size_t)channels * sizeof(float)); /* of one output */
+        failed = !weights;
+#pragma omp for schedule(static)
+        for (int64_t o = 0; o < outputs; o++) {
+            if (!weights) continue;
+            for (int64_t c = 0; c < channels; c++) weights[c] = codes[o * channels + c];
+            for (int64_t row = 0; row < rows; row++)
+                out[row * outputs + o] = dot(x + row * channels, weights, channels) * scale[o] + (bias ? bias[o] : 0.0f);
+        }
+        free(weights);
+    }
     return failed;
 }
 
@@ -581,12 +697,11 @@ static void convolve_block(const Convolution *c, const Operands *o, int64_t n, i
     int32_t correction[BLOCK], sum[PIXELS][BLOCK];
     float gain[BLOCK];
     affine_of(c, first, scale[image], zero_point[image], correction, gain);
-    for (int64_t begin = 0; begin < pixels; begin += PIXELS) {
+    for (int64_t begin = 0, h = 0, w = 0; begin < pixels; begin += PIXELS) {
         int64_t at[PIXELS];
-        for (int64_t p = 0; p < PIXELS; p++) { /* beyond the end: the last pixel again, not stored */
-            const int64_t pixel = begin + p < pixels ? begin + p : pixels - 1;
-            const int64_t h = pixel / c->out_width, w = pixel % c->out_width;
+        for (int64_t p = 0; p < PIXELS; p++) {
             at[p] = h * c->stride_height * line + w * c->stride_width * c->channels;
+            if (begin + p + 1 < pixels && ++w == c->out_width) w = 0, h++; /* beyond the end: the last pixel, not stored */
         }
         tile(c, o, at, sum);
         for (int64_t p = 0; p < PIXELS && begin + p < pixels; p++) {
@@ -635,5 +750,26 @@ int convolve(const Convolution *c, const uint8_t *codes, const float *scale, con
         }
         free(work);
     }
+    return failed;
+}
+
+/* What belongs to a layer: the norm before it (or NULL, then gain [channels] or NULL), and its products. */
+typedef struct {
+    const float *weight, *bias, *gain;
+    int64_t groups, codes; /* bytes of the padded codes */
+    float epsilon;
+} Layer;
+
+/* x (+ shift) -> (norm,) quantize -> convolve (+ onto, which may be out itself). Returns 0, or 1 without memory. */
+int layer(const Layer *l, const Frame *f, const Convolution *c, const float *x, const float *shift, const float *scale,
+          const int32_t *zero_point, const float *onto, float *out) {
+    uint8_t *codes = malloc((size_t)l->codes);
+    int failed = !codes;
+    if (!failed && l->weight)
+        failed = norm_quantize(f, x, shift, l->weight, l->bias, l->groups, l->epsilon, scale, zero_point, codes);
+    else if (!failed)
+        failed = quantize(f, x, l->gain, scale, zero_point, codes);
+    failed = failed || convolve(c, codes, scale, zero_point, onto, out);
+    free(codes);
     return failed;
 }

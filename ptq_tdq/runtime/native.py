@@ -27,20 +27,33 @@ from ptq_tdq.cache import cache_folder, private_folder, read_private, with_diges
 from ptq_tdq.errors import OutputError
 from ptq_tdq.rotate import signs
 from ptq_tdq.runtime.address import address, per_sample
-from ptq_tdq.runtime.kernels import Grid, Norm, Quantize, Rotate
+from ptq_tdq.runtime.kernels import (
+    ACTIVATIONS,
+    NOTHING,
+    Activation,
+    Before,
+    Grid,
+    Quantize,
+    Rotate,
+    WeightOnly,
+    reference_weight_only,
+)
 from ptq_tdq.scheme import QType
 
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 BUILD_SECONDS = 300  # a compiler that takes longer hangs
+FEW_ROWS = 8  # for which weights of integers are made float one by one
 SWITCH = "PTQ_TDQ_NATIVE"  # 0 = never build or use native code
 
 
-class _Frame(ctypes.Structure):
+class Frame(ctypes.Structure):
     """``Frame`` of native.c."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels", "stride", "first", "pitch")),
         *((name, ctypes.c_int64) for name in ("top", "left", "bottom", "right", "up", "each")),
+        *((name, ctypes.c_int64) for name in ("activation", "is_gated")),
+        ("signs", ctypes.c_void_p),
         ("qmax", ctypes.c_float),
     ]
 
@@ -58,52 +71,66 @@ def open_library(march: str = "native") -> ctypes.CDLL | str:
 
 def native_quantize(library: ctypes.CDLL) -> Quantize:
     """:class:`~ptq_tdq.runtime.kernels.Quantize` on the built library."""
-    frames: dict[tuple[object, ...], _Frame] = {}
+    frames: dict[tuple[object, ...], tuple[Frame, Tensor | None]] = {}
     plain, fused = library.quantize, library.norm_quantize
-    plain.restype, fused.restype = None, ctypes.c_int
+    plain.restype = fused.restype = ctypes.c_int
     plain.argtypes = [ctypes.c_void_p] * 6
-    fused.argtypes = [*[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_float, ctypes.c_int, *[ctypes.c_void_p] * 3]
+    fused.argtypes = [*[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_float, *[ctypes.c_void_p] * 3]
 
-    def quantize(
-        x: Tensor,
-        grid: Grid,
-        scale: Tensor,
-        zero_point: Tensor,
-        norm: Norm | None,
-        shift: Tensor | None,
-        gain: Tensor | None = None,
-    ) -> Tensor:
+    def quantize(x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, before: Before = NOTHING) -> Tensor:
         if x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
             x = x.float().contiguous(memory_format=torch.channels_last)
         batch, stride, height, width = x.shape
-        (lo, hi), (top, left, bottom, right), up = grid.channels, grid.padding, grid.up
-        grid.check(stride, norm)
+        lo, (top, left, bottom, right), up = grid.channels[0], grid.padding, grid.up
+        grid.check(stride, before)
         *interval, each = per_sample("a quantizer", scale, zero_point, batch)
-        key = (batch, stride, height, width, grid, each)
-        frame = frames.get(key)
-        if frame is None:
-            top_code = QType(grid.bits).qmax
-            sizes = (batch, height, width, hi - lo, stride, lo, grid.pitch, *grid.padding, up, each, top_code)
-            frame = frames[key] = _Frame(*sizes)
+        key = (batch, stride, height, width, grid, each, before.activation, before.rotate is not None)
+        found = frames.get(key)
+        if found is None:
+            found = frames[key] = frame_of(*key)
+        frame = ctypes.addressof(found[0])
         shape = (batch, grid.pitch, top + height * up + bottom, left + width * up + right)
         out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
         values = address("x", x, torch.float32, x.shape, torch.channels_last)
+        norm, shift, gain = before.norm, before.shift, before.gain
         if norm is None:
-            gains = None if gain is None else address("gains of channels", gain, torch.float32, (stride,)) + 4 * lo
-            plain(ctypes.addressof(frame), values, gains, *interval, out.data_ptr())
-            return out
-        shift = None if shift is None else shift.float().contiguous()
-        moved = None if shift is None else address("a shift", shift, torch.float32, (batch, stride))
-        affine = (
-            address("the weight of a norm", norm.weight, torch.float32, (stride,)),
-            address("the bias of a norm", norm.bias, torch.float32, (stride,)),
-        )
-        numbers = norm.groups, norm.epsilon, norm.silu
-        if fused(ctypes.addressof(frame), values, moved, *affine, *numbers, *interval, out.data_ptr()):
+            own = (before.channels(stride),)
+            gains = None if gain is None else address("gains of channels", gain, torch.float32, own) + 4 * lo
+            failed = plain(frame, values, gains, *interval, out.data_ptr())
+        else:
+            shift = None if shift is None else shift.float().contiguous()
+            moved = None if shift is None else address("a shift", shift, torch.float32, (batch, stride))
+            affine = (
+                address("the weight of a norm", norm.weight, torch.float32, (stride,)),
+                address("the bias of a norm", norm.bias, torch.float32, (stride,)),
+            )
+            failed = fused(frame, values, moved, *affine, norm.groups, norm.epsilon, *interval, out.data_ptr())
+        if failed:
             raise MemoryError
         return out
 
     return quantize
+
+
+def frame_of(
+    batch: int,
+    stride: int,
+    height: int,
+    width: int,
+    grid: Grid,
+    each: bool,
+    activation: Activation | None,
+    rotated: bool,
+) -> tuple[Frame, Tensor | None]:
+    """What C is told, and a tensor that has to live as long."""
+    lo, hi = grid.channels
+    if height == 1 and grid.up == 1 and not any(grid.padding):  # threads share rows
+        height, width = width, 1
+    sizes = batch, height, width, hi - lo, stride, lo, grid.pitch, *grid.padding, grid.up, each
+    kind = (0, 0) if activation is None else (1 + list(ACTIVATIONS).index(activation.name), activation.gated)
+    flips = signs(hi) if rotated else None
+    where = None if flips is None else address("signs", flips, torch.float32, (hi,))
+    return Frame(*sizes, *kind, where, QType(grid.bits).qmax), flips
 
 
 def native_rotate(library: ctypes.CDLL) -> Rotate:
@@ -122,6 +149,35 @@ def native_rotate(library: ctypes.CDLL) -> Rotate:
         return out
 
     return rotate
+
+
+def native_weight_only(library: ctypes.CDLL) -> WeightOnly:
+    """:data:`~ptq_tdq.runtime.kernels.WeightOnly` on the built library, for few rows; torch takes the others."""
+    function = library.weight_only
+    function.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+
+    def linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        outputs, channels = codes.shape
+        rows = x.numel() // max(1, channels)
+        if rows > FEW_ROWS or codes.dtype != torch.int8 or x.shape[-1] != channels:
+            return reference_weight_only(x, codes, scale, bias)
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], outputs, dtype=torch.float32)
+        if function(
+            address("x", x, torch.float32, x.shape),
+            address("weights", codes, torch.int8, codes.shape),
+            address("the scales of weights", scale, torch.float32, (outputs,)),
+            None if bias is None else address("a bias", bias, torch.float32, (outputs,)),
+            rows,
+            channels,
+            outputs,
+            out.data_ptr(),
+        ):
+            raise MemoryError
+        return out
+
+    return linear
 
 
 @lru_cache

@@ -58,6 +58,19 @@ class Geometry:
         out_height, out_width = ((n - (k - 1) * d - 1) // s + 1 for n, k, s, d in sizes)
         return out_height, out_width
 
+    def shape(self, codes: Sequence[int], weights: Sequence[int]) -> tuple[int, int, int, int]:
+        """That of the products of padded codes [B, C, H, W] with weights [O, C, kh, kw].
+
+        Raises :class:`RuntimeUnsupportedError` for an image that is smaller than the kernel.
+        """
+        batch, _, height, width = codes
+        size = self.size(height, width)
+        if min(size) < 1:
+            raise RuntimeUnsupportedError(
+                f"A padded image of {height} x {width} pixels is too small for the kernel {self.kernel}; pass a larger."
+            )
+        return batch, weights[0], *size
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -188,7 +201,7 @@ class FloatProducts:
         return y if onto is None else y + onto
 
 
-class _Convolution(ctypes.Structure):
+class Convolution(ctypes.Structure):
     """``Convolution`` of native.c."""
 
     _sizes_ = (
@@ -224,7 +237,8 @@ class NativeProducts:
             for w, s, b in zip(stored, signed, bias, strict=True)
         ]
         self.nbytes = sum(x.nbytes for tensors in self._tensors for x in tensors)
-        self._calls: dict[tuple[int, ...], list[_Convolution]] = {}
+        self.single = len(self._tensors) == 1
+        self._calls: dict[tuple[int, ...], list[Convolution]] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> NativeProducts:
         """Itself: nothing in it ever changes."""
@@ -236,29 +250,36 @@ class NativeProducts:
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
         shape = check_codes(codes, interval, onto, self._shape, self._geometry)
-        batch, channels, height, width = codes.shape
-        each, outputs, size = int(interval.each), shape[1], shape[2:]
-        if height == width == 1:  # one image of all pixels, which the kernel takes several at a time
-            batch, width, size, each = 1, batch, (1, batch), 2 * each
-        key = (batch, height, width, each)
-        calls = self._calls.get(key)
-        if calls is None:
-            g = self._geometry
-            sizes = (batch, height, width, channels, *size, outputs, *g.kernel, *g.stride, *g.dilation)
-            calls = self._calls[key] = [
-                _Convolution(*sizes, self._nibbles, each, *(x.data_ptr() for x in tensors)) for tensors in self._tensors
-            ]
+        batch, _, height, width = codes.shape
         if onto is None:
             out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
         else:
             out = onto = onto.contiguous(memory_format=torch.channels_last)
         where = codes.data_ptr(), interval.scale.data_ptr(), interval.zero_point.data_ptr()
-        for call in calls:
+        for call in self.described(batch, height, width, int(interval.each)):
             there = None if onto is None else out.data_ptr()
             if self._convolve(ctypes.addressof(call), *where, there, out.data_ptr()):
                 raise MemoryError
             onto = out
         return out
+
+    def shape(self, codes: Sequence[int]) -> tuple[int, int, int, int]:
+        """That of the products of codes of this shape."""
+        return self._geometry.shape(codes, self._shape)
+
+    def described(self, batch: int, height: int, width: int, each: int) -> list[Convolution]:
+        """What C is told of the products of padded codes of these sizes: they add up."""
+        if height == width == 1 and self._geometry.stride == (1, 1):  # one image of all pixels: several at a time
+            batch, width, each = 1, batch, 2 * each
+        calls = self._calls.get((batch, height, width, each))
+        if calls is None:
+            g, (outputs, channels, *_) = self._geometry, self._shape
+            sizes = batch, height, width, channels, *g.size(height, width), outputs
+            steps = *g.kernel, *g.stride, *g.dilation, self._nibbles, each
+            calls = self._calls[batch, height, width, each] = [
+                Convolution(*sizes, *steps, *(x.data_ptr() for x in tensors)) for tensors in self._tensors
+            ]
+        return calls
 
 
 def check_codes(
@@ -268,21 +289,21 @@ def check_codes(
 
     Raises :class:`RuntimeUnsupportedError` for codes, an interval or an ``onto`` that the kernels would misread.
     """
-    outputs, channels = weights[0], weights[1] * geometry.groups
-    batch, _, height, width = codes.shape
-    size = geometry.size(height, width)
-    address("codes", codes, torch.uint8, (batch, channels, height, width), torch.channels_last)
-    per_sample("codes", interval.scale, interval.zero_point, batch)
-    if min(size) < 1:
-        raise RuntimeUnsupportedError(
-            f"A padded image of {height} x {width} pixels is too small for the kernel {geometry.kernel}; pass a larger."
-        )
-    shape = (batch, outputs, *size)
-    if onto is not None and (onto.dtype != torch.float32 or onto.shape != shape or onto.device.type != "cpu"):
+    shape = geometry.shape(codes.shape, weights)
+    channels = weights[1] * geometry.groups
+    address("codes", codes, torch.uint8, (len(codes), channels, *codes.shape[2:]), torch.channels_last)
+    per_sample("codes", interval.scale, interval.zero_point, len(codes))
+    if onto is not None:
+        check_sum(onto, shape)
+    return shape
+
+
+def check_sum(onto: Tensor, shape: Sequence[int]) -> None:
+    """Raise :class:`RuntimeUnsupportedError` unless products of this shape can be added to ``onto``."""
+    if onto.dtype != torch.float32 or onto.shape != tuple(shape) or not onto.is_cpu:
         raise RuntimeUnsupportedError(
             f"Products of the shape {list(shape)} cannot be added to {onto.dtype} {list(onto.shape)} on {onto.device}."
         )
-    return shape
 
 
 def _instructions(library: ctypes.CDLL) -> str:

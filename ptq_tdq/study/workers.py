@@ -73,7 +73,7 @@ def events(busy: Sequence[Runner]) -> Iterator[tuple[Runner, Event]]:
     for pipe in wait(list(by_pipe)):
         try:
             yield by_pipe[pipe], by_pipe[pipe].pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             process = by_pipe[pipe].process
             process.join()
             raise WorkerError(
@@ -110,7 +110,7 @@ def _serve(pipe: Connection, job: Job, threads: int, cores: list[int]) -> None:
             cell: Cell = pipe.recv()
             line = run_cell(model, cell, job.work, lambda text: pipe.send(("say", text)), grids=job.grids)
             pipe.send(("done", {**line, "facts": facts(job.command)}))
-    except EOFError:
+    except (EOFError, ConnectionError):  # the parent is gone
         return
     except PtqTdqError as error:
         pipe.send(("error", error))

@@ -51,10 +51,10 @@ def make_unet(num_class_embeds: int | None = None, **changes: Any) -> UNet2DMode
     torch.manual_seed(0)
     options = {
         "sample_size": 8,
-        "block_out_channels": (8, 16),
+        "block_out_channels": (8,),
         "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
         "norm_num_groups": 4,
         "num_class_embeds": num_class_embeds,
     }

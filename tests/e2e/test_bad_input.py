@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from hostile import small_artifact, with_config
 from recorded import calls_of, images
 from torch import Tensor, nn
 
 from ptq_tdq import Calls, calibrate, load_quantized, preset, record
+from ptq_tdq.artifacts import write_artifact
 from ptq_tdq.errors import (
     ArtifactCorruptError,
     CalibrationSetError,
@@ -228,6 +230,14 @@ def test_an_artifact_of_another_model(
     flags = ("--model", conditional, "--output", tmp_path / "x.png")
     check_refusal(cli("sample", calibrated(pipeline), *flags), 1, "The artifact was made from")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_artifact_of_a_class_that_commands_cannot_build(cli: Any, tmp_path: Path) -> None:
+    write_artifact(tmp_path / "own", with_config(small_artifact(), _class_name="Net"))
+    for command in (("sample", "--output", "x.png"), ("export", "--format", "onnx", "--output", "x.onnx")):
+        result = cli(command[0], tmp_path / "own", *command[1:])
+        assert result.code != 0
+        assert "which diffusers does not have; use it in Python" in result.err
 
 
 def test_samples_that_are_no_images(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import running
 
-START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
 FEW = ("samples_per_step=4", "calibration_steps=2", "num_inference_steps=2", "batch_size=4", "weight_iterations=2")
 MATRIX = ("--schemes", "W4A8,W4A6", "--methods", "S_1", "--seeds", "0,1", "--samples", "8")
 METRIC = ("--metric", "latent-sqnr")
@@ -124,57 +122,32 @@ def test_samples_may_come_from_integers_and_a_method_without_tables_says_that_it
     assert other.code == 2 and "backend integer" in other.err
 
 
-def test_a_study_is_run_once_at_a_time_and_goes_on_after_a_kill_with_the_same_numbers(
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_study_of_two_processes_is_run_once_at_a_time_and_goes_on_after_a_kill_with_the_numbers_of_one(
     study: Any, whole: Path, cli: Any, tmp_path: Path
 ) -> None:
-    results = tmp_path / "killed.jsonl"
-    command = [sys.executable, "-c", START, *study, "--results", str(results)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        while process.poll() is None and (not results.exists() or results.read_bytes().count(b"\n") < 3):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGSTOP)
+    results = tmp_path / "two.jsonl"
+    command = (*study, "--results", results, "--workers", "2", "--threads", "2", "--verbose")
+    with running(*command) as process:
+        process.wait_for(lambda: results.exists() and results.read_bytes().count(b"\n") >= 3)
+        process.send(signal.SIGSTOP)
         second = cli(*study, "--results", results)
         assert (second.code, second.err.count("\n")) == (1, 1)
         assert f"Another run works in '{results}.work'; wait" in second.err
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    finally:
-        process.kill()
-    assert len(measured(results)) < 6
-    assert cli(*study, "--results", results).code == 0
-    assert measured(results) == measured(whole)
-
-
-def test_two_processes_give_the_numbers_of_one(study: Any, whole: Path, cli: Any, tmp_path: Path) -> None:
-    results = tmp_path / "two.jsonl"
-    result = cli(*study, "--results", results, "--workers", "2", "--threads", "2", "--verbose")
-    assert result.code == 0, result.err
-    assert measured(results) == measured(whole)
-    assert "default W4A6 S_1 seed 1" in result.err and "no cell left" in result.err
-
-
-def test_workers_end_with_a_parent_that_is_killed(study: Any, tmp_path: Path) -> None:
-    results = tmp_path / "orphans.jsonl"
-    command = [sys.executable, "-c", START, *study, "--results", str(results), "--workers", "2", "--threads", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        process.kill()
-        pytest.skip("needs /proc")
-    try:
-        while process.poll() is None and not results.exists():
-            time.sleep(0.01)
-        born = [int(pid) for pid in children.read_text().split()]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    finally:
-        process.kill()
+        pid = process.process.pid
+        born = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        process.send(signal.SIGKILL)
+        assert process.end()[0] == -signal.SIGKILL
     assert len(born) >= 2
     deadline = time.monotonic() + 60
     while any(_alive(pid) for pid in born):
         assert time.monotonic() < deadline, "a worker outlives its parent"
         time.sleep(0.05)
+    assert len(measured(results)) < 6
+    result = cli(*command)
+    assert result.code == 0, result.err
+    assert measured(results) == measured(whole)
+    assert "default W4A6 S_1 seed 1" in result.err and "no cell left" in result.err
 
 
 def _alive(pid: int) -> bool:

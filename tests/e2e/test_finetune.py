@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import launched, running
 from PIL import Image
 
 from ptq_tdq.artifacts import alone, read_artifact
 
-START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
 FEW = (
     *("--iterations", "6", "--trajectories", "16", "--batch-size", "8"),
     *("--set", "num_inference_steps=4", "--set", "warmup=1", "--set", "checkpoint_every=2"),
@@ -94,15 +89,9 @@ def test_a_killed_run_ends_with_the_same_bytes(
     artifact: Path, conditional: Path, whole: Path, cli: Any, contents: Any, tmp_path: Path
 ) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial" / "finetune-0000.safetensors"
-    command = ["finetune", str(artifact), "--model", str(conditional), "--output-dir", str(out), *FEW]
-    process = subprocess.Popen([sys.executable, "-c", START, *command], stderr=subprocess.PIPE)
-    try:
-        while process.poll() is None and not partial.exists():
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finally:
-        process.kill()
+    command = ("finetune", artifact, "--model", conditional, "--output-dir", out, *FEW)
+    with running(*command) as process:
+        process.wait_for(partial.exists)
     assert partial.exists() and not out.exists()
     with alone(partial.parent):
         refused = cli(*command)
@@ -114,26 +103,20 @@ def test_a_killed_run_ends_with_the_same_bytes(
     assert contents(out) == contents(whole)
 
 
-def test_two_processes_learn_what_one_does(
-    artifact: Path, conditional: Path, whole: Path, shared_cache: Path, tmp_path: Path
-) -> None:
+def test_two_processes_learn_what_one_does(artifact: Path, conditional: Path, whole: Path, tmp_path: Path) -> None:
     """To the digits that another order of sums leaves, until a value rounds to another code; one writes and speaks."""
-    command = ("finetune", artifact, "--model", conditional, "--output-dir", tmp_path / "out", *FEW)
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ptq_tdq")
-    done = subprocess.run(
-        [*launch, *map(str, command), "--json"],
-        env={**os.environ, "PTQ_TDQ_CACHE": str(shared_cache), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    command = ("finetune", artifact, "--model", conditional, "--output-dir", tmp_path / "out", *FEW, "--json")
+    with launched(2, *command) as commands:
+        ends = [process.end() for process in commands]
+    assert [code for code, *_ in ends] == [0, 0], ends
     one, two = read_artifact(whole), read_artifact(tmp_path / "out")
-    assert json.loads(done.stdout)["finetune"] == two.metrics["finetune"]
+    assert json.loads(ends[0][1])["finetune"] == two.metrics["finetune"]
     losses = [[x["loss"] for x in found.metrics["finetune"]["losses"]] for found in (one, two)]
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-5)
     assert losses[0] == pytest.approx(losses[1], rel=5e-2)
     for name, scale in one.weight_scale.items():
         torch.testing.assert_close(two.weight_scale[name], scale, rtol=1e-2, atol=0)
+    assert ends[1][1:] == ("", "")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

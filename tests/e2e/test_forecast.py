@@ -22,7 +22,7 @@ def test_the_counts_are_those_of_the_run(
     assert (result.code, result.err) == (0, "") and list(tmp_path.iterdir()) == []
     artifact = calibrated(pipeline)
     config, metrics = (json.loads((artifact / name).read_text()) for name in (CONFIG_FILE, "metrics.json"))
-    recorded = [Calls.load(path) for path in shared_cache.glob("calls-*")]
+    recorded = [Calls.load(path) for path in shared_cache.glob("calls-*.safetensors")]
     (calls,) = [c for c in recorded if c.sha256 == config["calibration_set"]["sha256"]]
     assert found["rows"] == len(calls)
     assert found["recorded_bytes"] == sum(leaf.nbytes for group in calls.groups for leaf in group.rows)  # type: ignore[union-attr]

@@ -108,7 +108,7 @@ def test_ddpm_cifar10_32_with_narrow_layers(
 ) -> None:
     model = cifar10(block_out_channels=[4, 8, 8, 8], norm_num_groups=4, sample_size=16)
     out = tmp_path / "out"
-    quick = ("--method", "static", "--set", "activation_range=minmax", "--set", "weight_range=minmax")
+    quick = ("--method", "static", "--set", "rounding=nearest", "--set", "activation_iterations=0")
     result = cli("calibrate", "--model", model, "--output-dir", out, *small, *quick)
     assert (result.code, result.err) == (0, "")
     document = check_artifact(out)

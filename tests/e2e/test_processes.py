@@ -21,7 +21,8 @@ def test_two_processes_write_one_artifact_and_one_speaks(
 ) -> None:
     """One samples the calls, keeps the run's files, and tells the result."""
     out, cache = tmp_path / "out", tmp_path / "cache"
-    request = ("calibrate", "--model", conditional, "--output-dir", out, *small, "--method", "static", "--json", "-v")
+    quick = ("--method", "static", "--set", "rounding=nearest", "--set", "activation_iterations=0")
+    request = ("calibrate", "--model", conditional, "--output-dir", out, *small, *quick, "--json", "-v")
     done = subprocess.run(
         [*LAUNCH, *map(str, request)], env={**os.environ, "PTQ_TDQ_CACHE": str(cache)}, capture_output=True, text=True
     )

@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import running
 from diffusers import UNet2DModel
 
 from ptq_tdq.files import holding
 
-START = "import sys; from ptq_tdq.cli.main import main; main(sys.argv[1:])"
 
-
-def stop_after(units: int, phase: str, arguments: list[str], partial: Path, stop: signal.Signals) -> tuple[int, str]:
+def stop_after(
+    units: int, phase: str, arguments: Sequence[object], partial: Path, stop: signal.Signals
+) -> tuple[int | None, str]:
     """Start the command, send ``stop`` when ``units`` units of ``phase`` are on disk; return exit code and stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", START, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores Ctrl-C
-    )
-    try:
-        while process.poll() is None and len(list(partial.glob(f"{phase}-*.safetensors"))) < units:
-            time.sleep(0.002)
-        process.send_signal(stop)
-        _, err = process.communicate()
-    finally:
-        process.kill()
-    return process.returncode, err
+    with running(*arguments) as command:
+        command.wait_for(lambda: len(list(partial.glob(f"{phase}-*.safetensors"))) >= units)
+        command.send(stop)
+        code, _, err = command.end()
+    return code, err
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +38,7 @@ def killed(
         if phase not in made:
             first = tmp_path_factory.mktemp("killed") / "out"
             made[phase] = first.with_name("out.partial")
-            command = ["calibrate", "--model", str(pipeline), "--output-dir", str(first), *small]
+            command = ("calibrate", "--model", pipeline, "--output-dir", first, *small)
             code, err = stop_after(2, phase, command, made[phase], signal.SIGKILL)
             assert code == -signal.SIGKILL, err
             assert not first.exists()
@@ -209,7 +198,7 @@ def test_a_run_that_is_stopped_keeps_the_finished_blocks_and_says_so(
     stop: signal.Signals, expected: int, small: tuple[str, ...], pipeline: Path, tmp_path: Path
 ) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    command = ["calibrate", "--model", str(pipeline), "--output-dir", str(out), *small]
+    command = ("calibrate", "--model", pipeline, "--output-dir", out, *small)
     code, err = stop_after(1, "weights", command, partial, stop)
     assert (code, err.strip()) == (expected, "Stopped; the same command goes on after the last finished block.")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from denoisers import DENOISERS
 from diffusers import UNet2DModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -186,25 +184,11 @@ def skeleton(artifact_of: Callable[[str], Artifact], calls: Calls) -> Skeleton:
 
 @pytest.fixture(scope="session")
 def quantize_model() -> Callable[..., tuple[Artifact, Calls]]:
-    """``quantize_model(model, **arguments)``: an artifact with intervals that depend on t, and the call of it."""
+    """``quantize_model(model, tables, **arguments)``: an artifact and the call of it."""
 
-    def artifact(model: nn.Module, **arguments: Any) -> tuple[Artifact, Calls]:
+    def artifact(model: nn.Module, tables: str = "moving", **arguments: Any) -> tuple[Artifact, Calls]:
         calls = make_calls(model, **arguments)
-        return quantize(model, preset("default", scheme="W4A8"), calls, "moving"), calls
-
-    return artifact
-
-
-@pytest.fixture(scope="session")
-def quantize_denoiser(
-    quantize_model: Callable[..., tuple[Artifact, Calls]],
-) -> Callable[[str], tuple[Artifact, Calls]]:
-    """The same of small denoisers of diffusers, by name."""
-
-    @cache
-    def artifact(name: str) -> tuple[Artifact, Calls]:
-        denoiser = next(d for d in DENOISERS if d.name == name)
-        return quantize_model(denoiser.build(), **denoiser.inputs(2, torch.tensor([801.0, 201.0])))
+        return quantize(model, preset("default", scheme="W4A8"), calls, tables), calls
 
     return artifact
 

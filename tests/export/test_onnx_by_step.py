@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from own_denoiser import Own
 from processors import needs_wide_sums
 from torch import nn
 
@@ -107,10 +108,10 @@ def test_mixed_steps_and_unknown_ones(exported: tuple[Artifact, Path], sampled: 
         denoiser(**{**arguments, "timestep": torch.tensor([7, 7])})
 
 
-def test_static_intervals_need_one_graph(
-    tmp_path: Path, artifact_of: Callable[[str], Artifact], sampled: Calls
-) -> None:
-    (steps,) = export_onnx_steps(artifact_of("W6A8-static"), tmp_path / "graphs", sampled)
+def test_static_intervals_need_one_graph(tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]) -> None:
+    model, t = Own().requires_grad_(False), torch.linspace(0, 1000, STEPS)
+    artifact, calls = quantize_model(model, "static", sample=torch.randn(STEPS, 3, 4), timestep=t)
+    (steps,) = export_onnx_steps(artifact, tmp_path / "graphs", calls, model=model)
     assert len(steps) == STEPS
     assert len(list((tmp_path / "graphs").glob("*.onnx"))) == 1
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from diffusers.utils import BaseOutput
+from fuzzing import changed_json
 from processors import needs_wide_sums
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calib_data.loop import LoopSampler
 from ptq_tdq.calls import Calls
-from ptq_tdq.errors import ModelError, RuntimeUnsupportedError, TimestepError, UsageError
+from ptq_tdq.errors import ModelError, PtqTdqError, RuntimeUnsupportedError, TimestepError, UsageError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export.onnx import OnnxDenoiser, export_onnx
+from ptq_tdq.export.onnx.skeleton import METADATA
 from ptq_tdq.load import build_quantized
 
 # The file's form and the runtime that runs it; integer kernels need a processor that adds them without saturating.
@@ -220,3 +225,25 @@ def test_ranges_of_a_transposed_convolution_and_a_bare_tensor_in_the_place_of_a_
     for got in (graph(x, t).sample, graph(x, t)[0], graph(x, t, return_dict=False)):
         assert got.shape == (3, 2, 8, 8)
         assert sqnr_db(expected, got) > 30
+
+
+@torch.no_grad()
+def test_what_a_file_says_of_itself_is_believed_only_where_it_is_true(
+    file_of: Callable[[str, str], Path], feed: Callable[..., dict[str, Tensor]]
+) -> None:
+    """Whatever somebody writes there, it is refused in one sentence or does no harm."""
+    path, refused = file_of("W8A8-symmetric", "portable"), 0
+    model = onnx.load(path)
+    (entry,) = [entry for entry in model.metadata_props if entry.key == METADATA]
+    said = json.loads(entry.value)
+    for case in range(60):
+        rng = random.Random(case)
+        part = rng.choice(("call", "call", "time_axis", None))
+        entry.value = json.dumps({**said, part: changed_json(said[part], rng)} if part else changed_json(said, rng))
+        onnx.save(model, path)
+        try:
+            OnnxDenoiser(path, threads=1)(**feed())
+        except PtqTdqError as error:
+            assert len(str(error).splitlines()) == 1
+            refused += 1
+    assert 0 < refused < 60

@@ -18,7 +18,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
-from torch import Tensor, nn, ones
+from own_denoiser import Own
+from torch import Tensor, ones
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls, Group, Place, prediction
@@ -149,17 +150,6 @@ def test_codes_are_recovered_from_the_annotated_float_weights(
             np.testing.assert_array_equal(codes, artifact.weight_codes[layer.name][:, low:high])
 
 
-def test_two_files_for_hardware_teams(tmp_path: Path, artifact_of: Callable[[str], Artifact], calls: Calls) -> None:
-    table = export_onnx_float(artifact_of("W4A6"), tmp_path / "model.onnx", calls)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.csv", "model.onnx"]
-    assert table == tmp_path / "model.csv"
-    with pytest.raises(UsageError, match=r"goes to '.*model.csv'; name the graph 'model.onnx' instead"):
-        export_onnx_float(artifact_of("W4A6"), tmp_path / "model.csv", NO_CALLS)
-    with pytest.raises(UsageError, match="is dynamic"):
-        export_onnx_float(artifact_of("W3A4-dynamic"), tmp_path / "dynamic.onnx", NO_CALLS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.csv", "model.onnx"]
-
-
 def test_unknown_runtime(tmp_path: Path, artifact_of: Callable[[str], Artifact]) -> None:
     with pytest.raises(UsageError, match=r"one of portable, onnxruntime, openvino\. Got 'tensorrt' instead"):
         export_onnx(artifact_of("W4A6"), tmp_path / "model.onnx", "tensorrt", NO_CALLS)
@@ -200,32 +190,36 @@ def test_a_missing_exporter_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> 
         import ptq_tdq.export.onnx  # noqa: F401
 
 
-class Own(nn.Module):
-    """A denoiser outside diffusers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.time, self.last = nn.Linear(4, 8), nn.Linear(1, 8), nn.Linear(8, 4)
-
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """sample [B, N, 4]."""
-        result: Tensor = self.last((self.first(sample) + self.time(timestep[:, None, None] / 1000)).tanh())
-        return result
+ROWS = {"sample": torch.linspace(-1, 1, 24).view(2, 3, 4), "timestep": torch.tensor([900.0, 100.0])}
 
 
-def test_a_class_of_ones_own_is_exported_with_an_instance(
-    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
-) -> None:
+@pytest.fixture(scope="module")
+def own(quantize_model: Callable[..., tuple[Artifact, Calls]]) -> tuple[Artifact, Calls]:
     torch.manual_seed(0)
-    arguments = {"sample": torch.randn(2, 3, 4), "timestep": torch.tensor([900.0, 100.0])}
-    artifact, calls = quantize_model(Own().requires_grad_(False), **arguments)
+    return quantize_model(Own().requires_grad_(False), **ROWS)
+
+
+def test_a_class_of_ones_own_is_exported_with_an_instance(tmp_path: Path, own: tuple[Artifact, Calls]) -> None:
+    artifact, calls = own
     with pytest.raises(ArtifactMismatchError, match="is of a 'Own'"):
         export_onnx(artifact, tmp_path / "model.onnx", "portable", calls)
     export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Own())
-    export_onnx_float(artifact, tmp_path / "float.onnx", calls, model=Own())
-    graph, expected = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, Own())(**arguments)
-    assert sqnr_db(expected, graph(**arguments)) > 40
+    graph, expected = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, Own())(**ROWS)
+    assert sqnr_db(expected, graph(**ROWS)) > 40
     assert not hasattr(graph, "add_embedding")
+
+
+def test_two_files_for_hardware_teams(
+    tmp_path: Path, artifact_of: Callable[[str], Artifact], own: tuple[Artifact, Calls]
+) -> None:
+    table = export_onnx_float(own[0], tmp_path / "model.onnx", own[1], model=Own())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.csv", "model.onnx"]
+    assert table == tmp_path / "model.csv"
+    with pytest.raises(UsageError, match=r"goes to '.*model.csv'; name the graph 'model.onnx' instead"):
+        export_onnx_float(artifact_of("W4A6"), tmp_path / "model.csv", NO_CALLS)
+    with pytest.raises(UsageError, match="is dynamic"):
+        export_onnx_float(artifact_of("W3A4-dynamic"), tmp_path / "dynamic.onnx", NO_CALLS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.csv", "model.onnx"]
 
 
 def test_an_output_that_no_graph_can_give_is_refused() -> None:
@@ -233,8 +227,7 @@ def test_an_output_that_no_graph_can_give_is_refused() -> None:
         def forward(self, sample: Tensor, timestep: Tensor) -> Any:
             return SimpleNamespace(sample=super().forward(sample, timestep))
 
-    rows = [torch.randn(2, 3, 4), torch.tensor([900.0, 100.0])]
-    calls = Calls(TimeAxis("timestep"), [Group({"sample": Place(0), "timestep": Place(1)}, rows)])
+    calls = Calls(TimeAxis("timestep"), [Group({"sample": Place(0), "timestep": Place(1)}, list(ROWS.values()))])
     with pytest.raises(ModelError, match="returns a SimpleNamespace, which no graph can give"):
         describe(TimedModel(Output(), calls.axis), calls)
 

@@ -13,25 +13,39 @@ from ptq_tdq.config import Config, preset
 from ptq_tdq.plan import make_plan
 
 
-@pytest.fixture
-def unet(tiny_unet: Callable[..., UNet2DModel]) -> UNet2DModel:
-    return tiny_unet(
-        num_class_embeds=3,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("AttnUpBlock2D",),
-        add_attention=False,
-    )
+@pytest.fixture(scope="session")
+def make_unet(tiny_unet: Callable[..., UNet2DModel]) -> Callable[[], UNet2DModel]:
+    options = {
+        "num_class_embeds": 3,
+        "block_out_channels": (8,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("AttnUpBlock2D",),
+        "add_attention": False,
+    }
+    return lambda: tiny_unet(**options)
 
 
-@pytest.fixture
-def calls(unet: UNet2DModel) -> Calls:
+@pytest.fixture(scope="session")
+def make_calls() -> Callable[[UNet2DModel], Calls]:
     """12 rows, t = 999, 500 and 1 in turn."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(12, 3, 4, 4, generator=generator)
-    with record(unet) as recorded, torch.no_grad():
-        unet(x, torch.tensor([999.0, 500.0, 1.0]).repeat(4), class_labels=torch.arange(12) % 3)
-    return recorded
+
+    def make(unet: UNet2DModel) -> Calls:
+        x = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+        with record(unet) as recorded, torch.no_grad():
+            unet(x, torch.tensor([999.0, 500.0, 1.0]).repeat(4), class_labels=torch.arange(12) % 3)
+        return recorded
+
+    return make
+
+
+@pytest.fixture
+def unet(make_unet: Callable[[], UNet2DModel]) -> UNet2DModel:
+    return make_unet()
+
+
+@pytest.fixture
+def calls(unet: UNet2DModel, make_calls: Callable[[UNet2DModel], Calls]) -> Calls:
+    return make_calls(unet)
 
 
 @pytest.fixture

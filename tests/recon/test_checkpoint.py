@@ -23,19 +23,22 @@ from ptq_tdq.recon import RunDirectory
 FEW = {
     "scheme": "W4A8",
     "method": "dynamic-statistics",
+    "module_start": "as-is",
     "activation_iterations": 1,
     "weight_iterations": 1,
     "batch_size": 4,
+    "activation_range": "minmax",
+    "weight_range": "minmax",
+    "compute_dtype": "float32",
 }
 
 
 class Case:
     """A finished run's folder, its result, and the way to go on from a changed copy."""
 
-    def __init__(self, unet: Any, calls: Any, folder: Path, **choices: Any) -> None:
-        self.unet, self.folder = unet, folder
-        self.calls = calls
-        self.config = preset("default", compute_dtype="float32", **{**FEW, **choices})
+    def __init__(self, unet: Any, calls: Any, folder: Path) -> None:
+        self.unet, self.calls, self.folder = unet, calls, folder
+        self.config = preset("default", **FEW)
         self.expected, notices = self.run(folder)
         assert notices == []
 
@@ -56,9 +59,11 @@ class Case:
         assert self.run(copy) == (self.expected, [])
 
 
-@pytest.fixture
-def case(unet: Any, calls: Any, tmp_path: Path) -> Case:
-    return Case(unet, calls, tmp_path / "run")
+@pytest.fixture(scope="module")
+def case(make_unet: Any, make_calls: Any, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Tests must not change it."""
+    unet = make_unet()
+    return Case(unet, make_calls(unet), tmp_path_factory.mktemp("case") / "run")
 
 
 @pytest.fixture
@@ -216,15 +221,14 @@ def test_a_file_that_may_not_be_read_is_done_again(case: Case, copied: Callable[
     case.check(copy, "weights-0001.safetensors")
 
 
-def test_shared_weights_are_checked_alike(unet: Any, calls: Any, tmp_path: Path) -> None:
-    case = Case(unet, calls, tmp_path / "alone")
+def test_shared_weights_are_checked_alike(case: Case, tmp_path: Path) -> None:
     runs = {"run_directory": tmp_path / "a", "weights_directory": tmp_path / "shared"}
-    calibrate(unet, case.config, case.calls, **runs)
+    calibrate(case.unet, case.config, case.calls, **runs)
     damaged = tmp_path / "shared" / "weights-0002.safetensors"
     flip(damaged, 8 * damaged.stat().st_size - 1)
     notices: list[str] = []
     runs["run_directory"] = tmp_path / "b"
-    quantized = calibrate(unet, case.config, case.calls, **runs, on_notice=notices.append)
+    quantized = calibrate(case.unet, case.config, case.calls, **runs, on_notice=notices.append)
     quantized.save_pretrained(tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == case.expected
     assert len(notices) == 1 and str(damaged) in notices[0]

@@ -59,9 +59,9 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     [
         {"method": "S_2"},
         {"method": "tdq-thin", "module_start": "steps", "zero_point": "own"},
-        {"method": "tdq", "activation_iterations": 4, "rounding": "learned"},
+        {"method": "tdq", "module_start": "as-is", "rounding": "learned"},
         {"method": "dynamic"},
-        {"method": "dynamic-statistics-time"},
+        {"method": "dynamic-statistics-time", "module_start": "as-is"},
         {
             "method": "step-lsq",
             "interval_parameter": "log",
@@ -168,8 +168,9 @@ class Stop(Exception):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     wrap: Wrap, choose: Choose, calls: Calls, tmp_path: Path, method: str, fraction: float
 ) -> None:
-    rounding = "learned" if method == "tdq-thin" else "adaround"
-    config = choose(method=method, weight_iterations=2, activation_iterations=2, bias_lr=1e-3, rounding=rounding)
+    rounding, start = ("learned", "steps") if method == "tdq-thin" else ("adaround", "as-is")
+    few = {"weight_iterations": 2, "activation_iterations": 2, "activation_range": "minmax", "weight_range": "minmax"}
+    config = choose(method=method, bias_lr=1e-3, rounding=rounding, module_start=start, **few)
     whole = wrap(config)
     expected = run(whole, calls, config)
     total = len(whole.units())

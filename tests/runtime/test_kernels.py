@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from ptq_tdq.affine import quantize
+from ptq_tdq.rotate import rotated
 from ptq_tdq.runtime.attention import native_attend, reference_attend
-from ptq_tdq.runtime.kernels import Grid, Norm, reference_quantize
-from ptq_tdq.runtime.native import native_quantize
+from ptq_tdq.runtime.kernels import ACTIVATIONS, Activation, Before, Grid, Norm, Rotate, reference_quantize
+from ptq_tdq.runtime.native import native_quantize, native_weight_only
 from ptq_tdq.runtime.step import Interval
 from ptq_tdq.scheme import QType
 
@@ -21,7 +22,7 @@ from ptq_tdq.scheme import QType
 def test_reference_codes_are_those_of_the_onnx_form_between_zero_points() -> None:
     x = torch.randn(2, 6, 4, 5)
     scale, zero_point = torch.tensor([0.1, 0.02]), torch.tensor([7, 100], dtype=torch.int32)
-    codes = reference_quantize(x, Grid((1, 5), 4, 8, (1, 0, 2, 3), up=2), scale, zero_point, None, None)
+    codes = reference_quantize(x, Grid((1, 5), 4, 8, (1, 0, 2, 3), up=2), scale, zero_point)
     enlarged = functional.interpolate(x[:, 1:5], scale_factor=2, mode="nearest")
     padded = functional.pad(enlarged, (0, 3, 1, 2))  # 0 is exactly representable: its code is the zero point
     each = (2, 1, 1, 1)
@@ -55,26 +56,59 @@ def test_native_codes_are_the_reference_codes(
     rows = shape[0] if mixed else 1
     scale = torch.full((rows,), 0.125)
     zero_point = torch.randint(0, 2**bits, (rows,), generator=generator, dtype=torch.int32)
-    expected = reference_quantize(x, grid, scale, zero_point, None, None)
-    assert torch.equal(native_quantize(library)(x, grid, scale, zero_point, None, None), expected)
+    expected = reference_quantize(x, grid, scale, zero_point)
+    assert torch.equal(native_quantize(library)(x, grid, scale, zero_point), expected)
 
 
-@pytest.mark.parametrize("silu", [False, True])
+ACTIVATED = [None, *(Activation(name, gated) for name in ACTIVATIONS for gated in (False, True))]
+
+
+@pytest.mark.parametrize("activation", [a for a in ACTIVATED if a is None or not a.gated])
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize(("channels", "groups"), [(64, 32), (96, 32), (20, 5)])
 def test_native_norm_gives_the_reference_codes_but_for_ties(
-    library: ctypes.CDLL, silu: bool, moved: bool, channels: int, groups: int
+    library: ctypes.CDLL, activation: Activation | None, moved: bool, channels: int, groups: int
 ) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, channels, 16, 16) * 3 + 20  # a mean far from 0 is what one-pass variances fear
-    norm = Norm(groups, torch.randn(channels), torch.randn(channels), 1e-5, silu)
+    norm = Norm(groups, torch.randn(channels), torch.randn(channels), 1e-5)
     shift = torch.randn(3, channels) * 4 if moved else None
+    assert_codes_but_for_ties(library, x, channels, Before(shift, norm, activation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATED)
+@pytest.mark.parametrize("rotate", [None, rotated])
+@pytest.mark.parametrize("channels", [1, 7, 96, 192])
+def test_native_activation_and_rotation_give_the_reference_codes_but_for_ties(
+    library: ctypes.CDLL, activation: Activation | None, rotate: Rotate | None, channels: int
+) -> None:
+    torch.manual_seed(0)
+    gated = activation is not None and activation.gated
+    x = torch.randn(3, channels * (1 + gated), 16, 16) * 3
+    assert_codes_but_for_ties(library, x, channels, Before(None, None, activation, rotate, torch.rand(channels) + 0.5))
+
+
+def assert_codes_but_for_ties(library: ctypes.CDLL, x: torch.Tensor, channels: int, before: Before) -> None:
+    """Only values that lie on a rounding tie within float error may have another code."""
     scale, zero_point = torch.tensor([0.02]), torch.tensor([100], dtype=torch.int32)
-    arguments = (x, Grid((0, channels), channels, 8, (1, 1, 1, 1)), scale, zero_point, norm, shift)
-    expected = reference_quantize(*arguments).int()
-    difference = (native_quantize(library)(*arguments).int() - expected).abs()
+    arguments = (x, Grid((0, channels), channels + 2, 8, (1, 1, 1, 1)), scale, zero_point, before)
+    difference = (native_quantize(library)(*arguments).int() - reference_quantize(*arguments).int()).abs()
     assert difference.max() <= 1
-    assert difference.float().mean() < 1e-3  # only values that lie on a rounding tie within float error
+    assert difference.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("channels", [1, 37, 192])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9])
+@pytest.mark.parametrize("biased", [False, True])
+def test_native_products_of_few_rows_equal_those_in_float64(
+    library: ctypes.CDLL, channels: int, rows: int, biased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (33, channels), generator=generator, dtype=torch.int8)
+    x, scale, bias = (torch.randn(shape, generator=generator) for shape in ((rows, channels), (33,), (33,)))
+    expected = x.double() @ codes.double().T * scale + (bias if biased else 0)
+    found = native_weight_only(library)(x, codes, scale, bias if biased else None)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["one t", "mixed t"])

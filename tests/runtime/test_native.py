@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from ptq_tdq.errors import RuntimeUnsupportedError
+from ptq_tdq.rotate import rotated
 from ptq_tdq.runtime import native
 from ptq_tdq.runtime.attention import native_attend
-from ptq_tdq.runtime.kernels import Grid, Norm, reference_quantize
+from ptq_tdq.runtime.kernels import Activation, Before, Grid, Norm, reference_quantize
 from ptq_tdq.runtime.native import native_quantize, open_library
 from ptq_tdq.runtime.products import Geometry, OneDnnProducts, Weights
 from ptq_tdq.runtime.step import Interval
@@ -157,8 +158,9 @@ def test_a_user_without_a_home_is_no_obstacle(library: Any) -> None:
 
 ONE, ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int32)
 X, GRID = torch.randn(2, 8, 4, 4), Grid((0, 8), 8, 8)
-GOOD = {"x": X, "grid": GRID, "scale": ONE, "zero_point": ZERO, "norm": None, "shift": None}
-NORM = Norm(4, torch.ones(8), torch.zeros(8), 1e-5, True)
+GOOD = {"x": X, "grid": GRID, "scale": ONE, "zero_point": ZERO, "before": Before()}
+NORM = Norm(4, torch.ones(8), torch.zeros(8), 1e-5)
+GATED = Activation("silu", gated=True)
 WRONG: dict[str, dict[str, Any]] = {
     "double scale": {"scale": ONE.double()},
     "scales of fewer samples": {"x": X.repeat(2, 1, 1, 1), "scale": torch.ones(2), "zero_point": ZERO.repeat(2)},
@@ -171,12 +173,17 @@ WRONG: dict[str, dict[str, Any]] = {
     "an output too narrow": {"grid": Grid((0, 8), 4, 8)},
     "negative padding": {"grid": GRID._replace(padding=(0, 0, -1, 0))},
     "no upsampling": {"grid": GRID._replace(up=0)},
-    "a norm of part of x": {"grid": Grid((0, 4), 4, 8), "norm": NORM},
-    "groups that do not divide": {"norm": Norm(3, torch.ones(8), torch.zeros(8), 1e-5, True)},
-    "a short norm": {"norm": Norm(4, torch.ones(4), torch.zeros(8), 1e-5, True)},
-    "a norm in half": {"norm": Norm(4, torch.ones(8).half(), torch.zeros(8).half(), 1e-5, True)},
-    "a shift of fewer samples": {"norm": NORM, "shift": torch.ones(1, 8)},
-    "a shift of fewer channels": {"norm": NORM, "shift": torch.ones(2, 4)},
+    "a norm of part of x": {"grid": Grid((0, 4), 4, 8), "before": Before(norm=NORM)},
+    "an activation of part of x": {"grid": Grid((0, 4), 4, 8), "before": Before(activation=Activation("gelu"))},
+    "a rotation of part of x": {"grid": Grid((0, 4), 4, 8), "before": Before(rotate=rotated)},
+    "a gate that is missing": {"before": Before(activation=GATED)},
+    "a gate of fewer channels": {"x": X[:, :7], "grid": Grid((0, 3), 4, 8), "before": Before(activation=GATED)},
+    "gains of the gate": {"grid": Grid((0, 4), 4, 8), "before": Before(activation=GATED, gain=torch.ones(8))},
+    "groups that do not divide": {"before": Before(norm=Norm(3, torch.ones(8), torch.zeros(8), 1e-5))},
+    "a short norm": {"before": Before(norm=Norm(4, torch.ones(4), torch.zeros(8), 1e-5))},
+    "a norm in half": {"before": Before(norm=Norm(4, torch.ones(8).half(), torch.zeros(8).half(), 1e-5))},
+    "a shift of fewer samples": {"before": Before(torch.ones(1, 8), NORM)},
+    "a shift of fewer channels": {"before": Before(torch.ones(2, 4), NORM)},
 }
 
 
@@ -191,14 +198,20 @@ def test_memory_of_another_form_is_refused(library: Any, case: str) -> None:
     [X.double(), X.half(), X[:, :, ::2], X[:1].expand(3, -1, -1, -1), X[:0], X.clone().requires_grad_(), X[:, :, :0]],
     ids=["float64", "float16", "strided", "expanded", "empty batch", "gradients", "no rows"],
 )
-@pytest.mark.parametrize("norm", [None, NORM])
-def test_any_x_is_quantized_as_float32(library: Any, x: torch.Tensor, norm: Norm | None) -> None:
-    given = GOOD | {"norm": norm, "scale": ONE * 0.02, "zero_point": ZERO + 100}
+@pytest.mark.parametrize("before", [Before(), Before(norm=NORM), Before(activation=GATED, rotate=rotated)])
+def test_any_x_is_quantized_as_float32(library: Any, x: torch.Tensor, before: Before) -> None:
+    channels = before.channels(8)
+    given = GOOD | {
+        "grid": Grid((0, channels), channels, 8),
+        "before": before,
+        "scale": ONE * 0.02,
+        "zero_point": ZERO + 100,
+    }
     found = native_quantize(library)(**given | {"x": x})
     expected = reference_quantize(**given | {"x": x.detach().float()}) if x.numel() else torch.empty_like(found)
-    assert found.shape == (*x.shape[:1], 8, *x.shape[2:])
+    assert found.shape == (*x.shape[:1], channels, *x.shape[2:])
     difference = (found.int() - expected.int()).abs() if x.numel() else torch.zeros(1)
-    assert difference.max() <= (0 if norm is None else 1)
+    assert difference.max() <= (1 if any(before) else 0)
 
 
 @pytest.mark.parametrize("change", ["k", "v", "scale", "mask"])

@@ -137,6 +137,14 @@ def test_sums_beyond_the_integers_of_float32_are_rounded_once() -> None:
     assert torch.equal(FloatProducts(weights, Geometry())(codes, interval, None).flatten(1), exact.float())
 
 
+def test_single_pixels_may_be_of_a_convolution_with_a_stride(make: Make) -> None:
+    weights, geometry = random_weights(8, 8, 4, (1, 1), seed=2), Geometry(stride=(2, 2))
+    codes = torch.randint(0, 256, (5, 4, 1, 1), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    interval = Interval(torch.tensor([0.1]), torch.tensor([7], dtype=torch.int32))
+    expected = in_float64(codes, interval, weights, geometry)
+    torch.testing.assert_close(make(weights, geometry)(codes, interval, None).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_4_bit_weights_stay_two_to_a_byte(library: ctypes.CDLL) -> None:
     narrow = NativeProducts(random_weights(4, 64, 64, (3, 3), 0), Geometry((3, 3)), library)
     wide = NativeProducts(random_weights(5, 64, 64, (3, 3), 0), Geometry((3, 3)), library)

@@ -14,13 +14,13 @@ HERE = Path(__file__).parent
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 OUT_OF_BOUNDS = """
 import ctypes, sys, torch
-from ptq_tdq.runtime.native import _Frame, open_library
+from ptq_tdq.runtime.native import Frame, open_library
 library = open_library()
 assert not isinstance(library, str), library
 rows = int(sys.argv[1])  # of an image of 4 rows
 x, out = torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, rows, 4, dtype=torch.uint8)
 scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-frame = _Frame(1, rows, 4, 8, 8, 0, 8, 0, 0, 0, 0, 1, 0, 255)
+frame = Frame(1, rows, 4, 8, 8, 0, 8, 0, 0, 0, 0, 1, 0, 0, 0, None, 255)
 library.quantize.argtypes = [ctypes.c_void_p] * 6
 library.quantize(ctypes.addressof(frame), x.data_ptr(), None, *(t.data_ptr() for t in (scale, zero_point, out)))
 print("done")

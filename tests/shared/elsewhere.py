@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
@@ -26,6 +25,7 @@ class Elsewhere(Tensor):
     """A tensor on the pretended device."""
 
     held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is made of it passes __torch_dispatch__
 
     @staticmethod
     def __new__(cls, held: Tensor) -> Elsewhere:
@@ -56,25 +56,38 @@ class Elsewhere(Tensor):
 
 
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors: list[Tensor] = []
+    held = _held(args, tensors), {key: _held(value, tensors) for key, value in kwargs.items()}
     there = any(isinstance(x, Elsewhere) for x in tensors)
-    strangers = [x for x in tensors if not isinstance(x, Elsewhere) and x.ndim]
-    if there and strangers and func._schema.name not in {name.partition(".")[0] for name in MIXING}:
+    strangers = there and any(x.ndim and not isinstance(x, Elsewhere) for x in tensors)
+    if strangers and func._schema.name not in {name.partition(".")[0] for name in MIXING}:
         raise RuntimeError(f"Expected all tensors to be on the same device, but {func} meets both.")
     target = kwargs.get("device")
     if target is not None and torch.device(target).type == NAME:
-        there, kwargs = True, {**kwargs, "device": torch.device("cpu")}
+        there, held[1]["device"] = True, torch.device("cpu")
     elif target is not None:
         there = False
-    held = pytree.tree_map(lambda x: x.held if isinstance(x, Elsewhere) else x, (args, kwargs))
     if func is torch.ops.aten.copy_.default:  # keeps the place of what it writes to
         held[0][0].copy_(held[0][1])
         return args[0]
     result = func(*held[0], **held[1])
     if func is torch.ops.aten._to_copy.default and target is not None:
         return Elsewhere(result) if there else result
-    wrapped = pytree.tree_map(lambda x: Elsewhere(x) if isinstance(x, Tensor) and there else x, result)
-    return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
+    return return_and_correct_aliasing(func, args, kwargs, _wrapped(result)) if there else result
+
+
+def _held(value: Any, tensors: list[Tensor]) -> Any:
+    """An argument with what its tensors hold; the tensors go to ``tensors``. A tree of torch's takes far longer."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return value.held if isinstance(value, Elsewhere) else value
+    return type(value)(_held(x, tensors) for x in value) if isinstance(value, (list, tuple)) else value
+
+
+def _wrapped(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Elsewhere(value)
+    return type(value)(map(_wrapped, value)) if isinstance(value, (list, tuple)) else value
 
 
 class _Module(backend_registration._DummyBackendModule):

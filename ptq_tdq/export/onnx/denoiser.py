@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.errors import ArtifactMismatchError, ModelError, RuntimeUnsupportedError, TimestepError, UsageError
+from ptq_tdq.export.onnx.facts import Facts
 from ptq_tdq.export.onnx.places import places_of, rounds
 from ptq_tdq.export.onnx.runtimes import QDQ, RUNTIMES, WEIGHTS
-from ptq_tdq.export.onnx.signature import RETURN_DICT, Leaf, Signature
+from ptq_tdq.export.onnx.signature import RETURN_DICT, Leaf
 from ptq_tdq.export.onnx.skeleton import BATCH, METADATA
 from ptq_tdq.processor import instruction_set, sums_eight_bits
 from ptq_tdq.structure import Size, building, meta_model
-from ptq_tdq.timeaxis import NEAR, TimeAxis
+from ptq_tdq.timeaxis import NEAR
 
 Feed = dict[str, NDArray[Any]]
 
@@ -73,31 +74,30 @@ class OnnxDenoiser(nn.Module):
     def __init__(self, file: str | Path, *, runtime: str | None = None, threads: int = 0) -> None:
         super().__init__()
         files = _files(Path(file))
-        graph, facts = _read(files[0])
-        made_for = str(facts["runtime"])
-        chosen = runtime or (made_for if made_for in RUNTIMES else "onnxruntime")
+        graphs = [_read(each) for each in files]
+        (graph, facts), of_steps = graphs[0], [found.steps for _, found in graphs]
+        chosen = runtime or (facts.made_for if facts.made_for in RUNTIMES else "onnxruntime")
         if chosen not in RUNTIMES:
             raise UsageError(f"The runtime must be one of {', '.join(RUNTIMES)}. Got {chosen!r} instead.")
-        if made_for not in ("portable", "float", QDQ, chosen):
-            raise ModelError(f"'{file}' was exported for {made_for}; export it for {chosen}.")
+        if facts.made_for not in ("portable", "float", QDQ, chosen):
+            raise ModelError(f"'{file}' was exported for {facts.made_for}; export it for {chosen}.")
+        if Path(file).is_dir() and None in of_steps:
+            raise ModelError(f"'{file}' has graphs that are not for some time steps alone; give the path of one.")
         exact = sums_eight_bits()
-        if not exact and (made_for in RUNTIMES or (made_for, chosen) == (QDQ, "openvino")):
+        if not exact and (facts.made_for in RUNTIMES or (facts.made_for, chosen) == (QDQ, "openvino")):
             raise RuntimeUnsupportedError(
                 f"'{file}' has 8-bit products, whose sums {chosen} lets saturate on this processor "
                 f"({instruction_set()}, no VNNI); export it with --runtime portable."
             )
-        self.facts, self.runtime = facts, chosen
-        self.config = Config(facts["model_config"])
+        self.facts, self.runtime = facts.said, chosen
+        self.config = Config(facts.model_config)
         self.dtype, self.device = torch.float32, torch.device("cpu")
-        self.call = Signature.from_dict(facts["call"])
+        self.call, self.axis, self._signature = facts.call, facts.axis, facts.parameters
         self._structure = cache(partial(_structure, self.config, self.call.time, _size(graph)))
-        self.axis = TimeAxis.from_dict(facts["time_axis"])
         self._inputs = {value.name: value.type.tensor_type for value in graph.input}
-        self._signature = inspect.Signature([_parameter(p) for p in self.call.parameters])
-        integers = exact or made_for != QDQ
-        self._graphs = [(_read(f)[1].get("steps"), RUNTIMES[chosen](f, threads, integers)) for f in files]
-        if Path(file).is_dir() and any(steps is None for steps, _ in self._graphs):
-            raise ModelError(f"'{file}' has graphs that are not for some time steps alone; give the path of one.")
+        self._one_step, self._any_batch = facts.one_step or facts.steps is not None, BATCH in facts.free_sizes
+        integers = exact or facts.made_for != QDQ
+        self._graphs = list(zip(of_steps, [RUNTIMES[chosen](f, threads, integers) for f in files], strict=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward.
@@ -193,9 +193,8 @@ class OnnxDenoiser(nn.Module):
         count = len(feed[main])
         if len(feed[time]) == 1:
             feed = feed | {time: np.repeat(feed[time], count, 0)}
-        one_step = self.facts["one_step"] or "steps" in self.facts
-        mixed = one_step and bool((feed[time] != feed[time][:1]).any())
-        if BATCH in self.facts["free_sizes"] and not mixed:
+        mixed = self._one_step and bool((feed[time] != feed[time][:1]).any())
+        if self._any_batch and not mixed:
             return self._run({leaf.name: feed[leaf.name] for leaf in leaves})
         found: dict[int, list[NDArray[Any]]] = {}
         places = places_of(self.call.held(), feed, count)
@@ -276,12 +275,6 @@ def _same(given: Any, recorded: Any) -> bool:
     return bool(given == recorded or (given in empty and recorded in empty))
 
 
-def _parameter(stored: dict[str, Any]) -> inspect.Parameter:
-    kind = getattr(inspect.Parameter, stored["kind"])
-    default = stored.get("default", inspect.Parameter.empty)
-    return inspect.Parameter(stored["name"], kind, default=default)
-
-
 def _files(path: Path) -> list[Path]:
     """The graph, or those of a folder."""
     if not path.is_dir():
@@ -292,11 +285,11 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _read(file: Path) -> tuple[onnx.GraphProto, dict[str, Any]]:
+def _read(file: Path) -> tuple[onnx.GraphProto, Facts]:
     """The graph and what the file says of itself."""
     try:
         model = onnx.load(file, load_external_data=False)
-        facts: dict[str, Any] = json.loads({p.key: p.value for p in model.metadata_props}[METADATA])
+        said = json.loads({p.key: p.value for p in model.metadata_props}[METADATA])
     except OSError as error:
         reason = error.strerror or error
         raise ModelError(f"'{file}' cannot be read ({reason}); give the path of an ONNX file.") from error
@@ -305,4 +298,4 @@ def _read(file: Path) -> tuple[onnx.GraphProto, dict[str, Any]]:
     places = {entry.value for x in model.graph.initializer for entry in x.external_data if entry.key == "location"}
     if not places <= {WEIGHTS}:
         raise ModelError(f"'{file}' asks for the file '{(places - {WEIGHTS}).pop()[:100]}', which we have not written.")
-    return model.graph, facts
+    return model.graph, Facts.of(said, model.graph, file)
