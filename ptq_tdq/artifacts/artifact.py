@@ -111,10 +111,7 @@ def check_base_model(artifact: Artifact, sha256: str) -> None:
 
 def check_artifact(artifact: Artifact) -> None:
     """Raise :class:`ArtifactCorruptError` with the first contradiction between layers, tables and tensors."""
-    try:
-        length = artifact.time_axis.length
-    except (TypeError, ValueError) as error:
-        raise ArtifactCorruptError(f"The artifact's time axis is none ({error}); make the artifact again.") from None
+    length = _table_length(artifact)
     for name, count in Counter([layer.name for layer in artifact.layers]).items():
         _require(count == 1, f"The layer '{name}' is listed {count} times")
     for name, count in Counter([quantizer.name for quantizer in artifact.quantizers]).items():
@@ -141,6 +138,13 @@ def check_artifact(artifact: Artifact) -> None:
         _require(bool(powers.all()), f"{what} has factors that are no powers of two near 1")
     for name, tensor in artifact.float_state.items():
         _require(_is_finite(tensor), f"The tensor '{name}' has NaN or Inf")
+
+
+def _table_length(artifact: Artifact) -> int:
+    try:
+        return artifact.time_axis.length
+    except (TypeError, ValueError) as error:
+        raise ArtifactCorruptError(f"The artifact's time axis is none ({error}); make the artifact again.") from None
 
 
 def _check_table(quantizer: QuantizerRecord, table: IntervalTable, steps: int) -> None:
