@@ -27,7 +27,7 @@ def undecided(unit: Unit) -> list[ActivationQuantizer]:
 def choose(unit: Unit, call: UnitCall, target: Parts, config: Config, observed: Mapping[str, Observed]) -> None:
     """Put the chosen method of each undecided quantizer, and what following t is worth, into its record.
 
-    Sources are judged as they start: to learn them first changes no result (docs/results.md). A quantizer follows t
+    Sources are judged as they start: to learn them first gained nothing (docs/results.md). A quantizer follows t
     where that alone makes the loss of the held-out samples smaller, by more than ``ERRORS`` standard errors of the
     difference sample by sample, and if what all of those give together does so too. Ranges of these samples are among
     those that intervals were searched in.
