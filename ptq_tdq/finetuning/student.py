@@ -95,10 +95,14 @@ class Student(nn.Module):
             if quantizer.source is not None:
                 quantizer.source.train(not function.frozen)
 
+    @property
+    def frozen(self) -> bool:
+        return any(function.frozen for function in self.functions.values())
+
     @contextmanager
     def judged(self) -> Iterator[None]:
         """Run as the finished model will."""
-        before = any(function.frozen for function in self.functions.values())
+        before = self.frozen
         self.freeze()
         for source in self.sources():
             source.eval()
