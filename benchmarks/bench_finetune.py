@@ -9,6 +9,7 @@ its last checkpoint. ``--render`` prints the tables: means and deviations over s
 ``--tables`` says which cells: 5 (quantizers), 6 (bits), 1 (dynamic), 2 (time encodings), 7 (initialisations), data
 (training on images beside imitation; needs ``--data``), minutes (fewer and more iterations). ``--prepare`` only
 calibrates what they start from; ``--processes`` run as many cells at once, on a GPU that one alone does not fill.
+``--pace`` times iterations instead, launched kernel by kernel and as CUDA graphs in turns.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import click
@@ -156,6 +158,23 @@ class Bench:
             self._baselines[seed] = found
         return self._baselines[seed]
 
+    def pace(self, iterations: int) -> Line:
+        """Seconds of an iteration of LSQ + TDQ at W4A4, the median, by whether it is a CUDA graph."""
+        began, seconds = self.artifact("W4A4"), dict[bool, list[float]]({False: [], True: []})
+        own = {"quantizer": "lsq", "method": "tdq", "iterations": iterations, "trajectories": 64}
+        base = FinetuneConfig().changed({**self.settings, **own})
+        data = collect_cached(self.model, **recipe(base))
+        for graph in (False, True) * 2:
+            ends: list[float] = []
+            config = base.changed({"cuda_graph": graph})
+            finetune(
+                self.model, began, config, data, on_iteration=lambda _, ends=ends: ends.append(time.perf_counter())
+            )
+            seconds[graph] += [b - a for a, b in pairwise(ends[10:])]
+        each, graphs = median(seconds[False]), median(seconds[True])
+        device = device_name(self.model.denoiser.device)
+        return {"seconds": each, "seconds_graph": graphs, "ratio": each / graphs, "device": device, "facts": facts()}
+
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -214,6 +233,7 @@ def _mean(values: list[float]) -> str:
 @click.option("--processes", default=1, help="Cells at once.")
 @click.option("--device", default="cpu")
 @click.option("--prepare", is_flag=True, help="Only calibrate what the cells start from.")
+@click.option("--pace", is_flag=True, help="Only time iterations.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--render", "rendered", is_flag=True, help="Only print the tables.")
 def main(
@@ -223,6 +243,7 @@ def main(
     threads: int,
     processes: int,
     prepare: bool,
+    pace: bool,
     results: Path,
     rendered: bool,
     **options: Any,
@@ -242,6 +263,9 @@ def main(
         if cell.key() not in done and not (cell.data and options["data"] is None)
     ]
     _begin(threads, options)
+    if pace:
+        click.echo(json.dumps(_bench[0].pace(iterations)))
+        return
     for cell in wanted:
         _bench[0].artifact(cell.scheme)
         if not prepare:
