@@ -208,6 +208,11 @@ def at(t: Tensor) -> Iterator[None]:
         _present.reset(token)
 
 
+def of_call() -> Tensor | None:
+    """The t that :func:`at` was given for the call that runs."""
+    return _present.get()
+
+
 def present(batch: int, device: torch.device | None = None) -> Tensor:
     """t of each of ``batch`` rows on ``device``, [batch]; a batch that holds k rows of each sample gets each t k times.
 

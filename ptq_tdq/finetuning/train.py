@@ -124,7 +124,8 @@ class Training:
             predicted, penalty = self.student(**batch.arguments)
             loss = (_distance(predicted, self._target(batch)) + penalty) * (batch.rows / self.config.batch_size)
             loss.backward()
-        return loss.detach()
+        found: Tensor = loss.detach()
+        return found
 
     def _target(self, batch: Batch) -> Tensor:
         return self._wanted(**batch.arguments) if batch.target is None else batch.target
