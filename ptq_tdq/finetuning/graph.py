@@ -25,6 +25,8 @@ class Graphs:
 
     def __init__(self, descend: Descend, learned: Sequence[nn.Parameter]) -> None:
         self.descend, self.learned = descend, learned
+        # autograd goes back on the stream where a parameter was used first, and none may leave that of a capture
+        self.stream = torch.cuda.Stream(learned[0].device)
         self._seen: dict[str, int] = {}
         self._graphs: dict[str, _Graph] = {}
 
@@ -34,29 +36,43 @@ class Graphs:
         kind = repr((form, state, [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]))
         self._seen[kind] = self._seen.get(kind, 0) + 1
         if self._seen[kind] <= WARM:
-            return self.descend(batch)
+            return self._warm(batch)
         if kind not in self._graphs:
-            self._graphs[kind] = _Graph(self.descend, self.learned, batch)
+            self._graphs[kind] = _Graph(self.descend, self.learned, batch, self.stream)
         return self._graphs[kind].run(batch)
+
+    def _warm(self, batch: Batch) -> Tensor:
+        usual = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(usual)
+        with torch.cuda.stream(self.stream):
+            loss = self.descend(batch)
+        usual.wait_stream(self.stream)
+        return loss
 
 
 class _Graph:
     """What one batch did, to be done again with other values in its tensors."""
 
-    def __init__(self, descend: Descend, learned: Sequence[nn.Parameter], batch: Batch) -> None:
+    def __init__(
+        self, descend: Descend, learned: Sequence[nn.Parameter], batch: Batch, stream: torch.cuda.Stream
+    ) -> None:
         self.learned = learned
         self.batch: Batch = pytree.tree_map_only(Tensor, torch.clone, batch)
         before = [p.grad for p in learned]
         for p in learned:
             p.grad = None  # so that the graph has its own, and writes them anew each time
         self.graph = torch.cuda.CUDAGraph()
+        random = torch.cuda.default_generators[stream.device.index]
+        spare = random.clone_state()
         try:
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=stream):
                 self.loss = descend(self.batch)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            random.graphsafe_set_state(spare)  # else it counts as captured for good
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            first = error.__context__ or error  # a failed capture fails once more when it is closed
+            reason = str(first).partition("\n")[0]
             raise ModelError(
                 f"This model's steps cannot be captured as a CUDA graph ({reason}); leave out cuda_graph."
             ) from error
