@@ -37,6 +37,7 @@ from ptq_tdq import calibrate, load_quantized, preset, record
 from ptq_tdq.calib_data import from_pipeline
 from ptq_tdq.calibration import foresee
 from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.study.cell import check_plans
 
 
 def run(folder, name, smaller, choices):
@@ -77,6 +78,7 @@ def foretell():
     with second_device() if pretended else nullcontext(torch.device("cuda", 0)) as device:
         send(model.denoiser) if pretended else model.denoiser.to(device)
         there = foresee(model, config)
+        check_plans(model, [config])
     return [[x.units, x.layers, x.rows, x.recorded_bytes] for x in (here, there)]
 
 
@@ -121,6 +123,6 @@ def test_a_run_on_another_device_gives_what_the_cpu_gives(run: str, found: dict[
     assert found[run]["resumed"] and found[run]["loaded"]
 
 
-def test_what_a_run_will_take_is_foretold_there_too(found: dict[str, Any]) -> None:
+def test_what_a_run_or_a_study_will_take_is_foretold_there_too(found: dict[str, Any]) -> None:
     here, there = found["foretold"]
     assert here == there
