@@ -9,7 +9,7 @@ its last checkpoint. ``--render`` prints the tables: means and deviations over s
 ``--tables`` says which cells: 5 (quantizers), 6 (bits), 1 (dynamic), 2 (time encodings), 7 (initialisations), data
 (training on images beside imitation; needs ``--data``), minutes (fewer and more iterations). ``--prepare`` only
 calibrates what they start from; ``--processes`` run as many cells at once, on a GPU that one alone does not fill.
-``--pace`` times iterations instead, launched kernel by kernel and as CUDA graphs in turns.
+``--pace`` times iterations instead, on a GPU launched kernel by kernel and as CUDA graphs in turns.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import hashlib
 import json
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, median, stdev
+from time import perf_counter
 from typing import Any
 
 import click
@@ -118,7 +118,7 @@ class Bench:
 
     def run(self, cell: Cell) -> Line:
         """The line of a cell."""
-        began, held_out, start = self.artifact(cell.scheme), None, time.perf_counter()
+        began, held_out, start = self.artifact(cell.scheme), None, perf_counter()
         quantized = build_quantized(began, self.model.denoiser).to(self.model.denoiser.device)
         if cell.quantizer:
             own = {"quantizer": cell.quantizer, "method": cell.method, "iterations": cell.iterations, "seed": cell.seed}
@@ -130,7 +130,7 @@ class Bench:
             )
             quantized = finetune(self.model, began, config, data, run_directory=folder, on_iteration=_say)
             held_out = quantized.metrics["finetune"]["held_out"]
-        seconds = time.perf_counter() - start
+        seconds = perf_counter() - start
         measured = self.baseline(cell.seed).measure(quantized).results
         about = {"settings": self.settings, "samples": self.samples, "device": device_name(self.model.denoiser.device)}
         found = {**about, "held_out": held_out, "seconds": seconds, **measured}
@@ -159,21 +159,17 @@ class Bench:
         return self._baselines[seed]
 
     def pace(self, iterations: int) -> Line:
-        """Seconds of an iteration of LSQ + TDQ at W4A4, the median, by whether it is a CUDA graph."""
-        began, seconds = self.artifact("W4A4"), dict[bool, list[float]]({False: [], True: []})
-        own = {"quantizer": "lsq", "method": "tdq", "iterations": iterations, "trajectories": 64}
-        base = FinetuneConfig().changed({**self.settings, **own})
+        """Seconds of an iteration at W4A4, the median: LSQ with static intervals and with TDQ, as CUDA graphs too."""
+        began, device = self.artifact("W4A4"), self.model.denoiser.device
+        base = FinetuneConfig().changed({**self.settings, "iterations": iterations, "trajectories": 64})
         data = collect_cached(self.model, **recipe(base))
-        for graph in (False, True) * 2:
+        seconds: dict[str, list[float]] = {}
+        for method, graph in [*product(("static", "tdq"), (False, True)[: 1 + (device.type == "cuda")])] * 2:
             ends: list[float] = []
-            config = base.changed({"cuda_graph": graph})
-            finetune(
-                self.model, began, config, data, on_iteration=lambda _, ends=ends: ends.append(time.perf_counter())
-            )
-            seconds[graph] += [b - a for a, b in pairwise(ends[10:])]
-        each, graphs = median(seconds[False]), median(seconds[True])
-        device = device_name(self.model.denoiser.device)
-        return {"seconds": each, "seconds_graph": graphs, "ratio": each / graphs, "device": device, "facts": facts()}
+            config = base.changed({"method": method, "cuda_graph": graph})
+            finetune(self.model, began, config, data, on_iteration=lambda _, ends=ends: ends.append(perf_counter()))
+            seconds.setdefault(f"{method}{' graph' * graph}", []).extend(b - a for a, b in pairwise(ends[5:]))
+        return {"seconds": {k: median(v) for k, v in seconds.items()}, "device": device_name(device), "facts": facts()}
 
 
 def device_name(device: torch.device) -> str:
