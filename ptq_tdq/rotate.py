@@ -66,5 +66,5 @@ def block_of(channels: int) -> int:
 
 
 def signs(channels: int) -> Tensor:
-    """d [C]: -1 where the binary digits of the channel's number have an odd number of pairs 11."""
-    return torch.tensor([1.0 - 2.0 * ((c & c >> 1).bit_count() % 2) for c in range(channels)])
+    """d float32 [C]: -1 where the binary digits of the channel's number have an odd number of pairs 11."""
+    return torch.tensor([1.0 - 2.0 * ((c & c >> 1).bit_count() % 2) for c in range(channels)], dtype=torch.float32)
