@@ -78,8 +78,7 @@ class FinetuneConfig(Choices):
     )
     cuda_graph: bool = choice(
         False,
-        "On a GPU, launch the kernels of an iteration together. Several times faster for small models; not for models "
-        "that wait for the device within a call.",
+        "On a GPU, launch the kernels of an iteration together; not for models that wait for the device within a call.",
     )
     checkpoint_every: int = choice(
         100, "A checkpoint is kept after each so many iterations.", unit="iterations", bounds=AT_LEAST_ONCE
