@@ -9,6 +9,7 @@ its last checkpoint. ``--render`` prints the tables: means and deviations over s
 ``--tables`` says which cells: 5 (quantizers), 6 (bits), 1 (dynamic), 2 (time encodings), 7 (initialisations), data
 (training on images beside imitation; needs ``--data``), minutes (fewer and more iterations). ``--prepare`` only
 calibrates what they start from; ``--processes`` run as many cells at once, on a GPU that one alone does not fill.
+``--pace`` times iterations instead, on a GPU launched kernel by kernel and as CUDA graphs in turns.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import hashlib
 import json
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from itertools import pairwise, product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
+from time import perf_counter
 from typing import Any
 
 import click
@@ -116,7 +118,7 @@ class Bench:
 
     def run(self, cell: Cell) -> Line:
         """The line of a cell."""
-        began, held_out, start = self.artifact(cell.scheme), None, time.perf_counter()
+        began, held_out, start = self.artifact(cell.scheme), None, perf_counter()
         quantized = build_quantized(began, self.model.denoiser).to(self.model.denoiser.device)
         if cell.quantizer:
             own = {"quantizer": cell.quantizer, "method": cell.method, "iterations": cell.iterations, "seed": cell.seed}
@@ -128,7 +130,7 @@ class Bench:
             )
             quantized = finetune(self.model, began, config, data, run_directory=folder, on_iteration=_say)
             held_out = quantized.metrics["finetune"]["held_out"]
-        seconds = time.perf_counter() - start
+        seconds = perf_counter() - start
         measured = self.baseline(cell.seed).measure(quantized).results
         about = {"settings": self.settings, "samples": self.samples, "device": device_name(self.model.denoiser.device)}
         found = {**about, "held_out": held_out, "seconds": seconds, **measured}
@@ -155,6 +157,19 @@ class Bench:
                 save_baseline(folder, found)
             self._baselines[seed] = found
         return self._baselines[seed]
+
+    def pace(self, iterations: int) -> Line:
+        """Seconds of an iteration at W4A4, the median: LSQ with static intervals and with TDQ, as CUDA graphs too."""
+        began, device = self.artifact("W4A4"), self.model.denoiser.device
+        base = FinetuneConfig().changed({**self.settings, "iterations": iterations, "trajectories": 64})
+        data = collect_cached(self.model, **recipe(base))
+        seconds: dict[str, list[float]] = {}
+        for method, graph in [*product(("static", "tdq"), (False, True)[: 1 + (device.type == "cuda")])] * 2:
+            ends: list[float] = []
+            config = base.changed({"method": method, "cuda_graph": graph})
+            finetune(self.model, began, config, data, on_iteration=lambda _, ends=ends: ends.append(perf_counter()))
+            seconds.setdefault(f"{method}{' graph' * graph}", []).extend(b - a for a, b in pairwise(ends[5:]))
+        return {"seconds": {k: median(v) for k, v in seconds.items()}, "device": device_name(device), "facts": facts()}
 
 
 def device_name(device: torch.device) -> str:
@@ -214,6 +229,7 @@ def _mean(values: list[float]) -> str:
 @click.option("--processes", default=1, help="Cells at once.")
 @click.option("--device", default="cpu")
 @click.option("--prepare", is_flag=True, help="Only calibrate what the cells start from.")
+@click.option("--pace", is_flag=True, help="Only time iterations.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--render", "rendered", is_flag=True, help="Only print the tables.")
 def main(
@@ -223,6 +239,7 @@ def main(
     threads: int,
     processes: int,
     prepare: bool,
+    pace: bool,
     results: Path,
     rendered: bool,
     **options: Any,
@@ -242,6 +259,9 @@ def main(
         if cell.key() not in done and not (cell.data and options["data"] is None)
     ]
     _begin(threads, options)
+    if pace:
+        click.echo(json.dumps(_bench[0].pace(iterations)))
+        return
     for cell in wanted:
         _bench[0].artifact(cell.scheme)
         if not prepare:

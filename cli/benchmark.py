@@ -32,6 +32,7 @@ from ptq_tdq.load import Backend
 from ptq_tdq.study.cell import check_plans, sampling_sha256
 from ptq_tdq.study.matrix import METHODS, make_cells
 from ptq_tdq.study.render import (
+    USUAL,
     Table,
     differences,
     find_metric,
@@ -40,6 +41,7 @@ from ptq_tdq.study.render import (
     markdown,
     require_comparable,
     to_csv,
+    usual_metric,
 )
 from ptq_tdq.study.results import read_lines, unfinished
 from ptq_tdq.study.run import run_study, work_folder
@@ -111,9 +113,8 @@ class Shard(click.ParamType[slice]):
     "--metric",
     "flags",
     metavar="NAMES",
-    default="fd-c10",
-    show_default=True,
-    help=f"What the table shows, parted by commas (csv: one): {', '.join(metric.flag for metric in METRICS)}.",
+    help=f"What the table shows, parted by commas (csv: one): {', '.join(metric.flag for metric in METRICS)}.  "
+    f"[default: the first that was measured of {', '.join(USUAL)}]",
 )
 @click.option(
     "--format",
@@ -155,7 +156,7 @@ def benchmark_command(
     shard: slice | None,
     backend: Backend,
     workers: int,
-    flags: str,
+    flags: str | None,
     form: str,
     output: Path | None,
     grids: Path | None,
@@ -173,10 +174,10 @@ def benchmark_command(
     methods are compared with S_1 (Q-Diffusion), or what --against names, on the same seed. With the integer backend the
     samples come from integer arithmetic; methods without tables (dynamic) stay simulated, as their lines say.
     """
-    metrics = [find_metric(flag) for flag in _names(flags)]
-    if not metrics:
+    metrics = None if flags is None else [find_metric(flag) for flag in _names(flags)]
+    if metrics == []:
         raise UsageError("--metric names no metric; give one, for example fd-c10.")
-    if form == "csv" and len(metrics) > 1:
+    if form == "csv" and metrics and len(metrics) > 1:
         raise UsageError("--format csv takes one --metric; give one, or choose another format.")
     if render:
         if grids:
@@ -213,7 +214,7 @@ def benchmark_command(
 
 def _give(
     results: Path,
-    metrics: list[Metric],
+    metrics: list[Metric] | None,
     against: str | None,
     form: str,
     output: Path | None,
@@ -221,9 +222,10 @@ def _give(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """The tables of a results file, one for each metric; none of a shard."""
+    """The tables of a results file, one for each metric (None: the usual one); none of a shard."""
     lines = read_lines(results)
-    tables = [make_table(lines, metric, against) for metric in metrics]
+    wanted = [usual_metric(lines)] if metrics is None else metrics
+    tables = [make_table(lines, metric, against) for metric in wanted]
     if output and tables:
         write_atomic(output, FORMATS[form](tables).encode())
         click.echo(f"Wrote {output}", err=True)

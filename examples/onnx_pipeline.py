@@ -1,46 +1,51 @@
-"""Sample with an exported ONNX file in the model's own pipeline.
+"""Sample pictures with an exported ONNX file in the place of a pipeline's denoiser.
 
     ptq-tdq export out --format onnx --output denoiser.onnx
-    python examples/onnx_pipeline.py denoiser.onnx --model FOLDER_OR_HUB_ID --output samples.png
+    python examples/onnx_pipeline.py denoiser.onnx FOLDER_OR_HUB_ID --call num_inference_steps=25 --output-dir samples
 
-In a pipeline of one's own, that is all there is to it:
-
-    pipe = StableDiffusionPipeline.from_pretrained("...")
-    pipe.unet = OnnxDenoiser("denoiser.onnx")
-
-Without ``--model`` this script samples the embedded model.
+``--call KEY=VALUE`` is an argument of the pipeline's call (``prompt="a red fox"``, ``batch_size=4``).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 from pathlib import Path
+from typing import Any
 
-from ptq_tdq import load_model
-from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
-from ptq_tdq.evaluate.trajectories import run
+import torch
+from diffusers import DiffusionPipeline
+
 from ptq_tdq.export.onnx import OnnxDenoiser
 
 
+def argument(text: str) -> tuple[str, Any]:
+    """A name and a value: a number or another literal of Python, else text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Sample and write the picture."""
+    """Sample and write the pictures."""
     parser = argparse.ArgumentParser(description="Sample with an exported ONNX file.")
     parser.add_argument("file", type=Path, help="what `ptq-tdq export --format onnx` has written")
-    parser.add_argument("--model", help="the original, for all that is around its denoiser (default: the embedded one)")
-    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the picture to write")
-    parser.add_argument("--num-images", type=int, default=20)
-    parser.add_argument("--num-inference-steps", type=int, default=25)
+    parser.add_argument("pipeline", help="the full-precision pipeline, for all that is around its denoiser")
+    parser.add_argument("--component", default="unet", help="the denoiser's name in the pipeline")
+    parser.add_argument("--call", type=argument, action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=Path("samples"))
     given = parser.parse_args(arguments)
 
-    denoiser, model = OnnxDenoiser(given.file), load_model(given.model)
-    conditions = model.sampler.conditions(given.num_images)
-    images = run(denoiser, model, conditions, given.num_inference_steps, given.seed).images
-    if images is None:
-        raise SystemExit("The model's samples are no images.")
-    title = f"{denoiser.facts['scheme']} on {denoiser.runtime}"
-    given.output.write_bytes(grid_png({title: images}, count_classes(conditions), captions=captions_of(conditions)))
-    print(f"Wrote {given.output}")
+    pipe = DiffusionPipeline.from_pretrained(given.pipeline)
+    setattr(pipe, given.component, OnnxDenoiser(given.file))
+    images = pipe(generator=torch.manual_seed(given.seed), **dict(given.call)).images
+    given.output_dir.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images):
+        image.save(given.output_dir / f"{number}.png")
+    print(f"Wrote {len(images)} pictures to {given.output_dir}")
 
 
 if __name__ == "__main__":

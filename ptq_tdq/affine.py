@@ -44,12 +44,15 @@ class _FakeQuantize(torch.autograd.Function):
     """Quantize and dequantize in one node, with LSQ gradients (arXiv 1902.08153, equations 3 and 5)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, factor: float | None
+    ) -> Tensor:
         u = x.to(scale.dtype) / scale  # a 0-dim scale alone would not promote a low-precision x
         # bounds that are numbers: clamping between tensors takes several times as long
         level = torch.round(u).add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             ctx.save_for_backward(u, level, scale)
+            ctx.factor = factor
         return (level * scale).to(x.dtype)
 
     @staticmethod
@@ -62,20 +65,20 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # d x_hat / d s = round(x/s) - x/s inside the range, qmin - z or qmax - z outside
             grad_scale = torch.where(outside, level, residual).mul_(grad).sum_to_size(scale.shape)
-        return grad_x, grad_scale, None, None, None
+            grad_scale = grad_scale if ctx.factor is None else grad_scale * ctx.factor
+        return grad_x, grad_scale, None, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, *, factor: float | None = None) -> Tensor:
     """``dequantize(quantize(x))`` with gradients: straight-through for x inside the range (0 outside), LSQ for scale.
 
     ``scale`` and ``zero_point`` broadcast against x: [] per tensor, [O, 1, 1, 1] per output channel, [B, 1, 1, 1] per
-    sample. No gradient reaches zero_point. NaN stays NaN. The arithmetic is that of ``scale`` (float32), the result has
-    the dtype of x.
+    sample. The scale's gradient is multiplied by ``factor``, and none reaches zero_point. NaN stays NaN. The arithmetic
+    is that of ``scale`` (float32), the result has the dtype of x.
     """
-    return _FakeQuantize.apply(x, scale, zero_point.to(scale.dtype), qtype.qmin, qtype.qmax)  # type: ignore[no-any-return, no-untyped-call]
+    return _FakeQuantize.apply(x, scale, zero_point.to(scale.dtype), qtype.qmin, qtype.qmax, factor)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def learned_step_size(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
     """:func:`fake_quantize` with the scale's gradient times ``1 / sqrt(n qmax)``, n values to a scale (LSQ, 2.2)."""
-    factor = (x.numel() / scale.numel() * qtype.qmax) ** -0.5
-    return fake_quantize(x, scale.detach() + (scale - scale.detach()) * factor, zero_point, qtype)
+    return fake_quantize(x, scale, zero_point, qtype, factor=(x.numel() / scale.numel() * qtype.qmax) ** -0.5)

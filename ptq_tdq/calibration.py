@@ -133,6 +133,7 @@ def foresee(model: LoadedModel, config: Config, *, cache_budget: int = CACHE_BYT
     Raises what it would for choices that do not fit ``model``.
     """
     call = first_call(model, config.calibration.num_inference_steps, config.seed)
+    call = call.to(next(model.denoiser.parameters()).device)
     _check_plain(model.denoiser)
     plan = make_plan(folded_copy(model.denoiser), config, call)
     quantized = QuantizedModel.copy_of(model.denoiser, call.axis, plan.layers)

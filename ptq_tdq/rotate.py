@@ -10,22 +10,22 @@ spread too instead of piling up in one.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WIDEST = 64  # columns of a matrix that is multiplied with
 
 
 def rotated(x: Tensor) -> Tensor:
     """R times each of the vectors of x [..., C]."""
-    block = block_of(x.shape[-1])
-    right = min(block, WIDEST)  # H_b is a Kronecker product of smaller ones
-    y: Tensor = (x * signs(x.shape[-1]).to(x)).unflatten(-1, (-1, block // right, right))
-    y = y @ (hadamard(right) * block**-0.5).to(x)
-    if block > right:
-        y = hadamard(block // right).to(x) @ y
+    flips, left, right = _factors(x)
+    y: Tensor = (x * flips).unflatten(-1, (-1, len(left), len(right)))
+    y = y @ right
+    if len(left) > 1:
+        y = left @ y
     y = y.flatten(-2)
     blocks = y.shape[-2]
     if blocks > 1:
@@ -34,7 +34,24 @@ def rotated(x: Tensor) -> Tensor:
     return rotated
 
 
+def _factors(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """d [C] and two Hadamard matrices, of which the second is scaled, whose Kronecker product is that of R; as x is.
+
+    Made once, except where x stands for other tensors, as in an export.
+    """
+    kept = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    with nullcontext() if not kept else torch.inference_mode(False):  # learning may need them later
+        return (_made if kept else _made.__wrapped__)(x.shape[-1], x.device, x.dtype)
+
+
 @lru_cache
+def _made(channels: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    block = block_of(channels)
+    right = min(block, WIDEST)  # H_b is a Kronecker product of smaller ones
+    left, scaled = hadamard(block // right), hadamard(right) * block**-0.5
+    return signs(channels).to(device, dtype), left.to(device, dtype), scaled.to(device, dtype)
+
+
 def hadamard(size: int) -> Tensor:
     """H [size, size] of a power of two, entries 1 and -1."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
@@ -48,7 +65,6 @@ def block_of(channels: int) -> int:
     return channels & -channels
 
 
-@lru_cache
 def signs(channels: int) -> Tensor:
-    """d [C]: -1 where the binary digits of the channel's number have an odd number of pairs 11."""
-    return torch.tensor([1.0 - 2.0 * ((c & c >> 1).bit_count() % 2) for c in range(channels)])
+    """d float32 [C]: -1 where the binary digits of the channel's number have an odd number of pairs 11."""
+    return torch.tensor([1.0 - 2.0 * ((c & c >> 1).bit_count() % 2) for c in range(channels)], dtype=torch.float32)

@@ -71,6 +71,8 @@ class TimeAxis:
         t = time_values(value, self.argument).float() * self.scale + self.offset
         nearest = t.round()
         t = torch.where((t - nearest).abs() < NEAR, nearest, t)
+        if t.is_cuda and torch.cuda.is_current_stream_capturing():  # a CUDA graph: nothing can be asked of the device
+            return t
         inside = (t >= 0) & (t <= self.num_train_timesteps)
         if not bool(inside.all()):
             raise TimestepError(
@@ -204,6 +206,11 @@ def at(t: Tensor) -> Iterator[None]:
         yield
     finally:
         _present.reset(token)
+
+
+def of_call() -> Tensor | None:
+    """The t that :func:`at` was given for the call that runs."""
+    return _present.get()
 
 
 def present(batch: int, device: torch.device | None = None) -> Tensor:

@@ -32,8 +32,12 @@ sys.path.insert(0, sys.argv[3])
 if pretended:
     from elsewhere import second_device, send
 from denoisers import DENOISERS, prediction
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from ptq_tdq import calibrate, load_quantized, preset, record
+from ptq_tdq.calib_data import from_pipeline
+from ptq_tdq.calibration import foresee
 from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.study.cell import check_plans
 
 
 def run(folder, name, smaller, choices):
@@ -65,7 +69,20 @@ def run(folder, name, smaller, choices):
                 "loaded": bool((loaded == found).all())}
 
 
-print(json.dumps({title: run(folder / title, *of) for title, of in runs.items()}))
+def foretell():
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = UNet2DModel(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks)
+    model = from_pipeline(DDIMPipeline(unet.eval(), DDIMScheduler()))
+    config = preset("default", num_inference_steps=4, calibration_steps=4, compute_dtype="float32")
+    here = foresee(model, config)
+    with second_device() if pretended else nullcontext(torch.device("cuda", 0)) as device:
+        send(model.denoiser) if pretended else model.denoiser.to(device)
+        there = foresee(model, config)
+        check_plans(model, [config])
+    return [[x.units, x.layers, x.rows, x.recorded_bytes] for x in (here, there)]
+
+
+print(json.dumps({title: run(folder / title, *of) for title, of in runs.items()} | {"foretold": foretell()}))
 """
 
 ONE_BLOCK = {"num_layers": 1}
@@ -90,17 +107,22 @@ RUNS = {
 
 
 @pytest.fixture(scope="module", params=["elsewhere", "cuda"])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each run gives on a device."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     done = run_python(SCRIPT, request.param, tmp_path_factory.mktemp("runs"), SHARED, json.dumps(RUNS))
     assert done.returncode == 0, done.stderr[-3000:]
-    results: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    results: dict[str, Any] = json.loads(done.stdout)
     return results
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_on_another_device_gives_what_the_cpu_gives(run: str, found: dict[str, dict[str, Any]]) -> None:
+def test_a_run_on_another_device_gives_what_the_cpu_gives(run: str, found: dict[str, Any]) -> None:
     assert found[run]["calibrated"] > 30, "other orders of sums flip a code here and there"
     assert found[run]["resumed"] and found[run]["loaded"]
+
+
+def test_what_a_run_or_a_study_will_take_is_foretold_there_too(found: dict[str, Any]) -> None:
+    here, there = found["foretold"]
+    assert here == there

@@ -130,9 +130,10 @@ def test_every_error_is_public() -> None:
     assert classes == set(errors.__all__)
 
 
-@page
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "examples").glob("*.py"))], ids=lambda page: page.name)
 def test_code_uses_public_names_alone(page: Path) -> None:
-    for block in CODE.findall(page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    for block in [text] if page.suffix == ".py" else CODE.findall(text):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ptq_tdq"):
                 assert node.module in public_modules()

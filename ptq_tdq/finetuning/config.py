@@ -76,6 +76,10 @@ class FinetuneConfig(Choices):
         "Dtype of products while it learns. What auto becomes is saved.",
         alternatives=COMPUTE_DTYPES,
     )
+    cuda_graph: bool = choice(
+        False,
+        "On a GPU, launch the kernels of an iteration together; not for models that wait for the device within a call.",
+    )
     checkpoint_every: int = choice(
         100, "A checkpoint is kept after each so many iterations.", unit="iterations", bounds=AT_LEAST_ONCE
     )

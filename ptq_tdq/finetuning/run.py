@@ -108,6 +108,8 @@ def check_start(
             f"batch_size must be a multiple of accumulation times the number of processes ({shares}). "
             f"Got {config.batch_size} instead."
         )
+    if config.cuda_graph and next(denoiser.parameters()).device.type != "cuda":
+        raise ConfigError("cuda_graph is for a model on a GPU; move it there (--device cuda), or leave it out.")
     check_moving(artifact.layers, config)
     check_base_model(artifact, model.sha256 if isinstance(model, LoadedModel) else model_sha256(model))
     if not isinstance(data, str | Path) and config.loss == "denoising":

@@ -16,6 +16,8 @@ from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.quantizers import Quantizer, quantizer_class
 from ptq_tdq.finetuning.sources import is_held
 from ptq_tdq.intervals import IntervalSource
+from ptq_tdq.intervals.mlp import ModuleInterval
+from ptq_tdq.intervals.together import join
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import outputs_first, own_weight
 from ptq_tdq.quantized_model import QuantizedModel
@@ -44,6 +46,7 @@ class Student(nn.Module):
         for name, quantizer in quantized.quantizers().items():
             function = quantizer_class(config.quantizer)(id(quantizer) in weighted, is_held(quantizer.record))
             self.functions[name] = quantizer.function = function
+        join(source for source in self.sources() if isinstance(source, ModuleInterval))
         self.extra = nn.ParameterList(p for f in self.functions.values() for p in f.learned())
         self.extra.to(quantized.device)
         for parameter in self.parameters():
@@ -95,10 +98,14 @@ class Student(nn.Module):
             if quantizer.source is not None:
                 quantizer.source.train(not function.frozen)
 
+    @property
+    def frozen(self) -> bool:
+        return any(function.frozen for function in self.functions.values())
+
     @contextmanager
     def judged(self) -> Iterator[None]:
         """Run as the finished model will."""
-        before = any(function.frozen for function in self.functions.values())
+        before = self.frozen
         self.freeze()
         for source in self.sources():
             source.eval()

@@ -16,6 +16,7 @@ from ptq_tdq.calls import prediction
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.data import Batch, Data, generator_of
+from ptq_tdq.finetuning.graph import Graphs
 from ptq_tdq.finetuning.student import Student
 from ptq_tdq.recon import RunDirectory
 
@@ -39,11 +40,13 @@ class Training:
         self.student, self.teacher, self.data, self.config = student, teacher, data, config
         self.size = config.batch_size // (processes.count() * config.accumulation)  # of one piece in one process
         self.learned = student.learned()
-        self.optimizer = torch.optim.AdamW(student.groups(config))
+        fused = student.quantized.device.type in ("cpu", "cuda")  # all tensors in one pass
+        self.optimizer = torch.optim.AdamW(student.groups(config), fused=fused)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         processes.begin_alike(p.detach() for p in self.learned.values())
         self.averages = [p.detach().clone() for p in self.learned.values()]
         self.losses: list[float] = []
+        self._graphs = Graphs(self._descend, list(self.learned.values())) if config.cuda_graph else None
         data.remember(self._wanted)
 
     def run(self, kept: RunDirectory | None, on_iteration: Callable[[IterationReport], None]) -> None:
@@ -87,7 +90,7 @@ class Training:
         torch.manual_seed(generator_of(f"noise of process {processes.rank()}", config.seed, iteration).initial_seed())
         batches = self._draw(iteration)
         self.optimizer.zero_grad()
-        loss = processes.total(self._descend(batches))
+        loss = processes.total(self._descend_all(batches))
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(self._why(iteration, batches))
         processes.add_gradients(list(self.learned.values()))
@@ -109,17 +112,20 @@ class Training:
             for batch in self.data.draw(numbers, slice(start, start + self.size), torch.Generator().manual_seed(noise))
         ]
 
-    def _descend(self, batches: Sequence[Batch]) -> Tensor:
+    def _descend_all(self, batches: Sequence[Batch]) -> Tensor:
         """Add up the gradients of this process's share of the loss, which is returned."""
         total = torch.zeros((), device=self.student.quantized.device)
         for batch in batches:
-            share = batch.rows / self.config.batch_size
-            with torch.enable_grad():
-                predicted, penalty = self.student(**batch.arguments)
-                loss = (_distance(predicted, self._target(batch)) + penalty) * share
-                loss.backward()
-            total += loss.detach()
+            total += self._descend(batch) if self._graphs is None else self._graphs(batch, self.student.frozen)
         return total
+
+    def _descend(self, batch: Batch) -> Tensor:
+        with torch.enable_grad():
+            predicted, penalty = self.student(**batch.arguments)
+            loss = (_distance(predicted, self._target(batch)) + penalty) * (batch.rows / self.config.batch_size)
+            loss.backward()
+        found: Tensor = loss.detach()
+        return found
 
     def _target(self, batch: Batch) -> Tensor:
         return self._wanted(**batch.arguments) if batch.target is None else batch.target
@@ -154,8 +160,8 @@ class Training:
             with torch.no_grad():
                 parameter.copy_(state[f"learned.{name}"])
                 average.copy_(state[f"average.{name}"])
-            moments = {key: state[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": state[f"step.{name}"], **moments}
+            keys = "step", "exp_avg", "exp_avg_sq"
+            self.optimizer.state[parameter] = {key: state[f"{key}.{name}"].to(parameter.device) for key in keys}
 
 
 def _distance(predicted: Tensor, target: Tensor) -> Tensor:

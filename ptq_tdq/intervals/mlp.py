@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.intervals.base import IntervalSource, LearnedScale, Observed
+from ptq_tdq.intervals.together import Together
 from ptq_tdq.timeaxis import lookup
 
 DIVERGED = (
@@ -74,13 +75,15 @@ def fit(net: nn.Sequential, features: Tensor, static: Tensor, target: Tensor, ri
 class ModuleInterval(IntervalSource):
     """``softplus(net(encode(t)) + softplus^-1(scale))``: what S_1 learns, and a net of t that is added to it.
 
-    The net's last layer is a linear layer to one number.
+    The net's last layer is a linear layer to one number. ``together`` computes many of one ``form`` at once.
     """
+
+    together: Together | None
 
     def __init__(self, encode: nn.Module, net: nn.Sequential, observed: Observed) -> None:
         """Begin where the choices say."""
         super().__init__()
-        self.encode, self.net = encode, net
+        self.encode, self.net, self.together = encode, net, None
         choices, static = observed.choices, observed.static
         self.scale = LearnedScale(static.scale, choices.interval_parameter)
         axis = torch.arange(observed.num_train_timesteps + 1)
@@ -94,5 +97,12 @@ class ModuleInterval(IntervalSource):
             places = torch.linspace(0, len(axis) - 1, PLACES).round().long()
             fit(net, encode(places), static.scale, observed.curve.scale[places], 1e-6)
 
+    @property
+    def form(self) -> str:
+        """What it has in common with those that differ in their tensors' values alone."""
+        return f"{self.net} {self.encode.kind} {self.scale.log} {len(self.zero_point)}"
+
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.together is not None and (found := self.together.of(self, t)) is not None:
+            return found
         return scale_of(self.net, self.encode(t), self.scale()), lookup(self.zero_point, t)

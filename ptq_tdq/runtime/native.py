@@ -138,13 +138,14 @@ def native_rotate(library: ctypes.CDLL) -> Rotate:
     function = library.rotate
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     function.restype = None
+    flips_of = lru_cache(signs)
 
     def rotate(x: Tensor) -> Tensor:
         x = x.float().contiguous()
         out = torch.empty_like(x)
         channels = x.shape[-1]
         values = address("x", x, torch.float32, x.shape)
-        flips = address("signs", signs(channels), torch.float32, (channels,))
+        flips = address("signs", flips_of(channels), torch.float32, (channels,))
         function(values, flips, x.numel() // max(1, channels), channels, out.data_ptr())
         return out
 

@@ -80,7 +80,8 @@ def check_plans(model: LoadedModel, configs: Sequence[Config]) -> None:
         steps = config.calibration.num_inference_steps
         if steps not in calls:  # two samples are enough to see the model's structure
             few = min(2, steps)
-            calls[steps] = collect(model, samples_per_step=2, calibration_steps=few, num_inference_steps=steps)
+            found = collect(model, samples_per_step=2, calibration_steps=few, num_inference_steps=steps)
+            calls[steps] = found.to(model.denoiser.device)
         make_plan(copied, config, calls[steps])
 
 

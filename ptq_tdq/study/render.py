@@ -17,6 +17,7 @@ from ptq_tdq.study.matrix import BASELINE_METHOD, FULL_PRECISION, METHODS, label
 from ptq_tdq.study.results import Line
 
 TITLES = {"tdq": "TDQ", "tdq-thin": "TDQ_thin", BASELINE_METHOD: "S_1", FULL_PRECISION: "FP"}
+USUAL = "fd-c10", "latent-sqnr", "mean-noise-sqnr"
 SIGNIFICANT = 0.05
 ABSENT = "-"
 SIZE = "mean weight bits | mean activation bits per multiply-accumulate | MB"
@@ -89,6 +90,12 @@ def find_metric(flag: str) -> Metric:
     if found is None:
         raise UsageError(f"There is no metric {flag!r}; the metrics are {', '.join(m.flag for m in METRICS)}.")
     return found
+
+
+def usual_metric(lines: Sequence[Line]) -> Metric:
+    """The first of the usual ones that some line has: only embedded models have a classifier of their samples."""
+    usual = [find_metric(flag) for flag in USUAL]
+    return next((m for m in usual if any(m.key in line["results"] for line in lines)), usual[0])
 
 
 def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None) -> Table:

@@ -60,6 +60,7 @@ def test_each_cell_is_a_line_with_all_that_it_stands_for(whole: Path) -> None:
 
 def test_the_table_comes_from_the_lines_alone(whole: Path, cli: Any, tmp_path: Path) -> None:
     drawn = cli("benchmark", "--render", whole, *METRIC)
+    assert cli("benchmark", "--render", whole).out == drawn.out, "a user's own model has no classifier"
     assert (drawn.code, drawn.err) == (0, "") and "| default | W4A8 |" in drawn.out and "| S_1 |" in drawn.out
     out = tmp_path / "table.csv"
     result = cli("benchmark", "--render", whole, *METRIC, "--format", "csv", "--output", out)

@@ -42,11 +42,11 @@ def test_a_pipeline_samples_with_the_exported_file(
     assert float(images.std()) > 0
 
     example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "onnx_pipeline.py"))
-    picture = tmp_path / "samples.png"
-    options = ("--num-images", "2", "--num-inference-steps", "3")
-    example["main"]([str(file), "--model", str(pipeline), "--output", str(picture), *options])
-    with Image.open(picture) as opened:
-        assert opened.format == "PNG"
+    options = ("--call", "batch_size=2", "--call", "num_inference_steps=3", "--output-dir", str(tmp_path / "samples"))
+    example["main"]([str(file), str(pipeline), *options])
+    for number in range(2):
+        with Image.open(tmp_path / "samples" / f"{number}.png") as opened:
+            assert opened.format == "PNG" and opened.size == (8, 8)
 
     one = {"samples_per_step": 1, "calibration_steps": 1, "num_inference_steps": 2}
     collect(load_model(str(pipeline)), **one).save(tmp_path / "calls.safetensors")
