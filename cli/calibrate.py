@@ -124,8 +124,10 @@ def calibrate_command(
         say = Progress(quiet=quiet or not first, verbose=verbose)
         model = _load(source, scheduler, say, **given)
         say.config(config)
+        if evaluation_samples is None:
+            evaluation_samples = min(64, model.sampler.batch)
         if first:
-            found = foresee(model, config, cache_budget=cache_budget)
+            found = foresee(model, config, cache_budget=cache_budget, evaluation_samples=evaluation_samples)
             if dry_run:
                 print_json(found.to_dict()) if as_json else show_forecast(found)
             check_room(found, unfinished)
@@ -152,8 +154,6 @@ def calibrate_command(
         return
     for notice in quantized.notices:
         say.notice(notice)
-    if evaluation_samples is None:
-        evaluation_samples = min(64, model.sampler.batch)
     measured = _measure(quantized, model, evaluation_samples, config, say) if evaluation_samples else None
     quantized.save_pretrained(output_dir, overwrite=overwrite)
     discard(unfinished)

@@ -137,13 +137,14 @@ def _text(value: object) -> str:
 def show_forecast(found: Forecast) -> None:
     """What a run will take, on stdout."""
     where = "on disk" if found.streams_on_disk else "in memory"
+    sampling, seconds, measuring = found.recording_seconds / 60, found.seconds / 60, found.measuring_seconds / 60
     lines = {
         "blocks": f"{found.units}, with {found.layers} quantized layers",
         "recorded calls": f"{found.rows:,} rows, {size_text(found.recorded_bytes)}",
         "between blocks": f"{size_text(found.stream_bytes)}, {where}",
         "memory": f"{size_text(found.memory_bytes)} at the peak",
         "disk": f"{size_text(found.disk_bytes)} at the peak",
-        "time": f"{found.recording_seconds / 60:.1f} minutes of sampling, then {found.seconds / 60:.1f} minutes",
+        "time": f"{sampling:.1f} minutes of sampling, {seconds:.1f} of calibration, {measuring:.1f} of measuring it",
     }
     for name, text in lines.items():
         click.echo(f"{name:15}{text}")

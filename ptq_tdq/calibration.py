@@ -127,8 +127,12 @@ def calibrate(
 
 
 @processes.apart()
-def foresee(model: LoadedModel, config: Config, *, cache_budget: int = CACHE_BYTES) -> Forecast:
+def foresee(
+    model: LoadedModel, config: Config, *, cache_budget: int = CACHE_BYTES, evaluation_samples: int = 0
+) -> Forecast:
     """What :func:`calibrate` will take, before there is a calibration set, at the price of a few calls.
+
+    With ``evaluation_samples`` also what it takes to compare so many with full precision's.
 
     Raises what it would for choices that do not fit ``model``.
     """
@@ -146,6 +150,7 @@ def foresee(model: LoadedModel, config: Config, *, cache_budget: int = CACHE_BYT
         rows=samples * steps,
         sampled=trajectories * config.calibration.num_inference_steps,
         budget=cache_budget,
+        measured=evaluation_samples * config.calibration.num_inference_steps,
     )
 
 

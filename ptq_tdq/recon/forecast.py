@@ -39,7 +39,8 @@ class Forecast:
 
     ``recorded_bytes`` are those of ``rows`` recorded calls, ``stream_bytes`` what flows between units: in memory, or
     on disk where ``streams_on_disk``. ``memory_bytes`` is the peak of what the process allocates, ``disk_bytes`` that
-    of what it writes. ``recording_seconds`` are the sampler's.
+    of what it writes. ``recording_seconds`` are the sampler's, ``measuring_seconds`` those of a comparison with full
+    precision at the end.
     """
 
     units: int
@@ -52,15 +53,19 @@ class Forecast:
     disk_bytes: int
     recording_seconds: float
     seconds: float
+    measuring_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def make_forecast(
-    quantized: QuantizedModel, call: Calls, config: Config, *, rows: int, sampled: int, budget: int
+    quantized: QuantizedModel, call: Calls, config: Config, *, rows: int, sampled: int, budget: int, measured: int = 0
 ) -> Forecast:
-    """The forecast for ``rows`` calls like ``call``, which take the sampler ``sampled`` of them to record."""
+    """The forecast for ``rows`` calls like ``call``, which take the sampler ``sampled`` of them to record.
+
+    At the end the model is compared with full precision in ``measured`` calls, and so it is with static intervals.
+    """
     sizes = unit_sizes(quantized, call.inputs(slice(0, 1)))
     paces = unit_paces(quantized, call, sizes, config)
     streams, rates = stream_bytes(sizes, rows), Rates.measured(config)
@@ -72,7 +77,8 @@ def make_forecast(
         size = sizes.get(name, UnitSize())
         memory = max(memory, _unit_bytes(size, own, config, rows, streams > budget))
         seconds += sum(unit_seconds(own, size, paces.get(name, Pace()), rates, config, rows))
-    recording = sampled * sum(pace.plain for pace in paces.values())
+    plain, behind = (sum(getattr(pace, of) for pace in paces.values()) for of in ("plain", "quantized"))
+    recording, measuring = sampled * plain, measured * (plain + 4 * behind)  # own and full precision's trajectories
     weights = sum(layer.weight.numel() for layer in layers.values())
     kept = sum(p.nbytes for p in quantized.parameters())
     bits = [layer.record.weight_bits or MAX_BITS for layer in layers.values()]
@@ -84,9 +90,8 @@ def make_forecast(
     # two files of each unit, with a byte for a weight; then the artifact beside them
     tables = 8 * call.axis.length * len(quantized.quantizers()) + DOCUMENT_BYTES * len(quantized.plan)
     disk = 2 * recorded + 2 * (weights + tables) + max(streams if streams > budget else 0, packed + floating + tables)
-    return Forecast(
-        len(of_unit), len(layers), rows, recorded, streams, streams > budget, memory, disk, recording, seconds
-    )
+    times = recording, seconds, measuring
+    return Forecast(len(of_unit), len(layers), rows, recorded, streams, streams > budget, memory, disk, *times)
 
 
 def check_room(found: Forecast, folder: Path) -> None:
