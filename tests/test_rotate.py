@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile import run_python
 from scipy.linalg import hadamard
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -128,3 +129,34 @@ def test_it_becomes_a_graph(spiky: tuple[nn.Module, Calls], choices: dict[str, s
     found = OnnxDenoiser(tmp_path / "model.onnx", runtime="onnxruntime", threads=1)(x=x, timestep=t)
     (y,), expected = pytree.tree_leaves(found), quantized(x, t)
     assert (y - expected).pow(2).mean() < 1e-4 * (expected - x).pow(2).mean(), "a tie here or there"
+
+
+FIRST = """
+import sys
+import torch
+from torch._subclasses import FakeTensorMode
+from ptq_tdq.rotate import rotated
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return rotated(x)
+
+x = torch.randn(3, 96)
+if sys.argv[1] == "an export":
+    torch.export.export(Model(), (x,), strict=False)
+elif sys.argv[1] == "fake tensors":
+    with FakeTensorMode():
+        rotated(torch.randn(3, 96))
+else:
+    with torch.inference_mode():
+        rotated(x)
+x.requires_grad_()
+rotated(x).sum().backward()
+assert type(rotated(x)) is torch.Tensor and x.grad.isfinite().all()
+"""
+
+
+@pytest.mark.parametrize("first", ["an export", "fake tensors", "inference"])
+def test_what_runs_first_leaves_nothing_that_a_later_call_cannot_use(first: str) -> None:
+    done = run_python(FIRST, first)
+    assert done.returncode == 0, done.stderr[-2000:]
