@@ -137,7 +137,6 @@ def foresee(
     Raises what it would for choices that do not fit ``model``.
     """
     call = first_call(model, config.calibration.num_inference_steps, config.seed)
-    call = call.to(next(model.denoiser.parameters()).device)
     _check_plain(model.denoiser)
     plan = make_plan(folded_copy(model.denoiser), config, call)
     quantized = QuantizedModel.copy_of(model.denoiser, call.axis, plan.layers)

@@ -50,10 +50,11 @@ class Plan:
 
 
 def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
-    """The layers to quantize, in execution order.
+    """The layers to quantize, in execution order; ``calls`` may be on another device than the model.
 
     Raises :class:`ModelError` for a skip pattern that matches nothing, or when no layer is left.
     """
+    calls = calls.to(next(model.parameters()).device)
     require_rows(model, calls)
     seen = trace(model, calls)
     _check_skip(config, seen)

@@ -66,6 +66,7 @@ def make_forecast(
 
     At the end the model is compared with full precision in ``measured`` calls, and so it is with static intervals.
     """
+    call = call.to(quantized.device)
     sizes = unit_sizes(quantized, call.inputs(slice(0, 1)))
     paces = unit_paces(quantized, call, sizes, config)
     streams, rates = stream_bytes(sizes, rows), Rates.measured(config)

@@ -80,8 +80,7 @@ def check_plans(model: LoadedModel, configs: Sequence[Config]) -> None:
         steps = config.calibration.num_inference_steps
         if steps not in calls:  # two samples are enough to see the model's structure
             few = min(2, steps)
-            found = collect(model, samples_per_step=2, calibration_steps=few, num_inference_steps=steps)
-            calls[steps] = found.to(model.denoiser.device)
+            calls[steps] = collect(model, samples_per_step=2, calibration_steps=few, num_inference_steps=steps)
         make_plan(copied, config, calls[steps])
 
 
