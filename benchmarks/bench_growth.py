@@ -178,6 +178,7 @@ class OwnMemory(threading.Thread):
 @click.command()
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--series", default="pairs,blocks,parameters")
+@click.option("--model", help="Of series whole, this one alone: sd15, dit-xl.")
 @click.option("--render", is_flag=True, help="Only draw the figure.")
 @click.option("--foretell", is_flag=True, help="Only print the forecasts.")
 @click.option("--set", "choices", multiple=True, help="A choice of series whole, name=value.")
@@ -186,6 +187,7 @@ class OwnMemory(threading.Thread):
 def main(
     results: Path,
     series: str,
+    model: str | None,
     render: bool,
     foretell: bool,
     choices: tuple[str, ...],
@@ -196,7 +198,7 @@ def main(
     if child:
         print(json.dumps(measure(Point(**json.loads(child)), few, foretell, work)))
         return
-    wanted = [point for point in POINTS if point.series in series.split(",")]
+    wanted = [p for p in POINTS if p.series in series.split(",") and model in (None, p.model)]
     if foretell:
         for point in wanted:
             print(json.dumps(measure(point, few, True, None)), flush=True)
