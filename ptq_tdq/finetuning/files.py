@@ -59,9 +59,14 @@ def read_data(path: Path, model: LoadedModel, axis: TimeAxis, *, denoise: bool) 
 
 def _prediction(scheduler: Any) -> tuple[Tensor | None, str]:
     alphas = getattr(scheduler, "alphas_cumprod", None)
-    predicts = "flow" if alphas is None else getattr(scheduler.config, "prediction_type", "epsilon")
-    if predicts not in ("epsilon", "v_prediction", "sample", "flow"):
-        raise ConfigError(f"What the model predicts ({predicts}) has no training loss here; leave out --data.")
+    if alphas is None and hasattr(scheduler, "scale_noise"):  # by which flow matching, and nothing else, mixes noise in
+        return None, "flow"
+    predicts = getattr(scheduler.config, "prediction_type", "epsilon")
+    if alphas is None or predicts not in ("epsilon", "v_prediction", "sample"):
+        raise ConfigError(
+            f"What a model predicts under {type(scheduler).__name__} ({predicts}) has no training loss here; leave out "
+            "--data."
+        )
     return alphas, predicts
 
 

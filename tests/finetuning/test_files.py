@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
@@ -13,13 +14,13 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler
 from hostile import small_unet
 from PIL import Image
 
 from ptq_tdq import load_model
-from ptq_tdq.calib_data import LoadedModel
-from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.calib_data import LoadedModel, LoopSampler
+from ptq_tdq.errors import CalibrationSetError, ConfigError
 from ptq_tdq.finetuning.data import NoisedSamples
 from ptq_tdq.finetuning.files import read_data
 from ptq_tdq.timeaxis import TimeAxis
@@ -175,3 +176,14 @@ def test_sub_folders_are_the_classes(model: LoadedModel, tmp_path: Path) -> None
     (tmp_path / "class0").rename(tmp_path / ".class0")
     with pytest.raises(CalibrationSetError, match=r"has 3 classes, and '.*' has 2 sub-folders; give it one for each"):
         read(tmp_path, model)
+
+
+def scheduled(model: LoadedModel, scheduler: Any) -> LoadedModel:
+    assert isinstance(model.sampler, LoopSampler)
+    return replace(model, sampler=LoopSampler(model.denoiser, scheduler))
+
+
+def test_a_scheduler_of_neither_diffusion_nor_flow_matching_is_refused(model: LoadedModel, tmp_path: Path) -> None:
+    path = npz(tmp_path, images=PIXELS, labels=LABELS)
+    with pytest.raises(ConfigError, match=r"predicts under EDMEulerScheduler \(epsilon\) has no training loss here"):
+        read(path, scheduled(model, EDMEulerScheduler()))
