@@ -51,7 +51,7 @@ class Data(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """A hash of the content."""
+        """A hash of the content, and of how the scheduler noises it."""
 
     def order(self, iteration: int, size: int, seed: int) -> Tensor:
         """The numbers of the ``size`` samples of an iteration: one permutation after the other, by seed and epoch."""
@@ -155,9 +155,10 @@ class NoisedSamples(Data):
 
     @property
     def identity(self) -> str:
-        digest = hashlib.sha256(self.clean.contiguous().numpy().tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.numpy().tobytes())
+        digest = hashlib.sha256(self.predicts.encode())
+        for tensor in (self.clean, self.labels, self.alphas):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def _noised(self, rows: Tensor, part: slice, generator: torch.Generator) -> Batch:

@@ -14,7 +14,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from hostile import small_unet
 from PIL import Image
 
@@ -181,6 +181,20 @@ def test_sub_folders_are_the_classes(model: LoadedModel, tmp_path: Path) -> None
 def scheduled(model: LoadedModel, scheduler: Any) -> LoadedModel:
     assert isinstance(model.sampler, LoopSampler)
     return replace(model, sampler=LoopSampler(model.denoiser, scheduler))
+
+
+def test_another_schedule_is_another_run(model: LoadedModel, tmp_path: Path) -> None:
+    """What is learned follows from it, so no run goes on under another."""
+    path = npz(tmp_path, images=PIXELS, labels=LABELS)
+    schedulers = (
+        DDIMScheduler(),
+        DDIMScheduler(beta_end=0.03),
+        DDIMScheduler(prediction_type="v_prediction"),
+        FlowMatchEulerDiscreteScheduler(),
+    )
+    found = [read(path, scheduled(model, scheduler)).identity for scheduler in schedulers]
+    assert len(set(found)) == 4
+    assert read(path, scheduled(model, DDIMScheduler())).identity == found[0]
 
 
 def test_a_scheduler_of_neither_diffusion_nor_flow_matching_is_refused(model: LoadedModel, tmp_path: Path) -> None:
