@@ -136,7 +136,7 @@ class NoisedSamples(Data):
         self.alphas, self.predicts, self.denoise = alphas, predicts, denoise
         self.device, self.dtype = device, dtype
         numbers = torch.arange(len(clean))
-        judging = numbers % HELD_OUT == HELD_OUT - 1
+        judging = numbers % HELD_OUT == HELD_OUT - 1 if len(clean) >= HELD_OUT else numbers == len(clean) - 1
         self.rows, self._judges = numbers[~judging], numbers[judging][:MOST_JUDGES]
         self.count = len(self.rows)
         self.steps = torch.linspace(0, axis.num_train_timesteps, STEPS + 1)[1:].round()

@@ -201,3 +201,9 @@ def test_a_scheduler_of_neither_diffusion_nor_flow_matching_is_refused(model: Lo
     path = npz(tmp_path, images=PIXELS, labels=LABELS)
     with pytest.raises(ConfigError, match=r"predicts under EDMEulerScheduler \(epsilon\) has no training loss here"):
         read(path, scheduled(model, EDMEulerScheduler()))
+
+
+@pytest.mark.parametrize("count", [2, 7, 8, 12])
+def test_some_samples_only_judge(count: int, model: LoadedModel, tmp_path: Path) -> None:
+    data = read(npz(tmp_path, images=PIXELS[:count], labels=LABELS[:count]), model)
+    assert data.count == count - 1 and sum(batch.rows for batch in data.judges()) == 1
