@@ -212,10 +212,22 @@ def _listening(cls: type[nn.Module]) -> Any:
         with _Intercept(self):
             return cls.__call__(self, *args, **kwargs)
 
-    return called_by(cls, call)
+    return called_by(cls, call, _listening)
 
 
-def called_by(cls: type[nn.Module], call: Callable[..., Any], **others: Any) -> Any:
-    """The class ``cls`` under its own name, whose calls are ``call`` and which has ``others`` as attributes."""
-    own = {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__}
+def called_by(cls: type[nn.Module], call: Callable[..., Any], make: Callable[[Any], Any], **others: Any) -> Any:
+    """The class ``cls`` under its own name, whose calls are ``call`` and which has ``others`` as attributes.
+
+    ``make`` gives that class again where one of its modules is unpickled.
+    """
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _unpickled, (make, cls), *object.__reduce_ex__(self, protocol)[2:]
+
+    own = {"__call__": call, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), own | others)
+
+
+def _unpickled(make: Callable[[Any], Any], cls: type[nn.Module]) -> Any:
+    made = make(cls)
+    return made.__new__(made)

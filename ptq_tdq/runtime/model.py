@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from ctypes import CDLL
 from itertools import chain, pairwise
 from typing import Any, Self
@@ -92,6 +93,17 @@ class IntegerModel(TimedModel):
         )
 
     push_to_hub = save_pretrained
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IntegerModel:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises :class:`ModelError`: it holds addresses of this process."""
+        raise ModelError(
+            "The integer model is not pickled; in the other process, load_quantized(folder, backend='integer')."
+        )
 
     def _as_outside(self, leaf: Any) -> Any:
         return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

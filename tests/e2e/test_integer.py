@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -312,6 +313,8 @@ def test_copies_work_alone(common: Path) -> None:
     assert torch.equal(predict(model, 500), before) and torch.equal(predict(twin, 500), before)
     del model
     assert torch.equal(predict(twin, 500), before)
+    with pytest.raises(ModelError, match="not pickled"):
+        pickle.dumps(twin)
 
 
 def test_what_cannot_be_answered_is_refused(common: Path) -> None:
