@@ -1,7 +1,7 @@
 """Blocks with their passes fused: norms and activations go into quantizers, residual sums into products.
 
-All of this is for speed alone: a block of another form, or a call with other arguments, takes the block's own way, where
-its layers run in integers one by one.
+All of this is for speed alone: a block of another form, or a call with other arguments, takes the block's own way,
+where its layers run in integers one by one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from diffusers.models import activations
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -171,7 +169,8 @@ class FusedAttention(Fused):
         **kwargs: Any,
     ) -> Any:
         x = hidden_states
-        if x.ndim != 4 or encoder_hidden_states is not None or attention_mask is not None:
+        plain = type(self.block.processor) is AttnProcessor2_0 and encoder_hidden_states is None
+        if x.ndim != 4 or not plain or attention_mask is not None:
             return self.plainly(x, encoder_hidden_states, attention_mask, **kwargs)
         with torch._C.DisableTorchFunction():  # what follows is not to be listened to
             return self.attend(x.contiguous(memory_format=torch.channels_last))

@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from ptq_tdq.modules.products import products_of
 from ptq_tdq.runtime.blocks import (
     SILU,
     Fused,
@@ -39,7 +40,8 @@ def fuse(model: nn.Module) -> list[str]:
     """Give the blocks that are covered their fused form; returns their names."""
     done, resnets = [], []
     for name, module in model.named_modules():
-        make = FUSED.get(type(module))
+        listens = bool(products_of(module))  # by a class that is made of its own
+        make = FUSED.get(type(module).__mro__[listens])
         fused = make(module) if make else None
         if fused is not None:
             module.__dict__["forward"] = fused  # before the class's own

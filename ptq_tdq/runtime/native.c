@@ -861,20 +861,40 @@ static int normalize(const TokenNorm *n, const float *x, const float *scale, con
     return failed;
 }
 
+/* A linear with weights of integers, behind a SiLU or not. */
+typedef struct {
+    const int8_t *codes;
+    const float *scale, *bias;
+    int64_t rows, channels, outputs, silu;
+} Weights;
+
+/* Of x [rows, channels], added to onto [rows, outputs] or NULL. Returns 0, or 1 without memory. */
+static int weigh(const Weights *w, const float *x, const float *onto, float *out) {
+    const int64_t count = w->rows * w->channels;
+    float *work = w->silu ? malloc((size_t)count * sizeof(float)) : NULL;
+    if (w->silu && !work) return 1;
+    if (work) activate(SILU, x, NULL, count, work);
+    const int failed = weight_only(work ? work : x, w->codes, w->scale, w->bias, w->rows, w->channels, w->outputs, out);
+    for (int64_t i = 0; onto && !failed && i < w->rows * w->outputs; i++) out[i] += onto[i];
+    free(work);
+    return failed;
+}
+
 /* A plan is passes over tokens, one after the other. What they read and write has a place: bytes from one of the call's
  * pointers, which are scratch (made here), the scales and zero points of all quantizers, then what the caller gives. */
 enum { SCRATCH, SCALES, ZERO_POINTS, NOWHERE = -1 };
-enum { NORMALIZE, LAYER, ATTEND };
+enum { NORMALIZE, LAYER, ATTEND, WEIGH };
 
 typedef struct {
     int64_t pointer, offset;
 } Place;
 
-/* from: x, scale and shift of a TokenNorm; x, onto and gate of a layer; q, k, v and the mask of an Attention. */
+/* from: x, scale and shift of a TokenNorm; x, onto and gate of a layer; q, k, v and the mask of an Attention; x and onto of
+ * Weights. */
 typedef struct {
     int64_t kind, interval; /* of its quantizer, or the first of them: values from the call's */
     int64_t span, step;     /* of a gate, as in Sum */
-    const void *what, *frame, *convolution; /* TokenNorm, Layer or Attention; of a layer */
+    const void *what, *frame, *convolution; /* TokenNorm, Layer, Attention or Weights; of a layer */
     Place from[4], to;
 } Pass;
 
@@ -889,6 +909,7 @@ static int pass(const Pass *p, char *const *given) {
     for (int i = 0; i < 4; i++) from[i] = at(given, p->from[i]);
     if (p->kind == NORMALIZE) return normalize(p->what, from[0], from[1], from[2], to);
     if (p->kind == ATTEND) return attention(p->what, from[0], from[1], from[2], from[3], scale, zero_point, to);
+    if (p->kind == WEIGH) return weigh(p->what, from[0], from[1], to);
     const Sum s = {from[1], from[2], p->span, p->step};
     return layer_onto(p->what, p->frame, p->convolution, from[0], NULL, scale, zero_point, &s, to);
 }

@@ -18,14 +18,14 @@ from ptq_tdq.rotate import signs
 from ptq_tdq.runtime.address import address
 from ptq_tdq.runtime.attention import AttentionSizes, IntegerProduct, tops
 from ptq_tdq.runtime.kernels import Activation, TokenNorm
-from ptq_tdq.runtime.layer import IntegerLinear
+from ptq_tdq.runtime.layer import IntegerLinear, WeightOnlyLayer
 from ptq_tdq.runtime.step import Step
 
 FLOAT_BYTES = 4
 ALIGNED = 64  # bytes: a line of the cache
 SCRATCH, NOWHERE = 0, -1  # pointers, as in native.c
 INTERVALS = 2  # pointers after SCRATCH: scales and zero points
-NORMALIZE, LAYER, ATTEND = range(3)
+NORMALIZE, LAYER, ATTEND, WEIGH = range(4)
 
 
 class _Place(ctypes.Structure):
@@ -42,6 +42,15 @@ class _TokenNorm(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _sizes_),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "signs")),
         ("epsilon", ctypes.c_float),
+    ]
+
+
+class _Weights(ctypes.Structure):
+    """``Weights`` of native.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "channels", "outputs", "silu")),
     ]
 
 
@@ -180,23 +189,40 @@ class Plan:
         return out
 
     def attend(
-        self,
-        product: IntegerProduct,
-        operands: tuple[Place, Place, Place],
-        heads: int,
-        mask: Place | None,
-        steps: tuple[int, int, int],
+        self, product: IntegerProduct, operands: tuple[Place, Place, Place], heads: int, mask: Place | None
     ) -> Place:
-        """q [B, N, heads d], k [B, M, heads d], v [B, M, heads e] -> [B, N, heads e]."""
+        """q [B, N, heads d], k [B, M, heads d], v [B, M, heads e] -> [B, N, heads e]; mask [B, heads, N or 1, M]."""
         (samples, queries, inner), (_, keys, inner_keys), (_, keys_of_v, values) = (x.shape for x in operands)
         columns = product.step.columns(product.record.inputs)
         if inner_keys != inner or keys != keys_of_v or inner % heads or values % heads or columns is None:
             raise RuntimeUnsupportedError(f"No attention of {heads} heads: {[list(x.shape) for x in operands]}.")
         sizes = samples, queries, keys, heads, heads, inner // heads, values // heads, int(self._each)
+        steps = (0, 0, 0)
+        if mask is not None:
+            rows = mask.shape[2]
+            if mask.shape not in [(samples, heads, n, keys) for n in (1, queries)]:
+                raise RuntimeUnsupportedError(f"A mask {list(mask.shape)} for {queries} x {keys} scores.")
+            steps = (heads * rows * keys, rows * keys, keys if rows > 1 else 0)
         made = AttentionSizes(*sizes, *steps, (inner // heads) ** -0.5, tops(product.bits))
         self._alive.append(made)
         out = self.between(samples, queries, values)
         self._add(ATTEND, [*operands, mask], out, interval=self._interval(columns), what=made)
+        return out
+
+    def weight_only(self, layer: WeightOnlyLayer, x: Place, *, silu: bool = False, onto: Place | None = None) -> Place:
+        """x [B, C], behind a SiLU or not -> [B, O], added to ``onto``; a linear with weights of integers."""
+        (rows, channels), outputs = x.shape, len(layer.codes)
+        bias = None if layer.bias is None else address("a bias", layer.bias, torch.float32, (outputs,))
+        made = _Weights(
+            address("weights", layer.codes, torch.int8, (outputs, channels)),
+            address("the scales of weights", layer.scale, torch.float32, (outputs,)),
+            *(bias, rows, channels, outputs, silu),
+        )
+        if onto is not None and onto.shape != (rows, outputs):
+            raise RuntimeUnsupportedError(f"Products of the shape {[rows, outputs]} do not fit {list(onto.shape)}.")
+        self._alive += [made, layer.codes, layer.scale, layer.bias]
+        out = self.between(rows, outputs)
+        self._add(WEIGH, [x, onto], out, what=made)
         return out
 
     def _interval(self, columns: range) -> int:

@@ -7,60 +7,22 @@ Norms and what modulates them go before the quantizers of the linears that follo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ptq_tdq.modules.products import products_of
 from ptq_tdq.runtime.attention import IntegerProduct, added, steps_of
 from ptq_tdq.runtime.blocks import Fused, FusedChain
-from ptq_tdq.runtime.kernels import Activation, TokenNorm
+from ptq_tdq.runtime.kernels import Activation
 from ptq_tdq.runtime.layer import IntegerLinear
-from ptq_tdq.runtime.passes import Modulation, Place, Plan
+from ptq_tdq.runtime.modulation import BRANCHES, MODULATIONS, Branch, Conditions
+from ptq_tdq.runtime.passes import Place, Plan
 
-
-class Rows(NamedTuple):
-    """Which rows of which of a block's modulations [B, K, C] a branch has."""
-
-    modulation: int
-    scale: int
-    shift: int
-    gate: int | None = None
-
-    def of(self, places: Sequence[Place]) -> Modulation:
-        of = places[self.modulation]
-        return Modulation(of.chunk(self.scale), of.chunk(self.shift), None if self.gate is None else of.chunk(self.gate))
-
-
-@dataclass(frozen=True)
-class Branch:
-    """What a branch of a block begins with, and the gate that it ends with."""
-
-    norm: TokenNorm | None
-    rows: Rows | None = None
-
-    def normalized(self, plan: Plan, x: Place, places: Sequence[Place], layers: Sequence[IntegerLinear]) -> _Input:
-        """x [B, N, C] as the layers take it, normalised and rotated once for all."""
-        if self.norm is None:
-            return _Input(x, rotated=False, gate=None)
-        rotate = all(layer.record.rotated for layer in layers)
-        modulation = self.rows.of(places) if self.rows else None
-        y = plan.normalize(x, self.norm, modulation, rotate=rotate)
-        return _Input(y, rotate, modulation.gate if modulation else None)
-
-
-class _Input(NamedTuple):
-    """What layers read, whether it is rotated, and the gate that their branch ends with."""
-
-    x: Place
-    rotated: bool
-    gate: Place | None
+T = TypeVar("T")
 
 
 class Attend:
@@ -71,8 +33,10 @@ class Attend:
         self.out: IntegerLinear = attention.to_out[0]
 
     @staticmethod
-    def of(attention: Any, branch: Branch) -> Attend | None:
-        """None for another form of attention, or where it stays in floating point."""
+    def of(attention: Any, branch: Branch | None) -> Attend | None:
+        """None for another form of attention or norm, or where something stays in floating point."""
+        if attention is None or branch is None:
+            return None
         products = products_of(attention)
         covered = (
             len(products) == 1
@@ -86,32 +50,36 @@ class Attend:
         )
         return Attend(attention, branch, products[0]) if covered else None
 
+    def takes(self, keys: Tensor, batch: int) -> bool:
+        """Whether it looks at such tokens [B, M, C'], and by the processor that plans are made for."""
+        whole = keys.ndim == 3 and len(keys) == batch and keys.numel() > 0
+        return (
+            whole
+            and keys.shape[2] == self.attention.to_k.in_features
+            and type(self.attention.processor) is AttnProcessor2_0
+        )
+
     def mask(self, given: Tensor | None, queries: Tensor, keys: Tensor) -> Tensor | None:
         """What is added to the scores [B, heads, N or 1, M]."""
         if given is None:
             return None
-        batch, count = keys.shape[:2]
-        mask = self.attention.prepare_attention_mask(given, count, batch)
-        heads = self.attention.heads
-        whole, _ = steps_of(added(mask.view(batch, heads, -1, mask.shape[-1])), (batch, heads, queries.shape[1], count))
+        scores = len(keys), self.attention.heads, queries.shape[1], keys.shape[1]
+        mask = self.attention.prepare_attention_mask(given, scores[-1], scores[0])
+        whole, _ = steps_of(added(mask.view(*scores[:2], -1, mask.shape[-1])), scores)
         return whole
 
     def plan(
-        self, plan: Plan, x: Place, other: Place | None, mask: Place | None, places: Sequence[Place], to: Place
+        self, plan: Plan, x: Place, other: Place | None, mask: Place | None, modulations: Sequence[Place], to: Place
     ) -> None:
         """The passes from x [B, N, C], and the ``other`` tokens [B, M, C'] that it looks at, to its sum with x."""
         attention = self.attention
         layers = (attention.to_q, attention.to_k, attention.to_v)
-        y, rotated, gate = self.branch.normalized(plan, x, places, layers if other is None else layers[:1])
+        y, rotated, gate = self.branch.plan(plan, x, modulations, layers if other is None else layers[:1])
         q = plan.layer(layers[0], y, rotated=rotated)
         k, v = (
             plan.layer(layer, y, rotated=rotated) if other is None else plan.layer(layer, other) for layer in layers[1:]
         )
-        steps = (0, 0, 0)
-        if mask is not None:
-            batch, heads, rows, keys = mask.shape
-            steps = (heads * rows * keys, rows * keys, keys if rows > 1 else 0)
-        out = plan.attend(self.product, (q, k, v), attention.heads, mask, steps)
+        out = plan.attend(self.product, (q, k, v), attention.heads, mask)
         plan.layer(self.out, out, onto=x, gate=gate, to=to)
 
 
@@ -122,19 +90,19 @@ class FeedForward:
         self.branch, self.first, self.second, self.activation = branch, first, second, activation
 
     @staticmethod
-    def of(network: Any, branch: Branch) -> FeedForward | None:
-        """None for a network of another form."""
+    def of(network: Any, branch: Branch | None) -> FeedForward | None:
+        """None for another form of network or norm."""
         fused = FusedChain.of(network)
-        if fused is None or len(fused.chain) != 2:
+        if fused is None or len(fused.chain) != 2 or branch is None:
             return None
         (first, before), (second, activation) = fused.chain
         if not (is_one_call(first) and is_one_call(second)) or before is not None or activation is None:
             return None
         return FeedForward(branch, first, second, activation)  # type: ignore[arg-type]
 
-    def plan(self, plan: Plan, x: Place, places: Sequence[Place]) -> None:
+    def plan(self, plan: Plan, x: Place, modulations: Sequence[Place]) -> None:
         """The passes from x [B, N, C] to its sum with the network's result, in its place."""
-        y, rotated, gate = self.branch.normalized(plan, x, places, [self.first])
+        y, rotated, gate = self.branch.plan(plan, x, modulations, [self.first])
         hidden = plan.layer(self.first, y, rotated=rotated)
         plan.layer(self.second, hidden, self.activation, onto=x, gate=gate, to=x)
 
@@ -146,15 +114,6 @@ class Plans(dict[tuple[object, ...], Plan]):
         return Plans()
 
 
-class Conditions(NamedTuple):
-    """What a block is told beside its tokens [B, N, C]."""
-
-    batch: int
-    timestep: Tensor
-    class_labels: Tensor | None
-    added: dict[str, Tensor] | None
-
-
 class FusedTransformer(Fused):
     """BasicTransformerBlock, with any of its norms."""
 
@@ -163,17 +122,20 @@ class FusedTransformer(Fused):
         self.first, self.second, self.feed_forward = first, second, feed_forward
         self.attends = [attend for attend in (first, second) if attend is not None]
         self.step = first.out.step
+        self.modulations = MODULATIONS[block.norm_type](block)
         self.plans = Plans()
 
     @staticmethod
     def of(block: Any) -> FusedTransformer | None:
-        branches = BRANCHES.get(block.norm_type, lambda _: None)(block)
-        if branches is None or block.pos_embed is not None or hasattr(block, "fuser"):
+        if block.norm_type not in BRANCHES or block.pos_embed is not None or hasattr(block, "fuser"):
             return None
-        first = branches[0] and Attend.of(block.attn1, branches[0])
-        second = block.attn2 and branches[1] and Attend.of(block.attn2, branches[1])
-        feed_forward = branches[2] and FeedForward.of(block.ff, branches[2])
-        if not first or not feed_forward or (block.attn2 is not None and not second):
+        own, other, last = BRANCHES[block.norm_type](block)
+        first, second, feed_forward = (
+            Attend.of(block.attn1, own),
+            Attend.of(block.attn2, other),
+            FeedForward.of(block.ff, last),
+        )
+        if first is None or feed_forward is None or (second is None and block.attn2 is not None):
             return None
         return FusedTransformer(block, first, second, feed_forward)
 
@@ -191,54 +153,45 @@ class FusedTransformer(Fused):
         x, masks = hidden_states, (attention_mask, encoder_attention_mask)
         # what the first attention looks at, and the second
         others = encoder_hidden_states if self.block.only_cross_attention else None, encoder_hidden_states
-        if not cross_attention_kwargs and self.takes(x, others):
-            rows = self.modulations(Conditions(len(x), timestep, class_labels, added_cond_kwargs))
-            if all(each.ndim == 3 and len(each) in (1, len(x)) and each.shape[2] == x.shape[2] for each in rows):
-                return self.compute(x, others, masks, rows)
-        return self.plainly(
-            x,
-            attention_mask,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            timestep,
-            cross_attention_kwargs,
-            class_labels,
-            added_cond_kwargs,
-        )
+        if cross_attention_kwargs or not self.takes(x, others):
+            return self.plainly(
+                x,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                class_labels,
+                added_cond_kwargs,
+            )
+        given = self.modulations.given(Conditions(len(x), timestep, class_labels, added_cond_kwargs))
+        return self.compute(x, others, masks, given)
 
     def takes(self, x: Tensor, others: Sequence[Tensor | None]) -> bool:
         """Whether tokens x [B, N, C] that look at these others have the form that plans are made for."""
         if x.ndim != 3 or not x.numel() or x.shape[2] != self.first.out.out_features or self.block._chunk_size:
             return False
-        pairs = [(attend.attention, x if other is None else other) for attend, other in zip(self.attends, others)]
-        return all(
-            type(attention.processor) is AttnProcessor2_0
-            and (keys.ndim == 3 and len(keys) == len(x) and keys.numel() > 0)
-            and keys.shape[2] == attention.to_k.in_features
-            for attention, keys in pairs
-        )
+        return all(attend.takes(x if other is None else other, len(x)) for attend, other in self.pairs(others))
 
-    def modulations(self, given: Conditions) -> list[Tensor]:
-        """Scales, shifts and gates, [B or 1, K, C] each."""
-        return MODULATIONS[self.block.norm_type](self.block, given)
+    def pairs(self, others: Sequence[T]) -> Iterator[tuple[Attend, T]]:
+        """The attentions with what belongs to each."""
+        return zip(self.attends, others, strict=False)
 
     def compute(
-        self, x: Tensor, others: Sequence[Tensor | None], masks: Sequence[Tensor | None], rows: Sequence[Tensor]
+        self, x: Tensor, others: Sequence[Tensor | None], masks: Sequence[Tensor | None], given: Sequence[Tensor]
     ) -> Tensor:
         """x [B, N, C], which is not written to."""
         x = x.float().contiguous()
-        others = [None if other is None else other.float().contiguous() for other in others[: len(self.attends)]]
-        masks = [
-            attend.mask(mask, x, x if other is None else other)
-            for attend, other, mask in zip(self.attends, others, masks)
-        ]
+        others = [None if other is None else other.float().contiguous() for _, other in self.pairs(others)]
+        keys = [x if other is None else other for other in others]
+        masks = [attend.mask(mask, x, other) for (attend, mask), other in zip(self.pairs(masks), keys, strict=True)]
         out = torch.empty_like(x)
-        told = *others, *masks, *rows
+        told = *others, *masks, *given
         each = self.step.together(len(x)).scale.ndim > 1
         key = *x.shape[:2], each, *(None if tensor is None else tensor.shape for tensor in told)
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plans[key] = self.plan(x, others, masks, rows, each=each)
+            plan = self.plans[key] = self.plan(x, others, masks, given, each=each)
         plan(x, out, *(tensor for tensor in told if tensor is not None))
         return out
 
@@ -247,7 +200,7 @@ class FusedTransformer(Fused):
         x: Tensor,
         others: Sequence[Tensor | None],
         masks: Sequence[Tensor | None],
-        rows: Sequence[Tensor],
+        given: Sequence[Tensor],
         *,
         each: bool,
     ) -> Plan:
@@ -256,13 +209,13 @@ class FusedTransformer(Fused):
         assert native is not None
         plan = Plan(native.library, self.step, len(x), each=each)
         start, out = plan.given("tokens", x.shape), plan.given("a block's result", x.shape)
-        keys = [None if other is None else plan.given("other tokens", other.shape) for other in others]
+        looked_at = [None if other is None else plan.given("other tokens", other.shape) for other in others]
         added = [None if mask is None else plan.given("a mask", mask.shape) for mask in masks]
-        places = [plan.given("a modulation", tensor.shape) for tensor in rows]
-        for attend, other, mask in zip(self.attends, keys, added, strict=True):
-            attend.plan(plan, start, other, mask, places, out)
+        modulations = self.modulations.plan(plan, [plan.given("a modulation", tensor.shape) for tensor in given])
+        for attend, other, mask in zip(self.attends, looked_at, added, strict=True):
+            attend.plan(plan, start, other, mask, modulations, out)
             start = out
-        self.feed_forward.plan(plan, out, places)
+        self.feed_forward.plan(plan, out, modulations)
         return plan
 
 
@@ -274,75 +227,3 @@ def is_one_call(layer: nn.Module) -> bool:
         and layer.parts[0].native is not None
         and layer.step.columns([layer.parts[0].quantizer]) is not None
     )
-
-
-def token_norm_of(module: Any) -> TokenNorm | None:
-    """The norm of the last dimension as data, or None for another kind of norm."""
-    if not isinstance(module, nn.LayerNorm | RMSNorm) or len(module.normalized_shape if isinstance(module, nn.LayerNorm) else module.dim) != 1:
-        return None
-    weight, bias = (None if p is None else p.detach().float().contiguous() for p in (module.weight, module.bias))
-    return TokenNorm(weight, bias, module.eps, centered=isinstance(module, nn.LayerNorm))
-
-
-def _branch(module: Any, rows: Rows | None = None) -> Branch | None:
-    norm = token_norm_of(module)
-    return None if norm is None else Branch(norm, rows)
-
-
-Branches = tuple[Branch | None, Branch | None, Branch | None]
-GATED = Rows(0, scale=1, shift=0, gate=2), Rows(0, scale=4, shift=3, gate=5)
-"""Both gated branches of six rows."""
-
-BRANCHES: dict[str, Callable[[Any], Branches]] = {
-    "layer_norm": lambda b: (_branch(b.norm1), _branch(b.norm2), _branch(b.norm3)),
-    "ada_norm": lambda b: (
-        _branch(b.norm1.norm, Rows(0, 0, 1)),
-        b.norm2 and _branch(b.norm2.norm, Rows(1, 0, 1)),
-        _branch(b.norm3),
-    ),
-    "ada_norm_zero": lambda b: (_branch(b.norm1.norm, GATED[0]), _branch(b.norm2), _branch(b.norm3, GATED[1])),
-    "ada_norm_single": lambda b: (_branch(b.norm1, GATED[0]), Branch(None), _branch(b.norm2, GATED[1])),
-    "ada_norm_continuous": lambda b: (
-        _branch(b.norm1.norm, Rows(0, 0, 1)),
-        b.norm2 and _branch(b.norm2.norm, Rows(2, 0, 1)),
-        _branch(b.norm3.norm, Rows(1, 0, 1)),
-    ),
-}
-"""What the attentions and the feed-forward network of a block begin with, by its kind of norm."""
-
-
-def _in_rows(linear: nn.Module, condition: Tensor, rows: int) -> Tensor:
-    """linear(silu(condition [B, E] or [E])) as rows [B or 1, K, C]."""
-    y: Tensor = linear(functional.silu(condition))
-    return y.unflatten(-1, (rows, -1)).view(-1, rows, y.shape[-1] // rows)
-
-
-def _ada_norm(block: Any, given: Conditions) -> list[Tensor]:
-    norms = [norm for norm in (block.norm1, block.norm2) if norm is not None]
-    return [_in_rows(norm.linear, norm.emb(given.timestep), 2) for norm in norms]
-
-
-def _ada_norm_zero(block: Any, given: Conditions) -> list[Tensor]:
-    embedded = block.norm1.emb(given.timestep, given.class_labels, hidden_dtype=torch.float32)
-    return [_in_rows(block.norm1.linear, embedded, 6)]
-
-
-def _ada_norm_single(block: Any, given: Conditions) -> list[Tensor]:
-    rows: Tensor = block.scale_shift_table[None] + given.timestep.reshape(given.batch, 6, -1)
-    return [rows]
-
-
-def _ada_norm_continuous(block: Any, given: Conditions) -> list[Tensor]:
-    assert given.added is not None
-    norms = [norm for norm in (block.norm1, block.norm3, block.norm2) if norm is not None]
-    return [_in_rows(norm.linear, given.added["pooled_text_emb"], 2) for norm in norms]
-
-
-MODULATIONS: dict[str, Callable[[Any, Conditions], list[Tensor]]] = {
-    "layer_norm": lambda block, given: [],
-    "ada_norm": _ada_norm,
-    "ada_norm_zero": _ada_norm_zero,
-    "ada_norm_single": _ada_norm_single,
-    "ada_norm_continuous": _ada_norm_continuous,
-}
-"""What a block's norms make of its conditions."""
