@@ -99,25 +99,30 @@ class _Projected(Modulations):
 
     rows = 2
 
-    def linears(self) -> list[Any]:
-        norms = self.block.norm1, self.block.norm2, self.block.norm3
-        return [norm.linear for norm in norms if hasattr(norm, "linear")]
+    def __init__(self, block: Any) -> None:
+        super().__init__(block)
+        norms = (norm for norm in (block.norm1, block.norm2, block.norm3) if hasattr(norm, "linear"))
+        self.linears: list[Any] = [norm.linear for norm in norms]
+        self.planned = all(map(in_plans, self.linears))
 
     def conditions(self, told: Conditions) -> list[Tensor]:
-        """One for each linear, [B, E] or [E]."""
+        """One for each linear, [B, E]."""
         raise NotImplementedError
 
     def given(self, told: Conditions) -> list[Tensor]:
-        pairs = zip(self.linears(), self.conditions(told), strict=True)
-        return [c if in_plan(linear, c) else self._computed(linear, c) for linear, c in pairs]
+        conditions = self.conditions(told)
+        if self.planned and all(map(are_few, conditions)):
+            return conditions
+        return [self._computed(*pair) for pair in zip(self.linears, conditions, strict=True)]
 
     def _computed(self, linear: nn.Module, condition: Tensor) -> Tensor:
         y: Tensor = linear(functional.silu(condition))
         return y.view(-1, self.rows, y.shape[-1] // self.rows)
 
     def plan(self, plan: Plan, given: Sequence[Place]) -> list[Place]:
-        pairs = zip(self.linears(), given, strict=True)
-        return [place if len(place.shape) == 3 else self._planned(plan, linear, place) for linear, place in pairs]
+        if any(len(place.shape) == 3 for place in given):  # computed
+            return list(given)
+        return [self._planned(plan, *pair) for pair in zip(self.linears, given, strict=True)]
 
     def _planned(self, plan: Plan, linear: WeightOnlyLayer, condition: Place) -> Place:
         y = plan.weight_only(linear, condition, silu=True)
@@ -136,7 +141,7 @@ class _OfText(_Projected):
     """AdaLayerNormContinuous: of a pooled text."""
 
     def conditions(self, told: Conditions) -> list[Tensor]:
-        return [told.added["pooled_text_emb"]] * len(self.linears())
+        return [told.added["pooled_text_emb"]] * len(self.linears)
 
 
 class _OfTimeAndLabel(_Projected):
@@ -144,38 +149,48 @@ class _OfTimeAndLabel(_Projected):
 
     rows = 6
 
+    def __init__(self, block: Any) -> None:
+        super().__init__(block)
+        self.embedding: Any = block.norm1.emb
+        self.embedder: Any = getattr(self.embedding, "timestep_embedder", None)
+        self.embeds = self.planned and self._is_of_two_linears() and self._are_in_plans()
+
+    def _is_of_two_linears(self) -> bool:
+        """Whether the embedding of t is linear, SiLU, linear, to which that of a label is added."""
+        if type(self.embedding) is not CombinedTimestepLabelEmbeddings or not isinstance(self.embedder.act, nn.SiLU):
+            return False
+        return self.embedder.cond_proj is None and self.embedder.post_act is None
+
+    def _are_in_plans(self) -> bool:
+        return in_plans(self.embedder.linear_1) and in_plans(self.embedder.linear_2)
+
     def conditions(self, told: Conditions) -> list[Tensor]:
-        return [self.block.norm1.emb(told.timestep, told.class_labels, hidden_dtype=torch.float32)]
+        return [self.embedding(told.timestep, told.class_labels, hidden_dtype=torch.float32)]
 
     def given(self, told: Conditions) -> list[Tensor]:
-        embedding = self.block.norm1.emb
-        if not self._embeds():
+        if not self.embeds:
             return super().given(told)
-        t, label = sinusoids(embedding.time_proj, told.timestep), embedding.class_embedder(told.class_labels)
-        linears = (embedding.timestep_embedder.linear_1, embedding.timestep_embedder.linear_2, *self.linears())
-        alike = label.ndim == 2 and len(label) == len(t)
-        return [t, label] if alike and all(in_plan(linear, t) for linear in linears) else super().given(told)
-
-    def _embeds(self) -> bool:
-        """Whether the embedding of t is linear, SiLU, linear."""
-        embedding = self.block.norm1.emb
-        if type(embedding) is not CombinedTimestepLabelEmbeddings:
-            return False
-        embedder: Any = embedding.timestep_embedder
-        return isinstance(embedder.act, nn.SiLU) and embedder.cond_proj is None and embedder.post_act is None
+        t, label = sinusoids(self.embedding.time_proj, told.timestep), self.embedding.class_embedder(told.class_labels)
+        return [t, label] if are_few(t) and label.shape[:-1] == t.shape[:-1] else super().given(told)
 
     def plan(self, plan: Plan, given: Sequence[Place]) -> list[Place]:
         if len(given) == 1:
             return super().plan(plan, given)
-        (t, label), embedder, (linear,) = given, self.block.norm1.emb.timestep_embedder, self.linears()
-        hidden = plan.weight_only(embedder.linear_1, t)
-        return [self._planned(plan, linear, plan.weight_only(embedder.linear_2, hidden, silu=True, onto=label))]
+        (t, label), (linear,) = given, self.linears
+        embedded = plan.weight_only(
+            self.embedder.linear_2, plan.weight_only(self.embedder.linear_1, t), silu=True, onto=label
+        )
+        return [self._planned(plan, linear, embedded)]
 
 
-def in_plan(linear: nn.Module, condition: Tensor) -> bool:
-    """Whether a linear on conditions [B, E] is a pass of plans: of few rows, with weights of integers."""
-    few = condition.ndim == 2 and len(condition) <= FEW_ROWS
-    return few and type(linear) is WeightOnlyLayer and linear.codes.dtype == torch.int8
+def in_plans(linear: nn.Module) -> bool:
+    """Whether a linear can be a pass of plans: with weights of integers."""
+    return type(linear) is WeightOnlyLayer and linear.codes.ndim == 2 and linear.codes.dtype == torch.int8
+
+
+def are_few(conditions: Tensor) -> bool:
+    """Whether conditions [B, E] are so few that such a pass is the fastest form."""
+    return conditions.ndim == 2 and conditions.shape[0] <= FEW_ROWS
 
 
 def sinusoids(projection: Any, timestep: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ All that passes read and write is float32 [B, N, C] without gaps; what lies betw
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import NamedTuple
 
@@ -81,7 +82,7 @@ class Place(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What follows a norm, x (1 + scale) + shift, and multiplies the result that it leads to; places of [B or 1, C]."""
+    """What follows a norm, x (1 + scale) + shift, and what multiplies a branch's result: [B or 1, C] of one tensor."""
 
     scale: Place
     shift: Place
@@ -100,7 +101,7 @@ class Plan:
         self._given: list[tuple[str, tuple[int, ...]]] = []
         self._passes: list[_Pass] = []
         self._told: ctypes.Array[_Pass] | None = None
-        self._scratch = 0
+        self._next = self._scratch = 0  # bytes of memory between passes: where what comes next begins, and of all
         self._alive: list[object] = []  # what C is told the addresses of
 
     def __call__(self, *tensors: Tensor) -> None:
@@ -127,9 +128,17 @@ class Plan:
 
     def between(self, *shape: int) -> Place:
         """Memory for what one pass leaves to another."""
-        place = Place(SCRATCH, shape, self._scratch)
-        self._scratch += -(-FLOAT_BYTES * prod(shape) // ALIGNED) * ALIGNED
+        place = Place(SCRATCH, shape, self._next)
+        self._next += -(-FLOAT_BYTES * prod(shape) // ALIGNED) * ALIGNED
+        self._scratch = max(self._scratch, self._next)
         return place
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """A ``with`` block whose passes leave nothing to those after it: they have its memory again."""
+        start = self._next
+        yield
+        self._next = start
 
     def normalize(self, x: Place, norm: TokenNorm, modulation: Modulation | None, *, rotate: bool) -> Place:
         """x [B, N, C] -> the same behind a norm and what follows it, rotated or not."""

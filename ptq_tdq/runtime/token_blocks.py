@@ -31,6 +31,7 @@ class Attend:
     def __init__(self, attention: Any, branch: Branch, product: IntegerProduct) -> None:
         self.attention, self.branch, self.product = attention, branch, product
         self.out: IntegerLinear = attention.to_out[0]
+        self.width: int = attention.to_k.in_features  # of the tokens that it looks at
 
     @staticmethod
     def of(attention: Any, branch: Branch | None) -> Attend | None:
@@ -52,12 +53,8 @@ class Attend:
 
     def takes(self, keys: Tensor, batch: int) -> bool:
         """Whether it looks at such tokens [B, M, C'], and by the processor that plans are made for."""
-        whole = keys.ndim == 3 and len(keys) == batch and keys.numel() > 0
-        return (
-            whole
-            and keys.shape[2] == self.attention.to_k.in_features
-            and type(self.attention.processor) is AttnProcessor2_0
-        )
+        whole = keys.ndim == 3 and keys.shape[0] == batch and keys.numel() > 0
+        return whole and keys.shape[2] == self.width and type(self.attention.processor) is AttnProcessor2_0
 
     def mask(self, given: Tensor | None, queries: Tensor, keys: Tensor) -> Tensor | None:
         """What is added to the scores [B, heads, N or 1, M]."""
@@ -122,6 +119,7 @@ class FusedTransformer(Fused):
         self.first, self.second, self.feed_forward = first, second, feed_forward
         self.attends = [attend for attend in (first, second) if attend is not None]
         self.step = first.out.step
+        self.width: int = first.out.out_features  # of the block's tokens
         self.modulations = MODULATIONS[block.norm_type](block)
         self.plans = Plans()
 
@@ -164,14 +162,14 @@ class FusedTransformer(Fused):
                 class_labels,
                 added_cond_kwargs,
             )
-        given = self.modulations.given(Conditions(len(x), timestep, class_labels, added_cond_kwargs))
+        given = self.modulations.given(Conditions(x.shape[0], timestep, class_labels, added_cond_kwargs))
         return self.compute(x, others, masks, given)
 
     def takes(self, x: Tensor, others: Sequence[Tensor | None]) -> bool:
         """Whether tokens x [B, N, C] that look at these others have the form that plans are made for."""
-        if x.ndim != 3 or not x.numel() or x.shape[2] != self.first.out.out_features or self.block._chunk_size:
+        if x.ndim != 3 or not x.numel() or x.shape[2] != self.width or self.block._chunk_size:
             return False
-        return all(attend.takes(x if other is None else other, len(x)) for attend, other in self.pairs(others))
+        return all(attend.takes(x if other is None else other, x.shape[0]) for attend, other in self.pairs(others))
 
     def pairs(self, others: Sequence[T]) -> Iterator[tuple[Attend, T]]:
         """The attentions with what belongs to each."""
@@ -187,7 +185,7 @@ class FusedTransformer(Fused):
         masks = [attend.mask(mask, x, other) for (attend, mask), other in zip(self.pairs(masks), keys, strict=True)]
         out = torch.empty_like(x)
         told = *others, *masks, *given
-        each = self.step.together(len(x)).scale.ndim > 1
+        each = self.step.together(x.shape[0]).scale.ndim > 1
         key = *x.shape[:2], each, *(None if tensor is None else tensor.shape for tensor in told)
         plan = self.plans.get(key)
         if plan is None:
@@ -213,9 +211,11 @@ class FusedTransformer(Fused):
         added = [None if mask is None else plan.given("a mask", mask.shape) for mask in masks]
         modulations = self.modulations.plan(plan, [plan.given("a modulation", tensor.shape) for tensor in given])
         for attend, other, mask in zip(self.attends, looked_at, added, strict=True):
-            attend.plan(plan, start, other, mask, modulations, out)
+            with plan.branch():
+                attend.plan(plan, start, other, mask, modulations, out)
             start = out
-        self.feed_forward.plan(plan, out, modulations)
+        with plan.branch():
+            self.feed_forward.plan(plan, out, modulations)
         return plan
 
 
