@@ -51,10 +51,11 @@ class Attend:
         )
         return Attend(attention, branch, products[0]) if covered else None
 
-    def takes(self, keys: Tensor, batch: int) -> bool:
+    def takes(self, keys: Any, batch: int) -> bool:
         """Whether it looks at such tokens [B, M, C'], and by the processor that plans are made for."""
-        whole = keys.ndim == 3 and keys.shape[0] == batch and keys.numel() > 0
-        return whole and keys.shape[2] == self.width and type(self.attention.processor) is AttnProcessor2_0
+        if type(self.attention.processor) is not AttnProcessor2_0 or not isinstance(keys, Tensor):
+            return False  # a text and images, for an adapter
+        return keys.ndim == 3 and keys.shape[0] == batch and keys.shape[2] == self.width and keys.numel() > 0
 
     def mask(self, given: Tensor | None, queries: Tensor, keys: Tensor) -> Tensor | None:
         """What is added to the scores [B, heads, N or 1, M]."""
@@ -183,6 +184,7 @@ class FusedTransformer(Fused):
         others = [None if other is None else other.float().contiguous() for _, other in self.pairs(others)]
         keys = [x if other is None else other for other in others]
         masks = [attend.mask(mask, x, other) for (attend, mask), other in zip(self.pairs(masks), keys, strict=True)]
+        given = [tensor.float().contiguous() for tensor in given]
         out = torch.empty_like(x)
         told = *others, *masks, *given
         each = self.step.together(x.shape[0]).scale.ndim > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -276,3 +277,12 @@ def test_threads_share_a_plan(fused: Any) -> None:
             assert torch.equal(integer(timestep=T, **given), expected)
     finally:
         torch.set_num_threads(before)
+
+
+def test_calls_of_several_threads_do_not_meet(fused: Any) -> None:
+    torch.manual_seed(0)
+    _, integer = fused(Denoiser(cross_attention_dim=OTHER_WIDTH))
+    calls = [arguments(1 + i % 3) | {"timestep": torch.tensor(float(i))} for i in range(90)]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda call: integer(**call), calls))
+    assert all(torch.equal(integer(**call), found) for call, found in zip(calls, together, strict=True))
