@@ -210,9 +210,9 @@ class FusedTransformer(Fused):
         plan = Plan(native.library, self.step, len(x), each=each)
         start, out = plan.given("tokens", x.shape), plan.given("a block's result", x.shape)
         looked_at = [None if other is None else plan.given("other tokens", other.shape) for other in others]
-        added = [None if mask is None else plan.given("a mask", mask.shape) for mask in masks]
+        masked = [None if mask is None else plan.given("a mask", mask.shape) for mask in masks]
         modulations = self.modulations.plan(plan, [plan.given("a modulation", tensor.shape) for tensor in given])
-        for attend, other, mask in zip(self.attends, looked_at, added, strict=True):
+        for attend, other, mask in zip(self.attends, looked_at, masked, strict=True):
             with plan.branch():
                 attend.plan(plan, start, other, mask, modulations, out)
             start = out
