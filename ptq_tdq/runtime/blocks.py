@@ -1,7 +1,7 @@
 """Blocks with their passes fused: norms and activations go into quantizers, residual sums into products.
 
-One table from a class of diffusers to what computes in its place. All of this is for speed alone: a block of another
-form, or a call with other arguments, takes the block's own way, where its layers run in integers one by one.
+All of this is for speed alone: a block of another form, or a call with other arguments, takes the block's own way,
+where its layers run in integers one by one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from diffusers.models import activations
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,7 +33,7 @@ def norm_of(module: nn.Module | None) -> Norm | None:
     return Norm(int(module.num_groups), weight, bias, module.eps)
 
 
-def _takes_norm(layer: nn.Module | None, kind: type[IntegerLayer] = IntegerLayer) -> bool:
+def takes_norm(layer: nn.Module | None, kind: type[IntegerLayer] = IntegerLayer) -> bool:
     """Whether a group norm's values can be quantized by the layer: it has one channel range, and zeros as border."""
     whole = type(layer) is kind and len(layer.parts) == 1
     return whole and getattr(layer, "padding_mode", "zeros") == "zeros"
@@ -84,7 +82,7 @@ class FusedResnet(Fused):
     @staticmethod
     def of(block: Any) -> FusedResnet | None:
         covered = (
-            all(_takes_norm(conv) for conv in (block.conv1, block.conv2))
+            all(takes_norm(conv) for conv in (block.conv1, block.conv2))
             and all(norm_of(norm) for norm in (block.norm1, block.norm2))
             and isinstance(block.nonlinearity, nn.SiLU)
             and (block.upsample is None and block.downsample is None)
@@ -124,7 +122,7 @@ class FusedUpsample(Fused):
         covered = (
             block.use_conv
             and block.name == "conv"
-            and _takes_norm(block.conv)
+            and takes_norm(block.conv)
             and block.interpolate
             and block.norm is None
             and not block.use_conv_transpose
@@ -156,7 +154,7 @@ class FusedAttention(Fused):
         covered = (
             len(products) == 1
             and type(block.processor) is AttnProcessor2_0
-            and all(_takes_norm(layer, IntegerLinear) for layer in projections)
+            and all(takes_norm(layer, IntegerLinear) for layer in projections)
             and norm_of(block.group_norm) is not None  # tokens have another norm, outside
             and (block.spatial_norm is None and block.norm_q is None and block.norm_k is None)
             and not block.is_cross_attention
@@ -171,7 +169,8 @@ class FusedAttention(Fused):
         **kwargs: Any,
     ) -> Any:
         x = hidden_states
-        if x.ndim != 4 or encoder_hidden_states is not None or attention_mask is not None:
+        plain = type(self.block.processor) is AttnProcessor2_0 and encoder_hidden_states is None
+        if x.ndim != 4 or not plain or attention_mask is not None:
             return self.plainly(x, encoder_hidden_states, attention_mask, **kwargs)
         with torch._C.DisableTorchFunction():  # what follows is not to be listened to
             return self.attend(x.contiguous(memory_format=torch.channels_last))
@@ -237,50 +236,3 @@ ACTIVATED: dict[type[nn.Module], Callable[[Any], tuple[list[nn.Module], Activati
     activations.SwiGLU: lambda module: ([module.proj], Activation("silu", gated=True)),
 }
 """What a module does before its activation, which comes last, and that activation."""
-
-
-FUSED: dict[type[nn.Module], Callable[[Any], Fused | None]] = {
-    ResnetBlock2D: FusedResnet.of,
-    Upsample2D: FusedUpsample.of,
-    Attention: FusedAttention.of,
-    FeedForward: FusedChain.of,
-    nn.Sequential: FusedChain.of,
-}
-
-
-def fuse(model: nn.Module) -> list[str]:
-    """Give the blocks that are covered their fused form; returns their names."""
-    done, resnets = [], []
-    for name, module in model.named_modules():
-        make = FUSED.get(type(module))
-        fused = make(module) if make else None
-        if fused is not None:
-            module.__dict__["forward"] = fused  # before the class's own
-            done.append(name)
-            resnets += [fused] if isinstance(fused, FusedResnet) else []
-    return done + _fuse_output(model) + _fuse_time(resnets)
-
-
-def _fuse_time(resnets: list[FusedResnet]) -> list[str]:
-    """The weight-only time-embedding linears of the residual blocks."""
-    blocks = [fused for fused in resnets if isinstance(fused.block.time_emb_proj, WeightOnlyLayer)]
-    alike = {(fused.block.time_emb_proj.codes.shape[1], fused.block.time_emb_proj.codes.dtype) for fused in blocks}
-    if len(blocks) < 2 or len(alike) > 1:
-        return []
-    together = TimeProjections([fused.block.time_emb_proj for fused in blocks])
-    for index, fused in enumerate(blocks):
-        fused.projections = together, index
-    return ["time projections"]
-
-
-def _fuse_output(model: Any) -> list[str]:
-    """The last norm, SiLU and convolution of a U-Net."""
-    own = dict(model.named_children())
-    if not isinstance(own.get("conv_act"), nn.SiLU) or not _takes_norm(own.get("conv_out")):
-        return []
-    norm = norm_of(model.conv_norm_out)
-    if norm is None:
-        return []
-    model.conv_out.norm, model.conv_out.activation = norm, SILU
-    model.conv_norm_out = model.conv_act = nn.Identity()
-    return ["conv_out"]

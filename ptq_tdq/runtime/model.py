@@ -22,7 +22,7 @@ from ptq_tdq.processor import instruction_set, sums_eight_bits
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.rotate import rotated
 from ptq_tdq.runtime.attention import Attend, IntegerProduct, native_attend, reference_attend
-from ptq_tdq.runtime.blocks import fuse
+from ptq_tdq.runtime.fuse import fuse
 from ptq_tdq.runtime.kernels import (
     Grid,
     Quantize,
