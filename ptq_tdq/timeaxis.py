@@ -110,9 +110,8 @@ def time_values(value: Any, name: str) -> Tensor:
 
 def signature_of(model: nn.Module) -> Signature:
     """That of ``model.forward``, which each call asks for several times; raises ValueError where there is none."""
-    forward = model.forward
-    known = type(forward) is MethodType and type(forward.__func__) is FunctionType
-    return _signature_of_method(forward.__func__) if known else inspect.signature(forward)
+    function = getattr(model.forward, "__func__", None)
+    return _signature_of_method(function) if type(function) is FunctionType else inspect.signature(model.forward)
 
 
 @lru_cache(maxsize=64)
