@@ -18,11 +18,10 @@ from torch.nn import functional
 
 from ptq_tdq.modules.products import products_of
 from ptq_tdq.runtime.attention import IntegerProduct
-from ptq_tdq.runtime.kernels import Activation, Norm
+from ptq_tdq.runtime.image_blocks import PlannedAttention, PlannedResnet
+from ptq_tdq.runtime.kernels import SILU, Activation, Norm
 from ptq_tdq.runtime.layer import FORMS, IntegerLayer, IntegerLinear, WeightOnlyLayer
 from ptq_tdq.runtime.step import kept
-
-SILU = Activation("silu")
 
 
 def norm_of(module: nn.Module | None) -> Norm | None:
@@ -77,6 +76,7 @@ class FusedResnet(Fused):
     def __init__(self, block: Any) -> None:
         super().__init__(block)
         self.norms = norm_of(block.norm1), norm_of(block.norm2)
+        self.planned = PlannedResnet.of(block, self.norms)
         self.projections: tuple[TimeProjections, int] | None = None
 
     @staticmethod
@@ -97,12 +97,17 @@ class FusedResnet(Fused):
         if x.ndim != 4 or (temb is not None and not (projects and temb.ndim == 2 and len(temb) == len(x))):
             return self.plainly(x, temb, *args, **kwargs)
         shift = None if temb is None else self._shift(temb)
+        y = (self.planned if self.planned and self.planned.takes(x) else self.layers)(x, shift)
+        return y if block.output_scale_factor == 1 else y / block.output_scale_factor
+
+    def layers(self, x: Tensor, shift: Tensor | None) -> Tensor:
+        """x [B, C, H, W] and the shift [B, O] before the second norm -> [B, O, H, W], layer by layer."""
+        block, (first, second) = self.block, self.norms
         # a copy, since the sum takes its place and x may be wanted again as a skip connection
         residual = x.clone(memory_format=torch.channels_last) if block.conv_shortcut is None else block.conv_shortcut(x)
-        first, second = self.norms
         y = block.conv1.run(x, norm=first, activation=SILU)
-        y = block.conv2.run(y, norm=second, activation=SILU, shift=shift, onto=residual)
-        return y if block.output_scale_factor == 1 else y / block.output_scale_factor
+        z: Tensor = block.conv2.run(y, norm=second, activation=SILU, shift=shift, onto=residual)
+        return z
 
     def _shift(self, temb: Tensor) -> Tensor:
         if self.projections is not None:
@@ -141,6 +146,7 @@ class FusedAttention(Fused):
     def __init__(self, block: Any, product: IntegerProduct) -> None:
         super().__init__(block)
         self.product, self.norm = product, norm_of(block.group_norm)
+        self.planned = PlannedAttention.of(block, self.norm, product)
 
     @staticmethod
     def of(block: Any) -> FusedAttention | None:
@@ -168,15 +174,17 @@ class FusedAttention(Fused):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        x = hidden_states
+        block, x = self.block, hidden_states
         plain = type(self.block.processor) is AttnProcessor2_0 and encoder_hidden_states is None
         if x.ndim != 4 or not plain or attention_mask is not None:
             return self.plainly(x, encoder_hidden_states, attention_mask, **kwargs)
         with torch._C.DisableTorchFunction():  # what follows is not to be listened to
-            return self.attend(x.contiguous(memory_format=torch.channels_last))
+            y = (self.planned if self.planned and self.planned.takes(x) else self.layers)(x)
+            return y if block.rescale_output_factor == 1 else y / block.rescale_output_factor
 
-    def attend(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] in channels_last memory."""
+    def layers(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the same, layer by layer."""
+        x = x.contiguous(memory_format=torch.channels_last)
         block, (height, width) = self.block, x.shape[2:]
         q, k, v = (
             layer.run(x, norm=self.norm)
@@ -189,7 +197,7 @@ class FusedAttention(Fused):
         out = self.product.attend(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
         image = out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         y: Tensor = block.to_out[0].run(image, onto=x.clone() if block.residual_connection else None)
-        return y if block.rescale_output_factor == 1 else y / block.rescale_output_factor
+        return y
 
 
 class FusedChain(Fused):

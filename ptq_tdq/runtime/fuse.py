@@ -13,7 +13,6 @@ from torch import nn
 
 from ptq_tdq.modules.products import products_of
 from ptq_tdq.runtime.blocks import (
-    SILU,
     Fused,
     FusedAttention,
     FusedChain,
@@ -23,6 +22,7 @@ from ptq_tdq.runtime.blocks import (
     norm_of,
     takes_norm,
 )
+from ptq_tdq.runtime.kernels import SILU
 from ptq_tdq.runtime.layer import WeightOnlyLayer
 from ptq_tdq.runtime.token_blocks import FusedTransformer
 

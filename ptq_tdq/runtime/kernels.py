@@ -44,6 +44,9 @@ class Activation(NamedTuple):
         return values * ACTIVATIONS[self.name](gate)
 
 
+SILU = Activation("silu")
+
+
 @dataclass(frozen=True)
 class Norm:
     """A group norm (weight and bias [C]) before a quantizer."""

@@ -880,7 +880,7 @@ static int weigh(const Weights *w, const float *x, const float *onto, float *out
     return failed;
 }
 
-/* A plan is passes over tokens, one after the other. What they read and write has a place: bytes from one of the call's
+/* A plan is passes over tokens or pixels, one after the other. What they read and write has a place: bytes from one of the call's
  * pointers, which are scratch (made here), the scales and zero points of all quantizers, then what the caller gives. */
 enum { SCRATCH, SCALES, ZERO_POINTS, NOWHERE = -1 };
 enum { NORMALIZE, LAYER, ATTEND, WEIGH };
@@ -889,8 +889,8 @@ typedef struct {
     int64_t pointer, offset;
 } Place;
 
-/* from: x, scale and shift of a TokenNorm; x, onto and gate of a layer; q, k, v and the mask of an Attention; x and onto of
- * Weights. */
+/* from: x, scale and shift of a TokenNorm; x, onto, gate and shift of a layer; q, k, v and the mask of an Attention; x and
+ * onto of Weights. */
 typedef struct {
     int64_t kind, interval; /* of its quantizer, or the first of them: values from the call's */
     int64_t span, step;     /* of a gate, as in Sum */
@@ -911,7 +911,7 @@ static int pass(const Pass *p, char *const *given) {
     if (p->kind == ATTEND) return attention(p->what, from[0], from[1], from[2], from[3], scale, zero_point, to);
     if (p->kind == WEIGH) return weigh(p->what, from[0], from[1], to);
     const Sum s = {from[1], from[2], p->span, p->step};
-    return layer_onto(p->what, p->frame, p->convolution, from[0], NULL, scale, zero_point, &s, to);
+    return layer_onto(p->what, p->frame, p->convolution, from[0], from[3], scale, zero_point, &s, to);
 }
 
 /* Goes through a plan with so many bytes of scratch. Returns 0, or 1 without memory. */

@@ -1,6 +1,7 @@
-"""Passes over tokens that ``native.c`` goes through in one call: a plan, made once for inputs of one shape.
+"""Passes over tokens or pixels that ``native.c`` goes through in one call: a plan, made once for inputs of one shape.
 
-All that passes read and write is float32 [B, N, C] without gaps; what lies between two of them is memory of C's own.
+All that passes read and write is float32 [B, N, C], or images [B, H, W, C], without gaps; what lies between two of them
+is memory of C's own.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq_tdq.errors import RuntimeUnsupportedError
 from ptq_tdq.rotate import signs
 from ptq_tdq.runtime.address import address
 from ptq_tdq.runtime.attention import AttentionSizes, IntegerProduct, tops
-from ptq_tdq.runtime.kernels import Activation, TokenNorm
-from ptq_tdq.runtime.layer import IntegerLinear, WeightOnlyLayer
+from ptq_tdq.runtime.kernels import Activation, Norm, TokenNorm
+from ptq_tdq.runtime.layer import IntegerLayer, IntegerLinear, Part, WeightOnlyLayer
+from ptq_tdq.runtime.native_layer import Told
 from ptq_tdq.runtime.step import Step
 
 FLOAT_BYTES = 4
@@ -87,6 +89,17 @@ class Modulation(NamedTuple):
     scale: Place
     shift: Place
     gate: Place | None = None
+
+
+def in_passes(layer: nn.Module | None, kind: type[IntegerLayer], *, normed: bool = False) -> bool:
+    """Whether a layer is of this very kind and all of it, behind a norm or not, is passes by intervals from tables."""
+    return (
+        type(layer) is kind
+        and getattr(layer, "padding_mode", "zeros") == "zeros"
+        and all(part.native is not None for part in layer.parts)
+        and all(layer.step.columns([part.quantizer]) is not None for part in layer.parts)
+        and (layer.gain is None or not normed)  # kernels take one of the two
+    )
 
 
 class Plan:
@@ -172,30 +185,37 @@ class Plan:
         (part,), (samples, tokens, channels) = layer.parts, x.shape
         before = layer.before(activation)
         before = before._replace(rotate=None) if rotated else before
-        columns = layer.step.columns([part.quantizer])
-        assert part.native is not None and columns is not None
+        assert part.native is not None
         # one interval for all: one long row of pixels, which the kernel likes better than many short ones
         rows = samples if self._each else 1
         told = part.native.told(rows, channels, samples * tokens // rows, 1, self._each, 1, before)
         shape = (samples, tokens, told.shape[1])
-        out = self.between(*shape) if to is None else to
         self._check_rows(gate, shape[-1])
-        if out.shape != shape or (onto is not None and onto.shape != shape):
-            raise RuntimeUnsupportedError(f"Products of the shape {list(shape)} do not fit {onto} and {out}.")
-        self._alive.append(told)
-        span = tokens if gate is None or gate.step else samples * tokens
-        self._add(
-            LAYER,
-            [x, onto, gate],
-            out,
-            interval=self._interval(columns),
-            span=span,
-            step=0 if gate is None else gate.step,
-            what=told.alive[0],
-            frame=told.alive[1],
-            convolution=told.alive[2],
-        )
-        return out
+        return self._products(part, told, shape, [x, onto, gate], to)
+
+    def convolve(
+        self,
+        layer: IntegerLayer,
+        x: Place,
+        activation: Activation | None = None,
+        *,
+        norm: Norm | None = None,
+        shift: Place | None = None,
+        onto: Place | None = None,
+        to: Place | None = None,
+    ) -> Place:
+        """x [B, H, W, C], behind a norm of x + shift [B, C] or not -> [B, H', W', O], added to ``onto``."""
+        samples, height, width, channels = x.shape
+        if shift is not None and shift.shape != (samples, channels):
+            raise RuntimeUnsupportedError(f"A shift {list(shift.shape)} does not fit {list(x.shape)}.")
+        before = layer.before(activation, norm)
+        for part in layer.parts:  # a range of channels; the sums of all add up
+            assert part.native is not None
+            told = part.native.told(samples, channels, height, width, self._each, 1, before)
+            _, outputs, *size = told.shape
+            onto = to = self._products(part, told, (samples, *size, outputs), [x, onto, None, shift], to)
+        assert to is not None
+        return to
 
     def attend(
         self, product: IntegerProduct, operands: tuple[Place, Place, Place], heads: int, mask: Place | None
@@ -234,6 +254,30 @@ class Plan:
         self._add(WEIGH, [x, onto], out, what=made)
         return out
 
+    def _products(
+        self, part: Part, told: Told, shape: tuple[int, ...], source: Sequence[Place | None], to: Place | None
+    ) -> Place:
+        """Those of a layer's range; ``source`` is x, what they are added to, a gate and a shift."""
+        onto, gate = source[1:3]
+        out = self.between(*shape) if to is None else to
+        if out.shape != shape or (onto is not None and onto.shape != shape):
+            raise RuntimeUnsupportedError(f"Products of the shape {list(shape)} do not fit {onto} and {out}.")
+        columns = self._step.columns([part.quantizer])
+        assert columns is not None
+        self._alive.append(told)
+        self._add(
+            LAYER,
+            source,
+            out,
+            interval=self._interval(columns),
+            span=prod(shape[1:-1]) if gate is None or gate.step else prod(shape[:-1]),
+            step=0 if gate is None else gate.step,
+            what=told.alive[0],
+            frame=told.alive[1],
+            convolution=told.alive[2],
+        )
+        return out
+
     def _interval(self, columns: range) -> int:
         return columns.start * (self._samples if self._each else 1)
 
@@ -251,3 +295,10 @@ class Plan:
             made.source[index] = _Place(NOWHERE, 0) if place is None else _Place(place.pointer, place.offset)
         made.target = _Place(target.pointer, target.offset)
         self._passes.append(made)
+
+
+class Plans(dict[tuple[object, ...], Plan]):
+    """Plans by what they were made for; a copy of the model makes its own."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Plans:
+        return Plans()

@@ -20,7 +20,7 @@ from ptq_tdq.runtime.blocks import Fused, FusedChain
 from ptq_tdq.runtime.kernels import Activation
 from ptq_tdq.runtime.layer import IntegerLinear
 from ptq_tdq.runtime.modulation import BRANCHES, MODULATIONS, Branch, Conditions
-from ptq_tdq.runtime.passes import Place, Plan
+from ptq_tdq.runtime.passes import Place, Plan, Plans, in_passes
 
 T = TypeVar("T")
 
@@ -103,13 +103,6 @@ class FeedForward:
         y, rotated, gate = self.branch.plan(plan, x, modulations, [self.first])
         hidden = plan.layer(self.first, y, rotated=rotated)
         plan.layer(self.second, hidden, self.activation, onto=x, gate=gate, to=x)
-
-
-class Plans(dict[tuple[object, ...], Plan]):
-    """Plans by what they were made for; a copy of the model makes its own."""
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Plans:
-        return Plans()
 
 
 class FusedTransformer(Fused):
@@ -223,9 +216,4 @@ class FusedTransformer(Fused):
 
 def is_one_call(layer: nn.Module) -> bool:
     """Whether all of a linear is one call of C, by an interval from a table."""
-    return (
-        type(layer) is IntegerLinear
-        and len(layer.parts) == 1
-        and layer.parts[0].native is not None
-        and layer.step.columns([layer.parts[0].quantizer]) is not None
-    )
+    return isinstance(layer, IntegerLinear) and len(layer.parts) == 1 and in_passes(layer, IntegerLinear)
