@@ -13,7 +13,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from ptq_tdq.errors import ModelError
+from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.runtime import IntegerModel
 from ptq_tdq.runtime.native import SWITCH
 from ptq_tdq.runtime.token_blocks import FusedTransformer
@@ -286,3 +286,25 @@ def test_calls_of_several_threads_do_not_meet(fused: Any) -> None:
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda call: integer(**call), calls))
     assert all(torch.equal(integer(**call), found) for call, found in zip(calls, together, strict=True))
+
+
+def test_memory_that_parameters_leave_stays_there_for_plans(fused: Any) -> None:
+    torch.manual_seed(0)
+    _, integer = fused(Denoiser(), arguments(text=False), **WEIGHTS)
+    given = arguments(text=False)
+    expected = integer(timestep=T, **given)
+    for parameter in integer.parameters():
+        parameter.data = parameter.data.clone()
+    others = [torch.full((size,), torch.nan) for size in (WIDTH, 6 * WIDTH) for _ in range(100)]  # take what is free
+    assert torch.equal(integer(timestep=T, **given), expected) and others
+
+
+def test_the_wrapped_model_is_not_moved_either(fused: Any) -> None:
+    torch.manual_seed(0)
+    _, integer = fused(Denoiser(), arguments(text=False), **WEIGHTS)
+    given = arguments(text=False)
+    expected = integer(timestep=T, **given)
+    with pytest.raises(RuntimeUnsupportedError, match="computes in float32 on the CPU"):
+        integer.model.half()
+    integer.model.share_memory()
+    assert torch.equal(integer(timestep=T, **given), expected)
