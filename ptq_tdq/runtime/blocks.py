@@ -7,7 +7,6 @@ have got hooks, takes the block's own way, where its layers run in integers one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ class Fused:
         self.modules: list[nn.Module] = list(block.modules())
         inner = [(m._modules, *of) for m in self.modules for of in m._modules.items() if of[1] is not None]
         self.siblings, self.names, self.children = (list(of) for of in zip(*inner, strict=True))
-        self.own = list(map(vars, self.children))
+        self.own: list[dict[str, Any]] = list(map(vars, self.children))
         self.hooks = [hooks for m in self.children for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,7 +63,7 @@ class Fused:
 
         Lists as wholes, since this is asked in each call.
         """
-        forwards = filter(None, map(dict.get, self.own, repeat("forward")))
+        forwards = [own["forward"] for own in self.own if own.get("forward")]
         return (
             not any(self.hooks)
             and list(map(type, self.modules)) == self.kinds
