@@ -1,7 +1,7 @@
 """Blocks with their passes fused: norms and activations go into quantizers, residual sums into products.
 
-All of this is for speed alone: a block of another form, or a call with other arguments, takes the block's own way,
-where its layers run in integers one by one.
+All of this is for speed alone: a block of another form, a call with other arguments, or one of a block whose modules
+have got hooks, takes the block's own way, where its layers run in integers one by one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,33 @@ class Fused:
     """Computes instead of a block's ``forward``, or by it where the arguments are other ones."""
 
     def __init__(self, block: Any) -> None:
-        self.block = block
+        self.block, self.kinds = block, list(map(type, block.modules()))
+        self.modules: list[nn.Module] = list(block.modules())
+        inner = [(m._modules, *of) for m in self.modules for of in m._modules.items() if of[1] is not None]
+        self.siblings, self.names, self.children = (list(of) for of in zip(*inner, strict=True))
+        self.own: list[dict[str, Any]] = list(map(vars, self.children))
+        self.hooks = [hooks for m in self.children for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's modules have attributes of their own."""
+        return {**vars(self), "own": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, own=list(map(vars, state["children"])))
+
+    @property
+    def untouched(self) -> bool:
+        """Whether its modules are as they were: none is another, has hooks, or a ``forward`` that somebody gave it.
+
+        Lists as wholes, since this is asked in each call.
+        """
+        forwards = [own["forward"] for own in self.own if own.get("forward")]
+        return (
+            not any(self.hooks)
+            and list(map(type, self.modules)) == self.kinds
+            and list(map(dict.get, self.siblings, self.names)) == self.children
+            and all(isinstance(forward, Fused) for forward in forwards)
+        )
 
     def plainly(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.block).forward(self.block, *args, **kwargs)
@@ -94,7 +120,8 @@ class FusedResnet(Fused):
     def __call__(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         block, x = self.block, input_tensor
         projects = block.time_emb_proj is not None and temb is not None
-        if x.ndim != 4 or (temb is not None and not (projects and temb.ndim == 2 and len(temb) == len(x))):
+        fits = temb is None or (projects and temb.ndim == 2 and len(temb) == len(x))
+        if x.ndim != 4 or not fits or not self.untouched:
             return self.plainly(x, temb, *args, **kwargs)
         shift = None if temb is None else self._shift(temb)
         y = (self.planned if self.planned and self.planned.takes(x) else self.layers)(x, shift)
@@ -135,7 +162,7 @@ class FusedUpsample(Fused):
         return FusedUpsample(block) if covered else None
 
     def __call__(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if output_size is not None or hidden_states.ndim != 4:
+        if output_size is not None or hidden_states.ndim != 4 or not self.untouched:
             return self.plainly(hidden_states, output_size, *args, **kwargs)
         return self.block.conv.run(hidden_states, up=2)
 
@@ -176,7 +203,7 @@ class FusedAttention(Fused):
     ) -> Any:
         block, x = self.block, hidden_states
         plain = type(self.block.processor) is AttnProcessor2_0 and encoder_hidden_states is None
-        if x.ndim != 4 or not plain or attention_mask is not None:
+        if x.ndim != 4 or not plain or attention_mask is not None or not self.untouched:
             return self.plainly(x, encoder_hidden_states, attention_mask, **kwargs)
         with torch._C.DisableTorchFunction():  # what follows is not to be listened to
             y = (self.planned if self.planned and self.planned.takes(x) else self.layers)(x)
@@ -224,7 +251,7 @@ class FusedChain(Fused):
         return FusedChain(block, chain) if any(activation for _, activation in chain) else None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:
+        if args or kwargs or not self.untouched:
             return self.plainly(x, *args, **kwargs)
         for module, activation in self.chain:
             x = module(x) if activation is None else module(x, activation)

@@ -278,9 +278,13 @@ def _is_mask(x: Tensor) -> bool:
 
 
 def _know_dtype(model: nn.Module) -> None:
-    """Make ``model.dtype`` a constant: diffusers walks all modules for it, twice in each forward pass of a U-Net."""
+    """Make ``model.dtype`` a constant: diffusers walks all modules for it, twice in each forward pass of a U-Net.
+
+    The wrapped model moves as little as the one around it: C holds addresses of its tensors.
+    """
     cls = type(model)
-    model.__class__ = type(cls.__name__, (cls,), {"dtype": torch.float32, "__module__": cls.__module__})
+    own = {"dtype": torch.float32, "_apply": IntegerModel._apply, "__module__": cls.__module__}
+    model.__class__ = type(cls.__name__, (cls,), own)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

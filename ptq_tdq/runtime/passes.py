@@ -241,15 +241,17 @@ class Plan:
     def weight_only(self, layer: WeightOnlyLayer, x: Place, *, silu: bool = False, onto: Place | None = None) -> Place:
         """x [B, C], behind a SiLU or not -> [B, O], added to ``onto``; a linear with weights of integers."""
         (rows, channels), outputs = x.shape, len(layer.codes)
-        bias = None if layer.bias is None else address("a bias", layer.bias, torch.float32, (outputs,))
+        # not the parameters, which may get other memory
+        scale, bias = layer.scale.detach(), None if layer.bias is None else layer.bias.detach()
         made = _Weights(
             address("weights", layer.codes, torch.int8, (outputs, channels)),
-            address("the scales of weights", layer.scale, torch.float32, (outputs,)),
-            *(bias, rows, channels, outputs, silu),
+            address("the scales of weights", scale, torch.float32, (outputs,)),
+            None if bias is None else address("a bias", bias, torch.float32, (outputs,)),
+            *(rows, channels, outputs, silu),
         )
         if onto is not None and onto.shape != (rows, outputs):
             raise RuntimeUnsupportedError(f"Products of the shape {[rows, outputs]} do not fit {list(onto.shape)}.")
-        self._alive += [made, layer.codes, layer.scale, layer.bias]
+        self._alive += [made, layer.codes, scale, bias]
         out = self.between(rows, outputs)
         self._add(WEIGH, [x, onto], out, what=made)
         return out
@@ -264,7 +266,7 @@ class Plan:
             raise RuntimeUnsupportedError(f"Products of the shape {list(shape)} do not fit {onto} and {out}.")
         columns = self._step.columns([part.quantizer])
         assert columns is not None
-        self._alive.append(told)
+        self._alive += [told, part.native]
         self._add(
             LAYER,
             source,

@@ -47,9 +47,10 @@ class _Row:
     """One row of the tables, with each quantizer's place in it."""
 
     def __init__(self, quantizers: int) -> None:
-        self.values = torch.empty(2, quantizers, dtype=torch.int32)
-        halves = Interval(*_halves(self.values))
-        self.places = _Found(halves, list(map(Interval, *(values.split(1) for values in halves))))
+        with torch.inference_mode(False):  # calls outside that mode write to it too
+            self.values = torch.empty(2, quantizers, dtype=torch.int32)
+            halves = Interval(*_halves(self.values))
+            self.places = _Found(halves, list(map(Interval, *(values.split(1) for values in halves))))
 
 
 class _Call:

@@ -145,7 +145,7 @@ class FusedTransformer(Fused):
         x, masks = hidden_states, (attention_mask, encoder_attention_mask)
         # what the first attention looks at, and the second
         others = encoder_hidden_states if self.block.only_cross_attention else None, encoder_hidden_states
-        if cross_attention_kwargs or not self.takes(x, others):
+        if cross_attention_kwargs or not self.untouched or not self.takes(x, others):
             return self.plainly(
                 x,
                 attention_mask,

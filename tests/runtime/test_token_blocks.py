@@ -13,7 +13,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from ptq_tdq.errors import ModelError
+from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.runtime import IntegerModel
 from ptq_tdq.runtime.native import SWITCH
 from ptq_tdq.runtime.token_blocks import FusedTransformer
@@ -286,3 +286,81 @@ def test_calls_of_several_threads_do_not_meet(fused: Any) -> None:
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda call: integer(**call), calls))
     assert all(torch.equal(integer(**call), found) for call, found in zip(calls, together, strict=True))
+
+
+INNER = ("norm1", "norm1.linear", "attn1", "attn1.to_q", "attn1.to_out.0", "attn2.to_v", "norm3", "ff", "ff.net.2")
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("copied", [False, True], ids=["loaded", "copied"])
+def test_hooks_inside_a_block_run(register: str, copied: bool, fused: Any) -> None:
+    torch.manual_seed(0)
+    _, integer = fused(Denoiser(cross_attention_dim=OTHER_WIDTH))
+    integer = copy.deepcopy(integer) if copied else integer
+    (block,) = blocks_of(integer)
+    expected = integer(timestep=T, **arguments())
+    assert block.untouched and planned(integer)
+    for name in INNER:
+        called: list[str] = []
+        inner = block.block.get_submodule(name)
+        handle = getattr(inner, register)(lambda *_, called=called, name=name: called.append(name))
+        assert off(integer(timestep=T, **arguments()), expected) < 1e-4
+        assert called == [name]
+        handle.remove()
+        assert block.untouched
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["loaded", "copied"])
+def test_what_is_put_into_a_block_is_called(copied: bool, fused: Any) -> None:
+    """Another module, another class or another forward, as tools that change pipelines put them there."""
+    torch.manual_seed(0)
+    _, integer = fused(Denoiser(cross_attention_dim=OTHER_WIDTH))
+    integer = copy.deepcopy(integer) if copied else integer
+    (fused_block,), called = blocks_of(integer), []
+    block, query, forward = fused_block.block, fused_block.block.attn1.to_q, fused_block.block.attn1.forward
+    expected = integer(timestep=T, **arguments())
+
+    class Around(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            called.append("module")
+            return super().forward(x)
+
+    class Other(type(block)):  # type: ignore[misc]
+        def forward(self, *args: Any) -> Tensor:
+            called.append("class")
+            return super().forward(*args)
+
+    def other(*args: Any, **kwargs: Any) -> Tensor:
+        called.append("forward")
+        return forward(*args, **kwargs)
+
+    block.attn1.to_q = Around(query)
+    assert off(integer(timestep=T, **arguments()), expected) < 1e-4
+    block.attn1.to_q, block.attn1.forward = query, other
+    assert off(integer(timestep=T, **arguments()), expected) < 1e-4
+    del block.attn1.forward
+    block.__class__ = Other
+    assert off(integer(timestep=T, **arguments()), expected) < 1e-4
+    assert called == ["module", "forward", "class"]
+
+
+def test_memory_that_parameters_leave_stays_there_for_plans(fused: Any) -> None:
+    torch.manual_seed(0)
+    _, integer = fused(Denoiser(), arguments(text=False), **WEIGHTS)
+    given = arguments(text=False)
+    expected = integer(timestep=T, **given)
+    for parameter in integer.parameters():
+        parameter.data = parameter.data.clone()
+    others = [torch.full((size,), torch.nan) for size in (WIDTH, 6 * WIDTH) for _ in range(100)]  # take what is free
+    assert torch.equal(integer(timestep=T, **given), expected) and others
+
+
+def test_the_wrapped_model_is_not_moved_either(fused: Any) -> None:
+    torch.manual_seed(0)
+    _, integer = fused(Denoiser(), arguments(text=False), **WEIGHTS)
+    given = arguments(text=False)
+    expected = integer(timestep=T, **given)
+    with pytest.raises(RuntimeUnsupportedError, match="computes in float32 on the CPU"):
+        integer.model.half()
+    integer.model.share_memory()
+    assert torch.equal(integer(timestep=T, **given), expected)
