@@ -218,18 +218,6 @@ def test_without_native_code_it_computes_the_same(fused: Any, monkeypatch: pytes
     assert (found - expected).pow(2).mean() < 1e-4 * expected.pow(2).mean()
 
 
-def test_threads_share_a_plan(fused: Any) -> None:
-    torch.manual_seed(0)
-    _, integer = fused(Denoiser())
-    expected, before = integer(image(), T), torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(integer(image(), T), expected)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_calls_of_several_threads_do_not_meet(fused: Any) -> None:
     torch.manual_seed(0)
     _, integer = fused(Denoiser(), **WEIGHTS)

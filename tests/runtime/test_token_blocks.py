@@ -266,19 +266,6 @@ def test_without_native_code_it_computes_the_same(fused: Any, monkeypatch: pytes
     assert off(*(each(timestep=T, **arguments()) for each in (plain, integer))) < 1e-4
 
 
-def test_threads_share_a_plan(fused: Any) -> None:
-    torch.manual_seed(0)
-    _, integer = fused(Denoiser(), arguments(text=False))
-    given, before = arguments(text=False), torch.get_num_threads()
-    expected = integer(timestep=T, **given)
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(integer(timestep=T, **given), expected)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_calls_of_several_threads_do_not_meet(fused: Any) -> None:
     torch.manual_seed(0)
     _, integer = fused(Denoiser(cross_attention_dim=OTHER_WIDTH))
