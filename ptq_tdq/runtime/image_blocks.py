@@ -40,7 +40,7 @@ class Planned:
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self._plan(x, given, each=each)
-        out = torch.empty(*x.shape[:-1], self.outputs)
+        out = torch.empty(*x.shape[:-1], self.outputs, dtype=torch.float32)
         plan(x, out, *(tensor for tensor in given if tensor is not None))
         return out.permute(0, 3, 1, 2)
 
