@@ -1,11 +1,12 @@
 """Time and peak memory of calibration against the number of calibration pairs, of blocks and of parameters.
 
 Every point is a run of its own in a child process: a U-Net with random weights, calibrated in few iterations on random
-pairs; with series "whole" the U-Net of Stable Diffusion 1.5 and DiT-XL/2, in all iterations. "Own" memory is what the
+pairs; with series "whole" the U-Net of Stable Diffusion 1.5 and DiT-XL/2, with nothing less. "Own" memory is what the
 process itself has allocated (RssAnon, sampled 100 times a second); the largest resident set has the streams in
 memory-mapped files in it as well, as far as the system keeps their pages. What python, the libraries and the model
 alone need is measured before and given beside it, and what ``--dry-run`` would have said ("forecast"). One JSON line
-per point; the figure is drawn from the lines.
+per point; the figure is drawn from the lines. With ``--work`` a point that was stopped goes on where it was: its CPU
+time is then that of its units, each with what came before it, whichever process has finished it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from facts import facts
 from ptq_tdq import calibrate, preset, record
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon import CACHE_BYTES, make_forecast
+from ptq_tdq.recon import CACHE_BYTES, UnitReport, make_forecast
 from ptq_tdq.wrap import folded_copy
 
 RESULTS = Path(__file__).parent / "results" / "growth.jsonl"
@@ -82,8 +83,11 @@ def make(point: Point) -> tuple[Any, dict[str, Any]]:
     ), {}
 
 
-def measure(point: Point, few: dict[str, Any], foretell: bool) -> dict[str, Any]:
-    """Calibrate one model in this process, with ``few`` choices that are not the preset's; or ``foretell`` that."""
+def measure(point: Point, few: dict[str, Any], foretell: bool, work: Path | None) -> dict[str, Any]:
+    """Calibrate one model in this process, with ``few`` choices that are not the preset's; or ``foretell`` that.
+
+    The state of the run is kept in the folder ``work``.
+    """
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(SEED)
@@ -104,24 +108,47 @@ def measure(point: Point, few: dict[str, Any], foretell: bool) -> dict[str, Any]
     memory = OwnMemory()
     before = memory.now()
     memory.start()
-    began_cpu, began = time.process_time(), time.perf_counter()
-    units = []
-    calibrate(model, config, calls, on_unit=units.append)
+    log = Log(work and work / "units.jsonl", memory)
+    calibrate(model, config, calls, run_directory=work, on_unit=log.add)
+    units = log.lines
     return {
         **asdict(point),
         "set": few,
         "units": len(units) // 2,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "cpu_seconds": time.process_time() - began_cpu,
-        "seconds": time.perf_counter() - began,
+        "cpu_seconds": sum(unit["cpu_seconds"] for unit in units),
+        "seconds": sum(unit["seconds"] for unit in units),
         "seconds_of_phase": {
-            phase: sum(u.seconds for u in units if u.phase == phase) for phase in ("weights", "activations")
+            phase: sum(unit["seconds"] for unit in units if unit["phase"] == phase)
+            for phase in ("weights", "activations")
         },
-        "own_peak_bytes": memory.stop(),
+        "own_peak_bytes": max(memory.stop(), *(unit["own_peak_bytes"] for unit in units)),
         "own_bytes_before": before,
         "forecast": foreseen.to_dict(),
         "resident_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+class Log:
+    """What each unit took since the one before it was finished, in this process or in one that was stopped."""
+
+    def __init__(self, path: Path | None, memory: OwnMemory) -> None:
+        self.path, self.memory = path, memory
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+        self.began = time.process_time(), time.perf_counter()
+
+    def add(self, report: UnitReport) -> None:
+        if not report.seconds:  # finished by another process
+            return
+        now = time.process_time(), time.perf_counter()
+        cpu, wall = (b - a for a, b in zip(self.began, now, strict=True))
+        self.began = now
+        line = {"phase": report.phase, "unit": report.unit, "before": report.before, "after": report.after}
+        line |= {"cpu_seconds": cpu, "seconds": wall, "own_peak_bytes": self.memory.peak}
+        self.lines.append(line)
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 class OwnMemory(threading.Thread):
@@ -151,19 +178,30 @@ class OwnMemory(threading.Thread):
 @click.command()
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--series", default="pairs,blocks,parameters")
+@click.option("--model", help="Of series whole, this one alone: sd15, dit-xl.")
 @click.option("--render", is_flag=True, help="Only draw the figure.")
 @click.option("--foretell", is_flag=True, help="Only print the forecasts.")
 @click.option("--set", "choices", multiple=True, help="A choice of series whole, name=value.")
+@click.option("--work", type=click.Path(path_type=Path), help="A folder for unfinished points of series whole.")
 @click.option("--child", help="A point as JSON; for the child processes.")
-def main(results: Path, series: str, render: bool, foretell: bool, choices: tuple[str, ...], child: str | None) -> None:
+def main(
+    results: Path,
+    series: str,
+    model: str | None,
+    render: bool,
+    foretell: bool,
+    choices: tuple[str, ...],
+    work: Path | None,
+    child: str | None,
+) -> None:
     few = dict(choice.split("=", 1) for choice in choices)
     if child:
-        print(json.dumps(measure(Point(**json.loads(child)), few, foretell)))
+        print(json.dumps(measure(Point(**json.loads(child)), few, foretell, work)))
         return
-    wanted = [point for point in POINTS if point.series in series.split(",")]
+    wanted = [p for p in POINTS if p.series in series.split(",") and model in (None, p.model)]
     if foretell:
         for point in wanted:
-            print(json.dumps(measure(point, few, True)), flush=True)
+            print(json.dumps(measure(point, few, True, None)), flush=True)
         return
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     known = {key(line) for line in lines}
@@ -171,6 +209,8 @@ def main(results: Path, series: str, render: bool, foretell: bool, choices: tupl
         if render or key({**asdict(point), "set": few}) in known:
             continue
         given = [f"--set={choice}" for choice in choices]
+        if work and point.model:
+            given.append(f"--work={work / point.model}")
         run = [sys.executable, __file__, "--child", json.dumps(asdict(point)), *given]
         found = subprocess.run(run, capture_output=True, text=True, check=False)
         if found.returncode:

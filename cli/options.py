@@ -41,6 +41,8 @@ class FilePath(click.Path):
     """A path whose name this system can take; what is there is for the command to say."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Path:
+        if not os.fspath(value):  # of a variable that the shell does not know; it would be the current folder
+            self.fail("the path is empty.", parameter, context)
         try:
             os.lstat(value)
         except (OSError, ValueError) as error:

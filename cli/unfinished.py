@@ -42,5 +42,10 @@ def discard(folder: Path) -> None:
 
 
 def _own(folder: Path) -> list[Path]:
-    """Its files, and the hidden folders of its writers."""
-    return [path for pattern in _OWN for path in folder.glob(pattern) if path.is_dir() == (pattern == _OWN[-1])]
+    """Its files, and the hidden folders of its writers; a pipe or a device, which may never end, is neither."""
+    return [
+        path
+        for pattern in _OWN
+        for path in folder.glob(pattern)
+        if (path.is_dir() if pattern == _OWN[-1] else path.is_file())
+    ]

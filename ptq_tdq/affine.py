@@ -48,11 +48,14 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, factor: float | None
     ) -> Tensor:
         u = x.to(scale.dtype) / scale  # a 0-dim scale alone would not promote a low-precision x
+        kept = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        level = torch.round(u) if kept else u.round_()  # new memory takes as long as several operations
         # bounds that are numbers: clamping between tensors takes several times as long
-        level = torch.round(u).add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            ctx.save_for_backward(u, level, scale)
-            ctx.factor = factor
+        level = level.add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
+        if not kept:
+            return level.mul_(scale).to(x.dtype)
+        ctx.save_for_backward(u, level, scale)
+        ctx.factor = factor
         return (level * scale).to(x.dtype)
 
     @staticmethod

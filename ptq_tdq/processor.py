@@ -19,7 +19,7 @@ COMPUTE_DTYPES = {
 def check_device(device: str | torch.device) -> None:
     """Raise :class:`ConfigError` for a device that is not there."""
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # also what has no values, as "meta"
     except (RuntimeError, AssertionError, ValueError) as error:  # an assertion where torch is built without it
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"The device {str(device)!r} cannot be used here ({reason}); choose another.") from error

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from inspect import Parameter
+from functools import lru_cache
+from inspect import Parameter, Signature
 from reprlib import repr as shortened
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -107,10 +108,21 @@ def time_values(value: Any, name: str) -> Tensor:
     return rows
 
 
+def signature_of(model: nn.Module) -> Signature:
+    """That of ``model.forward``, which each call asks for several times; raises ValueError where there is none."""
+    function = getattr(model.forward, "__func__", None)
+    return _signature_of_method(function) if type(function) is FunctionType else inspect.signature(model.forward)
+
+
+@lru_cache(maxsize=64)
+def _signature_of_method(function: FunctionType) -> Signature:
+    return inspect.signature(MethodType(function, function))  # of any object
+
+
 def time_argument(model: nn.Module, name: str | None = None) -> str:
     """The name of the model's time argument; raises :class:`ModelError` where there is none."""
     try:
-        parameters = inspect.signature(model.forward).parameters
+        parameters = signature_of(model).parameters
     except ValueError:  # compiled by TorchScript
         parameters = MappingProxyType({})
     kinds = {p.kind for p in parameters.values()}

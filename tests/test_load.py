@@ -84,7 +84,7 @@ def test_without_an_instance_the_error_says_what_is_needed(own: Any) -> None:
             load_quantized(own[0], backend=backend)
 
 
-@pytest.mark.parametrize("device", ["nope", "cuda:99"])
+@pytest.mark.parametrize("device", ["nope", "cuda:99", "meta"])
 def test_a_device_that_is_not_there_is_one_sentence(device: str, tmp_path: Path) -> None:
     for backend in ("simulated", "integer"):
         with pytest.raises(ConfigError, match=f"The device '{device}' cannot be used here"):

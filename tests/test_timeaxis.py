@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from torch import Tensor, nn
 
 from ptq_tdq.errors import ModelError, TimestepError
-from ptq_tdq.timeaxis import TimeAxis, at, find_axis, lookup, present, time_argument
+from ptq_tdq.timeaxis import TimeAxis, at, find_axis, lookup, present, signature_of, time_argument
 
 T = 1000
 TABLE = torch.rand(T + 1, generator=torch.Generator().manual_seed(0))
@@ -174,6 +174,19 @@ def test_another_name_is_given_and_no_name_is_an_error() -> None:
         time_argument(model, "then")
     with pytest.raises(ModelError, match="no argument that is known to hold a time step"):
         time_argument(model)
+
+
+def test_a_signature_is_known_again_and_one_of_a_module_itself_comes_first() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor, *, more: int = 1) -> Tensor:
+            return x
+
+    models = Model(), Model()
+    assert list(signature_of(models[0]).parameters) == ["x", "timestep", "more"]
+    assert signature_of(models[0]) is signature_of(models[1])
+    models[0].forward = lambda y, t: y  # type: ignore[method-assign]
+    assert list(signature_of(models[0]).parameters) == ["y", "t"]
+    assert list(signature_of(models[1]).parameters) == ["x", "timestep", "more"]
 
 
 def test_a_module_that_does_not_take_its_arguments_by_name_is_refused() -> None:

@@ -6,7 +6,6 @@ prompts, guidance, pooled embeddings and whatever else a pipeline hands to its d
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ptq_tdq.calls.outputs import last_row
 from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
 from ptq_tdq.modules.layers import layer_kind
-from ptq_tdq.timeaxis import time_argument
+from ptq_tdq.timeaxis import signature_of, time_argument
 
 Rows = slice | Tensor
 SAME = 0.05  # relative difference of one row computed alone and among others; precision allows it
@@ -120,7 +119,7 @@ def join(groups: Sequence[Group]) -> Group:
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of ``model`` by name; what a ``**kwargs`` parameter takes stands beside the others."""
-    signature = inspect.signature(model.forward)
+    signature = signature_of(model)
     bound = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -131,7 +130,7 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
 def main_argument_name(model: nn.Module, time: str | None = None) -> str:
     """The parameter of ``model.forward`` that takes what is denoised: the first one beside the ``time``."""
     time = time_argument(model, time)
-    return next(name for name in inspect.signature(model.forward).parameters if name != time)
+    return next(name for name in signature_of(model).parameters if name != time)
 
 
 def main_argument(arguments: dict[str, Any], time: str) -> str:

@@ -101,6 +101,7 @@ _PUBLISHED: Mapping[str, Any] = {  # what the published recipes share; x_t is cl
     "weight_lr": 1e-3,
     "activation_inputs": "full-precision",
     "activation_iterations": 5000,
+    "activation_epochs": 0,
     "interval_lr": 4e-4,
     "module_lr": 4e-4,
     "interval_parameter": "raw",

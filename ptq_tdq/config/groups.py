@@ -214,7 +214,14 @@ class Activations(Choices):
         source=f"{Q_DIFFUSION}; {TFMQ_DM}",
     )
     activation_iterations: int = choice(
-        40, "Iterations of a block.", unit="iterations", bounds=ITERATIONS, source=BRECQ
+        40, "Iterations of a block, at most.", unit="iterations", bounds=ITERATIONS, source=BRECQ
+    )
+    activation_epochs: int = choice(
+        2,
+        "Passes over the calibration set after which a block's iterations end: more of few samples gain nothing. "
+        "0 for no such end.",
+        unit="epochs",
+        bounds=ITERATIONS,
     )
     interval_lr: float = choice(
         1e-2, "Learning rate (Adam, cosine decay) of a learned scale.", bounds=POSITIVE, source=BRECQ

@@ -13,6 +13,10 @@ from ptq_tdq.processor import COMPUTE_DTYPES, ComputeDtype, compute_dtype
 
 KEEP = "keep"
 AT_LEAST_ONCE = (1, 1 << 31)
+NOT_LEARNED = {
+    "auto": "chooses by what calibration compares, and fine-tuning has nothing to compare",
+    "fixed": "is that of x_t alone, and does not learn",
+}
 EFFICIENTDM = "EfficientDM, arXiv 2310.03270"
 
 
@@ -49,7 +53,7 @@ class FinetuneConfig(Choices):
         source=EFFICIENTDM,
     )
     num_inference_steps: int = choice(25, "Steps of the trajectories that it learns on.", unit="steps", bounds=COUNT)
-    iterations: int = choice(1000, "How long it learns.", unit="iterations", bounds=AT_LEAST_ONCE)
+    iterations: int = choice(1000, "How long it learns.", unit="iterations", bounds=(1, 10_000_001))
     batch_size: int = choice(32, "Samples of an iteration, of all processes together.", unit="samples", bounds=COUNT)
     accumulation: int = choice(1, "Pieces that a batch is run in.", bounds=COUNT)
     weight_lr: float = choice(
@@ -88,8 +92,8 @@ class FinetuneConfig(Choices):
     def __post_init__(self) -> None:
         super().__post_init__()
         quantizer_class(self.quantizer)
-        if self.method != KEEP:
-            source_class(self.method)
+        if self.method != KEEP and source_class(self.method).pattern in NOT_LEARNED:
+            raise ConfigError(f"The method '{self.method}' {NOT_LEARNED[self.method]}; name another, or {KEEP}.")
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 f"batch_size must be a multiple of accumulation ({self.accumulation}). Got {self.batch_size} instead."

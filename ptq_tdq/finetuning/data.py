@@ -51,7 +51,7 @@ class Data(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """A hash of the content."""
+        """A hash of the content, and of how the scheduler noises it."""
 
     def order(self, iteration: int, size: int, seed: int) -> Tensor:
         """The numbers of the ``size`` samples of an iteration: one permutation after the other, by seed and epoch."""
@@ -136,7 +136,7 @@ class NoisedSamples(Data):
         self.alphas, self.predicts, self.denoise = alphas, predicts, denoise
         self.device, self.dtype = device, dtype
         numbers = torch.arange(len(clean))
-        judging = numbers % HELD_OUT == HELD_OUT - 1
+        judging = numbers % HELD_OUT == HELD_OUT - 1 if len(clean) >= HELD_OUT else numbers == len(clean) - 1
         self.rows, self._judges = numbers[~judging], numbers[judging][:MOST_JUDGES]
         self.count = len(self.rows)
         self.steps = torch.linspace(0, axis.num_train_timesteps, STEPS + 1)[1:].round()
@@ -155,9 +155,10 @@ class NoisedSamples(Data):
 
     @property
     def identity(self) -> str:
-        digest = hashlib.sha256(self.clean.contiguous().numpy().tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.numpy().tobytes())
+        digest = hashlib.sha256(self.predicts.encode())
+        for tensor in (self.clean, self.labels, self.alphas):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def _noised(self, rows: Tensor, part: slice, generator: torch.Generator) -> Batch:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 import torch
@@ -13,11 +15,14 @@ from torch import Tensor
 from ptq_tdq.calib_data import LoadedModel, LoopSampler
 from ptq_tdq.calib_data.loop import LABELS
 from ptq_tdq.errors import CalibrationSetError, ConfigError
-from ptq_tdq.files import reason
+from ptq_tdq.files import check_file, reason
 from ptq_tdq.finetuning.data import NoisedSamples
 from ptq_tdq.timeaxis import TimeAxis
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever an ending promises: Pillow starts programs for some others
+SAMPLES = {"images", "latents"}
+MOST_PACKED = 100  # how many times as long as in a compressed file an array may be
 ENCODED = 64  # images at once
 
 
@@ -37,8 +42,8 @@ def read_data(path: Path, model: LoadedModel, axis: TimeAxis, *, denoise: bool) 
             "from its own full-precision trajectories."
         )
     alphas, predicts = _prediction(model.scheduler)
-    found = _read_file(path) if path.is_file() else _read_folder(path, _image_size(sampler), bool(sampler.num_classes))
-    clean = torch.as_tensor(found["latents"]).float() if "latents" in found else _clean(found["images"], sampler)
+    found = _read_file(path) if path.is_file() else _read_folder(path, _image_size(sampler), sampler.num_classes)
+    clean = _latents(found["latents"]) if "latents" in found else _clean(found["images"], sampler)
     if tuple(clean.shape[1:]) != tuple(sampler.shape):
         raise CalibrationSetError(
             f"The model samples {list(sampler.shape)}, and '{path}' holds {list(clean.shape[1:])}; "
@@ -54,47 +59,90 @@ def read_data(path: Path, model: LoadedModel, axis: TimeAxis, *, denoise: bool) 
 
 def _prediction(scheduler: Any) -> tuple[Tensor | None, str]:
     alphas = getattr(scheduler, "alphas_cumprod", None)
-    predicts = "flow" if alphas is None else getattr(scheduler.config, "prediction_type", "epsilon")
-    if predicts not in ("epsilon", "v_prediction", "sample", "flow"):
-        raise ConfigError(f"What the model predicts ({predicts}) has no training loss here; leave out --data.")
+    if alphas is None and hasattr(scheduler, "scale_noise"):  # by which flow matching, and nothing else, mixes noise in
+        return None, "flow"
+    predicts = getattr(scheduler.config, "prediction_type", "epsilon")
+    if alphas is None or predicts not in ("epsilon", "v_prediction", "sample"):
+        raise ConfigError(
+            f"What a model predicts under {type(scheduler).__name__} ({predicts}) has no training loss here; leave out "
+            "--data."
+        )
     return alphas, predicts
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
+def _read_file(path: Path) -> Mapping[str, np.ndarray]:
+    """The arrays of an npz file that are looked for, and no others; nothing is read before its size is known."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError) as error:
+        check_file(path)
+        with ZipFile(path) as file:
+            members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+            if "arr_0" in members and not members.keys() & SAMPLES:  # what np.savez calls an array without a name
+                members["images"] = members.pop("arr_0")
+            if len(members.keys() & SAMPLES) != 1:
+                raise CalibrationSetError(
+                    f"'{path}' has both 'images' and 'latents'; leave one of them out."
+                    if members.keys() >= SAMPLES
+                    else f"'{path}' has neither 'images' nor 'latents'; it has {', '.join(members) or 'nothing'}."
+                )
+            return {name: _array(file, members[name]) for name in members.keys() & {*SAMPLES, "labels"}}
+    except CalibrationSetError:
+        raise
+    except Exception as error:  # zipfile, its decompressors and numpy raise many unrelated types
         raise CalibrationSetError(f"'{path}' cannot be read as an npz file ({reason(error)}); give another.") from None
-    if "arr_0" in found:  # what np.savez calls an array without a name
-        found["images"] = found.pop("arr_0")
-    if not found.keys() & {"images", "latents"}:
-        raise CalibrationSetError(
-            f"'{path}' has neither 'images' nor 'latents'; it has {', '.join(found) or 'nothing'}."
-        )
-    return found
 
 
-def _read_folder(folder: Path, size: tuple[int, int], classes: bool) -> Mapping[str, Any]:
+def _array(file: ZipFile, info: ZipInfo) -> np.ndarray:
+    """One array of numbers; raises ValueError for a size that its bytes in the file cannot have."""
+    with file.open(info.filename) as member:
+        version = np.lib.format.read_magic(member)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(member)
+        if dtype.kind not in "biuf":
+            raise ValueError(f"'{info.filename}' is not of real numbers")
+        if info.file_size != member.tell() + dtype.itemsize * math.prod(shape):
+            raise ValueError(f"'{info.filename}' is not as long as its shape says")
+        if info.file_size > MOST_PACKED * max(info.compress_size, 1 << 10):
+            raise ValueError(f"'{info.filename}' would be more than {MOST_PACKED} times as long as in the file")
+    with file.open(info.filename) as member:
+        found: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
+    return np.ascontiguousarray(found, found.dtype.newbyteorder("="))
+
+
+def _read_folder(folder: Path, size: tuple[int, int], classes: int) -> Mapping[str, np.ndarray]:
     """Images uint8 [N, H, W, 3] in the order of their names, and the numbers of their sub-folders."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if not folder.is_dir():
         raise CalibrationSetError(f"There is no file or folder '{folder}'; give images or an npz file.")
-    parts = [sorted(x for x in folder.iterdir() if x.is_dir())] if classes else [[folder]]
+    parts = [folder]
+    if classes:
+        parts = sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
+        if parts and len(parts) != classes:
+            raise CalibrationSetError(
+                f"The model has {classes} classes, and '{folder}' has {len(parts)} sub-folders; give it one for each "
+                "class, in the order of their names, empty where there are no images."
+            )
     images, labels = [], []
-    for number, part in enumerate(parts[0]):
+    for number, part in enumerate(parts):
         for path in sorted(x for x in part.rglob("*") if x.suffix.lower() in ENDINGS):
-            try:
-                with Image.open(path) as image:
-                    images.append(np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1])))
-            except (OSError, UnidentifiedImageError) as error:
-                raise CalibrationSetError(f"'{path}' is no image that can be read ({reason(error)}).") from None
+            images.append(_read_image(path, size))
             labels.append(number)
     if not images:
         where = "its sub-folders, one per class," if classes else "it"
         raise CalibrationSetError(f"'{folder}' has no images in {where} ({', '.join(ENDINGS)}); give another folder.")
     return {"images": np.stack(images), **({"labels": np.array(labels)} if classes else {})}
+
+
+def _read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """One image, uint8 [H, W, 3], cropped and resized."""
+    from PIL import Image, ImageOps
+
+    try:
+        check_file(path)
+        with Image.open(path, formats=FORMATS) as image:
+            # Pillow clips 16 bits to 8
+            eight = Image.fromarray(np.uint8(np.asarray(image) // 257)) if image.mode.startswith("I") else image
+            return np.asarray(ImageOps.fit(eight.convert("RGB"), size[::-1]))
+    except Exception as error:  # decoders raise many unrelated types
+        raise CalibrationSetError(f"'{path}' is no image that can be read ({reason(error)}).") from None
 
 
 def _image_size(sampler: LoopSampler) -> tuple[int, int]:
@@ -104,14 +152,21 @@ def _image_size(sampler: LoopSampler) -> tuple[int, int]:
     return height * factor, width * factor
 
 
-def _clean(images: Any, sampler: LoopSampler) -> Tensor:
+def _latents(latents: np.ndarray) -> Tensor:
+    """x0 of latents of any floating type [N, C, H, W]."""
+    if latents.dtype.kind != "f":
+        raise CalibrationSetError(f"Latents must be floating-point numbers. Got {latents.dtype} instead; convert them.")
+    with np.errstate(over="ignore"):  # Inf is refused below
+        return torch.from_numpy(latents.astype(np.float32))
+
+
+def _clean(images: np.ndarray, sampler: LoopSampler) -> Tensor:
     """x0 of images uint8 [N, H, W, 3]."""
-    pixels = torch.as_tensor(images)
-    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or pixels.dtype != torch.uint8:
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
         raise CalibrationSetError(
-            f"Images must be uint8 [N, H, W, 3]. Got {pixels.dtype} {list(pixels.shape)} instead; convert them."
+            f"Images must be uint8 [N, H, W, 3]. Got {images.dtype} {list(images.shape)} instead; convert them."
         )
-    unit = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    unit = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     if sampler.vae is None:
         return unit.contiguous()
     return torch.cat([_encode(part, sampler.vae) for part in unit.split(ENCODED)])
@@ -127,13 +182,13 @@ def _encode(images: Tensor, vae: Any) -> Tensor:
     return latents
 
 
-def _labels(labels: Any, count: int, num_classes: int, path: Path) -> Tensor | None:
+def _labels(labels: np.ndarray | None, count: int, num_classes: int, path: Path) -> Tensor | None:
     if not num_classes:
         return None
-    found = torch.as_tensor([] if labels is None else labels).long().flatten()
-    if len(found) != count or not bool(((found >= 0) & (found < num_classes)).all()):
+    found = np.zeros(0) if labels is None or labels.dtype.kind not in "iuf" else labels
+    if found.shape not in ((count,), (count, 1)) or not np.isin(found, np.arange(num_classes)).all():
         raise CalibrationSetError(
             f"The model has {num_classes} classes, and '{path}' does not hold a class from 0 to {num_classes - 1} for "
             f"each of its {count} samples; add 'labels', or one sub-folder per class."
         )
-    return found
+    return torch.from_numpy(found.astype(np.int64)).flatten()

@@ -27,6 +27,7 @@ from ptq_tdq.identity import model_sha256
 from ptq_tdq.load import build_quantized, find_artifact
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import RunDirectory
+from ptq_tdq.trace import require_rows
 from ptq_tdq.wrap import folded_copy
 
 _log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ THINNING = 8  # each trajectory gives every so many of its steps: trajectories c
 PROBED = 4  # of the calls that judge, in which unknown intervals are observed
 
 
+@torch.inference_mode(False)
 @processes.together()
 def finetune(
     model: Any,
@@ -68,7 +70,14 @@ def finetune(
     not fit, :class:`~ptq_tdq.errors.ResumeError` for another run in the directory; at any time
     :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the iteration and the layer).
     """
-    config = config or FinetuneConfig()
+    config = FinetuneConfig() if config is None else config
+    if not isinstance(config, FinetuneConfig):
+        raise ConfigError(f"config must be a FinetuneConfig. Got {config!r} instead.")
+    if not isinstance(data, Calls | str | Path | None):
+        raise CalibrationSetError(
+            "data must be what ptq_tdq.record gives, or the path of images or of an npz file. "
+            f"Got a {type(data).__name__} instead."
+        )
     found = _artifact(artifact)
     if not isinstance(model, nn.Module | LoadedModel):
         component = found.config["base_model"].get("component")
@@ -134,6 +143,7 @@ def read(
         data = collect(model, **recipe(config))
     data.check()
     denoiser = model.denoiser if isinstance(model, LoadedModel) else model
+    require_rows(folded_copy(denoiser), data)
     return RecordedCalls(replace(data.to(next(denoiser.parameters()).device), axis=artifact.time_axis))
 
 
@@ -152,7 +162,13 @@ def recipe(config: FinetuneConfig) -> dict[str, Any]:
 def _artifact(given: str | Path | Artifact | QuantizedModel) -> Artifact:
     if isinstance(given, QuantizedModel):
         return given.to_artifact()
-    return given if isinstance(given, Artifact) else find_artifact(given)
+    if isinstance(given, str | Path):
+        return find_artifact(given)
+    if not isinstance(given, Artifact):
+        raise ConfigError(
+            f"artifact must be a folder, a hub id, or what ptq_tdq.calibrate gives. Got {given!r} instead."
+        )
+    return given
 
 
 def _identity(artifact: Artifact, config: FinetuneConfig, data: Data) -> dict[str, Any]:

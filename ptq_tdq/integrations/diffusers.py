@@ -228,7 +228,8 @@ def _timed(cls: type[nn.Module]) -> Any:
         own = kwargs.get("dtype") == self.dtype  # asked for by what loads image prompts
         return nn.Module.to(self, *args, **kwargs) if own else cls.to(self, *args, **kwargs)
 
-    return called_by(cls, call, untimed=cls, load_lora_adapter=load_lora_adapter, fuse_lora=_refuse_to_fuse, to=to)
+    others = {"untimed": cls, "load_lora_adapter": load_lora_adapter, "fuse_lora": _refuse_to_fuse, "to": to}
+    return called_by(cls, call, _timed, **others)
 
 
 def _refuse_to_fuse(model: Any, *args: Any, **kwargs: Any) -> None:

@@ -85,7 +85,7 @@ class QuantProduct(nn.Module):
         return attend(q, k, v, attn_mask, factor).to(query.dtype)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float, *interval: Tensor) -> Tensor:
-        scores = q @ k.transpose(-1, -2) * factor
+        scores = (q @ k.transpose(-1, -2)).mul_(factor)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         # a row that may look at nothing gives zeros, as torch's own function does
@@ -100,11 +100,13 @@ class QuantProduct(nn.Module):
         """
         softmax = self.quantizers()[-1]
         assert softmax.source is not None
-        own = (
-            () if softmax.source.by_token else softmax.interval(q)
-        )  # once, since a network in it may drop units at random
-        samples, rows = (max(1, BLOCK * n // _scores(q[:1], k)) for n in (1, q.shape[-2]))
-        mask = None if mask is None else mask.expand(*q.shape[:-1], k.shape[-2])
+        # once, since a network in it may drop units at random
+        own = () if softmax.source.by_token else softmax.interval(q)
+        t, shape = present(len(q), q.device), (*q.shape[:-1], v.shape[-1])
+        mask = None if mask is None else _four(mask.expand(*q.shape[:-1], k.shape[-2]))
+        q, k, v = _four(q), _four(k), _four(v)
+        # many rows of few heads, not few rows of many: products like that better
+        samples, heads, rows = (max(1, BLOCK // n) for n in (_scores(q[:1], k), _scores(q[:1, :1], k), k.shape[-2]))
 
         def attend(t: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *own: Tensor) -> Tensor:
             with at(t):
@@ -113,15 +115,23 @@ class QuantProduct(nn.Module):
         run = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
         found = []
         for now, queries, keys, values, seen, *interval in zip(
-            *(_split(x, samples) for x in (present(len(q), q.device), q, k, v, mask, *own)), strict=False
+            *(_split(x, samples) for x in (t, q, k, v, mask, *own)), strict=False
         ):
-            blocks = zip(queries.split(rows, -2), _split(seen, rows, -2), strict=False)
-            found.append(torch.cat([run(now, block, keys, values, part, *interval) for block, part in blocks], -2))
-        return torch.cat(found)
+            of_heads = []
+            for q, k, v, mask in zip(*(_split(x, heads, 1) for x in (queries, keys, values, seen)), strict=False):
+                blocks = zip(_split(q, rows, 2), _split(mask, rows, 2), strict=False)
+                of_heads.append(torch.cat([run(now, block, k, v, part, *interval) for block, part in blocks], 2))
+            found.append(torch.cat(of_heads, 1))
+        return torch.cat(found).view(shape)
 
 
 def _scores(q: Tensor, k: Tensor) -> int:
     return q.numel() // q.shape[-1] * k.shape[-2]
+
+
+def _four(x: Tensor) -> Tensor:
+    """x [B, ..., N, d] as [B, heads, N, d]."""
+    return x if x.ndim == 4 else x.reshape(len(x), -1, *x.shape[-2:])
 
 
 def _split(x: Tensor | None, size: int, dim: int = 0) -> Iterable[Any]:
@@ -202,10 +212,22 @@ def _listening(cls: type[nn.Module]) -> Any:
         with _Intercept(self):
             return cls.__call__(self, *args, **kwargs)
 
-    return called_by(cls, call)
+    return called_by(cls, call, _listening)
 
 
-def called_by(cls: type[nn.Module], call: Callable[..., Any], **others: Any) -> Any:
-    """The class ``cls`` under its own name, whose calls are ``call`` and which has ``others`` as attributes."""
-    own = {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__}
+def called_by(cls: type[nn.Module], call: Callable[..., Any], make: Callable[[Any], Any], **others: Any) -> Any:
+    """The class ``cls`` under its own name, whose calls are ``call`` and which has ``others`` as attributes.
+
+    ``make`` gives that class again where one of its modules is unpickled.
+    """
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _unpickled, (make, cls), *object.__reduce_ex__(self, protocol)[2:]
+
+    own = {"__call__": call, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), own | others)
+
+
+def _unpickled(make: Callable[[Any], Any], cls: type[nn.Module]) -> Any:
+    made = make(cls)
+    return made.__new__(made)

@@ -216,11 +216,17 @@ def freeze(quantizer: ActivationQuantizer, num_train_timesteps: int) -> None:
     quantizer.source = TableSource(scale.clamp(min=torch.finfo(torch.float32).tiny), zero_point)
 
 
+def learning_iterations(config: Config, samples: int) -> int:
+    """Iterations of a block in phase A, with a calibration set of so many samples."""
+    most, epochs = config.activations.activation_iterations, config.activations.activation_epochs
+    return min(most, -(-epochs * samples // config.learning.batch_size)) if epochs else most
+
+
 def _learn(unit: Unit, call: UnitCall, target: Parts, config: Config, generator: torch.Generator) -> bool:
     """Adam with cosine decay to 0 over the unit's sources and bias corrections; whether there was anything to learn."""
     sources = nn.ModuleList(q.source for q in unit.quantizers() if q.source)
-    phase = config.activations
-    if not phase.activation_iterations or not any(True for _ in sources.parameters()):
+    phase, iterations = config.activations, learning_iterations(config, sum(map(len, unit.cells)))
+    if not iterations or not any(True for _ in sources.parameters()):
         return False
     raw = [p for s in sources if isinstance(s, IntervalSource) for p in s.raw_parameters()]
     known = {id(p) for p in raw}
@@ -232,11 +238,11 @@ def _learn(unit: Unit, call: UnitCall, target: Parts, config: Config, generator:
             {"params": unit.shifts(), "lr": config.learning.bias_lr},
         ]
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, phase.activation_iterations)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     sources.train()
     chances = None if phase.loss_weights == "uniform" else _chances(unit, target, phase.loss_power)
     with unit.learning():
-        for _ in range(phase.activation_iterations):
+        for _ in range(iterations):
             index = unit.draw(config.learning.batch_size, generator, chances)
             if not unit.descend(call, target, phase.loss_power, config, index, optimizer):
                 break

@@ -23,7 +23,7 @@ from ptq_tdq import processes
 from ptq_tdq.artifacts import IntervalTable, write_atomic
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError, ResumeError
-from ptq_tdq.files import check_tensors
+from ptq_tdq.files import check_tensors, read_file
 from ptq_tdq.intervals import source_class
 from ptq_tdq.intervals.auto import FOLLOWING, SIMPLE, TOKEN, Auto
 from ptq_tdq.intervals.dynamic import Dynamic
@@ -39,7 +39,7 @@ Tensors = dict[str, Tensor]
 Saved = tuple[Tensors, tuple[float, float]]
 Form = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
-_SPARE_BYTES = 1 << 24  # of a file, for its header
+_SPARE_BYTES = 1 << 24  # of a file, for its header; of run.json, at most
 
 # What safetensors and torch raise for files that are no checkpoints.
 _DAMAGE = (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError, AssertionError)
@@ -94,7 +94,7 @@ class RunDirectory:
     def _read_record(self, record: Path) -> dict[str, Any] | None:
         """The identity in ``run.json``; None where there is none, or, with a notice, none that can be trusted."""
         try:
-            before = json.loads(record.read_bytes())
+            before = json.loads(read_file(record, _SPARE_BYTES))
             signature = before.pop("sha256")
             if sha256(json.dumps(before, sort_keys=True).encode()).hexdigest() != signature:
                 raise ValueError

@@ -18,7 +18,7 @@ from ptq_tdq.intervals import source_class
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import weight_groups
 from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon.activations import STATIC
+from ptq_tdq.recon.activations import STATIC, learning_iterations
 from ptq_tdq.recon.closed_form import FACTORS, PIECE
 from ptq_tdq.recon.engine import JUDGES
 from ptq_tdq.recon.moments import COLUMNS, rows_of
@@ -193,16 +193,16 @@ def unit_seconds(
     if config.weights.rounding == "learned":
         second += pace.quantized / JUDGES * CHECKS
     starts = pace.quantizers * rates.start * (1.5 if config.method == "auto" else 1.0)  # as many as will follow t again
-    step, steps = config.learning.batch_size * pace.learned, _steps(layers, config)
+    step, steps = config.learning.batch_size * pace.learned, _steps(layers, config, rows)
     rounding = _rounding_seconds(layers, size, rates, config, rows)
     return rows * first + step * steps[0] + rounding, rows * second + starts + step * steps[1] + again * rounding
 
 
-def _steps(layers: Sequence[QuantLayer], config: Config) -> tuple[float, float]:
+def _steps(layers: Sequence[QuantLayer], config: Config, rows: int) -> tuple[float, float]:
     """Steps of learning in phase W and in phase A."""
     bits = min((layer.record.weight_bits or MAX_BITS for layer in layers), default=MAX_BITS)
-    weights, intervals = config.weights.weight_iterations, config.activations.activation_iterations
-    learned = intervals * (1 + _following(config))  # a static source before one that follows t
+    weights = config.weights.weight_iterations
+    learned = learning_iterations(config, rows) * (1 + _following(config))  # a static source before one that follows t
     codes = weights if config.weights.rounding == "learned" and bits <= LEARNED_BITS else 0
     return weights if config.weights.rounding == "adaround" else 0, learned + codes
 

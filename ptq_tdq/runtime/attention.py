@@ -49,7 +49,7 @@ def reference_attend(
     return probabilities @ v * (s_p * s_v)
 
 
-class _Attention(ctypes.Structure):
+class AttentionSizes(ctypes.Structure):
     """``Attention`` of native.c."""
 
     _sizes_ = ("batch", "queries", "keys", "heads", "key_heads", "depth", "value_depth", "each")
@@ -59,6 +59,11 @@ class _Attention(ctypes.Structure):
         ("factor", ctypes.c_float),
         ("qmax", ctypes.c_float * 4),
     ]
+
+
+def tops(bits: Sequence[int]) -> ctypes.Array[ctypes.c_float]:
+    """The top codes of the four quantizers."""
+    return (ctypes.c_float * 4)(*(float(QType(b).qmax) for b in bits))
 
 
 def native_attend(library: ctypes.CDLL) -> Attend:
@@ -76,11 +81,10 @@ def native_attend(library: ctypes.CDLL) -> Attend:
         each = found[0].each
         (batch, queries, heads, depth), (_, keys, key_heads, _), values = q.shape, k.shape, v.shape[-1]
         intervals = (len(found) * (batch if each else 1),)
-        mask, steps = _steps(mask, (batch, heads, queries, keys))
+        mask, steps = steps_of(mask, (batch, heads, queries, keys))
         out = torch.empty((batch, queries, heads, values), dtype=torch.float32)
-        tops = (ctypes.c_float * 4)(*(float(QType(b).qmax) for b in bits))
         sizes = batch, queries, keys, heads, key_heads, depth, values, int(each)
-        call = _Attention(*sizes, *steps, factor, tops)
+        call = AttentionSizes(*sizes, *steps, factor, tops(bits))
         if function(
             ctypes.addressof(call),
             address("q", q, torch.float32, (batch, queries, heads, depth)),
@@ -109,7 +113,7 @@ def covers(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _steps(mask: Tensor | None, scores: tuple[int, int, int, int]) -> tuple[Tensor | None, tuple[int, int, int]]:
+def steps_of(mask: Tensor | None, scores: tuple[int, int, int, int]) -> tuple[Tensor | None, tuple[int, int, int]]:
     """A mask with whole rows of keys in memory, and its steps from sample to sample, head to head, row to row."""
     if mask is None:
         return None, (0, 0, 0)
@@ -143,7 +147,7 @@ class IntegerProduct(nn.Module):
     ) -> Tensor:
         """As torch's function, in float32; dropout is for training and none is done."""
         factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        mask = None if attn_mask is None else _added(attn_mask)
+        mask = None if attn_mask is None else added(attn_mask)
         if is_causal:
             causal = torch.full((query.shape[-2], key.shape[-2]), -torch.inf).triu_(1)
             mask = causal if mask is None else mask + causal
@@ -158,7 +162,7 @@ class IntegerProduct(nn.Module):
         return self.step.interval(self.record.inputs[index].name, x)
 
 
-def _added(mask: Tensor) -> Tensor:
+def added(mask: Tensor) -> Tensor:
     """A mask of booleans (True: look there) as what is added to the scores."""
     if mask.dtype != torch.bool:
         return mask.float()

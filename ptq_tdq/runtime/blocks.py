@@ -1,7 +1,7 @@
 """Blocks with their passes fused: norms and activations go into quantizers, residual sums into products.
 
-One table from a class of diffusers to what computes in its place. All of this is for speed alone: a block of another
-form, or a call with other arguments, takes the block's own way, where its layers run in integers one by one.
+All of this is for speed alone: a block of another form, a call with other arguments, or one of a block whose modules
+have got hooks, takes the block's own way, where its layers run in integers one by one.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ from typing import Any
 import torch
 from diffusers.models import activations
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ptq_tdq.modules.products import products_of
 from ptq_tdq.runtime.attention import IntegerProduct
-from ptq_tdq.runtime.kernels import Activation, Norm
+from ptq_tdq.runtime.image_blocks import PlannedAttention, PlannedResnet
+from ptq_tdq.runtime.kernels import SILU, Activation, Norm
 from ptq_tdq.runtime.layer import FORMS, IntegerLayer, IntegerLinear, WeightOnlyLayer
 from ptq_tdq.runtime.step import kept
-
-SILU = Activation("silu")
 
 
 def norm_of(module: nn.Module | None) -> Norm | None:
@@ -35,7 +32,7 @@ def norm_of(module: nn.Module | None) -> Norm | None:
     return Norm(int(module.num_groups), weight, bias, module.eps)
 
 
-def _takes_norm(layer: nn.Module | None, kind: type[IntegerLayer] = IntegerLayer) -> bool:
+def takes_norm(layer: nn.Module | None, kind: type[IntegerLayer] = IntegerLayer) -> bool:
     """Whether a group norm's values can be quantized by the layer: it has one channel range, and zeros as border."""
     whole = type(layer) is kind and len(layer.parts) == 1
     return whole and getattr(layer, "padding_mode", "zeros") == "zeros"
@@ -45,7 +42,33 @@ class Fused:
     """Computes instead of a block's ``forward``, or by it where the arguments are other ones."""
 
     def __init__(self, block: Any) -> None:
-        self.block = block
+        self.block, self.kinds = block, list(map(type, block.modules()))
+        self.modules: list[nn.Module] = list(block.modules())
+        inner = [(m._modules, *of) for m in self.modules for of in m._modules.items() if of[1] is not None]
+        self.siblings, self.names, self.children = (list(of) for of in zip(*inner, strict=True))
+        self.own: list[dict[str, Any]] = list(map(vars, self.children))
+        self.hooks = [hooks for m in self.children for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's modules have attributes of their own."""
+        return {**vars(self), "own": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, own=list(map(vars, state["children"])))
+
+    @property
+    def untouched(self) -> bool:
+        """Whether its modules are as they were: none is another, has hooks, or a ``forward`` that somebody gave it.
+
+        Lists as wholes, since this is asked in each call.
+        """
+        forwards = [own["forward"] for own in self.own if own.get("forward")]
+        return (
+            not any(self.hooks)
+            and list(map(type, self.modules)) == self.kinds
+            and list(map(dict.get, self.siblings, self.names)) == self.children
+            and all(isinstance(forward, Fused) for forward in forwards)
+        )
 
     def plainly(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.block).forward(self.block, *args, **kwargs)
@@ -79,12 +102,13 @@ class FusedResnet(Fused):
     def __init__(self, block: Any) -> None:
         super().__init__(block)
         self.norms = norm_of(block.norm1), norm_of(block.norm2)
+        self.planned = PlannedResnet.of(block, self.norms)
         self.projections: tuple[TimeProjections, int] | None = None
 
     @staticmethod
     def of(block: Any) -> FusedResnet | None:
         covered = (
-            all(_takes_norm(conv) for conv in (block.conv1, block.conv2))
+            all(takes_norm(conv) for conv in (block.conv1, block.conv2))
             and all(norm_of(norm) for norm in (block.norm1, block.norm2))
             and isinstance(block.nonlinearity, nn.SiLU)
             and (block.upsample is None and block.downsample is None)
@@ -96,15 +120,21 @@ class FusedResnet(Fused):
     def __call__(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         block, x = self.block, input_tensor
         projects = block.time_emb_proj is not None and temb is not None
-        if x.ndim != 4 or (temb is not None and not (projects and temb.ndim == 2 and len(temb) == len(x))):
+        fits = temb is None or (projects and temb.ndim == 2 and len(temb) == len(x))
+        if x.ndim != 4 or not fits or not self.untouched:
             return self.plainly(x, temb, *args, **kwargs)
         shift = None if temb is None else self._shift(temb)
+        y = (self.planned if self.planned and self.planned.takes(x) else self.layers)(x, shift)
+        return y if block.output_scale_factor == 1 else y / block.output_scale_factor
+
+    def layers(self, x: Tensor, shift: Tensor | None) -> Tensor:
+        """x [B, C, H, W] and the shift [B, O] before the second norm -> [B, O, H, W], layer by layer."""
+        block, (first, second) = self.block, self.norms
         # a copy, since the sum takes its place and x may be wanted again as a skip connection
         residual = x.clone(memory_format=torch.channels_last) if block.conv_shortcut is None else block.conv_shortcut(x)
-        first, second = self.norms
         y = block.conv1.run(x, norm=first, activation=SILU)
-        y = block.conv2.run(y, norm=second, activation=SILU, shift=shift, onto=residual)
-        return y if block.output_scale_factor == 1 else y / block.output_scale_factor
+        z: Tensor = block.conv2.run(y, norm=second, activation=SILU, shift=shift, onto=residual)
+        return z
 
     def _shift(self, temb: Tensor) -> Tensor:
         if self.projections is not None:
@@ -124,7 +154,7 @@ class FusedUpsample(Fused):
         covered = (
             block.use_conv
             and block.name == "conv"
-            and _takes_norm(block.conv)
+            and takes_norm(block.conv)
             and block.interpolate
             and block.norm is None
             and not block.use_conv_transpose
@@ -132,7 +162,7 @@ class FusedUpsample(Fused):
         return FusedUpsample(block) if covered else None
 
     def __call__(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if output_size is not None or hidden_states.ndim != 4:
+        if output_size is not None or hidden_states.ndim != 4 or not self.untouched:
             return self.plainly(hidden_states, output_size, *args, **kwargs)
         return self.block.conv.run(hidden_states, up=2)
 
@@ -143,6 +173,7 @@ class FusedAttention(Fused):
     def __init__(self, block: Any, product: IntegerProduct) -> None:
         super().__init__(block)
         self.product, self.norm = product, norm_of(block.group_norm)
+        self.planned = PlannedAttention.of(block, self.norm, product)
 
     @staticmethod
     def of(block: Any) -> FusedAttention | None:
@@ -156,7 +187,7 @@ class FusedAttention(Fused):
         covered = (
             len(products) == 1
             and type(block.processor) is AttnProcessor2_0
-            and all(_takes_norm(layer, IntegerLinear) for layer in projections)
+            and all(takes_norm(layer, IntegerLinear) for layer in projections)
             and norm_of(block.group_norm) is not None  # tokens have another norm, outside
             and (block.spatial_norm is None and block.norm_q is None and block.norm_k is None)
             and not block.is_cross_attention
@@ -170,14 +201,17 @@ class FusedAttention(Fused):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        x = hidden_states
-        if x.ndim != 4 or encoder_hidden_states is not None or attention_mask is not None:
+        block, x = self.block, hidden_states
+        plain = type(self.block.processor) is AttnProcessor2_0 and encoder_hidden_states is None
+        if x.ndim != 4 or not plain or attention_mask is not None or not self.untouched:
             return self.plainly(x, encoder_hidden_states, attention_mask, **kwargs)
         with torch._C.DisableTorchFunction():  # what follows is not to be listened to
-            return self.attend(x.contiguous(memory_format=torch.channels_last))
+            y = (self.planned if self.planned and self.planned.takes(x) else self.layers)(x)
+            return y if block.rescale_output_factor == 1 else y / block.rescale_output_factor
 
-    def attend(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] in channels_last memory."""
+    def layers(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the same, layer by layer."""
+        x = x.contiguous(memory_format=torch.channels_last)
         block, (height, width) = self.block, x.shape[2:]
         q, k, v = (
             layer.run(x, norm=self.norm)
@@ -190,7 +224,7 @@ class FusedAttention(Fused):
         out = self.product.attend(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
         image = out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         y: Tensor = block.to_out[0].run(image, onto=x.clone() if block.residual_connection else None)
-        return y if block.rescale_output_factor == 1 else y / block.rescale_output_factor
+        return y
 
 
 class FusedChain(Fused):
@@ -217,7 +251,7 @@ class FusedChain(Fused):
         return FusedChain(block, chain) if any(activation for _, activation in chain) else None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:
+        if args or kwargs or not self.untouched:
             return self.plainly(x, *args, **kwargs)
         for module, activation in self.chain:
             x = module(x) if activation is None else module(x, activation)
@@ -237,50 +271,3 @@ ACTIVATED: dict[type[nn.Module], Callable[[Any], tuple[list[nn.Module], Activati
     activations.SwiGLU: lambda module: ([module.proj], Activation("silu", gated=True)),
 }
 """What a module does before its activation, which comes last, and that activation."""
-
-
-FUSED: dict[type[nn.Module], Callable[[Any], Fused | None]] = {
-    ResnetBlock2D: FusedResnet.of,
-    Upsample2D: FusedUpsample.of,
-    Attention: FusedAttention.of,
-    FeedForward: FusedChain.of,
-    nn.Sequential: FusedChain.of,
-}
-
-
-def fuse(model: nn.Module) -> list[str]:
-    """Give the blocks that are covered their fused form; returns their names."""
-    done, resnets = [], []
-    for name, module in model.named_modules():
-        make = FUSED.get(type(module))
-        fused = make(module) if make else None
-        if fused is not None:
-            module.__dict__["forward"] = fused  # before the class's own
-            done.append(name)
-            resnets += [fused] if isinstance(fused, FusedResnet) else []
-    return done + _fuse_output(model) + _fuse_time(resnets)
-
-
-def _fuse_time(resnets: list[FusedResnet]) -> list[str]:
-    """The weight-only time-embedding linears of the residual blocks."""
-    blocks = [fused for fused in resnets if isinstance(fused.block.time_emb_proj, WeightOnlyLayer)]
-    alike = {(fused.block.time_emb_proj.codes.shape[1], fused.block.time_emb_proj.codes.dtype) for fused in blocks}
-    if len(blocks) < 2 or len(alike) > 1:
-        return []
-    together = TimeProjections([fused.block.time_emb_proj for fused in blocks])
-    for index, fused in enumerate(blocks):
-        fused.projections = together, index
-    return ["time projections"]
-
-
-def _fuse_output(model: Any) -> list[str]:
-    """The last norm, SiLU and convolution of a U-Net."""
-    own = dict(model.named_children())
-    if not isinstance(own.get("conv_act"), nn.SiLU) or not _takes_norm(own.get("conv_out")):
-        return []
-    norm = norm_of(model.conv_norm_out)
-    if norm is None:
-        return []
-    model.conv_out.norm, model.conv_out.activation = norm, SILU
-    model.conv_norm_out = model.conv_act = nn.Identity()
-    return ["conv_out"]

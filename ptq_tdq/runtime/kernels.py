@@ -44,6 +44,9 @@ class Activation(NamedTuple):
         return values * ACTIVATIONS[self.name](gate)
 
 
+SILU = Activation("silu")
+
+
 @dataclass(frozen=True)
 class Norm:
     """A group norm (weight and bias [C]) before a quantizer."""
@@ -52,6 +55,16 @@ class Norm:
     weight: Tensor
     bias: Tensor
     epsilon: float
+
+
+@dataclass(frozen=True)
+class TokenNorm:
+    """A layer norm of tokens or, where it is not ``centered``, an RMS norm; weight and bias [C], if it has them."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    epsilon: float
+    centered: bool = True
 
 
 Rotate = Callable[[Tensor], Tensor]  # of the channels of x [..., C]; see :func:`ptq_tdq.rotate.rotated`
@@ -133,6 +146,18 @@ def normalized(x: Tensor, norm: Norm, shift: Tensor | None) -> Tensor:
     """Group norm of ``x + shift``."""
     x = x if shift is None else x + shift[:, :, None, None]
     return functional.group_norm(x, norm.groups, norm.weight, norm.bias, norm.epsilon)
+
+
+def normalized_tokens(x: Tensor, norm: TokenNorm, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """x [B, N, C] behind a norm, times ``1 + scale`` plus ``shift`` (both [B, C])."""
+    weight, bias, size = norm.weight, norm.bias, x.shape[-1:]
+    if norm.centered:
+        y = functional.layer_norm(x, size, weight, bias, norm.epsilon)
+    else:
+        y = functional.rms_norm(x, size, weight, norm.epsilon)
+        y = y if bias is None else y + bias
+    y = y if scale is None else y * (1 + scale.unsqueeze(1))
+    return y if shift is None else y + shift.unsqueeze(1)
 
 
 def reference_quantize(x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, before: Before = NOTHING) -> Tensor:

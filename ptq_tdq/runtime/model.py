@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from ctypes import CDLL
 from itertools import chain, pairwise
 from typing import Any, Self
@@ -21,7 +22,7 @@ from ptq_tdq.processor import instruction_set, sums_eight_bits
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.rotate import rotated
 from ptq_tdq.runtime.attention import Attend, IntegerProduct, native_attend, reference_attend
-from ptq_tdq.runtime.blocks import fuse
+from ptq_tdq.runtime.fuse import fuse
 from ptq_tdq.runtime.kernels import (
     Grid,
     Quantize,
@@ -92,6 +93,17 @@ class IntegerModel(TimedModel):
         )
 
     push_to_hub = save_pretrained
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IntegerModel:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises :class:`ModelError`: it holds addresses of this process."""
+        raise ModelError(
+            "The integer model is not pickled; in the other process, load_quantized(folder, backend='integer')."
+        )
 
     def _as_outside(self, leaf: Any) -> Any:
         return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
@@ -266,9 +278,13 @@ def _is_mask(x: Tensor) -> bool:
 
 
 def _know_dtype(model: nn.Module) -> None:
-    """Make ``model.dtype`` a constant: diffusers walks all modules for it, twice in each forward pass of a U-Net."""
+    """Make ``model.dtype`` a constant: diffusers walks all modules for it, twice in each forward pass of a U-Net.
+
+    The wrapped model moves as little as the one around it: C holds addresses of its tensors.
+    """
     cls = type(model)
-    model.__class__ = type(cls.__name__, (cls,), {"dtype": torch.float32, "__module__": cls.__module__})
+    own = {"dtype": torch.float32, "_apply": IntegerModel._apply, "__module__": cls.__module__}
+    model.__class__ = type(cls.__name__, (cls,), own)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

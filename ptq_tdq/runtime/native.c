@@ -666,11 +666,22 @@ static void widen(const uint8_t *restrict from, int64_t size, uint16_t *restrict
     for (int64_t i = 0; i < size; i++) to[i] = from[i];
 }
 
-/* out [outputs] = gain (sum - correction) + bias (+ onto, which may be out itself). */
+/* What products are added to, or NULL; they are multiplied by gate [rows, outputs] first, if that is there: its rows are
+ * those of `span` pixels each, and `step` apart. */
+typedef struct {
+    const float *onto, *gate;
+    int64_t span, step;
+} Sum;
+
+/* out [outputs] = (gain (sum - correction) + bias) (gate) (+ onto, which may be out itself). */
 static inline __attribute__((always_inline)) void finish(int64_t outputs, const int32_t *sum, const int32_t *correction,
-                                                         const float *gain, const float *bias, const float *onto,
-                                                         float *out) {
-    if (onto)
+                                                         const float *gain, const float *bias, const float *gate,
+                                                         const float *onto, float *out) {
+    if (gate && onto)
+#pragma GCC ivdep
+        for (int64_t l = 0; l < outputs; l++)
+            out[l] = ((float)(sum[l] - correction[l]) * gain[l] + bias[l]) * gate[l] + onto[l];
+    else if (onto)
 #pragma GCC ivdep
         for (int64_t l = 0; l < outputs; l++) out[l] = (float)(sum[l] - correction[l]) * gain[l] + bias[l] + onto[l];
     else
@@ -689,11 +700,12 @@ static inline void affine_of(const Convolution *c, int64_t first, float scale, i
 
 /* The outputs of one block for image n. */
 static void convolve_block(const Convolution *c, const Operands *o, int64_t n, int64_t first, const float *scale,
-                           const int32_t *zero_point, const float *onto, float *out) {
+                           const int32_t *zero_point, const Sum *s, float *out) {
     const int64_t pixels = c->out_height * c->out_width, line = c->in_width * c->channels;
     const int64_t outputs = c->outputs - first < BLOCK ? c->outputs - first : BLOCK;
     const int64_t image = c->each == 2 ? n * pixels : n * c->each;
-    const float *bias = c->bias + first;
+    const float *bias = c->bias + first, *gate = s->gate ? s->gate + n * pixels / s->span * s->step + first : NULL;
+    int64_t left = s->gate ? s->span - n * pixels % s->span : 0; /* pixels with this gate */
     int32_t correction[BLOCK], sum[PIXELS][BLOCK];
     float gain[BLOCK];
     affine_of(c, first, scale[image], zero_point[image], correction, gain);
@@ -706,21 +718,22 @@ static void convolve_block(const Convolution *c, const Operands *o, int64_t n, i
         tile(c, o, at, sum);
         for (int64_t p = 0; p < PIXELS && begin + p < pixels; p++) {
             const int64_t place = (n * pixels + begin + p) * c->outputs + first;
-            const float *there = onto ? onto + place : NULL;
+            const float *there = s->onto ? s->onto + place : NULL;
             if (c->each == 2)
                 affine_of(c, first, scale[image + begin + p], zero_point[image + begin + p], correction, gain);
             if (outputs == BLOCK)
-                finish(BLOCK, sum[p], correction, gain, bias, there, out + place);
+                finish(BLOCK, sum[p], correction, gain, bias, gate, there, out + place);
             else
-                finish(outputs, sum[p], correction, gain, bias, there, out + place);
+                finish(outputs, sum[p], correction, gain, bias, gate, there, out + place);
+            if (gate && --left == 0) gate += s->step, left = s->span;
         }
     }
 }
 
-/* out [batch, out_height, out_width, outputs] = s w_s (sum - z weight_sum) + bias (+ onto, which may be out itself).
- * Returns 0, or 1 without memory. */
-int convolve(const Convolution *c, const uint8_t *codes, const float *scale, const int32_t *zero_point,
-             const float *onto, float *out) {
+/* out [batch, out_height, out_width, outputs] = s w_s (sum - z weight_sum) + bias, summed as `s` says. Returns 0, or 1
+ * without memory. */
+static int convolve_onto(const Convolution *c, const uint8_t *codes, const float *scale, const int32_t *zero_point,
+                         const Sum *s, float *out) {
     const int64_t blocks = (c->outputs + BLOCK - 1) / BLOCK, image = c->in_height * c->in_width * c->channels;
     const int64_t size = c->kernel_height * c->kernel_width * c->channels * BLOCK;
     const int unpacks = UNPACK && c->nibbles, widens = WIDEN && !c->nibbles;
@@ -746,11 +759,18 @@ int convolve(const Convolution *c, const uint8_t *codes, const float *scale, con
                 present = n;
                 o.codes = work;
             }
-            convolve_block(c, &o, n, first, scale, zero_point, onto, out);
+            convolve_block(c, &o, n, first, scale, zero_point, s, out);
         }
         free(work);
     }
     return failed;
+}
+
+/* The same added to onto, which may be out itself, or NULL. */
+int convolve(const Convolution *c, const uint8_t *codes, const float *scale, const int32_t *zero_point,
+             const float *onto, float *out) {
+    const Sum s = {.onto = onto};
+    return convolve_onto(c, codes, scale, zero_point, &s, out);
 }
 
 /* What belongs to a layer: the norm before it (or NULL, then gain [channels] or NULL), and its products. */
@@ -760,16 +780,146 @@ typedef struct {
     float epsilon;
 } Layer;
 
-/* x (+ shift) -> (norm,) quantize -> convolve (+ onto, which may be out itself). Returns 0, or 1 without memory. */
-int layer(const Layer *l, const Frame *f, const Convolution *c, const float *x, const float *shift, const float *scale,
-          const int32_t *zero_point, const float *onto, float *out) {
+static int layer_onto(const Layer *l, const Frame *f, const Convolution *c, const float *x, const float *shift,
+                      const float *scale, const int32_t *zero_point, const Sum *s, float *out) {
     uint8_t *codes = malloc((size_t)l->codes);
     int failed = !codes;
     if (!failed && l->weight)
         failed = norm_quantize(f, x, shift, l->weight, l->bias, l->groups, l->epsilon, scale, zero_point, codes);
     else if (!failed)
         failed = quantize(f, x, l->gain, scale, zero_point, codes);
-    failed = failed || convolve(c, codes, scale, zero_point, onto, out);
+    failed = failed || convolve_onto(c, codes, scale, zero_point, s, out);
     free(codes);
+    return failed;
+}
+
+/* x (+ shift) -> (norm,) quantize -> convolve (+ onto, which may be out itself). Returns 0, or 1 without memory. */
+int layer(const Layer *l, const Frame *f, const Convolution *c, const float *x, const float *shift, const float *scale,
+          const int32_t *zero_point, const float *onto, float *out) {
+    const Sum s = {.onto = onto};
+    return layer_onto(l, f, c, x, shift, scale, zero_point, &s, out);
+}
+
+/* The norm of each token: of x [samples, tokens, channels] less its mean (where it is centered) over the root of its mean
+ * square; then weight and bias [channels], 1 + scale and shift [samples, channels] (each may be NULL; samples of the last
+ * two are `step` apart), and the rotation where signs are given. */
+typedef struct {
+    int64_t samples, tokens, channels, centered, step;
+    const float *weight, *bias, *signs;
+    float epsilon;
+} TokenNorm;
+
+/* The norm's affine for one sample: a, b [channels]. */
+static void token_affine(const TokenNorm *n, const float *scale, const float *shift, float *restrict a,
+                         float *restrict b) {
+    for (int64_t c = 0; c < n->channels; c++) {
+        const float gain = scale ? 1.0f + scale[c] : 1.0f;
+        a[c] = n->weight ? n->weight[c] * gain : gain;
+        b[c] = (n->bias ? n->bias[c] * gain : 0.0f) + (shift ? shift[c] : 0.0f);
+    }
+}
+
+/* The mean of (x - mean)^power, power being 1 or 2. */
+static inline __attribute__((always_inline)) float moment(const float *x, int64_t count, float mean, int power) {
+    vec sums = {0};
+    float sum = 0;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const vec d = *(const vec *)(x + i) - mean;
+        sums += power == 2 ? d * d : d;
+    }
+    for (; i < count; i++) sum += power == 2 ? (x[i] - mean) * (x[i] - mean) : x[i] - mean;
+    for (int l = 0; l < LANES; l++) sum += sums[l];
+    return sum / (float)count;
+}
+
+static void normalize_token(const TokenNorm *n, const float *x, const float *a, const float *b, float *restrict y) {
+    const float mean = n->centered ? moment(x, n->channels, 0, 1) : 0;
+    const float inverse = 1.0f / sqrtf(moment(x, n->channels, mean, 2) + n->epsilon);
+    for (int64_t c = 0; c < n->channels; c++) y[c] = (x[c] - mean) * inverse * a[c] + b[c];
+    if (n->signs) rotate_row(y, n->signs, n->channels);
+}
+
+/* Returns 0, or 1 without memory. */
+static int normalize(const TokenNorm *n, const float *x, const float *scale, const float *shift, float *out) {
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        float *a = malloc((size_t)(2 * n->channels) * sizeof(float)), *b = a + n->channels;
+        int64_t present = -1; /* the sample whose affine that is */
+        failed = !a;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < n->samples * n->tokens; row++) {
+            const int64_t sample = row / n->tokens, at = sample * n->step;
+            if (!a) continue;
+            if (present != sample) token_affine(n, scale ? scale + at : NULL, shift ? shift + at : NULL, a, b);
+            present = sample;
+            normalize_token(n, x + row * n->channels, a, b, out + row * n->channels);
+        }
+        free(a);
+    }
+    return failed;
+}
+
+/* A linear with weights of integers, behind a SiLU or not. */
+typedef struct {
+    const int8_t *codes;
+    const float *scale, *bias;
+    int64_t rows, channels, outputs, silu;
+} Weights;
+
+/* Of x [rows, channels], added to onto [rows, outputs] or NULL. Returns 0, or 1 without memory. */
+static int weigh(const Weights *w, const float *x, const float *onto, float *out) {
+    const int64_t count = w->rows * w->channels;
+    float *work = w->silu ? malloc((size_t)count * sizeof(float)) : NULL;
+    if (w->silu && !work) return 1;
+    if (work) activate(SILU, x, NULL, count, work);
+    const int failed = weight_only(work ? work : x, w->codes, w->scale, w->bias, w->rows, w->channels, w->outputs, out);
+    for (int64_t i = 0; onto && !failed && i < w->rows * w->outputs; i++) out[i] += onto[i];
+    free(work);
+    return failed;
+}
+
+/* A plan is passes over tokens or pixels, one after the other. What they read and write has a place: bytes from one of the call's
+ * pointers, which are scratch (made here), the scales and zero points of all quantizers, then what the caller gives. */
+enum { SCRATCH, SCALES, ZERO_POINTS, NOWHERE = -1 };
+enum { NORMALIZE, LAYER, ATTEND, WEIGH };
+
+typedef struct {
+    int64_t pointer, offset;
+} Place;
+
+/* from: x, scale and shift of a TokenNorm; x, onto, gate and shift of a layer; q, k, v and the mask of an Attention; x and
+ * onto of Weights. */
+typedef struct {
+    int64_t kind, interval; /* of its quantizer, or the first of them: values from the call's */
+    int64_t span, step;     /* of a gate, as in Sum */
+    const void *what, *frame, *convolution; /* TokenNorm, Layer, Attention or Weights; of a layer */
+    Place from[4], to;
+} Pass;
+
+static inline void *at(char *const *given, Place p) {
+    return p.pointer == NOWHERE ? NULL : given[p.pointer] + p.offset;
+}
+
+static int pass(const Pass *p, char *const *given) {
+    const float *from[4], *scale = (const float *)given[SCALES] + p->interval;
+    const int32_t *zero_point = (const int32_t *)given[ZERO_POINTS] + p->interval;
+    float *to = at(given, p->to);
+    for (int i = 0; i < 4; i++) from[i] = at(given, p->from[i]);
+    if (p->kind == NORMALIZE) return normalize(p->what, from[0], from[1], from[2], to);
+    if (p->kind == ATTEND) return attention(p->what, from[0], from[1], from[2], from[3], scale, zero_point, to);
+    if (p->kind == WEIGH) return weigh(p->what, from[0], from[1], to);
+    const Sum s = {from[1], from[2], p->span, p->step};
+    return layer_onto(p->what, p->frame, p->convolution, from[0], from[3], scale, zero_point, &s, to);
+}
+
+/* Goes through a plan with so many bytes of scratch. Returns 0, or 1 without memory. */
+int go(const Pass *passes, int64_t count, int64_t scratch, char **given) {
+    char *own = malloc((size_t)(scratch ? scratch : 1));
+    int failed = !own;
+    given[SCRATCH] = own;
+    for (int64_t i = 0; i < count && !failed; i++) failed = pass(passes + i, given);
+    free(own);
     return failed;
 }

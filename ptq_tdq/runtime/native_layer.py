@@ -26,7 +26,7 @@ class _Layer(ctypes.Structure):
     ]
 
 
-class _Call(NamedTuple):
+class Told(NamedTuple):
     """What C is told of inputs of one shape, the shape of the result, and what has to live as long."""
 
     told: tuple[int, int, int]
@@ -38,9 +38,9 @@ class NativeLayer:
     """A range of a layer's channels: what is done before codes, codes and products; ``grid`` is that for ``up`` = 1."""
 
     def __init__(self, library: ctypes.CDLL, grid: Grid, products: NativeProducts) -> None:
-        self._function, self._grid, self._products = library.layer, grid, products
+        self.library, self._function, self._grid, self._products = library, library.layer, grid, products
         self._function.argtypes, self._function.restype = [ctypes.c_void_p] * 9, ctypes.c_int
-        self._calls: dict[tuple[object, ...], _Call] = {}
+        self._calls: dict[tuple[object, ...], Told] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> NativeLayer:
         """Itself: nothing in it ever changes."""
@@ -54,7 +54,7 @@ class NativeLayer:
         x = x.float().contiguous(memory_format=torch.channels_last)
         *found, each = per_sample("a quantizer", interval.scale, interval.zero_point, len(x))
         batch, channels, height, width = x.shape
-        call = self._call(batch, channels, height, width, each, up, before)
+        call = self.told(batch, channels, height, width, each, up, before)
         shift = None if before.shift is None else before.shift.float().contiguous()
         moved = None if shift is None else address("a shift", shift, torch.float32, x.shape[:2])
         if onto is None:
@@ -73,13 +73,14 @@ class NativeLayer:
         x = x.float().contiguous()
         *found, each = per_sample("a quantizer", interval.scale, interval.zero_point, len(x))
         samples, channels = len(x) if each else 1, x.shape[-1]
-        call = self._call(samples, channels, x.numel() // (samples * channels), 1, each, 1, before)
+        call = self.told(samples, channels, x.numel() // (samples * channels), 1, each, 1, before)
         out = torch.empty(*x.shape[:-1], call.shape[1], dtype=torch.float32)
         if self._function(*call.told, address("x", x, torch.float32, x.shape), None, *found, None, out.data_ptr()):
             raise MemoryError
         return out
 
-    def _call(self, batch: int, channels: int, height: int, width: int, each: bool, up: int, before: Before) -> _Call:
+    def told(self, batch: int, channels: int, height: int, width: int, each: bool, up: int, before: Before) -> Told:
+        """What C is told of x [B, C, H, W]; described once."""
         done = id(before.norm), id(before.gain), before.rotate is None
         key = batch, channels, height, width, each, up, before.activation, *done
         found = self._calls.get(key)
@@ -89,7 +90,7 @@ class NativeLayer:
 
     def _described(
         self, batch: int, channels: int, height: int, width: int, each: bool, up: int, before: Before
-    ) -> _Call:
+    ) -> Told:
         grid, norm = self._grid._replace(up=up), before.norm
         grid.check(channels, before)
         frame, signs = frame_of(
@@ -109,4 +110,4 @@ class NativeLayer:
             layer.gain = address("gains of channels", before.gain, torch.float32, own) + 4 * grid.channels[0]
         alive = layer, frame, convolution
         told = ctypes.addressof(layer), ctypes.addressof(frame), ctypes.addressof(convolution)
-        return _Call(told, shape, (*alive, before._replace(shift=None), signs))
+        return Told(told, shape, (*alive, before._replace(shift=None), signs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError
 from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
+from ptq_tdq.records import QuantizerRecord
 from ptq_tdq.scheme import QType
 from ptq_tdq.timeaxis import lookup, present
 
@@ -35,12 +36,21 @@ class Interval(NamedTuple):
         return Interval(self.scale.repeat_interleave(times), self.zero_point.repeat_interleave(times))
 
 
+class _Found(NamedTuple):
+    """The intervals of all quantizers: [Q] or, where rows have their own, [Q, B]; and each for itself."""
+
+    together: Interval
+    apart: list[Interval]
+
+
 class _Row:
     """One row of the tables, with each quantizer's place in it."""
 
     def __init__(self, quantizers: int) -> None:
-        self.values = torch.empty(2, quantizers, dtype=torch.int32)
-        self.places = list(map(Interval, *(values.split(1) for values in _halves(self.values))))
+        with torch.inference_mode(False):  # calls outside that mode write to it too
+            self.values = torch.empty(2, quantizers, dtype=torch.int32)
+            halves = Interval(*_halves(self.values))
+            self.places = _Found(halves, list(map(Interval, *(values.split(1) for values in halves))))
 
 
 class _Call:
@@ -48,7 +58,7 @@ class _Call:
 
     def __init__(self) -> None:
         self.token: Token[_Call | None] | None = None
-        self.intervals: dict[int, list[Interval]] = {}
+        self.intervals: dict[int, _Found] = {}
         self.row: _Row | None = None
         self.kept: dict[Any, Any] = {}
 
@@ -106,6 +116,16 @@ class Step:
         """Whether the quantizer finds an interval for each token."""
         return quantizer in self._dynamic and self._dynamic[quantizer].by_token
 
+    def columns(self, quantizers: Iterable[QuantizerRecord]) -> range | None:
+        """Where :meth:`together` has these quantizers' intervals; None unless all have tables, one beside the other."""
+        found = [self._column.get(quantizer.name, -1) for quantizer in quantizers]
+        beside = range(found[0], found[0] + len(found)) if found else range(0)
+        return beside if min(found, default=-1) >= 0 and found == list(beside) else None
+
+    def together(self, rows: int) -> Interval:
+        """The intervals of all quantizers with tables: [Q] or, where rows differ in t, [Q, rows]; both without gaps."""
+        return self._intervals(rows).together
+
     def begin(self, *_: Any) -> None:
         """A call of the model begins: the intervals are looked up once in it, at the t that it has."""
         call = _Call()
@@ -135,26 +155,26 @@ class Step:
         """
         dynamic = self._dynamic.get(quantizer)
         if dynamic is None:
-            return self._intervals(len(x))[self._column[quantizer]]
+            return self._intervals(len(x)).apart[self._column[quantizer]]
         scale, zero_point = dynamic(present(len(x)), x)
         return Interval(scale.contiguous(), zero_point.contiguous())
 
     def alike(self, rows: int) -> bool:
         """Whether one interval serves so many rows, for each quantizer with a table."""
-        return not self._column or not self._intervals(rows)[0].each
+        return not self._column or not self._intervals(rows).apart[0].each
 
-    def _intervals(self, rows: int) -> list[Interval]:
+    def _intervals(self, rows: int) -> _Found:
         call = _call()
         found = call.intervals.get(rows)
         if found is None:
             found = call.intervals[rows] = self._look_up(call, rows)
         return found
 
-    def _look_up(self, call: _Call, rows: int) -> list[Interval]:
+    def _look_up(self, call: _Call, rows: int) -> _Found:
         t = present(rows)
         if t.stride(0) and not bool((t == t[0]).all()):
-            values = (lookup(values, t).T.contiguous() for values in _halves(self._table))
-            return list(map(Interval, *(each.unbind() for each in values)))
+            together = Interval(*(lookup(values, t).T.contiguous() for values in _halves(self._table)))
+            return _Found(together, list(map(Interval, *(each.unbind() for each in together))))
         if call.row is None:
             call.row = self._filled(t[:1])
         return call.row.places

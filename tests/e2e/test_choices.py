@@ -130,6 +130,8 @@ def test_a_wrong_config_file_is_a_usage_error(name: str, text: str, said: str, c
         (("--model", "x" * 5000), 1, "There is no folder"),
         (("--output-dir", "a\0b"), 2, "cannot be a path here"),
         (("--output-dir", "x" * 300), 2, "cannot be a path here (File name too long)"),
+        (("--output-dir", ""), 2, "the path is empty"),
+        (("--config", ""), 2, "the path is empty"),
         (("--config", "/dev/zero"), 2, "it is not a regular file"),
         (("--prompts", "/dev/zero"), 2, "it is not a regular file"),
         (("--device", ""), 2, "The device '' cannot be used here"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -181,6 +182,20 @@ def test_a_folder_of_the_user_with_the_name_of_an_unfinished_run_is_left_alone(
         result = cli("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small, *flags)
         assert result.code == 1 and "holds 'letter.txt', which is no part of one" in result.err
     assert contents(tmp_path) == {"out.partial/letter.txt": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["run.json", "weights-0000.safetensors", "finetune-0000.safetensors"])
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_one_sentence(
+    name: str, cli: Any, small: tuple[str, ...], pipeline: Path, tmp_path: Path
+) -> None:
+    """Reading either may never end."""
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(partial / name)
+        result = cli("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small)
+        assert result.code == 1 and f"holds '{name}', which is no part of one" in result.err
+        (partial / name).unlink()
 
 
 def test_two_runs_in_one_folder_are_one_sentence(

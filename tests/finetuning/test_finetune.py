@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from recorded import images
 from small_denoiser import SmallDenoiser
-from torch import nn
+from torch import Tensor, nn
 
 from ptq_tdq import Calls, FinetuneConfig, QuantizedModel, calibrate, finetune, load_quantized, preset, record
 from ptq_tdq.artifacts import read_artifact
-from ptq_tdq.errors import ArtifactMismatchError, CalibrationSetError, ConfigError, NonFiniteError
+from ptq_tdq.errors import ArtifactMismatchError, CalibrationSetError, ConfigError, ModelError, NonFiniteError
 from ptq_tdq.finetuning import IterationReport
 from ptq_tdq.finetuning.data import RecordedCalls
 from ptq_tdq.finetuning.sources import begin_sources
@@ -226,6 +227,36 @@ def test_wrong_requests_are_one_sentence(
     other = type(denoiser)().eval()
     with pytest.raises(ArtifactMismatchError, match="made from"):
         finetune(other, calibrated(), choose(), calls)
+    wrong: Any = preset("default")
+    with pytest.raises(ConfigError, match="config must be a FinetuneConfig"):
+        finetune(denoiser, calibrated(), wrong, calls)
+    with pytest.raises(ConfigError, match=r"artifact must be a folder, a hub id, or what ptq_tdq.calibrate gives"):
+        finetune(denoiser, wrong, choose(), calls)
+    with pytest.raises(CalibrationSetError, match=r"data must be .* Got a Config instead"):
+        finetune(denoiser, calibrated(), choose(), wrong)
+
+
+def test_calls_of_another_model_are_one_sentence(denoiser: nn.Module, calibrated: Calibrated, choose: Choose) -> None:
+    class Other(nn.Module):
+        def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
+            return latents
+
+    other = Other()
+    with record(other) as calls, torch.no_grad():
+        for t in (999.0, 1.0):
+            other(images(8), torch.full((8,), t))
+    with pytest.raises(ModelError, match=r"SmallDenoiser cannot be called .* unexpected keyword argument 'latents'"):
+        finetune(denoiser, calibrated(), choose(), calls)
+
+
+def test_a_caller_without_gradients_changes_nothing(
+    denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
+) -> None:
+    found = [finetune(denoiser, calibrated(), choose(iterations=2), calls).metrics]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append(finetune(denoiser, calibrated(), choose(iterations=2), calls).metrics)
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +264,10 @@ def test_wrong_requests_are_one_sentence(
     [
         ({"quantizer": "dorefa"}, "The quantizer must be one of duq, lsq, nipq, pact, qil. Got 'dorefa'"),
         ({"method": "nothing"}, "The method must be one of"),
+        ({"method": "auto"}, "The method 'auto' chooses by what calibration compares"),
+        ({"method": "fixed"}, "The method 'fixed' is that of x_t alone"),
         ({"iterations": 0}, "iterations must be at least 1"),
+        ({"iterations": 2**31 - 1}, "iterations must be at least 1 and below 10000001"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1. Got 1.0"),
         ({"weight_lr": "nan"}, "weight_lr must be above 0 and finite. Got nan"),
         ({"batch_size": 6, "accumulation": 4}, "batch_size must be a multiple of accumulation"),

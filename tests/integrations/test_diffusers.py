@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,13 @@ def test_a_copy_runs_at_its_own_time_steps(stable_diffusion: Calibrated) -> None
     pipe = stable_diffusion.pipe()
     pipe.unet = copy.deepcopy(as_diffusers(load_quantized(stable_diffusion.artifact)))
     assert pipe.unet.hf_quantizer.quantized.model is pipe.unet
+    assert torch.equal(stable_diffusion.draw(pipe), stable_diffusion.drawn)
+
+
+@pytest.mark.parametrize("form", [as_diffusers, lambda quantized: quantized])
+def test_pickled_it_draws_the_same(stable_diffusion: Calibrated, form: Callable[[Any], Any]) -> None:
+    pipe = stable_diffusion.pipe()
+    pipe.unet = pickle.loads(pickle.dumps(form(load_quantized(stable_diffusion.artifact))))
     assert torch.equal(stable_diffusion.draw(pipe), stable_diffusion.drawn)
 
 

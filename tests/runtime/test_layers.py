@@ -208,3 +208,12 @@ def test_a_model_of_half_precision_runs_in_float32(dtype: torch.dtype, both: Any
     assert found.dtype == dtype, "what a pipeline of that dtype goes on with"
     assert all(p.dtype == torch.float32 for p in integer.parameters())
     assert (found - expected).pow(2).mean() < 1e-3 * expected.pow(2).mean()
+
+
+def test_calls_in_inference_mode_and_outside_of_it(both: Any) -> None:
+    torch.manual_seed(0)
+    given = {"x": torch.randn(3, 6), "timestep": torch.tensor([500.0])}
+    _, integer = both(Alone(nn.Linear(6, 5)), [given])
+    with torch.inference_mode():
+        expected = integer(**given)
+    assert torch.equal(integer(**given), expected)

@@ -62,8 +62,11 @@ def test_the_sanitizer_reports_a_row_too_many(environment: dict[str, str]) -> No
 
 def test_the_kernels_stay_inside_their_memory(environment: dict[str, str]) -> None:
     """Alone, and as the layers and blocks of models call them."""
-    files = [str(HERE / f"test_{name}.py") for name in ("kernels", "products", "layers", "blocks")]
-    chosen = "native or test_layers or test_blocks"
+    files = [
+        str(HERE / f"test_{name}.py")
+        for name in ("kernels", "products", "layers", "blocks", "passes", "token_blocks", "image_blocks")
+    ]
+    chosen = "native or test_layers or test_blocks or test_passes or test_norms or test_masks or test_forms"
     result = run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen, "-rs")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout and "no native kernels" not in result.stdout

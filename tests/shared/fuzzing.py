@@ -27,12 +27,13 @@ from diffusers import UNet2DModel
 from recorded import calls_of, images
 from safetensors.torch import load, save
 
-from ptq_tdq import Calls, calibrate, load_quantized, preset
+from ptq_tdq import Calls, FinetuneConfig, calibrate, finetune, load_quantized, preset
 from ptq_tdq.artifacts import encode_artifact
 from ptq_tdq.artifacts.document import CONFIG_FILE, sign
 from ptq_tdq.artifacts.store import METRICS_FILE, TABLES_FILE, WEIGHTS_FILE
 from ptq_tdq.calls import file as calls_file
 from ptq_tdq.errors import ConfigError, PtqTdqError
+from ptq_tdq.finetuning import IterationReport
 from ptq_tdq.plan import make_plan
 
 SECONDS, MEMORY = 5, 1 << 30  # of a case: processor time, and bytes beyond what the process had at first
@@ -48,6 +49,7 @@ CONFIG = preset(
     activation_range="minmax",
     compute_dtype="float32",
 )
+LEARNING = FinetuneConfig(iterations=2, batch_size=2, warmup=0, checkpoint_every=1, compute_dtype="float32")
 PLAIN = (None, True, False, -1, 0, 1, 2, 3, 7, 255, 10**6, 2**31, 2**63, 10**30, 0.5, -0.0, 1e-320, 1e308, "", "x")
 NESTED: tuple[Any, ...] = ([], {}, [[]], [None], [0] * 1000, {"": None}, "x" * 10_000, "../x", "os.system", "a\0b")
 ODD = (float("nan"), float("inf"), "UNet1DModel", "AutoencoderKL", "DDPMPipeline", [[[0]]], {"value": 1}, {"dict": {}})
@@ -87,11 +89,22 @@ def calls_to_make() -> Calls:
 
 
 def make_subjects(folder: Path) -> None:
-    """Write an artifact, a calibration set and the folder of an unfinished run that nobody has changed yet."""
+    """Write an artifact, a calibration set and the folders of two unfinished runs that nobody has changed yet."""
     calls = calls_to_make()
     calibrate(model(), CONFIG, calls, run_directory=folder / "run").save_pretrained(folder / "artifact")
     (folder / "calls").mkdir()
     calls.save(folder / "calls" / "calls.safetensors")
+    with suppress(_Stopped):
+        finetune(model(), folder / "artifact", LEARNING, calls, run_directory=folder / "tuning", on_iteration=_stop)
+
+
+class _Stopped(Exception):
+    """In the middle of fine-tuning."""
+
+
+def _stop(report: IterationReport) -> None:
+    if report.iteration == 2:
+        raise _Stopped
 
 
 # What is changed.
@@ -256,12 +269,18 @@ def use_run(folder: Path, rng: random.Random) -> None:
     encode_artifact(calibrate(model(), CONFIG, calls_to_make(), run_directory=folder).to_artifact())
 
 
+def use_tuning(folder: Path, rng: random.Random) -> None:
+    artifact = folder.parent / "artifact"
+    encode_artifact(finetune(model(), artifact, LEARNING, calls_to_make(), run_directory=folder).to_artifact())
+
+
 SUBJECTS: dict[str, tuple[Callable[[Files, random.Random], Files], Callable[[Path, random.Random], None]]] = {
     "artifact": (artifact, use_artifact),
     "calls": (calls, use_calls),
     "run": (run, use_run),
+    "tuning": (run, use_tuning),
 }
-SHARES = (45, 14, 1)  # of the cases; a run takes the longest
+SHARES = (45, 14, 1, 1)  # of the cases; runs take the longest
 
 
 # How a case is tried.

@@ -1,0 +1,75 @@
+"""One table from a class of diffusers to what computes in its place, fused, and how a model is gone through with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from ptq_tdq.modules.products import products_of
+from ptq_tdq.runtime.blocks import (
+    Fused,
+    FusedAttention,
+    FusedChain,
+    FusedResnet,
+    FusedUpsample,
+    TimeProjections,
+    norm_of,
+    takes_norm,
+)
+from ptq_tdq.runtime.kernels import SILU
+from ptq_tdq.runtime.layer import WeightOnlyLayer
+from ptq_tdq.runtime.token_blocks import FusedTransformer
+
+FUSED: dict[type[nn.Module], Callable[[Any], Fused | None]] = {
+    ResnetBlock2D: FusedResnet.of,
+    Upsample2D: FusedUpsample.of,
+    Attention: FusedAttention.of,
+    BasicTransformerBlock: FusedTransformer.of,
+    FeedForward: FusedChain.of,
+    nn.Sequential: FusedChain.of,
+}
+
+
+def fuse(model: nn.Module) -> list[str]:
+    """Give the blocks that are covered their fused form; returns their names."""
+    done, resnets = [], []
+    for name, module in model.named_modules():
+        listens = bool(products_of(module))  # by a class that is made of its own
+        make = FUSED.get(type(module).__mro__[listens])
+        fused = make(module) if make else None
+        if fused is not None:
+            module.__dict__["forward"] = fused  # before the class's own
+            done.append(name)
+            resnets += [fused] if isinstance(fused, FusedResnet) else []
+    return done + _fuse_output(model) + _fuse_time(resnets)
+
+
+def _fuse_time(resnets: list[FusedResnet]) -> list[str]:
+    """The weight-only time-embedding linears of the residual blocks."""
+    blocks = [fused for fused in resnets if isinstance(fused.block.time_emb_proj, WeightOnlyLayer)]
+    alike = {(fused.block.time_emb_proj.codes.shape[1], fused.block.time_emb_proj.codes.dtype) for fused in blocks}
+    if len(blocks) < 2 or len(alike) > 1:
+        return []
+    together = TimeProjections([fused.block.time_emb_proj for fused in blocks])
+    for index, fused in enumerate(blocks):
+        fused.projections = together, index
+    return ["time projections"]
+
+
+def _fuse_output(model: Any) -> list[str]:
+    """The last norm, SiLU and convolution of a U-Net."""
+    own = dict(model.named_children())
+    if not isinstance(own.get("conv_act"), nn.SiLU) or not takes_norm(own.get("conv_out")):
+        return []
+    norm = norm_of(model.conv_norm_out)
+    if norm is None:
+        return []
+    model.conv_out.norm, model.conv_out.activation = norm, SILU
+    model.conv_norm_out = model.conv_act = nn.Identity()
+    return ["conv_out"]
