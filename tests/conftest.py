@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,13 +11,25 @@ import torch
 from diffusers import UNet2DModel
 
 torch.set_num_threads(1)
+TEST_PROCESS, set_num_threads = os.getpid(), torch.set_num_threads
+
+
+def in_children_alone(count: int) -> None:
+    """Commands that run inside the test process leave it at one thread.
+
+    Others are forked from it, and would wait for ever for the threads of OpenMP that it had.
+    """
+    if os.getpid() != TEST_PROCESS:
+        set_num_threads(count)
+
+
+torch.set_num_threads = in_children_alone
 
 
 @pytest.fixture(autouse=True)
 def processor_state() -> Iterator[None]:
     """Undo what a command run inside the test process sets for the process as a whole."""
     yield
-    torch.set_num_threads(1)
     torch.set_flush_denormal(False)
 
 
