@@ -78,27 +78,64 @@ enum { ROWS = 6, LANES = 8, COLUMNS = 2 * LANES };
 #endif
 typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 
-/* The Hadamard transform of each run of `block` values of y [channels], times gain. */
-static void hadamard(float *y, int64_t channels, int64_t block, float gain) {
-    int64_t width = 1;
-    if (block % LANES == 0) { /* the first stages at once, as a product with the matrix of LANES */
-        vec rows[LANES];
-        for (int r = 0; r < LANES; r++)
-            for (int i = 0; i < LANES; i++) rows[r][i] = __builtin_parity((unsigned)(r & i)) ? -gain : gain;
-        for (int64_t start = 0; start < channels; start += LANES) {
-            vec sum = {0};
-            for (int r = 0; r < LANES; r++) sum += rows[r] * y[start + r];
-            *(vec *)(y + start) = sum;
-        }
-        for (width = LANES; width < block; width *= 2)
-            for (int64_t start = 0; start < channels; start += 2 * width)
-                for (int64_t i = start; i < start + width; i += LANES) {
-                    const vec low = *(vec *)(y + i), high = *(vec *)(y + i + width);
-                    *(vec *)(y + i) = low + high;
-                    *(vec *)(y + i + width) = low - high;
-                }
-        return;
+/* A vector with its values exchanged, each with that of the lane whose number differs in the bit. */
+#if defined(__AVX512F__)
+#define OTHER(bit) 0 ^ bit, 1 ^ bit, 2 ^ bit, 3 ^ bit, 4 ^ bit, 5 ^ bit, 6 ^ bit, 7 ^ bit, \
+    8 ^ bit, 9 ^ bit, 10 ^ bit, 11 ^ bit, 12 ^ bit, 13 ^ bit, 14 ^ bit, 15 ^ bit
+#else
+#define OTHER(bit) 0 ^ bit, 1 ^ bit, 2 ^ bit, 3 ^ bit, 4 ^ bit, 5 ^ bit, 6 ^ bit, 7 ^ bit
+#endif
+#if defined(__clang__)
+#define EXCHANGED(y, bit) __builtin_shufflevector(y, y, OTHER(bit))
+#else
+typedef int32_t lanes __attribute__((vector_size(LANES * sizeof(int32_t))));
+#define EXCHANGED(y, bit) __builtin_shuffle(y, (lanes){OTHER(bit)})
+#endif
+enum { RUN = LANES }; /* vectors that are transformed in registers */
+
+/* The Hadamard transform of `count` vectors of y. */
+static inline __attribute__((always_inline)) void transform_run(float *y, int count) {
+    vec run[RUN], sign[4];
+    for (int s = 0; s < 4; s++)
+        for (int i = 0; i < LANES; i++) sign[s][i] = i >> s & 1 ? -1.0f : 1.0f;
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) {
+        vec v = *(const vec *)(y + i * LANES);
+        v = EXCHANGED(v, 1) + v * sign[0];
+        v = EXCHANGED(v, 2) + v * sign[1];
+        v = EXCHANGED(v, 4) + v * sign[2];
+#if defined(__AVX512F__)
+        v = EXCHANGED(v, 8) + v * sign[3];
+#endif
+        run[i] = v;
     }
+#pragma GCC unroll 4
+    for (int width = 1; width < count; width *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < count; i++)
+            if (!(i & width)) {
+                const vec low = run[i], high = run[i + width];
+                run[i] = low + high;
+                run[i + width] = low - high;
+            }
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) *(vec *)(y + i * LANES) = run[i];
+}
+
+static void transform_runs(float *y, int64_t channels, int count) {
+    for (int64_t start = 0; start < channels; start += count * LANES) {
+        if (count == 1) transform_run(y + start, 1);
+        if (count == 2) transform_run(y + start, 2);
+        if (count == 4) transform_run(y + start, 4);
+        if (count == 8) transform_run(y + start, 8);
+        if (count == 16) transform_run(y + start, RUN);
+    }
+}
+
+/* The Hadamard transform of each run of `block` values of y [channels]. */
+static void hadamard(float *y, int64_t channels, int64_t block) {
+    int64_t width = block % LANES ? 1 : block < RUN * LANES ? block : RUN * LANES;
+    if (width > 1) transform_runs(y, channels, (int)(width / LANES));
     for (; width < block; width *= 2)
         for (int64_t start = 0; start < channels; start += 2 * width)
             for (int64_t i = start; i < start + width; i++) {
@@ -106,16 +143,15 @@ static void hadamard(float *y, int64_t channels, int64_t block, float gain) {
                 y[i] = low + high;
                 y[i + width] = low - high;
             }
-    for (int64_t i = 0; i < channels; i++) y[i] *= gain;
 }
 
 /* y [channels] times diag(signs), then (I - 2/blocks 11^T) (x) Hadamard / sqrt(block): rotated() of rotate.py. */
 static void rotate_row(float *y, const float *signs, int64_t channels) {
     enum { STRIP = 64 };
     const int64_t block = channels & -channels, blocks = channels / (block ? block : 1);
-    const float share = 2.0f / (float)blocks;
-    for (int64_t i = 0; i < channels; i++) y[i] *= signs[i];
-    hadamard(y, channels, block, 1.0f / sqrtf((float)block));
+    const float share = 2.0f / (float)blocks, gain = 1.0f / sqrtf((float)block);
+    for (int64_t i = 0; i < channels; i++) y[i] *= signs[i] * gain;
+    hadamard(y, channels, block);
     for (int64_t first = 0; blocks > 1 && first < block; first += STRIP) {
         const int64_t last = first + STRIP < block ? first + STRIP : block;
         float sums[STRIP] = {0};
@@ -161,12 +197,22 @@ static void prepare(const Frame *f, const float *pixel, const float *a, const fl
         for (int64_t c = 0; c < channels; c++) y[c] *= a[c];
 }
 
+/* memset, which takes its time for nothing too. */
+static inline void fill(uint8_t *to, int value, int64_t bytes) {
+    if (bytes) memset(to, value, (size_t)bytes);
+}
+
 /* One row of pixels, of which only the channel range is quantized; a, b are the affine of the norm, a alone a gain. */
 static void quantize_row(const Frame *f, const float *x, const float *a, const float *b, float scale, float zero_point,
                          float *work, uint8_t *out) {
     const int64_t channels = f->channels; /* bytes of out might be those of f: what loops need of it is read before */
     const float qmax = f->qmax;
     const int with_silu = f->activation == SILU && b, prepared = f->signs || (f->activation && !with_silu);
+    if (!a && !prepared && f->up == 1 && f->stride == channels && f->pitch == channels) { /* all pixels at once */
+        const int64_t values = f->width * channels;
+        for (int64_t i = 0; i < values; i++) out[i] = code(x[i], scale, zero_point, qmax);
+        return;
+    }
     for (int64_t w = 0; w < f->width; w++) {
         const float *pixel = x + w * f->stride + f->first;
         uint8_t *to = out + w * f->up * f->pitch;
@@ -184,7 +230,7 @@ static void quantize_row(const Frame *f, const float *x, const float *a, const f
             for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c], scale, zero_point, qmax);
         else
             for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c], scale, zero_point, qmax);
-        memset(to + channels, 0, (size_t)(f->pitch - channels));
+        fill(to + channels, 0, f->pitch - channels);
         for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * f->pitch, to, (size_t)f->pitch);
     }
 }
@@ -207,14 +253,13 @@ static int quantize_images(const Frame *f, const float *x, const float *affine, 
                 const float *a = affine ? affine + n * 2 * f->channels : gain;
                 uint8_t *image = out + n * out_height * row, *to = image + (f->top + h * f->up) * row;
                 const int zero = zero_point[n * f->each];
-                memset(to, zero, (size_t)(f->left * f->pitch));
+                fill(to, zero, f->left * f->pitch);
                 quantize_row(f, x + (n * f->height + h) * f->width * f->stride, a, affine ? a + f->channels : NULL,
                              scale[n * f->each], (float)zero, work, to + f->left * f->pitch);
-                memset(to + (f->left + f->width * f->up) * f->pitch, zero, (size_t)(f->right * f->pitch));
+                fill(to + (f->left + f->width * f->up) * f->pitch, zero, f->right * f->pitch);
                 for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * row, to, (size_t)row);
-                if (h == 0) memset(image, zero, (size_t)(f->top * row));
-                if (h == f->height - 1)
-                    memset(image + (out_height - f->bottom) * row, zero, (size_t)(f->bottom * row));
+                if (h == 0) fill(image, zero, f->top * row);
+                if (h == f->height - 1) fill(image + (out_height - f->bottom) * row, zero, f->bottom * row);
             }
         free(work);
     }
@@ -229,27 +274,28 @@ int quantize(const Frame *f, const float *x, const float *gain, const float *sca
 /* Group norm of x (+ shift [batch, channels] or NULL) as y = a x + b for each image and channel: affine [batch, 2, C]. */
 static void group_affine(const Frame *f, const float *x, const float *shift, const float *weight, const float *bias,
                          int64_t groups, float epsilon, double *sums, float *affine) {
-    const int64_t channels = f->channels, size = channels / groups;
+    const int64_t channels = f->channels, size = channels / groups, pixels = f->height * f->width;
     memset(sums, 0, (size_t)(f->batch * 2 * channels) * sizeof(double));
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < f->batch; n++) {
         double *sum = sums + n * 2 * channels, *square = sum + channels;
-        for (int64_t h = 0; h < f->height; h++) {
-            const float *line = x + (n * f->height + h) * f->width * channels;
+        const float *image = x + n * pixels * channels;
+        for (int64_t begin = 0; begin < pixels; begin += 64) { /* whose sums are float32 */
+            const int64_t end = begin + 64 < pixels ? begin + 64 : pixels;
             for (int64_t first = 0; first < channels; first += 32) {
                 float s[32] = {0}, q[32] = {0};
                 const int64_t count = channels - first < 32 ? channels - first : 32;
                 if (count == 32)
-                    for (int64_t w = 0; w < f->width; w++)
+                    for (int64_t p = begin; p < end; p++)
                         for (int c = 0; c < 32; c++) {
-                            float v = line[w * channels + first + c];
+                            float v = image[p * channels + first + c];
                             s[c] += v;
                             q[c] += v * v;
                         }
                 else
-                    for (int64_t w = 0; w < f->width; w++)
+                    for (int64_t p = begin; p < end; p++)
                         for (int64_t c = 0; c < count; c++) {
-                            float v = line[w * channels + first + c];
+                            float v = image[p * channels + first + c];
                             s[c] += v;
                             q[c] += v * v;
                         }
@@ -259,17 +305,16 @@ static void group_affine(const Frame *f, const float *x, const float *shift, con
                 }
             }
         }
-        const double pixels = (double)(f->height * f->width);
         float *a = affine + n * 2 * channels, *b = a + channels;
         for (int64_t g = 0; g < groups; g++) {
             double total = 0, squares = 0;
             for (int64_t c = g * size; c < (g + 1) * size; c++) {
                 double d = shift ? shift[n * channels + c] : 0.0; /* sums of x + d from those of x */
-                total += sum[c] + pixels * d;
-                squares += square[c] + 2 * d * sum[c] + pixels * d * d;
+                total += sum[c] + (double)pixels * d;
+                squares += square[c] + 2 * d * sum[c] + (double)pixels * d * d;
             }
-            const double mean = total / (pixels * (double)size);
-            const double variance = squares / (pixels * (double)size) - mean * mean;
+            const double count = (double)(pixels * size), mean = total / count;
+            const double variance = squares / count - mean * mean;
             const double inverse = 1.0 / sqrt((variance > 0 ? variance : 0) + epsilon);
             for (int64_t c = g * size; c < (g + 1) * size; c++) {
                 const double d = shift ? shift[n * channels + c] : 0.0, gain = weight[c] * inverse;
