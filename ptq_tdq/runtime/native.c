@@ -696,26 +696,26 @@ typedef struct {
     size_t size;
 } Head;
 
+/* The next part of the memory, or NULL while its size is only counted. */
+static void *take(char *memory, size_t *used, int64_t bytes) {
+    char *part = memory ? memory + *used : NULL;
+    *used += (size_t)rounded(bytes, 64);
+    return part;
+}
+
 static Head head_of(const Attention *a, char *memory) {
-    Head h = {.keys = {rounded(a->depth, CODES), rounded(a->keys, BLOCK), NULL, NULL},
-              .values = {rounded(a->keys, CODES), rounded(a->value_depth, BLOCK), NULL, NULL}};
-    void **parts[] = {(void **)&h.queries,      (void **)&h.probabilities, (void **)&h.keys.weights,
-                      (void **)&h.values.weights, (void **)&h.keys.sums,   (void **)&h.values.sums,
-                      (void **)&h.scores,       (void **)&h.result,        (void **)&h.line};
-    const int64_t line = h.keys.inner, lines = BYTE_GROUP * h.values.outputs;
-    const size_t bytes[] = {(size_t)(rounded(a->queries, PIXELS) * h.keys.inner) * sizeof(Wide),
-                            (size_t)(PIXELS * h.values.inner) * sizeof(Wide),
-                            (size_t)(h.keys.outputs * h.keys.inner),
-                            (size_t)(h.values.outputs * h.values.inner),
-                            (size_t)h.keys.outputs * sizeof(int32_t),
-                            (size_t)h.values.outputs * sizeof(int32_t),
-                            (size_t)(PIXELS * h.keys.outputs) * sizeof(float),
-                            (size_t)(PIXELS * h.values.outputs) * sizeof(float),
-                            (size_t)(line > lines ? line : lines)};
-    for (int i = 0; i < 9; i++) {
-        *parts[i] = memory ? memory + h.size : NULL;
-        h.size += (size_t)rounded((int64_t)bytes[i], 64);
-    }
+    Head h = {.keys = {.inner = rounded(a->depth, CODES), .outputs = rounded(a->keys, BLOCK)},
+              .values = {.inner = rounded(a->keys, CODES), .outputs = rounded(a->value_depth, BLOCK)}};
+    const int64_t line = h.keys.inner, lines = BYTE_GROUP * h.values.outputs, word = sizeof(int32_t);
+    h.queries = take(memory, &h.size, rounded(a->queries, PIXELS) * h.keys.inner * (int64_t)sizeof(Wide));
+    h.probabilities = take(memory, &h.size, PIXELS * h.values.inner * (int64_t)sizeof(Wide));
+    h.keys.weights = take(memory, &h.size, h.keys.outputs * h.keys.inner);
+    h.values.weights = take(memory, &h.size, h.values.outputs * h.values.inner);
+    h.keys.sums = take(memory, &h.size, h.keys.outputs * word);
+    h.values.sums = take(memory, &h.size, h.values.outputs * word);
+    h.scores = take(memory, &h.size, PIXELS * h.keys.outputs * word);
+    h.result = take(memory, &h.size, PIXELS * h.values.outputs * word);
+    h.line = take(memory, &h.size, line > lines ? line : lines);
     return h;
 }
 
@@ -736,7 +736,7 @@ static void attend(const Attention *a, const Head *h, const float *q, const floa
         const int64_t rows = keys - n < BYTE_GROUP ? keys - n : BYTE_GROUP;
         for (int64_t j = 0; j < rows; j++)
             byte_codes(v + (n + j) * v_step, values_depth, s[2], (float)z[2], a->qmax[2], h->line + j * h->values.outputs);
-        if (rows < BYTE_GROUP) memset(h->line + rows * h->values.outputs, 128, (size_t)((BYTE_GROUP - rows) * h->values.outputs));
+        fill(h->line + rows * h->values.outputs, 128, (BYTE_GROUP - rows) * h->values.outputs);
         pack_group(&h->values, n / BYTE_GROUP, h->line, rows);
     }
     for (int64_t row = 0; row < a->queries; row += PIXELS) {
