@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,19 +10,8 @@ import torch
 from diffusers import UNet2DModel
 
 torch.set_num_threads(1)
-TEST_PROCESS, set_num_threads = os.getpid(), torch.set_num_threads
-
-
-def in_children_alone(count: int) -> None:
-    """Commands that run inside the test process leave it at one thread.
-
-    Others are forked from it, and would wait for ever for the threads of OpenMP that it had.
-    """
-    if os.getpid() != TEST_PROCESS:
-        set_num_threads(count)
-
-
-torch.set_num_threads = in_children_alone
+# Commands run inside this process, or are forked from it: threads of OpenMP that it has once had, a fork would wait for.
+torch.set_num_threads = lambda count: None
 
 
 @pytest.fixture(autouse=True)

@@ -91,6 +91,7 @@ class IntegerModel(TimedModel):
     def _t(self, value: Any) -> Tensor:
         """In numbers of Python's where few of them are whole ones: arithmetic of tensors takes as long as a layer."""
         plain = type(value) is Tensor and value.dtype in (torch.int64, torch.float32) and value.ndim < 2
+        plain = plain and not torch.compiler.is_compiling()
         if plain and 0 < value.numel() <= FEW and (self.axis.scale, self.axis.offset) == (1, 0):
             numbers, known = value.reshape(-1).tolist(), range(self.axis.length)
             if all(t in known for t in numbers):
