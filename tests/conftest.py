@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DModel
 
 torch.set_num_threads(1)
-# Commands run inside this process, or are forked from it: threads of OpenMP that it has once had, a fork would wait for.
+# Commands run inside this process or are forked from it, and a fork would wait for threads that OpenMP has once had.
 torch.set_num_threads = lambda count: None
 
 
