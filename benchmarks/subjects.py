@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
-from ptq_tdq import load_model
+from ptq_tdq import load_model, record
 from ptq_tdq.calls import Calls
 
 
@@ -31,6 +31,19 @@ def make_model(name: str, folder: Path) -> Any:
     ).save_pretrained(folder / name)
     DDIMScheduler().save_pretrained(folder / name)
     return load_model(str(folder / name))
+
+
+def conditional_unet() -> tuple[UNet2DConditionModel, Calls]:
+    """A U-Net of Stable Diffusion 1.5's proportions at a quarter of its width, random weights, with calls of it."""
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=64, block_out_channels=(80, 160, 320, 320), cross_attention_dim=192, norm_num_groups=16
+    )
+    model.eval().requires_grad_(False)
+    with torch.no_grad(), record(model, num_train_timesteps=1000) as calls:
+        for t in (900, 600, 300, 1):
+            model(torch.randn(1, 4, 64, 64), torch.full((1,), t), encoder_hidden_states=torch.randn(1, 77, 192))
+    return model, calls
 
 
 def call_of(calls: Calls, batch: int, t: float) -> dict[str, Any]:

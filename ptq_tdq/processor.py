@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ptq_tdq.errors import ConfigError
 
@@ -47,3 +51,14 @@ def compute_dtype(choice: ComputeDtype) -> ComputeDtype:
     if choice != "auto":
         return choice
     return "bfloat16" if has_bfloat16() else "float32"
+
+
+@contextmanager
+def products_in(dtype: torch.dtype, weights: Iterable[Tensor], device: torch.device) -> Iterator[None]:
+    """A ``with`` block whose products are in ``dtype``; a model whose weights are in half precision keeps its own."""
+    lower = dtype != torch.float32 and {weight.dtype for weight in weights} == {torch.float32}
+    with warnings.catch_warnings():  # of a norm whose weight is not in the dtype of its input, which is right so
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        # without the cache: it would keep the first low-precision copy of a parameter while the parameter learns
+        with torch.autocast(device.type, dtype, enabled=lower, cache_enabled=False):
+            yield

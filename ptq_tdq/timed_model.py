@@ -68,7 +68,7 @@ class TimedModel(nn.Module):
         """
         name = self.axis.argument
         arguments = bind(self.model, args, kwargs)
-        t, x = self.axis.t(arguments.get(name)), arguments.get(main_argument_name(self.model, name))
+        t, x = self._t(arguments.get(name)), arguments.get(main_argument_name(self.model, name))
         t = t.to(x.device if isinstance(x, Tensor) else self.device)  # offloaded parameters are on no device
         if isinstance(x, Tensor) and x.ndim and len(t) not in (1, *x.shape):  # the samples may be in any dimension
             raise TimestepError(
@@ -80,6 +80,10 @@ class TimedModel(nn.Module):
             return merged([self._all_at(step, arguments) for step in steps], [t == step for step in steps])
         with at(t), one_by_one(self.one_step):
             return self._call(*args, **kwargs)
+
+    def _t(self, value: Any) -> Tensor:
+        """The time argument as t, [1] or [B]."""
+        return self.axis.t(value)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

@@ -20,6 +20,7 @@ from ptq_tdq.intervals.mlp import ModuleInterval
 from ptq_tdq.intervals.together import join
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import outputs_first, own_weight
+from ptq_tdq.processor import products_in
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import activations
 from ptq_tdq.rotate import rotated
@@ -59,9 +60,8 @@ class Student(nn.Module):
         """Prediction [B, ...] for the arguments of one call, float32, and what its quantizers add to the loss."""
         for function in self.functions.values():
             function.penalty = None
-        # without the cache: it would keep the first low-precision copy of a parameter while the parameter learns
-        lower, device = self.compute_dtype != torch.float32, self.quantized.device.type
-        with torch.autocast(device, self.compute_dtype, enabled=lower, cache_enabled=False):
+        weights = (layer.weight for layer in self.quantized.layers().values())
+        with products_in(self.compute_dtype, weights, self.quantized.device):
             predicted = prediction(self.quantized(*args, **kwargs)).float()
         penalties = [f.penalty for f in self.functions.values() if f.penalty is not None]
         return predicted, torch.stack(penalties).sum() if penalties else predicted.new_zeros(())

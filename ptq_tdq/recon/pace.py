@@ -22,6 +22,7 @@ from ptq_tdq.intervals.static import BinnedIntervals
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import layer_input
 from ptq_tdq.observe import Observer
+from ptq_tdq.processor import products_in
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.moments import Inputs
 from ptq_tdq.recon.size import UnitSize, at_once
@@ -96,13 +97,13 @@ class _Clock:
     def pace(self, unit: nn.Module, run: Callable[[], Any]) -> Pace:
         reach, plain = _reach(unit, run), seconds(run, self.times)
         with _quantizing(unit) as quantizers:
-            behind, learned = (seconds(of, self.times) for of in (run, partial(self.learn, _device(unit), run)))
+            behind, learned = (seconds(of, self.times) for of in (run, partial(self.learn, unit, run)))
         return Pace(plain / self.count, behind / self.count, learned / self.count, reach, quantizers)
 
-    def learn(self, device: torch.device, run: Callable[[], Any]) -> None:
+    def learn(self, unit: nn.Module, run: Callable[[], Any]) -> None:
         dtype, power = getattr(torch, self.config.learning.compute_dtype), self.config.activations.loss_power
         with torch.enable_grad():
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            with products_in(dtype, unit.parameters(), _device(unit)):
                 outputs = [x for x in pytree.tree_leaves(run()) if isinstance(x, Tensor) and x.requires_grad]
             if outputs:
                 reconstruction_loss(outputs, [torch.ones_like(x) for x in outputs], power).backward()

@@ -17,6 +17,7 @@ from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.fused import power_sum
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
+from ptq_tdq.processor import products_in
 from ptq_tdq.recon.parts import Part, Parts, Store
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.timeaxis import at
@@ -153,11 +154,8 @@ class Unit:
 
         A model in half precision computes in its own.
         """
-        dtype, part = getattr(torch, config.learning.compute_dtype), call.arguments.of(index)
-        own = {layer.weight.dtype for layer in self.layers()}
-        lower = dtype != torch.float32 and own == {torch.float32}
-        # without the cache: it would keep the first low-precision copy of a parameter while the parameter learns
-        with torch.autocast(part.device.type, dtype, enabled=lower, cache_enabled=False):
+        dtype, device = getattr(torch, config.learning.compute_dtype), call.arguments.of(index).device
+        with products_in(dtype, (layer.weight for layer in self.layers()), device):
             output = self.run(call, index)
         return self._loss(call, output, target, power, index)
 

@@ -1,8 +1,9 @@
-"""The two products of attention on integer codes, in floating point that represents their sums exactly.
+"""The two products of attention on integer codes.
 
     softmax(q k^T factor + mask) v      with quantizers on q, k, v and the softmax output (method section 3.8)
 
-Codes and their sums are integers below 2^24, which float32 holds exactly; torch has no batched int8 product.
+``native.c`` adds them in 32 bits; the reference in float32, which holds sums below 2^24 exactly: torch has no batched
+int8 product.
 Layout as in torch: q [B, heads, N, d], k [B, heads, M, d], v [B, heads, M, e].
 """
 

@@ -35,11 +35,9 @@ class Planned:
 
     def compute(self, x: Tensor, *given: Tensor | None) -> Tensor:
         """x [B, H, W, C], and what else there is, all without gaps -> [B, O, H, W]; nothing of it is written to."""
-        each = self.step.together(x.shape[0]).scale.ndim > 1
+        each = not self.step.alike(x.shape[0])
         key = x.shape, each, *(None if tensor is None else tensor.shape for tensor in given)
-        plan = self.plans.get(key)
-        if plan is None:
-            plan = self.plans[key] = self._plan(x, given, each=each)
+        plan = self.plans.find(key, lambda: self._plan(x, given, each=each))
         out = torch.empty(*x.shape[:-1], self.outputs, dtype=torch.float32)
         plan(x, out, *(tensor for tensor in given if tensor is not None))
         return out.permute(0, 3, 1, 2)

@@ -38,6 +38,8 @@ from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, On
 from ptq_tdq.runtime.step import Step
 from ptq_tdq.timed_model import TimedModel, in_float32
 
+FEW = 64  # samples whose time steps are read one by one
+
 
 class IntegerModel(TimedModel):
     """Quantized convolutions and linears run as u8 x s8 products with int32 sums, and attention on codes.
@@ -85,6 +87,16 @@ class IntegerModel(TimedModel):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             output = super().forward(*args, **kwargs)
         return output if self.dtype == torch.float32 else pytree.tree_map(self._as_outside, output)
+
+    def _t(self, value: Any) -> Tensor:
+        """In numbers of Python's where few of them are whole ones: arithmetic of tensors takes as long as a layer."""
+        plain = type(value) is Tensor and value.dtype in (torch.int64, torch.float32) and value.ndim < 2
+        plain = plain and not torch.compiler.is_compiling()
+        if plain and 0 < value.numel() <= FEW and (self.axis.scale, self.axis.offset) == (1, 0):
+            numbers, known = value.reshape(-1).tolist(), range(self.axis.length)
+            if all(t in known for t in numbers):
+                return torch.tensor(numbers, dtype=torch.float32)
+        return super()._t(value)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Raises :class:`ModelError`: what is saved is the artifact that this was read from."""

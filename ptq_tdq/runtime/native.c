@@ -70,35 +70,71 @@ static inline uint8_t code(float y, float scale, float zero_point, float qmax) {
     return (uint8_t)(int32_t)(q < 0.0f ? 0.0f : (q > qmax ? qmax : q));
 }
 
-/* ROWS x 2 vectors of sums: as many as the registers hold. */
 #if defined(__AVX512F__)
-enum { ROWS = 8, LANES = 16, COLUMNS = 2 * LANES };
+enum { LANES = 16 };
 #else
-enum { ROWS = 6, LANES = 8, COLUMNS = 2 * LANES };
+enum { LANES = 8 };
 #endif
 typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef int32_t lanes __attribute__((vector_size(LANES * sizeof(int32_t))));
 
-/* The Hadamard transform of each run of `block` values of y [channels], times gain. */
-static void hadamard(float *y, int64_t channels, int64_t block, float gain) {
-    int64_t width = 1;
-    if (block % LANES == 0) { /* the first stages at once, as a product with the matrix of LANES */
-        vec rows[LANES];
-        for (int r = 0; r < LANES; r++)
-            for (int i = 0; i < LANES; i++) rows[r][i] = __builtin_parity((unsigned)(r & i)) ? -gain : gain;
-        for (int64_t start = 0; start < channels; start += LANES) {
-            vec sum = {0};
-            for (int r = 0; r < LANES; r++) sum += rows[r] * y[start + r];
-            *(vec *)(y + start) = sum;
-        }
-        for (width = LANES; width < block; width *= 2)
-            for (int64_t start = 0; start < channels; start += 2 * width)
-                for (int64_t i = start; i < start + width; i += LANES) {
-                    const vec low = *(vec *)(y + i), high = *(vec *)(y + i + width);
-                    *(vec *)(y + i) = low + high;
-                    *(vec *)(y + i + width) = low - high;
-                }
-        return;
+/* A vector with its values exchanged, each with that of the lane whose number differs in the bit. */
+#if defined(__AVX512F__)
+#define OTHER(bit) 0 ^ bit, 1 ^ bit, 2 ^ bit, 3 ^ bit, 4 ^ bit, 5 ^ bit, 6 ^ bit, 7 ^ bit, \
+    8 ^ bit, 9 ^ bit, 10 ^ bit, 11 ^ bit, 12 ^ bit, 13 ^ bit, 14 ^ bit, 15 ^ bit
+#else
+#define OTHER(bit) 0 ^ bit, 1 ^ bit, 2 ^ bit, 3 ^ bit, 4 ^ bit, 5 ^ bit, 6 ^ bit, 7 ^ bit
+#endif
+#if defined(__clang__)
+#define EXCHANGED(y, bit) __builtin_shufflevector(y, y, OTHER(bit))
+#else
+#define EXCHANGED(y, bit) __builtin_shuffle(y, (lanes){OTHER(bit)})
+#endif
+enum { RUN = LANES }; /* vectors that are transformed in registers */
+
+/* The Hadamard transform of `count` vectors of y. */
+static inline __attribute__((always_inline)) void transform_run(float *y, int count) {
+    vec run[RUN], sign[4];
+    for (int s = 0; s < 4; s++)
+        for (int i = 0; i < LANES; i++) sign[s][i] = i >> s & 1 ? -1.0f : 1.0f;
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) {
+        vec v = *(const vec *)(y + i * LANES);
+        v = EXCHANGED(v, 1) + v * sign[0];
+        v = EXCHANGED(v, 2) + v * sign[1];
+        v = EXCHANGED(v, 4) + v * sign[2];
+#if defined(__AVX512F__)
+        v = EXCHANGED(v, 8) + v * sign[3];
+#endif
+        run[i] = v;
     }
+#pragma GCC unroll 4
+    for (int width = 1; width < count; width *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < count; i++)
+            if (!(i & width)) {
+                const vec low = run[i], high = run[i + width];
+                run[i] = low + high;
+                run[i + width] = low - high;
+            }
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) *(vec *)(y + i * LANES) = run[i];
+}
+
+static void transform_runs(float *y, int64_t channels, int count) {
+    for (int64_t start = 0; start < channels; start += count * LANES) {
+        if (count == 1) transform_run(y + start, 1);
+        if (count == 2) transform_run(y + start, 2);
+        if (count == 4) transform_run(y + start, 4);
+        if (count == 8) transform_run(y + start, 8);
+        if (count == 16) transform_run(y + start, RUN);
+    }
+}
+
+/* The Hadamard transform of each run of `block` values of y [channels]. */
+static void hadamard(float *y, int64_t channels, int64_t block) {
+    int64_t width = block % LANES ? 1 : block < RUN * LANES ? block : RUN * LANES;
+    if (width > 1) transform_runs(y, channels, (int)(width / LANES));
     for (; width < block; width *= 2)
         for (int64_t start = 0; start < channels; start += 2 * width)
             for (int64_t i = start; i < start + width; i++) {
@@ -106,16 +142,15 @@ static void hadamard(float *y, int64_t channels, int64_t block, float gain) {
                 y[i] = low + high;
                 y[i + width] = low - high;
             }
-    for (int64_t i = 0; i < channels; i++) y[i] *= gain;
 }
 
 /* y [channels] times diag(signs), then (I - 2/blocks 11^T) (x) Hadamard / sqrt(block): rotated() of rotate.py. */
 static void rotate_row(float *y, const float *signs, int64_t channels) {
     enum { STRIP = 64 };
     const int64_t block = channels & -channels, blocks = channels / (block ? block : 1);
-    const float share = 2.0f / (float)blocks;
-    for (int64_t i = 0; i < channels; i++) y[i] *= signs[i];
-    hadamard(y, channels, block, 1.0f / sqrtf((float)block));
+    const float share = 2.0f / (float)blocks, gain = 1.0f / sqrtf((float)block);
+    for (int64_t i = 0; i < channels; i++) y[i] *= signs[i] * gain;
+    hadamard(y, channels, block);
     for (int64_t first = 0; blocks > 1 && first < block; first += STRIP) {
         const int64_t last = first + STRIP < block ? first + STRIP : block;
         float sums[STRIP] = {0};
@@ -161,12 +196,22 @@ static void prepare(const Frame *f, const float *pixel, const float *a, const fl
         for (int64_t c = 0; c < channels; c++) y[c] *= a[c];
 }
 
+/* memset, which takes its time for nothing too. */
+static inline void fill(uint8_t *to, int value, int64_t bytes) {
+    if (bytes) memset(to, value, (size_t)bytes);
+}
+
 /* One row of pixels, of which only the channel range is quantized; a, b are the affine of the norm, a alone a gain. */
 static void quantize_row(const Frame *f, const float *x, const float *a, const float *b, float scale, float zero_point,
                          float *work, uint8_t *out) {
     const int64_t channels = f->channels; /* bytes of out might be those of f: what loops need of it is read before */
     const float qmax = f->qmax;
     const int with_silu = f->activation == SILU && b, prepared = f->signs || (f->activation && !with_silu);
+    if (!a && !prepared && f->up == 1 && f->stride == channels && f->pitch == channels) { /* all pixels at once */
+        const int64_t values = f->width * channels;
+        for (int64_t i = 0; i < values; i++) out[i] = code(x[i], scale, zero_point, qmax);
+        return;
+    }
     for (int64_t w = 0; w < f->width; w++) {
         const float *pixel = x + w * f->stride + f->first;
         uint8_t *to = out + w * f->up * f->pitch;
@@ -184,7 +229,7 @@ static void quantize_row(const Frame *f, const float *x, const float *a, const f
             for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c] * a[c], scale, zero_point, qmax);
         else
             for (int64_t c = 0; c < channels; c++) to[c] = code(pixel[c], scale, zero_point, qmax);
-        memset(to + channels, 0, (size_t)(f->pitch - channels));
+        fill(to + channels, 0, f->pitch - channels);
         for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * f->pitch, to, (size_t)f->pitch);
     }
 }
@@ -207,14 +252,13 @@ static int quantize_images(const Frame *f, const float *x, const float *affine, 
                 const float *a = affine ? affine + n * 2 * f->channels : gain;
                 uint8_t *image = out + n * out_height * row, *to = image + (f->top + h * f->up) * row;
                 const int zero = zero_point[n * f->each];
-                memset(to, zero, (size_t)(f->left * f->pitch));
+                fill(to, zero, f->left * f->pitch);
                 quantize_row(f, x + (n * f->height + h) * f->width * f->stride, a, affine ? a + f->channels : NULL,
                              scale[n * f->each], (float)zero, work, to + f->left * f->pitch);
-                memset(to + (f->left + f->width * f->up) * f->pitch, zero, (size_t)(f->right * f->pitch));
+                fill(to + (f->left + f->width * f->up) * f->pitch, zero, f->right * f->pitch);
                 for (int64_t copy = 1; copy < f->up; copy++) memcpy(to + copy * row, to, (size_t)row);
-                if (h == 0) memset(image, zero, (size_t)(f->top * row));
-                if (h == f->height - 1)
-                    memset(image + (out_height - f->bottom) * row, zero, (size_t)(f->bottom * row));
+                if (h == 0) fill(image, zero, f->top * row);
+                if (h == f->height - 1) fill(image + (out_height - f->bottom) * row, zero, f->bottom * row);
             }
         free(work);
     }
@@ -229,27 +273,28 @@ int quantize(const Frame *f, const float *x, const float *gain, const float *sca
 /* Group norm of x (+ shift [batch, channels] or NULL) as y = a x + b for each image and channel: affine [batch, 2, C]. */
 static void group_affine(const Frame *f, const float *x, const float *shift, const float *weight, const float *bias,
                          int64_t groups, float epsilon, double *sums, float *affine) {
-    const int64_t channels = f->channels, size = channels / groups;
+    const int64_t channels = f->channels, size = channels / groups, pixels = f->height * f->width;
     memset(sums, 0, (size_t)(f->batch * 2 * channels) * sizeof(double));
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < f->batch; n++) {
         double *sum = sums + n * 2 * channels, *square = sum + channels;
-        for (int64_t h = 0; h < f->height; h++) {
-            const float *line = x + (n * f->height + h) * f->width * channels;
+        const float *image = x + n * pixels * channels;
+        for (int64_t begin = 0; begin < pixels; begin += 64) { /* whose sums are float32 */
+            const int64_t end = begin + 64 < pixels ? begin + 64 : pixels;
             for (int64_t first = 0; first < channels; first += 32) {
                 float s[32] = {0}, q[32] = {0};
                 const int64_t count = channels - first < 32 ? channels - first : 32;
                 if (count == 32)
-                    for (int64_t w = 0; w < f->width; w++)
+                    for (int64_t p = begin; p < end; p++)
                         for (int c = 0; c < 32; c++) {
-                            float v = line[w * channels + first + c];
+                            float v = image[p * channels + first + c];
                             s[c] += v;
                             q[c] += v * v;
                         }
                 else
-                    for (int64_t w = 0; w < f->width; w++)
+                    for (int64_t p = begin; p < end; p++)
                         for (int64_t c = 0; c < count; c++) {
-                            float v = line[w * channels + first + c];
+                            float v = image[p * channels + first + c];
                             s[c] += v;
                             q[c] += v * v;
                         }
@@ -259,17 +304,16 @@ static void group_affine(const Frame *f, const float *x, const float *shift, con
                 }
             }
         }
-        const double pixels = (double)(f->height * f->width);
         float *a = affine + n * 2 * channels, *b = a + channels;
         for (int64_t g = 0; g < groups; g++) {
             double total = 0, squares = 0;
             for (int64_t c = g * size; c < (g + 1) * size; c++) {
                 double d = shift ? shift[n * channels + c] : 0.0; /* sums of x + d from those of x */
-                total += sum[c] + pixels * d;
-                squares += square[c] + 2 * d * sum[c] + pixels * d * d;
+                total += sum[c] + (double)pixels * d;
+                squares += square[c] + 2 * d * sum[c] + (double)pixels * d * d;
             }
-            const double mean = total / (pixels * (double)size);
-            const double variance = squares / (pixels * (double)size) - mean * mean;
+            const double count = (double)(pixels * size), mean = total / count;
+            const double variance = squares / count - mean * mean;
             const double inverse = 1.0 / sqrt((variance > 0 ? variance : 0) + epsilon);
             for (int64_t c = g * size; c < (g + 1) * size; c++) {
                 const double d = shift ? shift[n * channels + c] : 0.0, gain = weight[c] * inverse;
@@ -293,131 +337,6 @@ int norm_quantize(const Frame *f, const float *x, const float *shift, const floa
     }
     free(sums);
     free(affine);
-    return failed;
-}
-
-/* Attention: softmax(q k^T factor + mask) v on codes. q [batch, queries, heads, depth], k [batch, keys, key_heads, depth],
- * v [batch, keys, key_heads, value_depth], out as q with value_depth; heads are a multiple of key_heads (grouped queries).
- * scale and zero_point hold the four quantizers (q, k, v, softmax) as [4, batch], or [4, 1] when each is 0; qmax their
- * top codes. The steps lead through the mask, 0 where it is alike; a row of it has all keys. */
-typedef struct {
-    int64_t batch, queries, keys, heads, key_heads, depth, value_depth, each;
-    int64_t mask_batch, mask_head, mask_row;
-    float factor, qmax[4];
-} Attention;
-
-/* out [ROWS, COLUMNS] = a [ROWS, inner] b [inner, COLUMNS]; the operands are integers, the sums exact below 2^24. */
-static void product(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, float *out,
-                    int64_t out_stride) {
-    vec sum[ROWS][2] = {0};
-    for (int64_t i = 0; i < inner; i++) {
-        const vec low = *(const vec *)(b + i * b_stride), high = *(const vec *)(b + i * b_stride + LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-            sum[r][0] += low * a[r * a_stride + i];
-            sum[r][1] += high * a[r * a_stride + i];
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++) {
-        *(vec *)(out + r * out_stride) = sum[r][0];
-        *(vec *)(out + r * out_stride + LANES) = sum[r][1];
-    }
-}
-
-/* A code less its zero point. */
-static inline float level(float y, float scale, float zero_point, float qmax) {
-    const float q = rintf(y / scale), low = -zero_point, high = qmax - zero_point;
-    return q < low ? low : (q > high ? high : q);
-}
-
-static void levels(const float *x, int64_t count, float scale, float zero_point, float qmax, float *restrict out) {
-    for (int64_t i = 0; i < count; i++) out[i] = level(x[i], scale, zero_point, qmax);
-}
-
-/* One row of scores [keys] -> levels of its softmax; mask is NULL or added. */
-static void softmax_levels(float *row, const float *mask, int64_t keys, float gain, float scale, float zero_point,
-                           float qmax) {
-    if (mask) {
-        for (int64_t j = 0; j < keys; j++) row[j] = row[j] * gain + mask[j];
-        gain = 1;
-    }
-    float most = row[0], total = 0, part[LANES];
-    for (int i = 0; i < LANES; i++) part[i] = most;
-    for (int64_t j = 0; j + LANES <= keys; j += LANES)
-        for (int i = 0; i < LANES; i++) part[i] = row[j + i] > part[i] ? row[j + i] : part[i];
-    for (int64_t j = keys / LANES * LANES; j < keys; j++) most = row[j] > most ? row[j] : most;
-    for (int i = 0; i < LANES; i++) most = part[i] > most ? part[i] : most;
-    if (most == -INFINITY) { /* a row that may look at nothing gives zeros */
-        memset(row, 0, (size_t)keys * sizeof(float));
-        return;
-    }
-    for (int64_t j = 0; j < keys; j++) row[j] = exponential((row[j] - most) * gain);
-    memset(part, 0, sizeof part);
-    for (int64_t j = 0; j + LANES <= keys; j += LANES)
-        for (int i = 0; i < LANES; i++) part[i] += row[j + i];
-    for (int64_t j = keys / LANES * LANES; j < keys; j++) total += row[j];
-    for (int i = 0; i < LANES; i++) total += part[i];
-    for (int64_t j = 0; j < keys; j++) row[j] = level(row[j] / total, scale, zero_point, qmax);
-}
-
-static int64_t rounded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-/* One head of one sample; work holds its operands, padded with zeros. */
-static void attend(const Attention *a, const float *q, const float *k, const float *v, const float *mask,
-                   const float s[4], const float z[4], float *work, float *out) {
-    const int64_t depth = a->depth, values_depth = a->value_depth, keys = a->keys;
-    const int64_t q_step = a->heads * depth, k_step = a->key_heads * depth, v_step = a->key_heads * values_depth;
-    const int64_t wide_keys = rounded(keys, COLUMNS), wide_depth = rounded(values_depth, COLUMNS);
-    float *queries = work, *turned = queries + rounded(a->queries, ROWS) * depth, *values = turned + depth * wide_keys;
-    float *scores = values + keys * wide_depth, *result = scores + ROWS * wide_keys, *line = result + ROWS * wide_depth;
-    for (int64_t n = 0; n < a->queries; n++) levels(q + n * q_step, depth, s[0], z[0], a->qmax[0], queries + n * depth);
-    for (int64_t n = 0; n < keys; n++) {
-        levels(k + n * k_step, depth, s[1], z[1], a->qmax[1], line);
-        for (int64_t c = 0; c < depth; c++) turned[c * wide_keys + n] = line[c];
-        levels(v + n * v_step, values_depth, s[2], z[2], a->qmax[2], values + n * wide_depth);
-    }
-    for (int64_t row = 0; row < a->queries; row += ROWS) {
-        const int64_t rows = a->queries - row < ROWS ? a->queries - row : ROWS;
-        for (int64_t j = 0; j < wide_keys; j += COLUMNS)
-            product(queries + row * depth, depth, turned + j, wide_keys, depth, scores + j, wide_keys);
-        for (int64_t r = 0; r < rows; r++)
-            softmax_levels(scores + r * wide_keys, mask ? mask + (row + r) * a->mask_row : NULL, keys,
-                           s[0] * s[1] * a->factor, s[3], z[3], a->qmax[3]);
-        for (int64_t c = 0; c < wide_depth; c += COLUMNS)
-            product(scores, wide_keys, values + c, wide_depth, keys, result + c, wide_depth);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t c = 0; c < values_depth; c++)
-                out[(row + r) * a->heads * values_depth + c] = result[r * wide_depth + c] * (s[3] * s[2]);
-    }
-}
-
-/* Returns 0, or 1 without memory. */
-int attention(const Attention *a, const float *q, const float *k, const float *v, const float *mask, const float *scale,
-              const int32_t *zero_point, float *out) {
-    const int64_t samples = a->each ? a->batch : 1, group = a->heads / a->key_heads;
-    const int64_t wide_keys = rounded(a->keys, COLUMNS), wide_depth = rounded(a->value_depth, COLUMNS);
-    const size_t size = (size_t)(rounded(a->queries, ROWS) * a->depth + a->depth * wide_keys + a->keys * wide_depth +
-                                 ROWS * (wide_keys + wide_depth) + a->depth);
-    int failed = 0;
-#pragma omp parallel for collapse(2) schedule(static) reduction(| : failed)
-    for (int64_t n = 0; n < a->batch; n++)
-        for (int64_t head = 0; head < a->heads; head++) {
-            float s[4], z[4], *work = calloc(size, sizeof(float));
-            const int64_t key_head = n * a->keys * a->key_heads + head / group; /* of k and v, in heads */
-            const int64_t query_head = n * a->queries * a->heads + head;        /* of q and out */
-            for (int i = 0; i < 4; i++) {
-                s[i] = scale[i * samples + n * a->each];
-                z[i] = (float)zero_point[i * samples + n * a->each];
-            }
-            if (work)
-                attend(a, q + query_head * a->depth, k + key_head * a->depth, v + key_head * a->value_depth,
-                       mask ? mask + n * a->mask_batch + head * a->mask_head : NULL, s, z, work,
-                       out + query_head * a->value_depth);
-            else
-                failed = 1;
-            free(work);
-        }
     return failed;
 }
 
@@ -483,12 +402,14 @@ static inline int64_t offset(const Convolution *c, int64_t kh, int64_t kw) {
     return (kh * c->dilation_height * c->in_width + kw * c->dilation_width) * c->channels;
 }
 
-/* tile, once for each kind of processor: the sums of BLOCK outputs at PIXELS pixels, whose codes begin at[pixel]. */
+/* tile, once for each kind of processor: the sums of BLOCK outputs at PIXELS pixels, whose codes begin at[pixel]; what
+ * codes beside weights of 8 bits are kept in there. */
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 #define INSTRUCTIONS "AVX512-VNNI"
 
 enum { PIXELS = 8, BLOCK = 32, NIBBLE_GROUP = 4, BYTE_GROUP = 4, UNPACK = 0, WIDEN = 0 };
+typedef uint8_t Wide;
 
 static inline __m512i nibble_weights(const uint8_t *from, __m512i zero) {
     const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
@@ -548,6 +469,7 @@ static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXEL
 #define INSTRUCTIONS "AVX2"
 
 enum { PIXELS = 6, BLOCK = 16, NIBBLE_GROUP = 4, BYTE_GROUP = 2, UNPACK = 1, WIDEN = 1 };
+typedef uint16_t Wide;
 
 /* 8 outputs, 4 channels times groups (at most 4): |w| <= 15, so 8 products, two at a time, add up exactly in 16 bits. */
 static inline __attribute__((always_inline)) void narrow_step(const uint8_t *const from[PIXELS], int64_t i,
@@ -629,6 +551,7 @@ static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXEL
 #define INSTRUCTIONS "portable"
 
 enum { PIXELS = 4, BLOCK = 16, NIBBLE_GROUP = 1, BYTE_GROUP = 1, UNPACK = 1, WIDEN = 0 };
+typedef uint8_t Wide;
 
 static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXELS], int32_t out[PIXELS][BLOCK]) {
     const int8_t *weights = o->weights;
@@ -649,6 +572,216 @@ const char *instructions(void) { return INSTRUCTIONS; }
 int64_t block_outputs(void) { return BLOCK; }
 
 int64_t group_channels(int64_t nibbles) { return nibbles ? NIBBLE_GROUP : BYTE_GROUP; }
+
+/* Attention: softmax(q k^T factor + mask) v on codes. q [batch, queries, heads, depth], k [batch, keys, key_heads, depth],
+ * v [batch, keys, key_heads, value_depth], out as q with value_depth; heads are a multiple of key_heads (grouped queries).
+ * scale and zero_point hold the four quantizers (q, k, v, softmax) as [4, batch], or [4, 1] when each is 0; qmax their
+ * top codes. The steps lead through the mask, 0 where it is alike; a row of it has all keys. */
+typedef struct {
+    int64_t batch, queries, keys, heads, key_heads, depth, value_depth, each;
+    int64_t mask_batch, mask_head, mask_row;
+    float factor, qmax[4];
+} Attention;
+
+enum { CODES = 4, SUMMANDS = 1 << 15 }; /* what the inner sizes of products are multiples of; 32 bits hold so many */
+
+static int64_t rounded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+/* The right operand of a product: codes less 128 as weights for tile, and of each output the sum of its codes. */
+typedef struct {
+    int64_t inner, outputs;
+    int8_t *weights; /* [outputs / BLOCK][inner / BYTE_GROUP][BLOCK][BYTE_GROUP] */
+    int32_t *sums;
+} Packed;
+
+static void wide_codes(const float *restrict x, int64_t count, float scale, float zero_point, float qmax,
+                       Wide *restrict out) {
+    for (int64_t i = 0; i < count; i++) out[i] = code(x[i], scale, zero_point, qmax);
+}
+
+static void byte_codes(const float *restrict x, int64_t count, float scale, float zero_point, float qmax,
+                       uint8_t *restrict out) {
+    for (int64_t i = 0; i < count; i++) out[i] = code(x[i], scale, zero_point, qmax);
+}
+
+/* One output's codes, `inner` of them, 128 beyond its own. */
+static void pack_output(const Packed *p, int64_t output, const uint8_t *restrict codes, int64_t count) {
+    const int64_t inner = p->inner;
+    int8_t *to = p->weights + (output / BLOCK * inner / BYTE_GROUP * BLOCK + output % BLOCK) * BYTE_GROUP;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += codes[i];
+    p->sums[output] = sum;
+    for (int64_t i = 0; i < inner; i += BYTE_GROUP, to += BLOCK * BYTE_GROUP)
+        for (int j = 0; j < BYTE_GROUP; j++) to[j] = (int8_t)(codes[i + j] ^ 128);
+}
+
+/* One group of all outputs' codes [BYTE_GROUP, outputs], of which `count` rows are there; 128 stands for none. */
+static void pack_group(const Packed *p, int64_t group, const uint8_t *restrict codes, int64_t count) {
+    const int64_t outputs = p->outputs, step = p->inner * BLOCK;
+    int32_t *restrict sums = p->sums;
+    for (int64_t j = 0; j < count; j++)
+        for (int64_t l = 0; l < outputs; l++) sums[l] += codes[j * outputs + l];
+    for (int64_t block = 0; block < outputs; block += BLOCK) {
+        int8_t *restrict to = p->weights + block / BLOCK * step + group * BLOCK * BYTE_GROUP;
+        for (int l = 0; l < BLOCK; l++)
+            for (int j = 0; j < BYTE_GROUP; j++) to[l * BYTE_GROUP + j] = (int8_t)(codes[j * outputs + block + l] ^ 128);
+    }
+}
+
+/* out [PIXELS, outputs] = sums of (a - za)(b - zb) over `count` codes; a [PIXELS, inner] holds zeros beyond them. */
+static void product(const Wide *a, int32_t za, const Packed *b, int32_t zb, int64_t count, float *out) {
+    static const int8_t no_zero[BLOCK];
+    int32_t sum[PIXELS][BLOCK];
+    uint32_t of_row[PIXELS], of_output[BLOCK]; /* which may exceed 32 bits where what they correct does not */
+    for (int p = 0; p < PIXELS; p++) {
+        uint32_t codes = 0;
+        for (int64_t i = 0; i < count; i++) codes += a[p * b->inner + i];
+        of_row[p] = (uint32_t)(128 - zb) * codes + (uint32_t)count * (uint32_t)(za * zb);
+    }
+    for (int64_t block = 0; block < b->outputs; block += BLOCK) {
+        for (int l = 0; l < BLOCK; l++) of_output[l] = (uint32_t)za * (uint32_t)b->sums[block + l];
+        for (int64_t first = 0; first < b->inner; first += SUMMANDS) {
+            const int64_t inner = b->inner - first < SUMMANDS ? b->inner - first : SUMMANDS;
+            const Convolution c = {.kernel_height = 1, .kernel_width = 1, .channels = inner};
+            const Operands o = {a, b->weights + block * b->inner + first * BLOCK, no_zero};
+            int64_t at[PIXELS];
+            for (int p = 0; p < PIXELS; p++) at[p] = p * b->inner + first;
+            tile(&c, &o, at, sum);
+            for (int p = 0; p < PIXELS; p++)
+                for (int l = 0; l < BLOCK; l++) {
+                    float *to = out + p * b->outputs + block + l;
+                    const uint32_t corrected = (uint32_t)sum[p][l] + of_row[p] - of_output[l];
+                    *to = first ? *to + (float)sum[p][l] : (float)(int32_t)corrected;
+                }
+        }
+    }
+}
+
+/* One row of scores [keys] -> codes of its softmax; mask is NULL or added. */
+static void softmax_codes(float *restrict row, const float *mask, int64_t keys, float gain, float scale,
+                          float zero_point, float qmax, Wide *restrict out) {
+    if (mask) {
+        for (int64_t j = 0; j < keys; j++) row[j] = row[j] * gain + mask[j];
+        gain = 1;
+    }
+    const int64_t vectors = keys / LANES * LANES;
+    float most = row[0], total = 0;
+    vec part = {0};
+    part += most;
+    for (int64_t j = 0; j < vectors; j += LANES) {
+        const vec x = *(const vec *)(row + j);
+        const lanes more = x > part;
+        part = (vec)((more & (lanes)x) | (~more & (lanes)part));
+    }
+    for (int64_t j = vectors; j < keys; j++) most = row[j] > most ? row[j] : most;
+    for (int i = 0; i < LANES; i++) most = part[i] > most ? part[i] : most;
+    if (most == -INFINITY) { /* a row that may look at nothing gives zeros */
+        for (int64_t j = 0; j < keys; j++) out[j] = (Wide)zero_point;
+        return;
+    }
+    for (int64_t j = 0; j < keys; j++) row[j] = exponential((row[j] - most) * gain);
+    part = (vec){0};
+    for (int64_t j = 0; j < vectors; j += LANES) part += *(const vec *)(row + j);
+    for (int64_t j = vectors; j < keys; j++) total += row[j];
+    for (int i = 0; i < LANES; i++) total += part[i];
+    for (int64_t j = 0; j < keys; j++) out[j] = code(row[j] / total, scale, zero_point, qmax);
+}
+
+/* What one head of one sample needs: bytes, of which each part begins at a line of the cache. */
+typedef struct {
+    Wide *queries, *probabilities;
+    Packed keys, values;
+    float *scores, *result;
+    uint8_t *line;
+    size_t size;
+} Head;
+
+/* The next part of the memory, or NULL while its size is only counted. */
+static void *take(char *memory, size_t *used, int64_t bytes) {
+    char *part = memory ? memory + *used : NULL;
+    *used += (size_t)rounded(bytes, 64);
+    return part;
+}
+
+static Head head_of(const Attention *a, char *memory) {
+    Head h = {.keys = {.inner = rounded(a->depth, CODES), .outputs = rounded(a->keys, BLOCK)},
+              .values = {.inner = rounded(a->keys, CODES), .outputs = rounded(a->value_depth, BLOCK)}};
+    const int64_t line = h.keys.inner, lines = BYTE_GROUP * h.values.outputs, word = sizeof(int32_t);
+    h.queries = take(memory, &h.size, rounded(a->queries, PIXELS) * h.keys.inner * (int64_t)sizeof(Wide));
+    h.probabilities = take(memory, &h.size, PIXELS * h.values.inner * (int64_t)sizeof(Wide));
+    h.keys.weights = take(memory, &h.size, h.keys.outputs * h.keys.inner);
+    h.values.weights = take(memory, &h.size, h.values.outputs * h.values.inner);
+    h.keys.sums = take(memory, &h.size, h.keys.outputs * word);
+    h.values.sums = take(memory, &h.size, h.values.outputs * word);
+    h.scores = take(memory, &h.size, PIXELS * h.keys.outputs * word);
+    h.result = take(memory, &h.size, PIXELS * h.values.outputs * word);
+    h.line = take(memory, &h.size, line > lines ? line : lines);
+    return h;
+}
+
+/* One head of one sample, in memory of zeros. */
+static void attend(const Attention *a, const Head *h, const float *q, const float *k, const float *v, const float *mask,
+                   const float s[4], const int32_t z[4], float *out) {
+    const int64_t depth = a->depth, values_depth = a->value_depth, keys = a->keys;
+    const int64_t q_step = a->heads * depth, k_step = a->key_heads * depth, v_step = a->key_heads * values_depth;
+    for (int64_t n = 0; n < a->queries; n++)
+        wide_codes(q + n * q_step, depth, s[0], (float)z[0], a->qmax[0], h->queries + n * h->keys.inner);
+    memset(h->line, 128, (size_t)h->keys.inner);
+    for (int64_t n = 0; n < keys; n++) {
+        byte_codes(k + n * k_step, depth, s[1], (float)z[1], a->qmax[1], h->line);
+        pack_output(&h->keys, n, h->line, depth);
+    }
+    memset(h->line, 128, (size_t)(BYTE_GROUP * h->values.outputs));
+    for (int64_t n = 0; n < keys; n += BYTE_GROUP) {
+        const int64_t rows = keys - n < BYTE_GROUP ? keys - n : BYTE_GROUP;
+        for (int64_t j = 0; j < rows; j++)
+            byte_codes(v + (n + j) * v_step, values_depth, s[2], (float)z[2], a->qmax[2], h->line + j * h->values.outputs);
+        fill(h->line + rows * h->values.outputs, 128, (BYTE_GROUP - rows) * h->values.outputs);
+        pack_group(&h->values, n / BYTE_GROUP, h->line, rows);
+    }
+    for (int64_t row = 0; row < a->queries; row += PIXELS) {
+        const int64_t rows = a->queries - row < PIXELS ? a->queries - row : PIXELS;
+        product(h->queries + row * h->keys.inner, z[0], &h->keys, z[1], depth, h->scores);
+        for (int64_t r = 0; r < rows; r++)
+            softmax_codes(h->scores + r * h->keys.outputs, mask ? mask + (row + r) * a->mask_row : NULL, keys,
+                          s[0] * s[1] * a->factor, s[3], (float)z[3], a->qmax[3],
+                          h->probabilities + r * h->values.inner);
+        product(h->probabilities, z[3], &h->values, z[2], keys, h->result);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < values_depth; c++)
+                out[(row + r) * a->heads * values_depth + c] = h->result[r * h->values.outputs + c] * (s[3] * s[2]);
+    }
+}
+
+/* Returns 0, or 1 without memory. */
+int attention(const Attention *a, const float *q, const float *k, const float *v, const float *mask, const float *scale,
+              const int32_t *zero_point, float *out) {
+    const int64_t samples = a->each ? a->batch : 1, group = a->heads / a->key_heads;
+    const size_t size = head_of(a, NULL).size;
+    int failed = 0;
+#pragma omp parallel for collapse(2) schedule(static) reduction(| : failed)
+    for (int64_t n = 0; n < a->batch; n++)
+        for (int64_t head = 0; head < a->heads; head++) {
+            float s[4];
+            int32_t z[4];
+            const int64_t key_head = n * a->keys * a->key_heads + head / group; /* of k and v, in heads */
+            const int64_t query_head = n * a->queries * a->heads + head;        /* of q and out */
+            char *memory = calloc(size, 1);
+            const Head h = head_of(a, memory);
+            for (int i = 0; i < 4; i++) {
+                s[i] = scale[i * samples + n * a->each];
+                z[i] = zero_point[i * samples + n * a->each];
+            }
+            if (memory)
+                attend(a, &h, q + query_head * a->depth, k + key_head * a->depth, v + key_head * a->value_depth,
+                       mask ? mask + n * a->mask_batch + head * a->mask_head : NULL, s, z,
+                       out + query_head * a->value_depth);
+            else
+                failed = 1;
+            free(memory);
+        }
+    return failed;
+}
 
 /* Nibbles of one block -> size bytes, less the zero points. */
 static void unpack(const uint8_t *from, const int8_t *weight_zero, int64_t size, int8_t *to) {

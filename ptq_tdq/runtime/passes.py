@@ -7,7 +7,7 @@ is memory of C's own.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import NamedTuple
@@ -29,6 +29,7 @@ ALIGNED = 64  # bytes: a line of the cache
 SCRATCH, NOWHERE = 0, -1  # pointers, as in native.c
 INTERVALS = 2  # pointers after SCRATCH: scales and zero points
 NORMALIZE, LAYER, ATTEND, WEIGH = range(4)
+MOST = 64  # plans of a block, which may be called with tokens of any number
 
 
 class _Place(ctypes.Structure):
@@ -262,7 +263,7 @@ class Plan:
         """Those of a layer's range; ``source`` is x, what they are added to, a gate and a shift."""
         onto, gate = source[1:3]
         out = self.between(*shape) if to is None else to
-        if out.shape != shape or (onto is not None and onto.shape != shape):
+        if out.shape != shape or (gate if onto is None else onto.shape != shape):  # C gates what it adds
             raise RuntimeUnsupportedError(f"Products of the shape {list(shape)} do not fit {onto} and {out}.")
         columns = self._step.columns([part.quantizer])
         assert columns is not None
@@ -299,8 +300,24 @@ class Plan:
         self._passes.append(made)
 
 
-class Plans(dict[tuple[object, ...], Plan]):
-    """Plans by what they were made for; a copy of the model makes its own."""
+class Plans:
+    """A block's plans by what they were made for, the ``MOST`` latest ones; a copy of the model makes its own."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], Plan] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plans:
         return Plans()
+
+    def find(self, key: tuple[object, ...], make: Callable[[], Plan]) -> Plan:
+        """The plan for ``key``; made where there is none."""
+        plan = self._made.get(key)
+        if plan is None:
+            plan = make()
+            for old in [*self._made][: max(0, len(self._made) - MOST + 1)]:
+                self._made.pop(old, None)  # another thread may have been faster
+            self._made[key] = plan
+        return plan

@@ -180,11 +180,9 @@ class FusedTransformer(Fused):
         given = [tensor.float().contiguous() for tensor in given]
         out = torch.empty_like(x)
         told = *others, *masks, *given
-        each = self.step.together(x.shape[0]).scale.ndim > 1
+        each = not self.step.alike(x.shape[0])
         key = *x.shape[:2], each, *(None if tensor is None else tensor.shape for tensor in told)
-        plan = self.plans.get(key)
-        if plan is None:
-            plan = self.plans[key] = self.plan(x, others, masks, given, each=each)
+        plan = self.plans.find(key, lambda: self.plan(x, others, masks, given, each=each))
         plan(x, out, *(tensor for tensor in told if tensor is not None))
         return out
 

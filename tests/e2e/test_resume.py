@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial as partial_function
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
 import torch
-from commands import running
 from diffusers import UNet2DModel
 
 from ptq_tdq.files import holding
@@ -20,12 +23,20 @@ from ptq_tdq.files import holding
 def stop_after(
     units: int, phase: str, arguments: Sequence[object], partial: Path, stop: signal.Signals
 ) -> tuple[int | None, str]:
-    """Start the command, send ``stop`` when ``units`` units of ``phase`` are on disk; return exit code and stderr."""
-    with running(*arguments) as command:
-        command.wait_for(lambda: len(list(partial.glob(f"{phase}-*.safetensors"))) >= units)
-        command.send(stop)
-        code, _, err = command.end()
-    return code, err
+    """Start the command, send ``stop`` when ``units`` units of ``phase`` are on disk; return exit code and stderr.
+
+    Not a fork of this process, which holds threads of all that was tested in it: one that is stopped may crash.
+    """
+    command = [sys.executable, "-m", "ptq_tdq", *map(str, arguments)]
+    ordinary = partial_function(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores it
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=ordinary
+    ) as process:
+        while process.poll() is None and len(list(partial.glob(f"{phase}-*.safetensors"))) < units:
+            sleep(0.002)
+        process.send_signal(stop)
+        _, err = process.communicate()
+    return process.returncode, err
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""Both backends under another default dtype, under autocast, and with inputs of other dtypes and layouts.
+"""Both backends under another default dtype, under autocast, in several threads of OpenMP, and with inputs of other
+dtypes and layouts.
 
 They run in processes of their own, which wrong memory would end.
 """
@@ -9,7 +10,7 @@ from pathlib import Path
 from textwrap import indent
 
 import pytest
-from hostile import run_python, small_artifact
+from hostile import run_python, small_artifact, small_dit, small_unet
 
 from ptq_tdq.artifacts import write_artifact
 
@@ -19,9 +20,9 @@ from ptq_tdq import load_quantized
 folder, *backends = sys.argv[1:]
 torch.set_num_threads(1)
 x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-labels = torch.tensor([0, 1])
+labels, at_once = torch.tensor([0, 1]), torch.tensor([2.5, 2.5])
 
-def predict(model, sample=x, t=2.5):
+def predict(model, sample=x, t=at_once):
     with torch.no_grad():
         return model(sample, t, class_labels=labels).sample
 
@@ -34,6 +35,8 @@ PREDICTION = """
 model = load_quantized(folder, backend=backend)
 expected = predict(model)
 assert expected.dtype == torch.float32 and expected.isfinite().all()
+if backend == "integer":
+    assert model.facts["fused_blocks"] > 1
 """
 DEFAULT_DTYPE = """
 for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -56,6 +59,13 @@ for dtype in (torch.bfloat16, torch.float16):
         assert mine.isfinite().all() and distance(mine, expected) < 0.1, (dtype, distance(mine, expected))
     assert torch.equal(predict(model), expected)
 """
+THREADS = """
+for threads in (2, 3):
+    torch.set_num_threads(threads)
+    y = predict(model)
+    assert torch.equal(y, expected) if backend == "integer" else distance(y, expected) < 1e-3, threads
+torch.set_num_threads(1)
+"""
 INPUTS = """
 from ptq_tdq.errors import PtqTdqError
 same = {
@@ -75,14 +85,14 @@ for dtype in (torch.float16, torch.bfloat16):
 expanded = x[:1].expand(2, -1, -1, -1)
 assert distance(predict(model, expanded), predict(model, expanded.contiguous())) < 1e-3
 with torch.enable_grad():
-    assert torch.equal(model(x.clone().requires_grad_(), 2.5, class_labels=labels).sample.detach(), expected)
+    assert torch.equal(model(x.clone().requires_grad_(), at_once, class_labels=labels).sample.detach(), expected)
 with torch.inference_mode():
-    assert torch.equal(model(x, 2.5, class_labels=labels).sample, expected)
+    assert torch.equal(model(x, at_once, class_labels=labels).sample, expected)
 for sample in (x[:0], x[:, :2], x[:, :, :0], x[0], x[:, :, :1, :1], x.to("meta"), x.to(torch.complex64), x.int()):
-    for t in (2.5, torch.tensor([1, 2]), torch.tensor([]), torch.zeros(2, 2)):
+    for t in (2.5, at_once, torch.tensor([1, 2]), torch.tensor([]), torch.zeros(2, 2)):
         try:
             predict(model, sample, t)
-        except (PtqTdqError, RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        except (PtqTdqError, RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
             pass  # torch's own words are as good as the original model's
 assert torch.equal(predict(model), expected)
 if backend == "integer":
@@ -109,16 +119,16 @@ if backend == "integer":
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[small_unet, small_dit])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("surroundings") / "out"
-    write_artifact(folder, small_artifact())
+    write_artifact(folder, small_artifact(request.param))
     return folder
 
 
 @pytest.mark.parametrize("native", ["1", "0"], ids=["simulated and kernels", "torch"])
 def test_the_results_are_those_of_float32(native: str, folder: Path) -> None:
     backends = ("simulated", "integer") if native == "1" else ("integer",)
-    script = START + indent(PREDICTION + DEFAULT_DTYPE + AUTOCAST + INPUTS, "    ")
+    script = START + indent(PREDICTION + DEFAULT_DTYPE + AUTOCAST + THREADS + INPUTS, "    ")
     result = run_python(script, folder, *backends, PTQ_TDQ_NATIVE=native)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import MARCH, library_of
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptq_tdq.runtime.attention import IntegerProduct
+from ptq_tdq.runtime.attention import IntegerProduct, native_attend, reference_attend
+from ptq_tdq.runtime.step import Interval
 
 TOKENS, WIDTH = 9, 12
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -124,3 +126,27 @@ def test_it_computes_what_the_simulated_one_does(name: str, method: str, both: A
         assert output["number"] == 3 and output["sample"].dtype == torch.float32
         difference = (output["sample"] - expected["sample"]).pow(2).mean()
         assert difference < 1e-4 * expected["sample"].pow(2).mean()  # a tie here or there
+
+
+@pytest.mark.parametrize("kind", MARCH)
+@pytest.mark.parametrize("keys", [1, 31, 33, 40_000])
+@pytest.mark.parametrize("bits", [(8, 8, 8, 8), (4, 8, 2, 6)])
+@pytest.mark.parametrize(("depth", "value_depth"), [(1, 3), (7, 40), (130, 33)])
+def test_sizes_of_all_kinds_are_as_in_torch(
+    keys: int, bits: tuple[int, ...], depth: int, value_depth: int, kind: str
+) -> None:
+    generator = torch.Generator().manual_seed(keys)
+    q, k, v = (
+        torch.randn(2, 2, n, d, generator=generator) for n, d in ((11, depth), (keys, depth), (keys, value_depth))
+    )
+    tops = [2**b - 1 for b in bits]
+    steps = [4 / tops[0], 4 / tops[1], 4 / tops[2], min(1.0, 8 / keys) / tops[3]]
+    zeros = [tops[0] // 2, tops[1] // 3, tops[2], 0]
+
+    def interval(index: int, x: Tensor) -> Interval:
+        return Interval(torch.tensor([steps[index]]), torch.tensor([zeros[index]], dtype=torch.int32))
+
+    found = native_attend(library_of(kind))(q, k, v, interval, bits, depth**-0.5, None)
+    expected = reference_attend(q, k, v, interval, bits, depth**-0.5, None)
+    # a probability on a tie takes the other code
+    assert (found - expected).norm() < 2e-3 * expected.norm()

@@ -17,6 +17,7 @@ from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.runtime import IntegerModel
 from ptq_tdq.runtime.blocks import FusedAttention, FusedResnet
 from ptq_tdq.runtime.native import SWITCH
+from ptq_tdq.runtime.passes import MOST
 
 WIDTH, BATCH, EMBEDDED, SIZE = 12, 3, 10, (7, 5)
 T = torch.tensor(500.0)
@@ -225,3 +226,14 @@ def test_calls_of_several_threads_do_not_meet(fused: Any) -> None:
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda call: integer(*call), calls))
     assert all(torch.equal(integer(*call), found) for call, found in zip(calls, together, strict=True))
+
+
+def test_old_plans_make_room_for_new_ones(fused: Any) -> None:
+    torch.manual_seed(0)
+    _, integer = fused(Denoiser())
+    sizes = [(1, width) for width in range(1, MOST + 3)]
+    first = integer(image(size=sizes[0]), T)
+    for size in sizes[1:]:
+        integer(image(size=size), T)
+    assert {len(block.planned.plans) for block in blocks_of(integer)} == {MOST}
+    assert torch.equal(integer(image(size=sizes[0]), T), first)

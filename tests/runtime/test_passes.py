@@ -92,6 +92,8 @@ def test_gates_and_sums_are_those_of_torch(
     places = [plan.given("x", t.shape) for t in (x, onto, gates)]
     out = plan.given("out", onto.shape)
     plan.layer(layer, places[0], onto=places[1], gate=places[2].chunk(5) if rows else None, to=out)
+    with pytest.raises(RuntimeUnsupportedError, match="do not fit None"):
+        plan.layer(layer, places[0], gate=places[2].chunk(5), to=out)
     image, interval = x.transpose(1, 2).unsqueeze(2), step.own()
     quantized = reference_quantize(image, grid, *interval)
     y = FloatProducts(weights, Geometry())(quantized, interval, None).squeeze(2).transpose(1, 2)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from kinds import MARCH, library_of
 from torch import Tensor
 from torch.nn import functional
 
 from ptq_tdq.processor import sums_eight_bits
-from ptq_tdq.runtime.native import open_library
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights
 from ptq_tdq.runtime.step import Interval
 
 Make = Callable[[Weights, Geometry], Products]
-MARCH = {"native": "native", "AVX2": "haswell", "portable": "x86-64"}  # older processors' kernels run on newer ones
-
-
 EXACT = {"float": FloatProducts} | ({"oneDNN": OneDnnProducts} if sums_eight_bits() else {})  # for any geometry
 
 
@@ -29,13 +25,7 @@ def make(request: pytest.FixtureRequest) -> Make:
     kind: str = request.param
     if kind in EXACT:
         return EXACT[kind]
-    capability = torch.backends.cpu.get_cpu_capability()
-    if (kind == "portable" and platform.machine() != "x86_64") or (kind == "AVX2" and "AVX" not in capability):
-        pytest.skip(f"this processor does not run {kind}")
-    library = open_library(MARCH[kind])
-    if isinstance(library, str):
-        pytest.skip(library)
-    return partial(NativeProducts, library=library)
+    return partial(NativeProducts, library=library_of(kind))
 
 
 def random_weights(bits: int, outputs: int, channels: int, kernel: tuple[int, int], seed: int) -> Weights:

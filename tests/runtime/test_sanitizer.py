@@ -64,9 +64,11 @@ def test_the_kernels_stay_inside_their_memory(environment: dict[str, str]) -> No
     """Alone, and as the layers and blocks of models call them."""
     files = [
         str(HERE / f"test_{name}.py")
-        for name in ("kernels", "products", "layers", "blocks", "passes", "token_blocks", "image_blocks")
+        for name in ("kernels", "products", "attention", "layers", "blocks", "passes", "token_blocks", "image_blocks")
     ]
-    chosen = "native or test_layers or test_blocks or test_passes or test_norms or test_masks or test_forms"
+    chosen = (
+        "native or test_sizes_of or test_layers or test_blocks or test_passes or test_norms or test_masks or test_forms"
+    )
     result = run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen, "-rs")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout and "no native kernels" not in result.stdout

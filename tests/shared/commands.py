@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -72,6 +73,7 @@ def launched(count: int, *arguments: object) -> Iterator[list[Command]]:
 def _run(arguments: Sequence[str], environment: dict[str, str], out: IO[str], err: IO[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores Ctrl-C
     os.environ |= environment
+    faulthandler.enable(err)
     try:
         with redirect_stdout(out), redirect_stderr(err):
             main(arguments)

@@ -6,13 +6,15 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 from recorded import calls_of, images
+from torch import nn
 
 from ptq_tdq import calibrate, preset
 from ptq_tdq.artifacts import Artifact
@@ -36,10 +38,17 @@ def small_unet(**changes: Any) -> UNet2DModel:
     return UNet2DModel(**(options | changes)).eval().requires_grad_(False)
 
 
+def small_dit() -> DiTTransformer2DModel:
+    """A transformer of the same images and labels: 16 tokens, two blocks, two heads."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "patch_size": 2}
+    return DiTTransformer2DModel(**sizes, in_channels=3, num_embeds_ada_norm=3, norm_num_groups=1).eval()
+
+
 @functools.cache
-def small_artifact() -> Artifact:
-    """W4A8 of :func:`small_unet` everywhere, so that it runs in integers on any processor; not to be changed."""
-    model, t, labels = small_unet(), torch.tensor([0.0, 3.0, 6.0, 9.0]), torch.arange(4) % 3
+def small_artifact(make: Callable[[], nn.Module] = small_unet) -> Artifact:
+    """W4A8 of a small model everywhere, so that it runs in integers on any processor; not to be changed."""
+    model, t, labels = make(), torch.tensor([0.0, 3.0, 6.0, 9.0]), torch.arange(4) % 3
     calls = calls_of(model, images(4), t, class_labels=labels, num_train_timesteps=STEPS)
     config = preset(
         "default",

@@ -38,6 +38,8 @@ class Builder:
         """One node with ``count`` outputs."""
         name = _numbered(self._names, name or (f"{self.prefix}/{op}" if self.prefix else op))
         inputs = [self.constant(o) if isinstance(o, np.ndarray | np.generic) else o for o in operands]
+        while inputs and inputs[-1] is None:  # OpenVINO takes no absent bias of a ConvTranspose
+            inputs.pop()
         names = [name] if count == 1 else [f"{name}:{i}" for i in range(count)]
         outputs = [ir.Value(name=n) for n in names]
         self._nodes.append(ir.node(op, inputs, attributes or None, outputs=outputs, name=name))
