@@ -36,7 +36,7 @@ Call = Callable[[], Any]
 
 
 @click.command()
-@click.option("--models", default="embedded,random,reference-dit,sd15-quarter")
+@click.option("--models", default="embedded,random,reference-dit", help="Also sd15-quarter, which takes long.")
 @click.option("--batches", default="1,8,64")
 @click.option("--threads", default="1,2")
 @click.option("--beside", default="openvino,onnxruntime", help="Other runtimes than torch.")
