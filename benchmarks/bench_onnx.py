@@ -77,21 +77,25 @@ STATIC = {"onnxruntime": "onnxruntime static int8", "openvino": "OpenVINO + NNCF
 @click.option("--schemes", default="W8A8,W4A8")
 @click.option("--batches", default="1,8")
 @click.option("--rounds", default=15)
+@click.option("--set", "settings", multiple=True, help="A choice of calibration, name=value.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--render", is_flag=True, help="Only print the table.")
-def main(models: str, schemes: str, batches: str, rounds: int, results: Path, render: bool) -> None:
+def main(
+    models: str, schemes: str, batches: str, rounds: int, settings: tuple[str, ...], results: Path, render: bool
+) -> None:
+    chosen = dict(setting.split("=", 1) for setting in settings)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     for name in [] if render else models.split(","):
         with tempfile.TemporaryDirectory() as folder:
             model = make_model(name, Path(folder))
             for scheme in schemes.split(","):
-                config = preset("default", scheme=scheme, **QUICK, **SAMPLES)
+                config = preset("default", scheme=scheme, **QUICK, **SAMPLES, **chosen)
                 calls = collect(model, **SAMPLES)
                 artifact = calibrate(model, config, calls).to_artifact()
                 paths = export(artifact, calls, Path(folder) / scheme)
                 for batch in map(int, batches.split(",")):
-                    line = {"model": name, "scheme": scheme, "batch": batch}
+                    line = {"model": name, "scheme": scheme, "batch": batch, "set": chosen}
                     line |= measure(model.denoiser, artifact, calls, paths, batch, rounds)
                     results.parent.mkdir(exist_ok=True)
                     with results.open("a") as file:
@@ -177,7 +181,8 @@ def table(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         speeds = " | ".join(f"{line['over_float32'][n]:.2f} / {line['over_own_static'][n]:.2f}" for n in names)
         size = line["file_over_float32"]["onnxruntime"]
-        rows.append(f"| {line['model']} | {line['scheme']} | {line['batch']} | {speeds} | {size:.3f} |")
+        model = " ".join([line["model"], *(f"{name}={value}" for name, value in line.get("set", {}).items())])
+        rows.append(f"| {model} | {line['scheme']} | {line['batch']} | {speeds} | {size:.3f} |")
     return "\n".join(rows)
 
 
