@@ -48,7 +48,7 @@ def finetune(
     prompts: Sequence[str] | None = None,
     classes: Sequence[int] | None = None,
     call: Mapping[str, Any] | None = None,
-    run_directory: Path | None = None,
+    run_directory: str | Path | None = None,
     on_iteration: Callable[[IterationReport], None] = lambda report: None,
     on_notice: Callable[[str], None] = _log.warning,
 ) -> QuantizedModel:
