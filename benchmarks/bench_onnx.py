@@ -1,8 +1,10 @@
 """Exported ONNX files on the runtimes that they are for, beside the same model in float32, interleaved in one process.
 
 One JSON line per (model, scheme, batch), one thread: milliseconds of one call of the denoiser (process CPU time, the
-least of the rounds), each file's speed over its own runtime's float32, how many products the runtime executes as
-integers, the file's size over that of the float32 weights, and the SQNR of its output against the simulated model's.
+least of the rounds), each file's speed over its own runtime's float32 and over that runtime's own static int8 model
+(made by onnxruntime.quantization, and by NNCF), how many products the runtime executes as integers, the file's size
+over that of the float32 weights, and the SQNR of its output against the simulated model's. "qdq" is the graph of one
+step of ``--runtime qdq``. OpenVINO computes what is not integers in float32, in all of its models.
 
 "float32" is the graph of ``--format onnx-float``; for onnxruntime with the same normalization nodes as in the integer
 file, so that only integers make the difference.
@@ -14,6 +16,7 @@ import json
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,17 @@ import onnx
 import onnxruntime
 import openvino
 import torch
+from bench_runtime import Call, onnxruntime_calls, openvino_calls
 from facts import facts
 from subjects import call_of, make_model
+from torch import nn
 
 from ptq_tdq import calibrate, collect, preset
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls, prediction
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export.onnx import FORMS, OnnxDenoiser
-from ptq_tdq.export.onnx.file import encode_onnx
+from ptq_tdq.export.onnx.file import encode_onnx, write_steps
 from ptq_tdq.export.onnx.floating import Floating
 from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
 from ptq_tdq.export.onnx.skeleton import make_skeleton
@@ -61,30 +66,37 @@ CALLS = {  # name -> file, runtime, the call that it is compared with
     "openvino float32": ("float32", "openvino", "openvino float32"),
     "openvino": ("openvino", "openvino", "openvino float32"),
     "portable on openvino": ("portable", "openvino", "openvino float32"),
+    "qdq on onnxruntime": ("qdq", "onnxruntime", "onnxruntime float32"),
+    "qdq on openvino": ("qdq", "openvino", "openvino float32"),
 }
+STATIC = {"onnxruntime": "onnxruntime static int8", "openvino": "OpenVINO + NNCF int8"}  # a runtime's own
 
 
 @click.command()
-@click.option("--models", default="embedded,random")
+@click.option("--models", default="embedded,random,reference-dit")
 @click.option("--schemes", default="W8A8,W4A8")
 @click.option("--batches", default="1,8")
 @click.option("--rounds", default=15)
+@click.option("--set", "settings", multiple=True, help="A choice of calibration, name=value.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--render", is_flag=True, help="Only print the table.")
-def main(models: str, schemes: str, batches: str, rounds: int, results: Path, render: bool) -> None:
+def main(
+    models: str, schemes: str, batches: str, rounds: int, settings: tuple[str, ...], results: Path, render: bool
+) -> None:
+    chosen = dict(setting.split("=", 1) for setting in settings)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     for name in [] if render else models.split(","):
         with tempfile.TemporaryDirectory() as folder:
             model = make_model(name, Path(folder))
             for scheme in schemes.split(","):
-                config = preset("default", scheme=scheme, **QUICK, **SAMPLES)
+                config = preset("default", scheme=scheme, **QUICK, **SAMPLES, **chosen)
                 calls = collect(model, **SAMPLES)
                 artifact = calibrate(model, config, calls).to_artifact()
                 paths = export(artifact, calls, Path(folder) / scheme)
                 for batch in map(int, batches.split(",")):
-                    line = {"model": name, "scheme": scheme, "batch": batch}
-                    line |= measure(artifact, calls, paths, batch, rounds)
+                    line = {"model": name, "scheme": scheme, "batch": batch, "set": chosen}
+                    line |= measure(model.denoiser, artifact, calls, paths, batch, rounds)
                     results.parent.mkdir(exist_ok=True)
                     with results.open("a") as file:
                         file.write(json.dumps(line | {"facts": facts()}) + "\n")
@@ -98,10 +110,15 @@ def export(artifact: Artifact, calls: Calls, folder: Path) -> dict[str, Path]:
         paths[name] = folder / f"{name}.onnx"
         runtime = name if name in FORMS else "float"
         paths[name].write_bytes(encode_onnx(artifact, form, skeleton, runtime))
+    paths["qdq"] = folder / "qdq"
+    paths["qdq"].mkdir()
+    write_steps(artifact, paths["qdq"], skeleton, [[float(T)]])
     return paths
 
 
-def measure(artifact: Artifact, calls: Calls, paths: dict[str, Path], batch: int, rounds: int) -> dict[str, Any]:
+def measure(
+    model: nn.Module, artifact: Artifact, calls: Calls, paths: dict[str, Path], batch: int, rounds: int
+) -> dict[str, Any]:
     inputs = call_of(calls, batch, T)
     with torch.no_grad():
         simulated = prediction(build_quantized(artifact)(**inputs))
@@ -109,16 +126,21 @@ def measure(artifact: Artifact, calls: Calls, paths: dict[str, Path], batch: int
         name: OnnxDenoiser(paths[file], runtime=runtime, threads=1) for name, (file, runtime, _) in CALLS.items()
     }
     outputs = {name: prediction(denoiser(**inputs)) for name, denoiser in denoisers.items()}
-    best = dict.fromkeys(CALLS, float("inf"))
+    run: dict[str, Call] = {name: partial(denoiser, **inputs) for name, denoiser in denoisers.items()}
+    with torch.no_grad():
+        run |= openvino_calls(model, inputs, 1, "f32")
+        run |= onnxruntime_calls(model, inputs, 1, paths["qdq"].parent)
+    best = dict.fromkeys(run, float("inf"))
     for _ in range(rounds):
-        for name, denoiser in denoisers.items():
+        for name, call in run.items():
             began = time.process_time()
-            denoiser(**inputs)
+            call()
             best[name] = min(best[name], time.process_time() - began)
     full = 4 * sum(v.numel() for part in (artifact.weight_codes, artifact.float_state) for v in part.values())
     return {
         "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
-        "over_float32": {name: best[CALLS[name][2]] / seconds for name, seconds in best.items()},
+        "over_float32": {name: best[beside] / best[name] for name, (*_, beside) in CALLS.items()},
+        "over_own_static": {name: best[STATIC[runtime]] / best[name] for name, (_, runtime, _) in CALLS.items()},
         "products": {
             "quantized": sum(2 if r.kind == "product" else len(r.inputs) for r in artifact.layers),
             "onnxruntime": onnxruntime_products(paths["onnxruntime"]),
@@ -153,12 +175,14 @@ def openvino_products(path: Path, inputs: dict[str, Any]) -> dict[str, int]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: speed over the runtime's float32, and behind it over its own static int8."""
     names = [name for name in CALLS if not name.endswith("float32")]
     rows = ["| model | scheme | batch | " + " | ".join(names) + " | file |", "|---" * (4 + len(names)) + "|"]
     for line in lines:
-        speeds = " | ".join(f"{line['over_float32'][name]:.2f}" for name in names)
+        speeds = " | ".join(f"{line['over_float32'][n]:.2f} / {line['over_own_static'][n]:.2f}" for n in names)
         size = line["file_over_float32"]["onnxruntime"]
-        rows.append(f"| {line['model']} | {line['scheme']} | {line['batch']} | {speeds} | {size:.3f} |")
+        model = " ".join([line["model"], *(f"{name}={value}" for name, value in line.get("set", {}).items())])
+        rows.append(f"| {model} | {line['scheme']} | {line['batch']} | {speeds} | {size:.3f} |")
     return "\n".join(rows)
 
 

@@ -166,7 +166,10 @@ def measure(
     }
 
 
-def openvino_calls(denoiser: nn.Module, inputs: dict[str, Any], threads: int) -> dict[str, Call]:
+def openvino_calls(
+    denoiser: nn.Module, inputs: dict[str, Any], threads: int, precision: str = "bf16"
+) -> dict[str, Call]:
+    """Calls of the model in ``precision``, and of its integer form with what is not integers in that."""
     import nncf
     import openvino
 
@@ -176,12 +179,12 @@ def openvino_calls(denoiser: nn.Module, inputs: dict[str, Any], threads: int) ->
     integer = nncf.quantize(plain, nncf.Dataset([arrays] * 4), fast_bias_correction=True)
     core = openvino.Core()
 
-    def call(model: Any, precision: str) -> Call:
+    def call(model: Any) -> Call:
         options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
         compiled = core.compile_model(model, "CPU", options)
         return lambda: compiled(arrays)
 
-    return {"OpenVINO bf16": call(plain, "bf16"), "OpenVINO + NNCF int8": call(integer, "bf16")}
+    return {f"OpenVINO {precision}": call(plain), "OpenVINO + NNCF int8": call(integer)}
 
 
 def onnxruntime_calls(denoiser: nn.Module, inputs: dict[str, Any], threads: int, folder: Path) -> dict[str, Call]:

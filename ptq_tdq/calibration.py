@@ -42,8 +42,8 @@ def calibrate(
     classes: Sequence[int] | None = None,
     call: Mapping[str, Any] | None = None,
     model_id: str | None = None,
-    run_directory: Path | None = None,
-    weights_directory: Path | None = None,
+    run_directory: str | Path | None = None,
+    weights_directory: str | Path | None = None,
     cache_budget: int = CACHE_BYTES,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
     on_notice: Callable[[str], None] = _log.warning,
@@ -182,8 +182,8 @@ def _check_alike(document: dict[str, Any]) -> None:
 
 
 def _open_run(
-    folder: Path | None,
-    weights: Path | None,
+    folder: str | Path | None,
+    weights: str | Path | None,
     config: Config,
     document: dict[str, Any],
     on_notice: Callable[[str], None],

@@ -177,9 +177,12 @@ def _in_order(records: Collection[LayerRecord]) -> tuple[LayerRecord, ...]:
 
 def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], config: Config) -> Iterator[str]:
     """What stays in floating point, and why: each reason with the names that it is true of."""
-    unfaithful = [name for name in seen.layers if name not in seen.faithful]
+    unfaithful = [name for name, layer in seen.layers.items() if not layer.faithful]
     if unfaithful:
         yield f"In floating point: {_some(unfaithful)}, since each computes its weight in its own forward pass."
+    unbatched = [name for name, layer in seen.layers.items() if layer.faithful and layer.unbatched]
+    if unbatched:
+        yield f"In floating point: {_some(unbatched)}, since what each is given has no axis of samples."
     if seen.unused:
         yield f"In floating point: {_some(seen.unused)}, since the recorded calls never reach them."
     if seen.loose:

@@ -53,12 +53,19 @@ def compute_dtype(choice: ComputeDtype) -> ComputeDtype:
     return "bfloat16" if has_bfloat16() else "float32"
 
 
-@contextmanager
-def products_in(dtype: torch.dtype, weights: Iterable[Tensor], device: torch.device) -> Iterator[None]:
+def products_in(dtype: torch.dtype, weights: Iterable[Tensor], device: torch.device) -> torch.autocast:
     """A ``with`` block whose products are in ``dtype``; a model whose weights are in half precision keeps its own."""
     lower = dtype != torch.float32 and {weight.dtype for weight in weights} == {torch.float32}
-    with warnings.catch_warnings():  # of a norm whose weight is not in the dtype of its input, which is right so
+    # without the cache: it would keep the first low-precision copy of a parameter while the parameter learns
+    return torch.autocast(device.type, dtype, enabled=lower, cache_enabled=False)
+
+
+@contextmanager
+def mixed_norms() -> Iterator[None]:
+    """A ``with`` block, or decorator, without torch's warning of norms whose weight has not the dtype of their input.
+
+    That is so behind :func:`products_in`. For whole runs, since Python's filters are those of all threads.
+    """
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
-        # without the cache: it would keep the first low-precision copy of a parameter while the parameter learns
-        with torch.autocast(device.type, dtype, enabled=lower, cache_enabled=False):
-            yield
+        yield

@@ -52,6 +52,16 @@ def _made(channels: int, device: torch.device, dtype: torch.dtype) -> tuple[Tens
     return signs(channels).to(device, dtype), left.to(device, dtype), scaled.to(device, dtype)
 
 
+def factors(channels: int, columns: int) -> tuple[Tensor, Tensor]:
+    """R without its signs as a Kronecker product of two float32 matrices, the right one of at most ``columns``."""
+    block = block_of(channels)
+    right = min(block, columns)
+    blocks, left = channels // block, hadamard(block // right)
+    if blocks > 1:
+        left = torch.kron(torch.eye(blocks, dtype=left.dtype) - 2 / blocks, left)
+    return left.float(), (hadamard(right) * block**-0.5).float()
+
+
 def hadamard(size: int) -> Tensor:
     """H [size, size] of a power of two, entries 1 and -1."""
     matrix = torch.ones(1, 1, dtype=torch.float64)

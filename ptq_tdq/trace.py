@@ -46,8 +46,8 @@ class Trace:
 
     @property
     def faithful(self) -> list[str]:
-        """The layers that compute the plain operation on their weight, in order."""
-        return [name for name, layer in self.layers.items() if layer.faithful]
+        """The layers that compute the plain operation on their weight, for rows, in order."""
+        return [name for name, layer in self.layers.items() if layer.faithful and not layer.unbatched]
 
     @property
     def macs(self) -> int:

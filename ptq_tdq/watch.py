@@ -53,6 +53,11 @@ class TracedLayer:
     faithful: bool = True  # its output is the plain operation on its weight
     sources: set[Source] = field(default_factory=set)
 
+    @property
+    def unbatched(self) -> bool:
+        """Whether its input has no axis of rows, as a vector that a linear layer is given."""
+        return self.axes < own_weight(self.module).ndim
+
 
 @dataclass(frozen=True)
 class Print:

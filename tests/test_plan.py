@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ptq_tdq.calibration import calibrate
 from ptq_tdq.config import Config, preset
 from ptq_tdq.errors import ModelError
+from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.plan import Plan, make_plan
 from ptq_tdq.records import LayerRecord
 
@@ -355,6 +357,34 @@ def test_a_layer_that_computes_its_weight_is_refused_by_name() -> None:
     assert any("b, since each computes its weight" in notice for notice in plan.notices)
     a, b, c = 12 * 36, 144 * 16, 16 * 12 * 4
     assert plan.coverage == pytest.approx((a + c) / (a + b + c))
+
+
+class Styled(nn.Module):
+    """A linear layer on a learned vector, and a convolution on one image without an axis of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.of_style, self.of_image, self.last = (
+            nn.Linear(4, 8), nn.Linear(6, 8), nn.Conv2d(2, 8, 3), nn.Linear(8, 4)
+        )  # fmt: skip
+        self.style, self.image = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(2, 3, 3))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        scale = self.of_style(self.style) + self.of_image(self.image).flatten()
+        result: Tensor = self.last((self.first(sample) * scale + timestep[:, None] / 1000).tanh())
+        return result
+
+
+def test_layers_that_are_given_no_samples_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, t = Styled().requires_grad_(False), torch.tensor([900.0, 500.0, 100.0]).repeat(4)
+    calls = calls_of(model, torch.randn(12, 4), t)
+    config = preset("default", scheme="W8A8", activation_iterations=2, fixed_layers=())
+    quantized = calibrate(model, config, calls)
+    assert [record.name for record in quantized.plan] == ["first", "last"]
+    assert any("of_style, of_image, since what each is given has no axis" in notice for notice in quantized.notices)
+    x, t = torch.randn(2, 4), torch.tensor([500.0, 100.0])
+    assert sqnr_db(model(x, t), quantized(x, t)) > 25
 
 
 class Folded(nn.Module):

@@ -19,7 +19,7 @@ from ptq_tdq.export.onnx import OnnxDenoiser, export_onnx
 from ptq_tdq.load import load_quantized
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.records import LayerRecord, QuantizerRecord
-from ptq_tdq.rotate import rotated
+from ptq_tdq.rotate import factors, rotated, signs
 from ptq_tdq.runtime import IntegerModel
 from ptq_tdq.runtime.native import native_rotate, open_library
 
@@ -45,6 +45,14 @@ def test_for_a_power_of_two_it_is_the_matrix_of_hadamard_with_signs(channels: in
     expected = torch.tensor(hadamard(channels), dtype=torch.float64) / channels**0.5
     found = rotated(torch.eye(channels, dtype=torch.float64))  # its rows are the images of the channels
     torch.testing.assert_close(found, expected * found[:, :1].sign())
+
+
+@pytest.mark.parametrize(("channels", "columns"), [(1, 32), (64, 32), (192, 64), (768, 32), (20, 8)])
+def test_its_factors_are_two_small_matrices(channels: int, columns: int) -> None:
+    left, right = factors(channels, columns)
+    assert len(right) <= columns
+    matrix = torch.kron(left, right) * signs(channels)
+    torch.testing.assert_close(rotated(torch.eye(channels)).t(), matrix)
 
 
 @pytest.mark.parametrize("channels", [64, 192, 256, 1152])
@@ -135,7 +143,7 @@ FIRST = """
 import sys
 import torch
 from torch._subclasses import FakeTensorMode
-from ptq_tdq.rotate import rotated
+from ptq_tdq.rotate import factors, rotated, signs
 
 class Model(torch.nn.Module):
     def forward(self, x):

@@ -25,6 +25,7 @@ from ptq_tdq.finetuning.student import Student
 from ptq_tdq.finetuning.train import IterationReport, Training, segments
 from ptq_tdq.identity import model_sha256
 from ptq_tdq.load import build_quantized, find_artifact
+from ptq_tdq.processor import mixed_norms
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import RunDirectory
 from ptq_tdq.trace import require_rows
@@ -35,6 +36,7 @@ THINNING = 8  # each trajectory gives every so many of its steps: trajectories c
 PROBED = 4  # of the calls that judge, in which unknown intervals are observed
 
 
+@mixed_norms()
 @torch.inference_mode(False)
 @processes.together()
 def finetune(
@@ -46,7 +48,7 @@ def finetune(
     prompts: Sequence[str] | None = None,
     classes: Sequence[int] | None = None,
     call: Mapping[str, Any] | None = None,
-    run_directory: Path | None = None,
+    run_directory: str | Path | None = None,
     on_iteration: Callable[[IterationReport], None] = lambda report: None,
     on_notice: Callable[[str], None] = _log.warning,
 ) -> QuantizedModel:

@@ -53,7 +53,7 @@ class RunDirectory:
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         identity: dict[str, Any],
         *,
         weights: RunDirectory | None = None,
@@ -64,7 +64,7 @@ class RunDirectory:
         ``weights`` keeps phase W instead: runs that differ only in phase A share it. ``on_notice`` gets a sentence for
         each file that is damaged.
         """
-        self.path, self.on_notice = path, on_notice
+        self.path, self.on_notice = Path(path), on_notice
         self.identity = json.dumps(identity, sort_keys=True)
         self._homes = {"weights": weights or self}
         with processes.first_alone():

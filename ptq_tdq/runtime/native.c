@@ -628,31 +628,55 @@ static void pack_group(const Packed *p, int64_t group, const uint8_t *restrict c
     }
 }
 
+/* The sums of a block of outputs over some of the inner size; a is [PIXELS, inner]. */
+static inline void partial(const Wide *a, const Packed *b, int64_t block, int64_t first, int64_t inner,
+                           int32_t sum[PIXELS][BLOCK]) {
+    static const int8_t no_zero[BLOCK];
+    const Convolution c = {.kernel_height = 1, .kernel_width = 1, .channels = inner};
+    const Operands o = {a, b->weights + block * b->inner + first * BLOCK, no_zero};
+    int64_t at[PIXELS];
+    for (int p = 0; p < PIXELS; p++) at[p] = p * b->inner + first;
+    tile(&c, &o, at, sum);
+}
+
+/* As product, of any length. */
+static void long_product(const Wide *a, int32_t za, const Packed *b, const int64_t of_row[PIXELS], float *out) {
+    int32_t sum[PIXELS][BLOCK];
+    int64_t total[PIXELS][BLOCK];
+    for (int64_t block = 0; block < b->outputs; block += BLOCK) {
+        memset(total, 0, sizeof total);
+        for (int64_t first = 0; first < b->inner; first += SUMMANDS) {
+            partial(a, b, block, first, b->inner - first < SUMMANDS ? b->inner - first : SUMMANDS, sum);
+            for (int p = 0; p < PIXELS; p++)
+                for (int l = 0; l < BLOCK; l++) total[p][l] += sum[p][l];
+        }
+        for (int p = 0; p < PIXELS; p++)
+            for (int l = 0; l < BLOCK; l++)
+                out[p * b->outputs + block + l] = (float)(total[p][l] + of_row[p] - (int64_t)za * b->sums[block + l]);
+    }
+}
+
 /* out [PIXELS, outputs] = sums of (a - za)(b - zb) over `count` codes; a [PIXELS, inner] holds zeros beyond them. */
 static void product(const Wide *a, int32_t za, const Packed *b, int32_t zb, int64_t count, float *out) {
-    static const int8_t no_zero[BLOCK];
     int32_t sum[PIXELS][BLOCK];
-    uint32_t of_row[PIXELS], of_output[BLOCK]; /* which may exceed 32 bits where what they correct does not */
+    uint32_t of_output[BLOCK]; /* which may exceed 32 bits where what it corrects does not */
+    int64_t of_row[PIXELS];
     for (int p = 0; p < PIXELS; p++) {
         uint32_t codes = 0;
         for (int64_t i = 0; i < count; i++) codes += a[p * b->inner + i];
-        of_row[p] = (uint32_t)(128 - zb) * codes + (uint32_t)count * (uint32_t)(za * zb);
+        of_row[p] = (int64_t)(128 - zb) * codes + count * za * zb;
+    }
+    if (b->inner > SUMMANDS) {
+        long_product(a, za, b, of_row, out);
+        return;
     }
     for (int64_t block = 0; block < b->outputs; block += BLOCK) {
         for (int l = 0; l < BLOCK; l++) of_output[l] = (uint32_t)za * (uint32_t)b->sums[block + l];
-        for (int64_t first = 0; first < b->inner; first += SUMMANDS) {
-            const int64_t inner = b->inner - first < SUMMANDS ? b->inner - first : SUMMANDS;
-            const Convolution c = {.kernel_height = 1, .kernel_width = 1, .channels = inner};
-            const Operands o = {a, b->weights + block * b->inner + first * BLOCK, no_zero};
-            int64_t at[PIXELS];
-            for (int p = 0; p < PIXELS; p++) at[p] = p * b->inner + first;
-            tile(&c, &o, at, sum);
-            for (int p = 0; p < PIXELS; p++)
-                for (int l = 0; l < BLOCK; l++) {
-                    float *to = out + p * b->outputs + block + l;
-                    const uint32_t corrected = (uint32_t)sum[p][l] + of_row[p] - of_output[l];
-                    *to = first ? *to + (float)sum[p][l] : (float)(int32_t)corrected;
-                }
+        partial(a, b, block, 0, b->inner, sum);
+        for (int p = 0; p < PIXELS; p++) {
+            float *to = out + p * b->outputs + block;
+            const uint32_t row = (uint32_t)of_row[p];
+            for (int l = 0; l < BLOCK; l++) to[l] = (float)(int32_t)((uint32_t)sum[p][l] + row - of_output[l]);
         }
     }
 }

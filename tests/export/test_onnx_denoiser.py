@@ -196,6 +196,32 @@ def test_time_steps_of_a_batch_may_differ_also_where_rows_are_of_no_one_sample(
         assert sqnr_db(simulated(x, steps), graph(x, steps)) > 40
 
 
+@needs_wide_sums
+def test_a_graph_of_one_time_step_refuses_a_call_of_several(
+    encode: Callable[[str, str], bytes], run: Callable[..., dict[str, Any]], feed: Callable[..., dict[str, Tensor]]
+) -> None:
+    """Whoever runs the file without OnnxDenoiser gets an error, not the first sample's intervals for all."""
+    given = feed(2)
+    assert len(set(given["timestep"].tolist())) == 2
+    with pytest.raises(Exception, match="out of data bounds"):
+        run("onnxruntime", encode("W4A6", "onnxruntime"), given)
+    given["timestep"] = given["timestep"][[1, 1]]
+    assert np.isfinite(run("onnxruntime", encode("W4A6", "onnxruntime"), given)["out_sample"]).all()
+
+
+@needs_wide_sums
+def test_samples_that_share_a_time_step_run_together(
+    file_of: Callable[[str, str], Path], feed: Callable[..., dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, given, sizes = OnnxDenoiser(file_of("W4A6", "onnxruntime"), threads=1), feed(4), list[int]()
+    given["timestep"] = torch.tensor([7.0, 900.0, 7.0, 7.0])
+    alone = torch.cat([unet(**{k: v[i : i + 1] for k, v in given.items()}).sample for i in range(4)])
+    run = unet._run
+    monkeypatch.setattr(unet, "_run", lambda feed: (sizes.append(len(feed["sample"])), run(feed))[1])
+    torch.testing.assert_close(unet(**given).sample, alone)
+    assert sizes == [3, 1]
+
+
 class Shortcut(nn.Module):
     """A transposed convolution of two joined tensors; returns a bare tensor where a tuple is asked for."""
 

@@ -121,7 +121,8 @@ def test_tokens_go_to_their_experts(tmp_path: Path, quantize_model: Callable[...
     export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Mixture())
     graph, simulated = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, Mixture())
     x = torch.randn(4, 30, 4)
-    assert sqnr_db(simulated(x, T), graph(x, T)) > 40
+    for t in (T, T[[1, 1, 1, 1]]):
+        assert sqnr_db(simulated(x, t), graph(x, t)) > 40
 
 
 def test_sizes_that_follow_from_x_are_one_sentence_and_no_file(
@@ -151,12 +152,11 @@ def test_what_is_read_follows_from_its_inputs() -> None:
     assert found[3:] == [("bool", {"x", "mask"}), ("item", set()), ("mask as an index", {"mask"})]
 
 
-@given(st.lists(st.integers(0, 2), max_size=8), st.booleans())
+@given(st.lists(st.integers(0, 2), max_size=8))
 @settings(max_examples=50, deadline=None)
-def test_each_sample_runs_once_in_its_place(places: list[int], apart: bool) -> None:
+def test_each_sample_runs_once_in_its_place(places: list[int]) -> None:
     ran = []
-    for samples in rounds(places, 3, apart):
+    for samples in rounds(places, 3, range(len(places))):
         assert len(samples) == 3
-        assert not apart or len(set(samples)) == 1
         ran += [sample for place, sample in enumerate(samples) if places[sample] == place]
     assert sorted(ran) == list(range(len(places)))

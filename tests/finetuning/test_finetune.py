@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_costs_a_notice(
     denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose, tmp_path: Path
 ) -> None:
     config, notices = choose(iterations=2), list[str]()
-    finetune(denoiser, calibrated(), config, calls, run_directory=tmp_path)
+    finetune(denoiser, calibrated(), config, calls, run_directory=str(tmp_path))
     file = tmp_path / "finetune-0000.safetensors"
     data = bytearray(file.read_bytes())
     data[-5] ^= 1

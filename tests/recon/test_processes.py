@@ -118,7 +118,7 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(
     assert found[dead] is None
     assert isinstance(found[1 - dead], WorkerError) and "Another process of the run" in str(found[1 - dead])
     reports: list[UnitReport] = []
-    resumed = calibrate(denoiser, config, calls, run_directory=folder, on_unit=reports.append)
+    resumed = calibrate(denoiser, config, calls, run_directory=str(folder), on_unit=reports.append)
     assert 1 < sum(report.seconds == 0 for report in reports) < len(reports)
     assert_close(tensors(resumed), tensors(calibrate(denoiser, config, calls)))
 

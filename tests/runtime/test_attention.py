@@ -150,3 +150,20 @@ def test_sizes_of_all_kinds_are_as_in_torch(
     expected = reference_attend(q, k, v, interval, bits, depth**-0.5, None)
     # a probability on a tie takes the other code
     assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", MARCH)
+@pytest.mark.parametrize("zero", [0, 200])
+def test_sums_that_32_bits_do_not_hold(kind: str, zero: int) -> None:
+    """All codes at their top: each key adds (255 - z) 255."""
+    keys = 70_000
+    q, k, v = torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, keys, 1), torch.full((1, 1, keys, 3), 1e3)
+    intervals = [(1.0, 128), (1.0, 128), (0.5, 0), (1e-3 / keys, zero)]
+
+    def interval(index: int, x: Tensor) -> Interval:
+        scale, zero_point = intervals[index]
+        return Interval(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+
+    found = native_attend(library_of(kind))(q, k, v, interval, (8, 8, 8, 8), 1.0, None)
+    expected = (255 - zero) * 255 * keys * (0.5 * 1e-3 / keys)
+    torch.testing.assert_close(found, torch.full_like(found, expected))

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_tdq.errors import ArtifactMismatchError, ModelError, RuntimeUnsupportedError, TimestepError, UsageError
 from ptq_tdq.export.onnx.facts import Facts
-from ptq_tdq.export.onnx.places import places_of, rounds
+from ptq_tdq.export.onnx.places import alike, places_of, rounds
 from ptq_tdq.export.onnx.runtimes import QDQ, RUNTIMES, WEIGHTS
 from ptq_tdq.export.onnx.signature import RETURN_DICT, Leaf
 from ptq_tdq.export.onnx.skeleton import BATCH, METADATA
@@ -187,22 +187,23 @@ class OnnxDenoiser(nn.Module):
         return array
 
     def _rows(self, feed: Feed) -> list[NDArray[Any]]:
-        """The outputs for all samples: at once, or as many at a time as the graph is of; or one, for one time step."""
+        """The outputs for all samples: at once, or as many at a time as the graph is of, or as share a time step."""
         leaves, time = self.call.leaves(), self.call.time
         main = next(leaf.name for leaf in leaves if leaf.name.partition(".")[0] == self.call.main)
         count = len(feed[main])
         if len(feed[time]) == 1:
             feed = feed | {time: np.repeat(feed[time], count, 0)}
-        mixed = self._one_step and bool((feed[time] != feed[time][:1]).any())
-        if self._any_batch and not mixed:
+        apart = self._one_step and bool((feed[time] != feed[time][:1]).any())
+        if self._any_batch and not apart:
             return self._run({leaf.name: feed[leaf.name] for leaf in leaves})
         found: dict[int, list[NDArray[Any]]] = {}
         places = places_of(self.call.held(), feed, count)
-        for samples in rounds(places, self.call.samples, mixed):
-            results = self._run({leaf.name: leaf.some(feed[leaf.name], samples, count) for leaf in leaves})
-            for place, sample in enumerate(samples):
-                if places[sample] == place:
-                    found[sample] = [np.split(result, self.call.samples)[place] for result in results]
+        for group in alike(feed[time]) if apart else [list(range(count))]:
+            for samples in [group] if self._any_batch else rounds(places, self.call.samples, group):
+                results = self._run({leaf.name: leaf.some(feed[leaf.name], samples, count) for leaf in leaves})
+                for place, sample in enumerate(samples):
+                    if self._any_batch or places[sample] == place:
+                        found[sample] = [np.split(result, len(samples))[place] for result in results]
         return [np.concatenate(parts) for parts in zip(*(found[i] for i in range(count)), strict=True)]
 
     def _run(self, feed: Feed) -> list[NDArray[Any]]:

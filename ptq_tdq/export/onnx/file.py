@@ -15,7 +15,7 @@ from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError, UsageError
 from ptq_tdq.export.onnx.by_step import SharedWeights, Static, frozen, groups_of_steps
 from ptq_tdq.export.onnx.floating import Floating
-from ptq_tdq.export.onnx.lowering import lower
+from ptq_tdq.export.onnx.lowering import lower, of_one_step
 from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
 from ptq_tdq.export.onnx.openvino_form import OpenVINO
 from ptq_tdq.export.onnx.portable import Portable
@@ -104,7 +104,7 @@ def write_steps(artifact: Artifact, folder: Path, skeleton: Skeleton, groups: li
     weights = SharedWeights(folder)
     for steps in groups:
         lowered = lower(skeleton, frozen(artifact, steps[0]), Static)
-        lowered.metadata_props[METADATA] = json.dumps({**_facts(artifact, skeleton, QDQ), "steps": steps})
+        lowered.metadata_props[METADATA] = json.dumps({**_facts(artifact, skeleton, QDQ, Static), "steps": steps})
         weights.take(lowered)
         file = folder / f"t{steps[0]:04g}.onnx"
         file.write_bytes(_serialized(lowered))
@@ -114,7 +114,7 @@ def write_steps(artifact: Artifact, folder: Path, skeleton: Skeleton, groups: li
 def encode_onnx(artifact: Artifact, form: type[Portable], skeleton: Skeleton, runtime: str) -> bytes:
     """The file's bytes; ``skeleton`` is of the same artifact, ``runtime`` what the file says that it is for."""
     model = lower(skeleton, artifact, form)
-    model.metadata_props[METADATA] = json.dumps(_facts(artifact, skeleton, runtime))
+    model.metadata_props[METADATA] = json.dumps(_facts(artifact, skeleton, runtime, form))
     data = _serialized(model)
     _check(data)
     return data
@@ -137,12 +137,12 @@ def _check(model: bytes | Path) -> None:
         raise ModelError(f"torch has exported the model to a graph that is not valid ONNX ({reason}).") from error
 
 
-def _facts(artifact: Artifact, skeleton: Skeleton, runtime: str) -> dict[str, Any]:
+def _facts(artifact: Artifact, skeleton: Skeleton, runtime: str, form: type[Portable]) -> dict[str, Any]:
     keys = ("base_model", "model_config", "scheme", "method", "versions", "time_axis")
     return {
         "runtime": runtime,
         "call": skeleton.signature.to_dict(),
         "free_sizes": skeleton.free,
-        "one_step": bool(artifact.config.get("one_step")),
+        "one_step": of_one_step(artifact, form),
         **{key: artifact.config[key] for key in keys},
     }

@@ -28,8 +28,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def is_dense(module: nn.Module) -> bool:
-    """Whether a convolution's patches are rows of one matrix product: two spatial axes, one group, a wide kernel."""
-    return isinstance(module, nn.Conv2d) and module.groups == 1 and any(size > 1 for size in module.kernel_size)
+    """Whether a convolution's patches are rows of one matrix product: two spatial axes, one group."""
+    return isinstance(module, nn.Conv2d) and module.groups == 1
 
 
 def is_grouped(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from ptq_tdq.export.onnx.nodes import Builder, axes
 from ptq_tdq.scheme import QType
 from ptq_tdq.timeaxis import NEAR, TimeAxis
 
+ABSENT = 1 << 24  # beyond the end of any table
 SCALES, ZERO_POINTS = "scale_table", "zero_point_table"
 
 
@@ -42,12 +43,13 @@ class Lookup:
 
     ``time`` is the input that holds the time argument [batch, ...], ``batch`` what its first size is called in the
     shapes of the graph: a name, or the number of samples that the graph is of. ``scales`` and ``zero_points`` float32
-    [batch, Q] are values of the graph, None for Q = 0.
+    [batch, Q] are values of the graph, None for Q = 0; with ``one_step`` they are [1, Q], and a call whose samples have
+    different t ends in an error of the runtime.
     """
 
-    def __init__(self, b: Builder, artifact: Artifact, time: ir.Value, batch: str) -> None:
+    def __init__(self, b: Builder, artifact: Artifact, time: ir.Value, batch: str, one_step: bool = False) -> None:
         b.prefix = "lookup"
-        self.b, self.symbol = b, batch
+        self.b, self.symbol, self.one_step = b, batch, one_step
         self.batch = b("Shape", time, start=0, end=1)
         tables = {q.name: artifact.tables[q.name] for q in artifact.quantizers}  # in execution order
         timed = {name: table for name, table in tables.items() if table.scale is not None}
@@ -57,6 +59,8 @@ class Lookup:
         if not self.columns:
             return
         t = self._t(time, artifact.time_axis)
+        if one_step:
+            t = self._shared(t)
         below = b("Floor", t)
         low = b("Cast", below, to=ir.DataType.INT64)
         high = b("Min", b("Add", low, np.int64(1)), np.int64(artifact.time_axis.num_train_timesteps))
@@ -118,6 +122,12 @@ class Lookup:
         near = b("Less", b("Abs", b("Sub", value, nearest)), np.float32(NEAR))
         return b("Where", near, nearest, value, name="lookup/t")
 
+    def _shared(self, t: ir.Value) -> ir.Value:
+        """The t [1] of all samples; where they differ, one that no table has."""
+        b = self.b
+        low, high = b("ReduceMin", t, keepdims=1), b("ReduceMax", t, keepdims=1)
+        return b("Where", b("Equal", low, high), low, np.float32(ABSENT), name="lookup/one t for all samples")
+
     def _interval(self, artifact: Artifact, name: str, bits: int) -> Interval:
         table = artifact.tables[name]
         column = self.columns.index(name) if name in self.columns else None
@@ -137,6 +147,7 @@ class Columns:
         self.lookup, self.matrix = lookup, matrix
         self._rows: dict[str | None, ir.Value] = {}
         self._split: dict[tuple[str | None, int], tuple[ir.Value, ...]] = {}
+        self._numbers: tuple[ir.Value, ...] | None = None
 
     def of(self, column: int, x: ir.Value, rank: int) -> ir.Value:
         """A column as [rows of x, 1, ...] of ``rank`` axes; [1, 1, ...] for an x that is the same for any batch."""
@@ -152,10 +163,23 @@ class Columns:
             b.prefix = before
         return self._split[key][column]
 
+    def only(self, column: int | None) -> ir.Value:
+        """A column as [1], where all samples have one t."""
+        assert column is not None and self.matrix is not None
+        if self._numbers is None:
+            before, b, count = self.lookup.b.prefix, self.lookup.b, len(self.lookup.columns)
+            b.prefix = "lookup"
+            row = b("Reshape", self.matrix, axes(-1))
+            self._numbers = b.many("Split", row, count=count, axis=0, num_outputs=count) if count > 1 else (row,)
+            b.prefix = before
+        return self._numbers[column]
+
     def _of_rows(self, x: ir.Value) -> ir.Value:
         """The matrix with a row for each row of x."""
         b, lead, matrix = self.lookup.b, self.lookup.lead(x), self.matrix
         assert matrix is not None
+        if self.lookup.one_step:
+            return matrix
         if lead not in self._rows:
             if lead is None:
                 self._rows[lead] = b("Gather", matrix, axes(0), axis=0)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
-import torch
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.export.onnx.floating import ANNOTATION
@@ -16,7 +14,9 @@ from ptq_tdq.export.onnx.nodes import Builder, axes
 from ptq_tdq.export.onnx.portable import Portable, swapped
 from ptq_tdq.export.onnx.skeleton import Skeleton
 from ptq_tdq.export.onnx.tracing import DOMAIN
-from ptq_tdq.rotate import block_of, rotated, signs
+from ptq_tdq.rotate import factors, signs
+
+COLUMNS = 32  # of a rotation's right factor: what runtimes multiply small matrices with fastest
 
 
 def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable]) -> ir.Model:
@@ -25,7 +25,7 @@ def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable]) -> ir.Mo
     graph = model.graph
     b, first = Builder(graph), graph[0]
     time = next(value for value in graph.inputs if value.name == skeleton.signature.time)
-    lowering = form(b, Lookup(b, artifact, time, skeleton.batch), artifact)
+    lowering = form(b, Lookup(b, artifact, time, skeleton.batch, of_one_step(artifact, form)), artifact)
     b.flush(first)
     _lower_nodes(graph, b, lowering, artifact, skeleton)
     for node in [n for n in graph if n.op_type == "GroupNormalization"]:
@@ -37,6 +37,11 @@ def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable]) -> ir.Mo
     graph.opset_imports.pop(DOMAIN, None)
     _name_sizes(graph, skeleton)
     return model
+
+
+def of_one_step(artifact: Artifact, form: type[Portable]) -> bool:
+    """Whether a graph takes the same t for all samples of a call: rows of some models are of no one sample."""
+    return form.one_step or bool(artifact.config.get("one_step"))
 
 
 def _lower_nodes(graph: ir.Graph, b: Builder, lowering: Portable, artifact: Artifact, skeleton: Skeleton) -> None:
@@ -70,12 +75,11 @@ def _lower_nodes(graph: ir.Graph, b: Builder, lowering: Portable, artifact: Arti
 
 def _rotated(b: Builder, x: ir.Value, rank: int, channels: int) -> ir.Value:
     """``x`` [..., C] of ``rank`` axes with its channels rotated; a 0 in a shape keeps the size."""
-    block, kept = block_of(channels), [0] * (rank - 1)
-    blocks = channels // block
-    y = b("Reshape", b("Mul", x, signs(channels).numpy()), axes(*kept, blocks, block))
-    y = b("MatMul", y, b.constant((rotated(torch.eye(block)) * signs(block)[:, None]).numpy()))
-    if blocks > 1:
-        y = b("Sub", y, b("Mul", b("ReduceSum", y, axes(rank - 1), keepdims=1), np.float32(2 / blocks)))
+    (left, right), kept = factors(channels, COLUMNS), [0] * (rank - 1)
+    y = b("Reshape", b("Mul", x, signs(channels).numpy()), axes(*kept, len(left), len(right)))
+    y = b("MatMul", y, right.numpy())
+    if len(left) > 1:
+        y = b("MatMul", left.numpy(), y)
     return b("Reshape", y, axes(*kept, channels))
 
 

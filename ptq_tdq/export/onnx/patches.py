@@ -16,7 +16,7 @@ from torch import nn
 
 from ptq_tdq.export.onnx.geometry import padding
 from ptq_tdq.export.onnx.lookup import Lookup
-from ptq_tdq.export.onnx.nodes import Builder, axes
+from ptq_tdq.export.onnx.nodes import Builder, Operand, axes
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ class Patches:
         self._indices: dict[Any, tuple[ir.Value, ir.Value]] = {}
         self._borders: dict[tuple[int, str | None], ir.Value] = {}
 
-    def gather(self, module: nn.Module, size: Size, codes: ir.Value, channels: int, zero: ir.Value) -> ir.Value:
-        """``codes`` [rows, C, H, W] -> [rows, pixels, kH kW C]; ``zero`` [rows, 1, 1] or [] of the codes' type."""
+    def gather(self, module: nn.Module, size: Size, codes: ir.Value, channels: int, zero: Operand) -> ir.Value:
+        """``codes`` [rows, C, H, W] -> [rows, pixels, kH kW C]; ``zero`` [] or [1] of the codes' type."""
         assert isinstance(module, nn.Conv2d)
         b, places = self.b, module.kernel_size[0] * module.kernel_size[1]
         pixels = b("Transpose", b("Reshape", codes, axes(0, channels, -1)), perm=[0, 2, 1])
+        if _pointwise(module):
+            return pixels
         if any(padding(module)):
             key = (channels, self.lookup.lead(size.image))
             if key not in self._borders or key[1] is None:
@@ -56,7 +58,11 @@ class Patches:
 
     def image(self, module: nn.Module, size: Size, rows: ir.Value) -> ir.Value:
         """[rows, pixels, O] -> [rows, O, H, W] of the layer's output."""
-        _, shape = self.index(module, size)
+        assert isinstance(module, nn.Conv2d)
+        if _pointwise(module):
+            shape = self.b("Concat", axes(0, -1), self.b("Shape", size.image, start=2), axis=0)
+        else:
+            _, shape = self.index(module, size)
         return self.b("Reshape", self.b("Transpose", rows, perm=[0, 2, 1]), shape)
 
     def index(self, module: nn.Module, size: Size) -> tuple[ir.Value, ir.Value]:
@@ -86,3 +92,8 @@ class Patches:
             outputs.append(count)
         index = b("Min", b("Add", *parts), pixels)
         return b("Reshape", index, axes(-1)), b("Concat", axes(0, -1), *outputs, axis=0)
+
+
+def _pointwise(module: nn.Conv2d) -> bool:
+    """Whether each pixel is a patch of its own."""
+    return module.kernel_size == (1, 1) == module.stride and not any(padding(module))

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
+from numpy.typing import NDArray
+
 from ptq_tdq.errors import ModelError
 from ptq_tdq.export.onnx.signature import Leaf
 
@@ -29,14 +31,17 @@ def places_of(held: Sequence[Leaf], given: dict[str, Any], count: int) -> list[i
         ) from None
 
 
-def rounds(places: Sequence[int], size: int, apart: bool = False) -> Iterator[list[int]]:
-    """Samples for each run of a graph with ``size`` places: each in its own place, others repeated in empty ones.
+def alike(rows: NDArray[Any]) -> list[list[int]]:
+    """The numbers of rows [n, ...] in groups of equal ones."""
+    groups: dict[bytes, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(row.tobytes(), []).append(number)
+    return list(groups.values())
 
-    ``apart``: one sample in a run.
-    """
-    together = [[sample] for sample in range(len(places))] if apart else [list(range(len(places)))]
-    for some in together:
-        waiting = ([sample for sample in some if places[sample] == place] for place in range(size))
-        for chosen in zip_longest(*waiting):
-            first = next(sample for sample in chosen if sample is not None)
-            yield [first if sample is None else sample for sample in chosen]
+
+def rounds(places: Sequence[int], size: int, samples: Sequence[int]) -> Iterator[list[int]]:
+    """Samples for each run of a graph with ``size`` places: each in its own place, others repeated in empty ones."""
+    waiting = ([sample for sample in samples if places[sample] == place] for place in range(size))
+    for chosen in zip_longest(*waiting):
+        first = next(sample for sample in chosen if sample is not None)
+        yield [first if sample is None else sample for sample in chosen]

@@ -41,6 +41,7 @@ class Codes:
 class Portable:
     """Lowers quantized layers, attention products and lone quantizers to standard operators."""
 
+    one_step: ClassVar[bool] = False  # whether all samples of a call have the same t
     signed_right: ClassVar[bool] = False  # the codes of a product's right operand
 
     def __init__(self, b: Builder, lookup: Lookup, artifact: Artifact) -> None:
