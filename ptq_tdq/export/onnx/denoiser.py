@@ -198,12 +198,12 @@ class OnnxDenoiser(nn.Module):
             return self._run({leaf.name: feed[leaf.name] for leaf in leaves})
         found: dict[int, list[NDArray[Any]]] = {}
         places = places_of(self.call.held(), feed, count)
-        for group in alike(feed[time]) if apart else [list(range(count))]:
-            for samples in [group] if self._any_batch else rounds(places, self.call.samples, group):
-                results = self._run({leaf.name: leaf.some(feed[leaf.name], samples, count) for leaf in leaves})
-                for place, sample in enumerate(samples):
-                    if self._any_batch or places[sample] == place:
-                        found[sample] = [np.split(result, len(samples))[place] for result in results]
+        groups = alike(feed[time]) if apart else [list(range(count))]
+        for samples in groups if self._any_batch else (r for g in groups for r in rounds(places, self.call.samples, g)):
+            results = self._run({leaf.name: leaf.some(feed[leaf.name], samples, count) for leaf in leaves})
+            for place, sample in enumerate(samples):
+                if self._any_batch or places[sample] == place:
+                    found[sample] = [np.split(result, len(samples))[place] for result in results]
         return [np.concatenate(parts) for parts in zip(*(found[i] for i in range(count)), strict=True)]
 
     def _run(self, feed: Feed) -> list[NDArray[Any]]:
