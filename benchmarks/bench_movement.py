@@ -1,15 +1,17 @@
-"""How much the activations of each embedded model move with t, and what intervals that follow them keep.
+"""How much the activations of each embedded model move with t and with the class, and what following them keeps.
 
 Nothing is learned: the inputs of all quantizers are counted in full precision at every step of some trajectories, and
 the best interval of each step is compared with the best one for all steps, both by the search of preset ``default``.
 ``movement`` is the widest over the narrowest range of a step, from the 0.1th to the 99.9th percentile; ``gain_db`` is
-what following t adds to the activation's own SQNR, a mean over the steps, at each number of bits. One JSON line per
-model; ``--render`` prints the table and draws the figure.
+what following t adds to the activation's own SQNR, a mean over the steps, at each number of bits. ``classes`` has the
+same of an interval for each class in place of each step, and ``chance`` of one for each group of as many samples drawn
+without regard to their class. One JSON line per model; ``--render`` prints the table and draws the figure.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,24 +61,41 @@ def gain_db(histogram: Histogram, bits: int, *, from_zero: bool) -> float:
     return float(10 * (errors[0] / errors[1]).log10().nan_to_num(0, 0, 0).mean())
 
 
+def moved(histogram: Histogram, from_zero: bool) -> Line:
+    """How far the rows of a histogram lie apart, and what an interval for each is worth, by bits."""
+    gains = {str(bits): gain_db(histogram, bits, from_zero=from_zero) for bits in BITS}
+    return {"movement": movement(histogram), "gain_db": gains}
+
+
+def over_steps(groups: Histogram, steps: int) -> Histogram:
+    """One row for each group, of rows for each group and step."""
+    rows = len(groups.counts)
+    return groups.pooled(torch.arange(rows) // steps, rows // steps)
+
+
 def measure(source: str, samples: int, steps: int, seed: int) -> Line:
     """One line: every activation of the model that preset ``default`` quantizes."""
     model = load_model(source)
     reference = make_reference(model, samples=samples, num_inference_steps=steps, seed=seed)
     layers = make_plan(folded_copy(model.denoiser), preset("default"), reference.calls).layers
-    records = {quantizer.name: quantizer for layer in layers for quantizer in layer.inputs}
+    from_zero = {quantizer.name: quantizer.from_zero for layer in layers for quantizer in layer.inputs}
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = replace(reference, conditions=[reference.conditions[i] for i in order])
+    chance = observe_activations(layers, drawn)
     found = []
     for name, activation in observe_activations(layers, reference).items():
-        from_zero = records[name].from_zero
-        gains = {str(bits): gain_db(activation.by_step, bits, from_zero=from_zero) for bits in BITS}
-        found.append({"name": name, "movement": movement(activation.by_step), "gain_db": gains})
+        entry = {"name": name, **moved(activation.by_step, from_zero[name])}
+        for key, groups in (("classes", activation.by_group), ("chance", chance[name].by_group)):
+            if groups is not None:
+                entry[key] = moved(over_steps(groups, steps), from_zero[name])
+        found.append(entry)
     about = {"model": source, "sha256": model.sha256, "samples": samples, "steps": steps, "seed": seed}
     return {**about, "activations": found, "facts": facts()}
 
 
 @click.command()
 @click.option("--models", default=MODELS)
-@click.option("--samples", default=16)
+@click.option("--samples", default=40)
 @click.option("--steps", default=20)
 @click.option("--seed", default=0)
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)

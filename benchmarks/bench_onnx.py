@@ -3,8 +3,9 @@
 One JSON line per (model, scheme, batch), one thread: milliseconds of one call of the denoiser (process CPU time, the
 least of the rounds), each file's speed over its own runtime's float32 and over that runtime's own static int8 model
 (made by onnxruntime.quantization, and by NNCF), how many products the runtime executes as integers, the file's size
-over that of the float32 weights, and the SQNR of its output against the simulated model's. "qdq" is the graph of one
-step of ``--runtime qdq``. OpenVINO computes what is not integers in float32, in all of its models.
+over that of the float32 weights, and the SQNR of its output against the simulated model's and against full precision, as
+that of the runtimes' own int8 models, whose intervals come from these very inputs. "qdq" is the graph of one step of
+``--runtime qdq``. OpenVINO computes what is not integers in float32, in all of its models.
 
 "float32" is the graph of ``--format onnx-float``; for onnxruntime with the same normalization nodes as in the integer
 file, so that only integers make the difference.
@@ -121,22 +122,23 @@ def measure(
 ) -> dict[str, Any]:
     inputs = call_of(calls, batch, T)
     with torch.no_grad():
-        simulated = prediction(build_quantized(artifact)(**inputs))
+        full, simulated = (prediction(denoiser(**inputs)) for denoiser in (model, build_quantized(artifact)))
     denoisers = {
         name: OnnxDenoiser(paths[file], runtime=runtime, threads=1) for name, (file, runtime, _) in CALLS.items()
     }
     outputs = {name: prediction(denoiser(**inputs)) for name, denoiser in denoisers.items()}
     run: dict[str, Call] = {name: partial(denoiser, **inputs) for name, denoiser in denoisers.items()}
     with torch.no_grad():
-        run |= openvino_calls(model, inputs, 1, "f32")
-        run |= onnxruntime_calls(model, inputs, 1, paths["qdq"].parent)
+        beside = openvino_calls(model, inputs, 1, "f32") | onnxruntime_calls(model, inputs, 1, paths["qdq"].parent)
+    run |= beside
+    every = outputs | {name: torch.from_numpy(call()[0]) for name, call in beside.items()}
     best = dict.fromkeys(run, float("inf"))
     for _ in range(rounds):
         for name, call in run.items():
             began = time.process_time()
             call()
             best[name] = min(best[name], time.process_time() - began)
-    full = 4 * sum(v.numel() for part in (artifact.weight_codes, artifact.float_state) for v in part.values())
+    size = 4 * sum(v.numel() for part in (artifact.weight_codes, artifact.float_state) for v in part.values())
     return {
         "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
         "over_float32": {name: best[beside] / best[name] for name, (*_, beside) in CALLS.items()},
@@ -146,8 +148,9 @@ def measure(
             "onnxruntime": onnxruntime_products(paths["onnxruntime"]),
             "openvino": openvino_products(paths["openvino"], inputs),
         },
-        "file_over_float32": {name: paths[name].stat().st_size / full for name in FORMS},
+        "file_over_float32": {name: paths[name].stat().st_size / size for name in FORMS},
         "sqnr_db_to_simulated": {name: sqnr_db(simulated, output) for name, output in outputs.items()},
+        "sqnr_db_to_full": {name: sqnr_db(full, output) for name, output in every.items()},
     }
 
 
