@@ -113,22 +113,37 @@ def main(models: str, samples: int, steps: int, seed: int, results: Path, render
         draw(lines).savefig(results.with_suffix(".svg"), metadata={"Date": None})
 
 
+EACH = {"step": "", "class": "classes", "group drawn at random": "chance"}  # whose interval -> where it is in a line
+
+
 def table(lines: list[Line]) -> str:
     """Markdown: how far the ranges move, medians and 90th percentiles of the gains, and where the largest is."""
     heads = " | ".join(f"gain at {bits} bits, dB" for bits in BITS)
     rows = [
-        f"| model | activations | movement | move more than 2 times | {heads} | largest gain |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
+        f"| model | an interval for each | activations | movement | move more than 2 times | {heads} | largest gain |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for line in lines:
-        moved = torch.tensor([a["movement"] for a in line["activations"]])
-        gains = torch.tensor([[a["gain_db"][str(bits)] for bits in BITS] for a in line["activations"]])
-        cells = [f"{_middle(moved)[0]:.2f} ({_middle(moved)[1]:.2f})", f"{float((moved > 2).float().mean()):.0%}"]
-        cells += [f"{middle:+.2f} ({high:+.2f})" for middle, high in map(_middle, gains.unbind(1))]
-        top = int(gains[:, 0].argmax())
-        cells.append(f"`{line['activations'][top]['name']}`, {' / '.join(f'{gain:+.1f}' for gain in gains[top])}")
-        rows.append(f"| `{line['model']}` | {len(moved)} | {' | '.join(cells)} |")
+        model = f"`{line['model']}`"
+        for each, key in EACH.items():
+            found = [a[key] if key else a for a in line["activations"] if not key or key in a]
+            if found:
+                names = [a["name"] for a in line["activations"]]
+                rows.append(f"| {model} | {each} | {len(found)} | {' | '.join(_cells(found, names))} |")
+                model = ""
     return "\n".join(rows)
+
+
+def _cells(found: list[Line], names: list[str]) -> list[str]:
+    moved = torch.tensor([a["movement"] for a in found])
+    gains = torch.tensor([[a["gain_db"][str(bits)] for bits in BITS] for a in found])
+    top = int(gains[:, 0].argmax())
+    return [
+        f"{_middle(moved)[0]:.2f} ({_middle(moved)[1]:.2f})",
+        f"{float((moved > 2).float().mean()):.0%}",
+        *(f"{middle:+.2f} ({high:+.2f})" for middle, high in map(_middle, gains.unbind(1))),
+        f"`{names[top]}`, {' / '.join(f'{gain:+.1f}' for gain in gains[top])}",
+    ]
 
 
 def _middle(values: Tensor) -> tuple[float, float]:

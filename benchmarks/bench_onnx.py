@@ -3,9 +3,9 @@
 One JSON line per (model, scheme, batch), one thread: milliseconds of one call of the denoiser (process CPU time, the
 least of the rounds), each file's speed over its own runtime's float32 and over that runtime's own static int8 model
 (made by onnxruntime.quantization, and by NNCF), how many products the runtime executes as integers, the file's size
-over that of the float32 weights, and the SQNR of its output against the simulated model's and against full precision, as
-that of the runtimes' own int8 models, whose intervals come from these very inputs. "qdq" is the graph of one step of
-``--runtime qdq``. OpenVINO computes what is not integers in float32, in all of its models.
+over that of the float32 weights, and the SQNR of its output against the simulated model's and against full precision;
+that of the runtimes' own int8 models, too, whose intervals come from these very inputs. "qdq" is the graph of one step
+of ``--runtime qdq``. OpenVINO computes what is not integers in float32, in all of its models.
 
 "float32" is the graph of ``--format onnx-float``; for onnxruntime with the same normalization nodes as in the integer
 file, so that only integers make the difference.

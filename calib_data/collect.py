@@ -63,7 +63,7 @@ def collect(
     collected, total = [], num_inference_steps * -(-trajectories // size)
     for number, start in enumerate(range(0, trajectories, size)):
         samples = range(start, min(start + size, trajectories))
-        part = _read(parts, start)
+        part = _read(parts, samples)
         if part is None:
             recorder = Recorder(model.denoiser)
             schedule = new_schedule(model.sampler)
@@ -86,7 +86,7 @@ def collect(
                 )
             part = recorder.calls(axis_of(recorder, schedule))
             if parts is not None:
-                part.save(_file(parts, start))
+                part.save(_file(parts, samples))
         collected.append(part)
     recipe = make_recipe(
         model,
@@ -256,15 +256,15 @@ class _Wanted:
             self.chosen[found[given], column] = True
 
 
-def _file(parts: Path, start: int) -> Path:
-    return parts / f"{start:06d}.safetensors"
+def _file(parts: Path, samples: range) -> Path:
+    return parts / f"{samples.start:06d}-{samples.stop:06d}.safetensors"
 
 
-def _read(parts: Path | None, start: int) -> Calls | None:
+def _read(parts: Path | None, samples: range) -> Calls | None:
     if parts is None:
         return None
     try:
-        return Calls.load(_file(parts, start))
+        return Calls.load(_file(parts, samples))
     except CalibrationSetError:
         return None
 

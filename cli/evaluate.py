@@ -119,7 +119,7 @@ def evaluate_command(
         model = with_scheduler(model, scheduler)
     samples = samples or (PIPELINE_SAMPLES if model.sampler.batch < PIPELINE_SAMPLES else SAMPLES)
     say = Progress(quiet=quiet, verbose=verbose)
-    network = inception.load_inception() if data else None
+    network, real = (inception.load_inception(), inception.find_real(data)) if data else (None, [])
     baseline = make_baseline(
         model,
         samples=samples,
@@ -127,13 +127,13 @@ def evaluate_command(
         seed=seed,
         on_progress=lambda done, total: say.counting("Sampling with full precision", done, total),
     )
-    real = _real(network, data, baseline)
+    found = _real(network, real, baseline)
     measured = baseline.measure(
         denoiser,
         lambda done, total: say.counting("Sampling with the quantized model", done, total),
     )
-    full = baseline.quality() | _inception(network, baseline.images, real)
-    mine = measured.results | _inception(network, measured.images, real)
+    full = baseline.quality() | _inception(network, baseline.images, found)
+    mine = measured.results | _inception(network, measured.images, found)
     document = {
         "artifact": str(artifact),
         "model": {"id": model.id, "sha256": model.sha256},
@@ -170,14 +170,14 @@ def _corrected(name: CorrectionName, model: LoadedModel, quantized: nn.Module, c
     return corrected(name, model, quantized, calls)
 
 
-def _real(network: Any, data: Path | None, baseline: Baseline) -> tuple[Tensor, Tensor, Tensor] | None:
+def _real(network: Any, paths: list[Path], baseline: Baseline) -> tuple[Tensor, Tensor, Tensor] | None:
     """What Inception says of the real images."""
-    if network is None or data is None:
+    if network is None:
         return None
     if baseline.images is None:
         raise UsageError("The samples are sounds, or latents without a VAE, and no images; leave out --data.")
     height, width = baseline.images.shape[2:]
-    return inception.describe(network, inception.load_folder(data, (height, width)))
+    return inception.describe(network, inception.read_real(paths, (height, width)))
 
 
 def _inception(network: Any, images: Tensor | None, real: tuple[Tensor, Tensor, Tensor] | None) -> dict[str, float]:

@@ -104,3 +104,8 @@ class ArtifactCorruptError(ArtifactError):
 
 class ArtifactMismatchError(ArtifactError):
     """An intact artifact that belongs to another model or to an unknown schema version."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line without a full stop; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]

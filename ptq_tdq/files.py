@@ -9,10 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISREG
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from PIL import Image
 if sys.platform != "win32":
     import fcntl
 
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever an ending promises: Pillow starts programs for some others
 _MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 
 
@@ -57,6 +62,26 @@ def check_tensors(path: Path, most: int | None = None) -> None:
             raise OSError(0, "it has no header of tensors") from None
     if not whole:
         raise OSError(0, "it is not as long as its header says")
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The files in a folder and its sub-folders that are called as images are, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file, 8 bits of red, green and blue; raises :class:`OSError` for what is none."""
+    import numpy as np
+    from PIL import Image
+
+    check_file(path)
+    try:
+        with Image.open(path, formats=_IMAGE_FORMATS) as image:
+            # Pillow clips 16 bits to 8
+            eight = Image.fromarray(np.uint8(np.asarray(image) // 257)) if image.mode.startswith("I") else image
+            return eight.convert("RGB")
+    except Exception as error:  # decoders raise many unrelated types
+        raise OSError(0, reason(error)) from None
 
 
 @contextmanager

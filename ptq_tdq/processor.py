@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ptq_tdq.errors import ConfigError
+from ptq_tdq.errors import ConfigError, first_line
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 COMPUTE_DTYPES = {
@@ -25,8 +25,8 @@ def check_device(device: str | torch.device) -> None:
     try:
         torch.zeros(1, device=device).cpu()  # also what has no values, as "meta"
     except (RuntimeError, AssertionError, ValueError) as error:  # an assertion where torch is built without it
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"The device {str(device)!r} cannot be used here ({reason}); choose another.") from error
+        said = first_line(error)
+        raise ConfigError(f"The device {str(device)!r} cannot be used here ({said}); choose another.") from error
 
 
 def instruction_set() -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact, IntervalTable, model_card, write_artifact
-from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError, OutputError
+from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError, OutputError, first_line
 from ptq_tdq.fit import check_fit
 from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
@@ -116,7 +116,7 @@ class QuantizedModel(TimedModel):
                 )
             except Exception as error:  # the hub client raises many unrelated types
                 raise OutputError(
-                    f"The artifact was not uploaded to '{repo_id}' ({str(error).splitlines()[0]}); check the name, and "
+                    f"The artifact was not uploaded to '{repo_id}' ({first_line(error)}); check the name, and "
                     "log in by 'hf auth login'."
                 ) from error
 

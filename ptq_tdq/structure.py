@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import get_ident
+from threading import RLock, get_ident
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError
+from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError, first_line
 from ptq_tdq.fit import check_fit
 from ptq_tdq.wrap import fold, folded_copy
 
@@ -29,6 +29,7 @@ COUNTS = {"num_groups", "heads", "num_heads", "num_attention_heads"}  # attribut
 # positions) is small. Both limits are for files of a few values, where that "small" is more than the model itself.
 CALLS_PER_TENSOR, SPARE_CALLS = 8, 1_000
 VALUES_PER_VALUE, SPARE_VALUES = 4, 2**24
+_BUILDING = RLock()  # what a build changes of torch, and puts back, is the same for all threads
 
 
 def diffusers_class(name: Any, base: Literal["ModelMixin", "SchedulerMixin"] = "ModelMixin") -> Any:
@@ -49,14 +50,13 @@ def building() -> Iterator[None]:
     Raises :class:`ArtifactMismatchError` in the place of what is no error of this package.
     """
     try:
-        with _float32_default():
+        with _BUILDING, _float32_default():
             yield
     except PtqTdqError:
         raise
     except Exception as error:  # nobody has checked the entries of the configuration one by one
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ArtifactMismatchError(
-            f"The artifact's model_config is none that its model takes ({reason}); make the artifact again."
+            f"The artifact's model_config is none that its model takes ({first_line(error)}); make the artifact again."
         ) from error
 
 
@@ -104,7 +104,7 @@ def hollow_model(artifact: Artifact, model: nn.Module | None = None) -> nn.Modul
     structure = meta_model(artifact.config["model_config"], artifact.time_axis.argument, Size.of(artifact))
     check_fit(structure, artifact)
     cls: Any = type(structure)
-    with torch.device("cpu"), _hollow_parameters():
+    with _BUILDING, torch.device("cpu"), _hollow_parameters():
         built = cls.from_config(artifact.config["model_config"])
     assert isinstance(built, nn.Module)
     return fold(built)
@@ -132,6 +132,7 @@ def _hollow_parameters() -> Iterator[None]:
         if parameter is not None and get_ident() == thread:
             module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
+    # torch has a hook for it, but a module that another thread builds as it comes or goes fails
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -174,6 +176,27 @@ def test_tensors_that_no_file_holds_have_their_values_and_nothing_else_takes_mem
     for backend in ("simulated", "integer"):
         loaded = load_quantized(tmp_path / "out", backend=backend)
         assert sqnr_db(prediction(quantized(**pair)), prediction(loaded(**pair))) > 30
+
+
+def test_threads_load_at_once_and_leave_torch_as_it_was(tmp_path: Path) -> None:
+    denoiser = NAMED["DiTTransformer2DModel"]
+    with torch.no_grad():
+        model = denoiser.build()
+        quantized = calibrate(model, QUICK, calls := recorded(denoiser, model))
+    quantized.save_pretrained(tmp_path / "out")
+    artifact = read_artifact(tmp_path / "out")
+    begin = Barrier(4)
+
+    def load(_: int) -> list[str]:
+        begin.wait()
+        return [p.device.type for _ in range(4) for p in hollow_model(artifact).parameters()]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert {device for found in pool.map(load, range(4)) for device in found} == {"meta"}
+        assert set(pool.map(lambda _: nn.Linear(2, 2).weight.device.type, range(4))) == {"cpu"}
+    with torch.no_grad():
+        pair = calls.inputs(slice(0, 2))
+        assert torch.equal(prediction(load_quantized(tmp_path / "out")(**pair)), prediction(quantized(**pair)))
 
 
 class Spectral(nn.Module):

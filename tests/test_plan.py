@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptq_tdq.calibration import calibrate
+from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config, preset
 from ptq_tdq.errors import ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
@@ -422,4 +423,26 @@ def test_calls_that_the_model_refuses_are_one_sentence(tiny_unet: Callable[..., 
     calls = calls_of(model, torch.randn(2, 3, 8, 8), torch.tensor([3, 5]), class_labels=labels)
     calls.groups[0].leaf("class_labels")[1] = 99
     with pytest.raises(ModelError, match="UNet2DModel refuses the recorded calls"):
+        make_plan(model, preset("default"), calls)
+
+
+class Alone(nn.Module):
+    """Takes one sample at a time, and says nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        if len(sample) != 1:
+            raise AssertionError
+        result: Tensor = self.layer(sample)
+        return result
+
+
+def test_a_refusal_without_words_is_one_sentence() -> None:
+    model = Alone()
+    parts = [calls_of(model, torch.randn(1, 4), torch.tensor([t])) for t in (3, 5)]
+    calls = Calls.join(parts, parts[0].axis)
+    with pytest.raises(ModelError, match=r"two rows .* at once \(AssertionError\)"):
         make_plan(model, preset("default"), calls)

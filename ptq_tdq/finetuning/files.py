@@ -15,12 +15,10 @@ from torch import Tensor
 from ptq_tdq.calib_data import LoadedModel, LoopSampler
 from ptq_tdq.calib_data.loop import LABELS
 from ptq_tdq.errors import CalibrationSetError, ConfigError
-from ptq_tdq.files import check_file, reason
+from ptq_tdq.files import IMAGE_ENDINGS, check_file, find_images, read_image, reason
 from ptq_tdq.finetuning.data import NoisedSamples
 from ptq_tdq.timeaxis import TimeAxis
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever an ending promises: Pillow starts programs for some others
 SAMPLES = {"images", "latents"}
 MOST_PACKED = 100  # how many times as long as in a compressed file an array may be
 ENCODED = 64  # images at once
@@ -122,26 +120,23 @@ def _read_folder(folder: Path, size: tuple[int, int], classes: int) -> Mapping[s
             )
     images, labels = [], []
     for number, part in enumerate(parts):
-        for path in sorted(x for x in part.rglob("*") if x.suffix.lower() in ENDINGS):
+        for path in find_images(part):
             images.append(_read_image(path, size))
             labels.append(number)
     if not images:
         where = "its sub-folders, one per class," if classes else "it"
-        raise CalibrationSetError(f"'{folder}' has no images in {where} ({', '.join(ENDINGS)}); give another folder.")
+        endings = ", ".join(IMAGE_ENDINGS)
+        raise CalibrationSetError(f"'{folder}' has no images in {where} ({endings}); give another folder.")
     return {"images": np.stack(images), **({"labels": np.array(labels)} if classes else {})}
 
 
 def _read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     """One image, uint8 [H, W, 3], cropped and resized."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     try:
-        check_file(path)
-        with Image.open(path, formats=FORMATS) as image:
-            # Pillow clips 16 bits to 8
-            eight = Image.fromarray(np.uint8(np.asarray(image) // 257)) if image.mode.startswith("I") else image
-            return np.asarray(ImageOps.fit(eight.convert("RGB"), size[::-1]))
-    except Exception as error:  # decoders raise many unrelated types
+        return np.asarray(ImageOps.fit(read_image(path), size[::-1]))
+    except OSError as error:
         raise CalibrationSetError(f"'{path}' is no image that can be read ({reason(error)}).") from None
 
 

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls.arguments import REFUSALS
-from ptq_tdq.errors import ModelError
+from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.export.onnx.geometry import output_shape, unpadded
 from ptq_tdq.export.onnx.reads import Answers, Read, listen
 from ptq_tdq.export.onnx.reals import InReals, has_complex
@@ -159,7 +159,7 @@ def _refusals(reads: Collection[str] = ()) -> Iterator[None]:
         with quiet(), torch.no_grad():
             yield
     except ModelError as error:
-        raise ModelError(str(error).splitlines()[0]) from error  # torch adds what it was doing
+        raise ModelError(first_line(error)) from error  # torch adds what it was doing
     except Exception as error:  # of many unrelated types
         reason = _reason(error)
         if reads or _depends_on_values(error):
@@ -173,7 +173,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+    return first_line(error)
 
 
 def _depends_on_values(error: BaseException) -> bool:
