@@ -9,14 +9,13 @@ them. One JSON line per layer; ``--render`` prints means over layers, plain and 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import click
 import torch
-from facts import facts
+from lines import append, read
 from torch import Tensor, nn
 
 from ptq_tdq import load_model
@@ -78,18 +77,16 @@ def main(name: str, bits: str, groups: str, trajectories: int, results: Path, th
         model = load_model(name)
         seen, fresh = (moments(model, seed, trajectories) for seed in (0, FRESH_SEED))
         sizes = [int(group) for group in groups.split(",")]
-        with results.open("w") as file:
-            for layer in seen:
-                weight = model.denoiser.get_submodule(layer).weight.detach()
-                found = [
-                    one
-                    for width in map(int, bits.split(","))
-                    for one in measure(weight, seen[layer], fresh[layer], width, sizes)
-                ]
-                line = {"model": name, "layer": layer, "trajectories": trajectories, "found": found, "facts": facts()}
-                file.write(json.dumps(line) + "\n")
-    lines = map(json.loads, results.read_text().splitlines())
-    print(table([{"layer": line["layer"], **one} for line in lines for one in line["found"]]))
+        results.unlink(missing_ok=True)
+        for layer in seen:
+            weight = model.denoiser.get_submodule(layer).weight.detach()
+            found = [
+                one
+                for width in map(int, bits.split(","))
+                for one in measure(weight, seen[layer], fresh[layer], width, sizes)
+            ]
+            append(results, {"model": name, "layer": layer, "trajectories": trajectories, "found": found})
+    print(table([{"layer": line["layer"], **one} for line in read(results) for one in line["found"]]))
 
 
 def measure(weight: Tensor, seen: Tensor, fresh: Tensor, bits: int, groups: list[int]) -> list[Line]:

@@ -10,15 +10,13 @@ without regard to their class. One JSON line per model; ``--render`` prints the 
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 import matplotlib
 import torch
-from facts import facts
+from lines import Line, append, read
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -37,7 +35,6 @@ MODELS = "reference-pixel,reference,reference-dit"
 BITS = (8, 6, 4)
 DRAWN = 6  # bits of the figure
 TAIL = 0.001
-Line = dict[str, Any]
 
 
 def movement(histogram: Histogram) -> float:
@@ -90,7 +87,7 @@ def measure(source: str, samples: int, steps: int, seed: int) -> Line:
                 entry[key] = moved(over_steps(groups, steps), from_zero[name])
         found.append(entry)
     about = {"model": source, "sha256": model.sha256, "samples": samples, "steps": steps, "seed": seed}
-    return {**about, "activations": found, "facts": facts()}
+    return {**about, "activations": found}
 
 
 @click.command()
@@ -104,10 +101,8 @@ def main(models: str, samples: int, steps: int, seed: int, results: Path, render
     if not render:
         torch.set_num_threads(1)
         for source in models.split(","):
-            line = measure(source, samples, steps, seed)
-            with results.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+            append(results, measure(source, samples, steps, seed))
+    lines = read(results)
     print(table(lines))
     with matplotlib.rc_context(STYLE):
         draw(lines).savefig(results.with_suffix(".svg"), metadata={"Date": None})

@@ -13,7 +13,6 @@ file, so that only integers make the difference.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections import Counter
@@ -27,7 +26,7 @@ import onnxruntime
 import openvino
 import torch
 from bench_runtime import Call, onnxruntime_calls, openvino_calls
-from facts import facts
+from lines import append, parse_choices, read
 from subjects import call_of, make_model
 from torch import nn
 
@@ -39,13 +38,14 @@ from ptq_tdq.export.onnx import FORMS, OnnxDenoiser
 from ptq_tdq.export.onnx.file import encode_onnx, write_steps
 from ptq_tdq.export.onnx.floating import Floating
 from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
+from ptq_tdq.export.onnx.portable import Portable
 from ptq_tdq.export.onnx.skeleton import make_skeleton
 from ptq_tdq.load import build_quantized
 
 RESULTS = Path(__file__).parent / "results" / "onnx.jsonl"
 # Rounding and intervals do not matter for speed: nearest rounding, the observed steps' best intervals.
 QUICK = {"rounding": "nearest", "activation_iterations": 0, "method": "step-table"}
-SAMPLES = {"samples_per_step": 4, "calibration_steps": 5, "num_inference_steps": 5}
+SAMPLES: dict[str, Any] = {"samples_per_step": 4, "calibration_steps": 5, "num_inference_steps": 5}
 T = 500
 
 
@@ -55,7 +55,7 @@ class FloatForOnnxRuntime(Floating):
     group_norm = OnnxRuntime.group_norm
 
 
-FILES = {
+FILES: dict[str, type[Portable]] = {
     "float32": Floating,
     "float32-ort": FloatForOnnxRuntime,
     **FORMS,
@@ -84,7 +84,7 @@ STATIC = {"onnxruntime": "onnxruntime static int8", "openvino": "OpenVINO + NNCF
 def main(
     models: str, schemes: str, batches: str, rounds: int, settings: tuple[str, ...], results: Path, render: bool
 ) -> None:
-    chosen = dict(setting.split("=", 1) for setting in settings)
+    chosen = parse_choices(settings)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     for name in [] if render else models.split(","):
@@ -98,10 +98,8 @@ def main(
                 for batch in map(int, batches.split(",")):
                     line = {"model": name, "scheme": scheme, "batch": batch, "set": chosen}
                     line |= measure(model.denoiser, artifact, calls, paths, batch, rounds)
-                    results.parent.mkdir(exist_ok=True)
-                    with results.open("a") as file:
-                        file.write(json.dumps(line | {"facts": facts()}) + "\n")
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+                    append(results, line)
+    print(table(read(results)))
 
 
 def export(artifact: Artifact, calls: Calls, folder: Path) -> dict[str, Path]:

@@ -62,7 +62,7 @@ if not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"):
     raise MissingExtraError("Pipelines with quantized components need diffusers 0.40 or newer; upgrade diffusers.")
 
 
-class PtqTdqConfig(QuantizationConfigMixin):
+class PtqTdqConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Which artifact's quantized model takes the place of a component that is loaded in full precision.
 
     ``artifact`` is a folder or a hub id. The pipeline gives the structure; all weights are those of the artifact::
@@ -74,7 +74,7 @@ class PtqTdqConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, artifact: str | Path | None = None, *, document: dict[str, Any] | None = None) -> None:
-        self.quant_method = Method.PTQ_TDQ  # type: ignore[assignment]
+        self.quant_method = Method.PTQ_TDQ
         self.artifact, self.document = artifact, document
 
     @classmethod
@@ -92,7 +92,7 @@ class PtqTdqConfig(QuantizationConfigMixin):
         return {"quant_method": self.quant_method.value} | {key: (self.document or {}).get(key) for key in shown}
 
 
-class PtqTdqQuantizer(DiffusersQuantizer):
+class PtqTdqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     """Loads what was calibrated before; diffusers makes one for each model that it loads.
 
     ``quantized`` is the :class:`~ptq_tdq.QuantizedModel` around the very model that diffusers holds.
