@@ -81,7 +81,7 @@ class Bench(engine._Engine):
 @click.option("--units", default="down_blocks.0.resnets.0", help="Names, separated by commas.")
 @click.option("--methods", default=METHODS)
 @click.option("--scheme", default="W8A5")
-@click.option("--samples", default=16, help="Of each step.")
+@click.option("--samples", default=16, type=click.IntRange(min=8), help="Of each step; one in 8 is held out.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--render", is_flag=True, help="Only print the table.")
 def main(units: str, methods: str, scheme: str, samples: int, results: Path, render: bool) -> None:
