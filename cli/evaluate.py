@@ -22,6 +22,7 @@ from ptq_tdq.cli.options import (
     quiet_option,
     result_console,
     scheduler_option,
+    seed_option,
     steps_option,
     threads_option,
     verbose_option,
@@ -72,7 +73,7 @@ NO_IMAGES = (
     show_default=True,
     help="ptqd: undo mean and gain of the errors, estimated on the artifact's calibration set.",
 )
-@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise.")
+@seed_option
 @click.option(
     "--data",
     type=FilePath(),

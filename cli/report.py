@@ -17,6 +17,7 @@ from ptq_tdq.cli.options import (
     print_json,
     quiet_option,
     scheduler_option,
+    seed_option,
     steps_option,
     threads_option,
     verbose_option,
@@ -46,7 +47,7 @@ from ptq_tdq.report.survey import Subject, check_same_model, survey
 )
 @steps_option
 @scheduler_option
-@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise.")
+@seed_option
 @click.option("--overwrite", is_flag=True, help="Replace a report that is already there.")
 @threads_option
 @json_option

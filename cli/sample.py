@@ -21,6 +21,7 @@ from ptq_tdq.cli.options import (
     print_json,
     quiet_option,
     scheduler_option,
+    seed_option,
     steps_option,
     threads_option,
     verbose_option,
@@ -53,7 +54,7 @@ IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of
 @steps_option
 @scheduler_option
 @backend_option
-@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise.")
+@seed_option
 @threads_option
 @json_option
 @verbose_option
