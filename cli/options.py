@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ptq_tdq import processes
 from ptq_tdq.calib_data import EMBEDDED, LoadedModel, read_prompts
-from ptq_tdq.choices import Choices, described
+from ptq_tdq.choices import Choices, described, pair
 from ptq_tdq.config import read_config_file
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.files import reason
@@ -135,14 +135,11 @@ def _model_options(source: Decorator) -> Decorator:
 def _read_call(texts: tuple[str, ...]) -> dict[str, Any]:
     """KEY=VALUE pairs; a value is a number, true, false or null where it reads as one, else text."""
     found = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--call takes KEY=VALUE. Got {text!r} instead.")
+    for key, value in (pair(text, "--call") for text in texts):
         try:
-            found[key.strip().replace("-", "_")] = json.loads(value)
+            found[key] = json.loads(value)
         except (ValueError, RecursionError):
-            found[key.strip().replace("-", "_")] = value
+            found[key] = value
     return found
 
 
@@ -262,13 +259,7 @@ def read_choices(record: type[Choices], file: Path | None, given: Mapping[str, A
 
 def read_settings(settings: Sequence[str]) -> dict[str, str]:
     """The choices that ``--set`` names."""
-    found = {}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes KEY=VALUE. Got {text!r} instead.")
-        found[key.strip().replace("-", "_")] = value.strip()
-    return found
+    return dict(pair(text, "--set") for text in settings)
 
 
 def _cores() -> int:
