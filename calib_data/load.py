@@ -23,7 +23,7 @@ from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError, first_line
-from ptq_tdq.identity import model_sha256
+from ptq_tdq.identity import model_name, model_sha256
 from ptq_tdq.processor import check_device
 from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import time_argument
@@ -121,8 +121,7 @@ def from_pipeline(
         raise ModelError(f"{type(pipe).__name__} has no denoiser named {name!r}; it has {', '.join(known)}.")
     check_denoiser(denoiser)
     sampler = PipelineSampler(pipe, name, prompts, classes, call)
-    own = str(getattr(denoiser.config, "_name_or_path", "") or type(denoiser).__name__)
-    return LoadedModel(denoiser, sampler, Path(own).name, model_sha256(denoiser), name)
+    return LoadedModel(denoiser, sampler, model_name(denoiser), model_sha256(denoiser), name)
 
 
 def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:

@@ -278,6 +278,11 @@ threads_option: Decorator = click.option(
 )
 
 
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, with a number where several are alike."""
+    return [x if names.count(x) == 1 else f"{x} ({names[: i + 1].count(x)})" for i, x in enumerate(names)]
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from ptq_tdq.artifacts import check_base_model, check_target, read_artifact
+from ptq_tdq.artifacts import check_base_model, check_target, public_name, read_artifact
 from ptq_tdq.calib_data import LoadedModel, with_scheduler
 from ptq_tdq.cli.options import (
     FilePath,
     json_option,
+    numbered,
     original_options,
     print_json,
     quiet_option,
@@ -78,9 +79,8 @@ def report_command(
 
     quiet_schedulers()
     say = Progress(quiet=quiet, verbose=verbose)
-    subjects = [
-        Subject(name, path, read_artifact(path)) for name, path in zip(_names(artifacts), artifacts, strict=True)
-    ]
+    names = numbered([path.resolve().name for path in artifacts])
+    subjects = [Subject(name, path, read_artifact(path)) for name, path in zip(names, artifacts, strict=True)]
     check_same_model(subjects)
     check_output(output_dir, overwrite)
     check_target(output_dir, overwrite)
@@ -114,24 +114,17 @@ def _check_libraries() -> None:
         raise MissingExtraError(f"The report needs {' and '.join(missing)}; pip install 'ptq-tdq[report]'.")
 
 
-def _names(paths: tuple[Path, ...]) -> list[str]:
-    """A short name for each artifact: its folder's, numbered where several are alike."""
-    bare = [path.resolve().name for path in paths]
-    return [name if bare.count(name) == 1 else f"{name} ({bare[: i + 1].count(name)})" for i, name in enumerate(bare)]
-
-
 def _model(
     source: str | None, subject: Subject, scheduler: str | None, given: dict[str, Any]
 ) -> tuple[LoadedModel | None, tuple[str, ...]]:
     """The model named by the user, else the artifact's own; None and a notice where that cannot be used from here."""
-    base = subject.artifact.config["base_model"]["id"]
+    name = public_name(subject.artifact.config["base_model"]["id"])
     try:
         model = load_original(source, subject.artifact, **given)
         check_base_model(subject.artifact, model.sha256)
     except (ModelError, ArtifactMismatchError) as error:
         if source:
             raise
-        name = Path(base).name if Path(base).is_absolute() else base
         reason = "cannot be loaded from here" if isinstance(error, ModelError) else "is not the one that was quantized"
         return None, (
             f"The full-precision model '{name}' {reason}, so errors, distributions and samples are missing from the "

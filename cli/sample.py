@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ptq_tdq.cli.options import (
     FilePath,
     backend_option,
     json_option,
+    numbered,
     original_options,
     print_json,
     quiet_option,
@@ -95,7 +95,7 @@ def sample_command(
             return run(denoiser, model, conditions, num_inference_steps, seed)
 
     full, found, panels = sampled(model.denoiser, "full precision"), list[dict[str, Any]](), dict[str, Tensor]()
-    for title, artifact in zip(_titles(stored), artifacts, strict=True):
+    for title, artifact in zip(numbered(list(map(_title, stored))), artifacts, strict=True):
         mine = sampled(load_quantized(artifact, backend=backend, device=given["device"]), title)
         found.append({"title": title, "latent_sqnr_db": finite(sqnr_db(full.latents, mine.latents))})
         if full.images is not None and mine.images is not None:
@@ -117,13 +117,11 @@ def sample_command(
         click.echo(_summary(facts))
 
 
-def _titles(artifacts: Sequence[Artifact]) -> list[str]:
-    """Bits, method and, if fine-tuned, the quantizer of each; numbered where several are alike."""
-    bare = []
-    for config in (artifact.config for artifact in artifacts):
-        quantizer = config.get("finetune", {}).get("choices", {}).get("quantizer")
-        bare.append(" ".join(filter(None, (config["scheme"], config["method"], quantizer))))
-    return [text if bare.count(text) == 1 else f"{text} ({bare[: i + 1].count(text)})" for i, text in enumerate(bare)]
+def _title(artifact: Artifact) -> str:
+    """Bits, method and, if fine-tuned, the quantizer."""
+    config = artifact.config
+    quantizer = config.get("finetune", {}).get("choices", {}).get("quantizer")
+    return " ".join(filter(None, (config["scheme"], config["method"], quantizer)))
 
 
 def _summary(facts: dict[str, Any]) -> str:

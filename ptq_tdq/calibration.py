@@ -21,7 +21,7 @@ from ptq_tdq.calls import Calls
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Config
 from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError
-from ptq_tdq.identity import base_config, model_sha256
+from ptq_tdq.identity import base_config, model_name, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
@@ -214,7 +214,7 @@ def provenance(
         base = {"id": model_id or model.id, "sha256": model.sha256}
         base |= {} if model.component is None else {"component": model.component}
     else:
-        base = {"id": model_id or _name(model), "sha256": model_sha256(model)}
+        base = {"id": model_id or model_name(model), "sha256": model_sha256(model)}
     return {
         "base_model": base,
         "model_config": base_config(model.denoiser if isinstance(model, LoadedModel) else model),
@@ -246,7 +246,3 @@ def weight_identity(document: dict[str, Any], config: Config) -> dict[str, Any]:
     """The part of :func:`identity` that phase W depends on."""
     found = {key: value for key, value in identity(document).items() if not key.startswith("choice ")}
     return found | {f"choice {key}": value for key, value in config.weight_choices.items()}
-
-
-def _name(model: Any) -> str:
-    return Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)).name

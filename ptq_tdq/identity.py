@@ -1,13 +1,19 @@
-"""What a model is: its configuration, and a hash of its weights."""
+"""What a model is: its name, its configuration, and a hash of its weights."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def model_name(model: Any) -> str:
+    """The last folder of where a model was read from, or else its class."""
+    return Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)).name
 
 
 def base_config(model: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptq_tdq.artifacts import Artifact, IntervalTable, summarize
+from ptq_tdq.artifacts import Artifact, IntervalTable, public_name, summarize
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Role
 from ptq_tdq.evaluate.images import captions_of
@@ -49,7 +49,7 @@ def report_data(found: Survey) -> Json:
         "version": version("ptq-tdq"),
         "model": {
             **base,
-            "id": _name(base["id"]),
+            "id": public_name(base["id"]),
             "class": first.config["model_config"].get("_class_name"),
             "pipeline": _pipeline(first.config["calibration_set"].get("sampler")),
         },
@@ -228,9 +228,3 @@ def _finetune(artifact: Artifact) -> Json | None:
         return None
     losses = {"t": [x["iteration"] for x in found["losses"]], "v": [short(x["loss"]) for x in found["losses"]]}
     return {"quantizer": about["choices"].get("quantizer"), **found["held_out"], "losses": losses}
-
-
-def _name(identifier: str) -> str:
-    """A model id without the folders of the machine that it was read on."""
-    is_path = identifier.startswith((".", "/", "~")) or "\\" in identifier or identifier.count("/") > 1
-    return identifier.replace("\\", "/").rstrip("/").split("/")[-1] if is_path else identifier
