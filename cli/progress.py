@@ -17,8 +17,8 @@ from ptq_tdq.choices import ungrouped
 from ptq_tdq.cli.options import result_console
 from ptq_tdq.config import Config, preset
 from ptq_tdq.evaluate.trajectories import Comparison
+from ptq_tdq.files import size_text
 from ptq_tdq.recon import Forecast, UnitReport
-from ptq_tdq.recon.forecast import size_text
 
 NAMED = ("scheme", "method", "seed")  # choices that are always told
 PHASES = {"weights": "Rounding weights", "activations": "Learning intervals"}

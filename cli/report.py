@@ -26,6 +26,7 @@ from ptq_tdq.cli.options import (
 from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
 from ptq_tdq.errors import ArtifactMismatchError, MissingExtraError, ModelError
+from ptq_tdq.files import size_text
 from ptq_tdq.report.survey import Subject, check_same_model, survey
 
 
@@ -102,7 +103,7 @@ def report_command(
     if as_json:
         print_json({"output_dir": str(output_dir), "page": str(page), "files": files, "measured": model is not None})
     elif not quiet:
-        click.echo(f"Wrote {page} ({page.stat().st_size / 1e6:.1f} MB) and {len(files) - 1} figures")
+        click.echo(f"Wrote {page} ({size_text(page.stat().st_size)}) and {len(files) - 1} figures")
 
 
 _NOT_ASKED = ("Nothing was measured for this page (--samples 0); it shows what the artifacts hold.",)

@@ -113,3 +113,12 @@ def _hold(descriptor: int) -> bool | None:
 def reason(error: Exception) -> str:
     """What is wrong, without the number and the name that the message of an :class:`OSError` repeats."""
     return str(getattr(error, "strerror", None) or error)
+
+
+def size_text(count: float) -> str:
+    """A number of bytes as people read it: "1.5 GiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"

@@ -14,11 +14,11 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
+from ptq_tdq.files import size_text
 from ptq_tdq.report.beside import beside
 from ptq_tdq.report.findings import checks, findings, lowest, plural, seeds, spread, worst_layers
 from ptq_tdq.report.text import (
     UNKNOWN,
-    byte_size,
     calibration_rows,
     choice_text,
     decibels,
@@ -99,7 +99,7 @@ def _artifact(data: Json, artifact: Json) -> Json:
         "tiles": _tiles(data, artifact),
         "findings": findings(data, artifact),
         "checks": checks(data, artifact),
-        "size": byte_size(artifact["bytes"]),
+        "size": size_text(artifact["bytes"]),
         "latent": decibels(latents_db(artifact)),
         "psnr": decibels(artifact["image_psnr_db"]),
         "prediction": decibels(prediction_db(artifact)),
@@ -107,7 +107,7 @@ def _artifact(data: Json, artifact: Json) -> Json:
             {"title": PHASES.get(phase, phase), "units": _losses(units)}
             for phase, units in sorted((artifact["reconstruction"] or {}).items(), reverse=True)
         ],
-        "files": [(name, byte_size(size)) for name, size in artifact["file_bytes"].items()],
+        "files": [(name, size_text(size)) for name, size in artifact["file_bytes"].items()],
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(artifact["versions"].items())),
         "axis": artifact["time_axis"]["text"],
         "calibration": calibration_rows(artifact["calibration_set"]),
@@ -141,8 +141,8 @@ def _tiles(data: Json, artifact: Json) -> list[dict[str, str]]:
             tiles.append(_tile("Worst step", f"t = {data['steps'][k]:.4g}", "", f"{errors['prediction'][k]:.1f} dB"))
     ratio = artifact["fp32_bytes"] / artifact["bytes"]
     compared = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"  # tables of a tiny model
-    size, unit = byte_size(artifact["bytes"]).split(" ")
-    tiles.append(_tile("Size", size, unit, f"{compared} than {byte_size(artifact['fp32_bytes'])} in float32"))
+    size, unit = size_text(artifact["bytes"]).split(" ")
+    tiles.append(_tile("Size", size, unit, f"{compared} than {size_text(artifact['fp32_bytes'])} in float32"))
     return tiles
 
 
