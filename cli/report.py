@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from ptq_tdq.cli.options import (
 )
 from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
-from ptq_tdq.errors import ArtifactMismatchError, MissingExtraError, ModelError
+from ptq_tdq.errors import ArtifactMismatchError, ModelError
+from ptq_tdq.extras import need
 from ptq_tdq.files import size_text
 from ptq_tdq.report.survey import Subject, check_same_model, survey
 
@@ -75,7 +75,8 @@ def report_command(
     page, which opens without a network, and its figures as PNG and SVG. The first artifact leads; the others are
     compared with it: bit widths, methods, or seeds of the same model.
     """
-    _check_libraries()
+    for package in ("matplotlib", "jinja2"):
+        need(package, "report")
     from ptq_tdq.report.write import check_output, write_report
 
     quiet_schedulers()
@@ -107,12 +108,6 @@ def report_command(
 
 
 _NOT_ASKED = ("Nothing was measured for this page (--samples 0); it shows what the artifacts hold.",)
-
-
-def _check_libraries() -> None:
-    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(f"The report needs {' and '.join(missing)}; pip install 'ptq-tdq[report]'.")
 
 
 def _model(

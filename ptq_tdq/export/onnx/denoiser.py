@@ -66,9 +66,9 @@ class OnnxDenoiser(nn.Module):
     batch size will do, and the time steps of a batch may differ; ``facts["free_sizes"]`` says which other sizes may.
     OpenVINO compiles the graph once for each shape.
 
-    Raises :class:`ModelError` for a file that is none of ours or is for another runtime, :class:`UsageError` for a
-    runtime that is unknown or not installed, and :class:`RuntimeUnsupportedError` for a file that this processor does
-    not compute exactly.
+    Raises :class:`ModelError` for a file that is none of ours or is for another runtime, :class:`UsageError` for an
+    unknown runtime, :class:`~ptq_tdq.errors.MissingExtraError` for one that is not installed, and
+    :class:`RuntimeUnsupportedError` for a file that this processor does not compute exactly.
     """
 
     def __init__(self, file: str | Path, *, runtime: str | None = None, threads: int = 0) -> None:

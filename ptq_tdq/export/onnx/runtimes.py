@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_tdq.export.extras import need
+from ptq_tdq.extras import need
 
 Run = Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]]
 QDQ = "qdq"  # what a graph says it was made for whose integer kernels the runtime makes itself
