@@ -19,7 +19,7 @@ from ptq_tdq.errors import ModelError
 from ptq_tdq.modules import layer_kind
 from ptq_tdq.modules.layers import own_weight
 from ptq_tdq.modules.products import ATTRIBUTE, OPERANDS
-from ptq_tdq.records import LayerRecord, QuantizerRecord
+from ptq_tdq.records import NAMED, LayerRecord, QuantizerRecord
 from ptq_tdq.trace import Trace, require_rows, trace
 from ptq_tdq.units import find_units
 from ptq_tdq.watch import TracedLayer
@@ -215,6 +215,6 @@ def _share(macs: dict[str, int], seen: Trace) -> str:
     return f"{sum(macs.values()) / seen.macs:.1%} of the multiply-accumulates"
 
 
-def _some(names: Iterable[str], most: int = 3) -> str:
+def _some(names: Iterable[str]) -> str:
     shown = [name or "the model itself" for name in names]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+    return ", ".join(shown[:NAMED]) + (f" and {len(shown) - NAMED} more" if len(shown) > NAMED else "")

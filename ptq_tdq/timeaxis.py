@@ -184,17 +184,6 @@ def _whole(values: Sequence[float]) -> bool:
     return all(value == int(value) for value in values)
 
 
-def as_vector(t: Tensor | float | int) -> Tensor:
-    """t of one or all samples as a vector; a float of Python's is float32, whatever torch's default dtype is.
-
-    Raises :class:`ModelError` for anything but a number or a vector of them.
-    """
-    vector: Tensor = torch.atleast_1d(torch.as_tensor(t, dtype=torch.float32 if isinstance(t, float) else None))
-    if vector.ndim > 1 or not len(vector):
-        raise ModelError(f"The time step must be one number or one per sample. Got the shape {list(vector.shape)}.")
-    return vector
-
-
 def lookup(table: Tensor, t: Tensor) -> Tensor:
     """Values of ``table`` [T + 1, ...] at ``t`` [B] in [0, T]: [B, ...], exact for whole t, linear between neighbours.
 

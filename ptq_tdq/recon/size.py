@@ -1,4 +1,4 @@
-"""What a run will hold: bytes and multiply-accumulates of each unit for one sample, counted in one forward pass."""
+"""What a run will hold: bytes of each unit for one sample, and places of its weights, counted in one forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer, QuantProduct
 from ptq_tdq.modules.products import BLOCK, in_blocks
@@ -32,8 +31,8 @@ class UnitSize:
     ``made`` is all that its operations make, which is about what a learning step keeps, ``most`` what is alive at once.
     Attention products are made block by block while something is learned, and whole while they are observed.
     When it is called, ``given`` of units before it is still alive, and ``own`` of what the model has made in between;
-    ``inputs`` are its arguments, ``outputs`` what it gives. ``operations`` are floating-point ones, two for each
-    multiply-accumulate; ``places`` is at how many places of its input each layer's weight is multiplied.
+    ``inputs`` are its arguments, ``outputs`` what it gives. ``places`` is at how many places of its input each layer's
+    weight is multiplied.
     """
 
     made: int = 0
@@ -42,7 +41,6 @@ class UnitSize:
     own: int = 0
     inputs: int = 0
     outputs: int = 0
-    operations: int = 0
     places: dict[str, int] = field(default_factory=dict)
 
 
@@ -140,8 +138,6 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         size = self.sizes[self.now]
-        if formula := flop_registry.get(func._overloadpacket):
-            size.operations += int(formula(*args, **(kwargs or {}), out_val=result))
         known = {_key(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in pytree.tree_leaves(result):
             if not isinstance(x, Tensor):
