@@ -19,7 +19,6 @@ from processors import needs_wide_sums
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.calib_data.loop import LoopSampler
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError, PtqTdqError, RuntimeUnsupportedError, TimestepError, UsageError
 from ptq_tdq.evaluate.metrics import sqnr_db
@@ -54,21 +53,12 @@ def test_it_samples_as_the_simulated_model_does(
     scheduler: Any,
     file_of: Callable[[str, str], Path],
     artifact_of: Callable[[str], Artifact],
+    sampled_ratios: Callable[..., list[float]],
 ) -> None:
-    """At each step from the same x_t; a tie that falls the other way grows over the steps of a random model."""
     simulated = build_quantized(artifact_of("W8A8-symmetric"))
     denoiser = OnnxDenoiser(file_of("W8A8-symmetric", form), runtime=runtime, threads=1)
     assert denoiser.runtime == runtime
-    ratios: list[float] = []
-
-    class Both(nn.Module):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            expected, got = simulated(*args, **kwargs), denoiser(*args, **kwargs)
-            ratios.append(sqnr_db(expected[0], got[0]))
-            return got
-
-    sampler = LoopSampler(simulated.model, scheduler)
-    sampler.run(Both(), [2, 0], [torch.Generator().manual_seed(i) for i in (2, 3)], 10, sampler.scheduler)
+    ratios = sampled_ratios(simulated, denoiser, scheduler)
     assert len(ratios) == 10
     assert min(ratios) > 25
 
