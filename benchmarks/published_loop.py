@@ -84,14 +84,7 @@ def learn_weights(
     for layer in unit.layers():
         layer.weights_enabled = True
         for index, quantizer in enumerate(layer.weight_quantizers()):
-            assert quantizer.scale is not None and quantizer.zero_point is not None
-            shape = (-1,) + (1,) * (layer.weight.ndim - 1)
-            rounding = PublishedRounding(
-                layer.part(index),
-                quantizer.scale.view(shape),
-                quantizer.zero_point.view(shape),
-                quantizer.qtype.qmax + 1,
-            )
+            rounding = PublishedRounding(layer.part(index), *quantizer.grid(), quantizer.qtype.qmax + 1)
             quantizer.rounding = rounding  # type: ignore[assignment]
             roundings.append(rounding)
     optimizer = torch.optim.Adam([r.alpha for r in roundings], lr=WEIGHT_LR)

@@ -163,10 +163,8 @@ def _begin_weight(layer: QuantLayer, weight: Tensor) -> None:
         own = rotated(own)
     whole = outputs_first(layer.layer, own)
     for (low, high), quantizer in zip(layer.ranges, layer.weight_quantizers(), strict=True):
-        assert quantizer.codes is not None and quantizer.scale is not None and quantizer.zero_point is not None
-        shape = (-1, *(1,) * (whole.ndim - 1))
-        grid = quantizer.scale.view(shape), quantizer.zero_point.view(shape)
-        quantizer.rounding = LearnedWeight(whole[:, low:high], quantizer.codes, *grid, quantizer.qtype)
+        assert quantizer.codes is not None
+        quantizer.rounding = LearnedWeight(whole[:, low:high], quantizer.codes, *quantizer.grid(), quantizer.qtype)
     layer.finished = False
 
 

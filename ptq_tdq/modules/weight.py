@@ -40,8 +40,13 @@ class WeightQuantizer(nn.Module):
         super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, as they broadcast against the codes."""
+        assert self.codes is not None and self.scale is not None and self.zero_point is not None
+        shape = (-1, *(1,) * (self.codes.ndim - 1))
+        return self.scale.view(shape), self.zero_point.view(shape)
+
     def dequantized(self) -> Tensor:
         """The weight that the codes stand for."""
-        assert self.codes is not None and self.scale is not None and self.zero_point is not None
-        shape = (-1,) + (1,) * (self.codes.ndim - 1)
-        return dequantize(self.codes.to(torch.int32), self.scale.view(shape), self.zero_point.view(shape))
+        assert self.codes is not None
+        return dequantize(self.codes.to(torch.int32), *self.grid())
