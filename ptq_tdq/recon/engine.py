@@ -181,7 +181,8 @@ class _Engine:
             for piece in self.pieces:
                 self.quantized(**self.calls.inputs(piece))
 
-        return observe(self.unit(name), self.config, self.calls.axis.num_train_timesteps, run)
+        unit, steps = self.unit(name), self.calls.axis.num_train_timesteps
+        return observe(unit.quantizers(), unit.t.unique(), self.config.intervals, steps, run)
 
     def chunks(self) -> list[Chunk]:
         """This process's pieces of the calibration set, with what runs the model over each."""
