@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import bind, prediction, tensors_of
-from ptq_tdq.timeaxis import TimeAxis
+from ptq_tdq.timeaxis import TimeAxis, between
 from ptq_tdq.timed_model import TimedModel
 
 Call = tuple[Tensor, Tensor, Tensor]
@@ -48,13 +48,7 @@ class Correction:
 
     def at(self, values: Tensor, t: Tensor) -> Tensor:
         """Rows of ``values`` [K, ...] at t [B]: linear between observed steps, constant beyond."""
-        t = t.double().clamp(self.t[0], self.t[-1])
-        high = torch.searchsorted(self.t, t).clamp(1, max(1, len(self.t) - 1))
-        if len(self.t) == 1:
-            return values.expand(len(t), *values.shape[1:])
-        low = high - 1
-        weight = ((t - self.t[low]) / (self.t[high] - self.t[low])).view(-1, *(1,) * (values.ndim - 1))
-        return values[low] * (1 - weight) + values[high] * weight
+        return between(values, self.t, t)
 
     def apply(self, prediction: Tensor, t: Tensor) -> Tensor:
         """The corrected prediction of the same shape [B, C, ...] and dtype, at t [B]."""
