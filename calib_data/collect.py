@@ -21,6 +21,7 @@ from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 from ptq_tdq.calls import Calls, Recorder
 from ptq_tdq.errors import CalibrationSetError, ConfigError
 from ptq_tdq.files import holding
+from ptq_tdq.identity import dtype_name
 from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
@@ -166,7 +167,7 @@ def make_recipe(
     scheduler = json.dumps(dict(model.scheduler.config), sort_keys=True, default=str)
     return {
         "model_sha256": model.sha256,
-        "dtype": str(model.denoiser.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.denoiser.dtype),
         "scheduler": type(model.scheduler).__name__,
         "scheduler_sha256": hashlib.sha256(scheduler.encode()).hexdigest(),
         "samples_per_step": samples_per_step,

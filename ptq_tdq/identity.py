@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As torch has it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def base_config(model: Any) -> dict[str, Any]:
     """A model's configuration as plain JSON data; of a module that is not diffusers' own, its class name."""
     if not hasattr(model, "to_json_string"):

@@ -16,6 +16,7 @@ from torch import nn
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config, Role
 from ptq_tdq.errors import ModelError
+from ptq_tdq.identity import dtype_name
 from ptq_tdq.modules import layer_kind
 from ptq_tdq.modules.layers import own_weight
 from ptq_tdq.modules.products import ATTRIBUTE, OPERANDS
@@ -151,7 +152,7 @@ def _layer_record(layer: TracedLayer, config: Config, roles: set[Role], unit: st
     splits = (0, *accumulate(layer.parts)) if split else (0, layer.width)
     kind = layer_kind(layer.module)
     assert kind is not None
-    dtype = str(own_weight(layer.module).dtype).removeprefix("torch.")
+    dtype = dtype_name(own_weight(layer.module).dtype)
     rotated = config.weights.rotate == "hadamard" and kind == "linear" and len(inputs) == 1
     return LayerRecord(layer.name, kind, unit, splits, 8 if eight else scheme.weight_bits, inputs, dtype, rotated)
 

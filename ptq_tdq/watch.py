@@ -95,7 +95,7 @@ class Watcher:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.storages = {_memory(p) for p in model.parameters()}
+        self.storages = {memory(p) for p in model.parameters()}
         self.layers: dict[str, TracedLayer] = {}
         self.called: Counter[str] = Counter()  # how often each module was; a container never is
         self.matmuls: dict[str, int] = {}
@@ -112,7 +112,7 @@ class Watcher:
 
     def saw(self, name: str, layer: nn.Module) -> bool:
         """Whether a layer was called, or its weight taken by a function that is no layer."""
-        return name in self.layers or _memory(own_weight(layer)) in self.taken
+        return name in self.layers or memory(own_weight(layer)) in self.taken
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -195,7 +195,7 @@ class _Functions(TorchFunctionMode):
         """torch's own attention on tokens [N, (B,) E]: four projections and two products in one function."""
         watcher, owner = self.watcher, self.watcher.stack[-1]
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        watcher.taken.update(map(_memory, tensors))
+        watcher.taken.update(map(memory, tensors))
         if not watcher.again:
             projections = query.shape[-1] * (2 * query.numel() + key.numel() + value.numel())
             macs = projections + 2 * query.numel() * len(key)
@@ -204,7 +204,7 @@ class _Functions(TorchFunctionMode):
     def _product(self, func: Any, operands: list[Tensor], result: Tensor) -> None:
         """Any other product: of activations, or with a parameter that is held by no layer."""
         watcher, owner = self.watcher, self.watcher.stack[-1]
-        held = [x for x in operands if _memory(x) in watcher.storages]
+        held = [x for x in operands if memory(x) in watcher.storages]
         if len(operands) < 2 or len(held) == len(operands):
             return
         if not held:
@@ -217,10 +217,10 @@ class _Functions(TorchFunctionMode):
 
     def parts(self, x: Tensor) -> tuple[int, ...]:
         """The widths that were joined into ``x``."""
-        return next((widths for made, widths in self.made if _memory(made) == _memory(x) and made.shape == x.shape), ())
+        return next((widths for made, widths in self.made if memory(made) == memory(x) and made.shape == x.shape), ())
 
 
-def _memory(x: Tensor) -> int:
+def memory(x: Tensor) -> int:
     """Equal for tensors that share memory."""
     place: int = x.untyped_storage()._cdata
     return place

@@ -106,7 +106,7 @@ class Group:
         others, other_spec = pytree.tree_flatten(other.tree)
         return (
             spec == other_spec
-            and all(map(_same, mine, others))
+            and all(map(same, mine, others))
             and all(_form(x) == _form(y) for x, y in zip(self.rows, other.rows, strict=True))
         )
 
@@ -291,10 +291,11 @@ def _form(leaf: Tensor | Each) -> tuple[Any, ...]:
     return ("each",) if isinstance(leaf, Each) else (leaf.dtype, leaf.shape[1:])
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two leaves are equal; tensors in shape and dtype too."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    return type(a) is type(b) and bool(a == b)
+    return a is b or (type(a) is type(b) and bool(a == b))
 
 
 def _cat(leaves: Sequence[Tensor | Each]) -> Tensor | Each:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptq_tdq.affine import dequantize
+from ptq_tdq.intervals.base import Float32Module
 from ptq_tdq.rounding import AdaRound, LearnedCodes, LearnedWeight
 from ptq_tdq.scheme import QType
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(Float32Module):
     """Codes of the weight's shape with one scale and zero_point per output channel [O] (or [1] per tensor).
 
     While ``rounding`` is set the weight is the soft, learned one; afterwards it comes from ``codes``.
@@ -34,11 +32,6 @@ class WeightQuantizer(nn.Module):
         """Set the final codes (integers), scale [O] or [1] and zero_point alike; learning ends."""
         self.rounding = None
         self.codes, self.scale, self.zero_point = codes.to(torch.uint8), scale, zero_point.to(torch.int32)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the model but stay float32: ``model.half()`` must not round the scales."""
-        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, as they broadcast against the codes."""

@@ -20,6 +20,7 @@ from ptq_tdq.modules import ActivationQuantizer, QuantLayer, QuantProduct
 from ptq_tdq.modules.products import BLOCK, in_blocks
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.unit import MOST
+from ptq_tdq.watch import memory
 
 WORKING_BYTES = 2 << 30  # of what a step of learning makes
 BLOCK_BYTES = 8 * 4 * BLOCK  # scores, probabilities and codes of a block, with their gradients
@@ -134,7 +135,7 @@ class _Counter(TorchDispatchMode):
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         size = self.sizes[self.now]
         size.outputs = max(size.outputs, _bytes(output))
-        self.given |= {_key(x) for x in pytree.tree_leaves(output) if isinstance(x, Tensor)} & self.bytes.keys()
+        self.given |= {memory(x) for x in pytree.tree_leaves(output) if isinstance(x, Tensor)} & self.bytes.keys()
         self.now, self.before = "", 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -142,11 +143,11 @@ class _Counter(TorchDispatchMode):
         size = self.sizes[self.now]
         if formula := flop_registry.get(func._overloadpacket):
             size.operations += int(formula(*args, **(kwargs or {}), out_val=result))
-        known = {_key(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        known = {memory(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in pytree.tree_leaves(result):
             if not isinstance(x, Tensor):
                 continue
-            key = _key(x)
+            key = memory(x)
             if key in self.bytes:
                 self._hold(x, key)
             elif key not in known:
@@ -165,11 +166,6 @@ class _Counter(TorchDispatchMode):
         if not self.holders[key]:
             self.bytes.pop(key, None)
             self.given.discard(key)
-
-
-def _key(x: Tensor) -> int:
-    place: int = x.untyped_storage()._cdata
-    return place
 
 
 def _bytes(tree: Any) -> int:
