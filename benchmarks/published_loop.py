@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -144,13 +145,7 @@ def cache_pass(module: nn.Module, forwards: Iterable[Callable[[], Any]]) -> None
     def stop(*_: Any) -> None:
         raise _Reached
 
-    handle = module.register_forward_hook(stop)
-    try:
+    with torch.no_grad(), module.register_forward_hook(stop):
         for forward in forwards:
-            with torch.no_grad():
-                try:
-                    forward()
-                except _Reached:
-                    continue
-    finally:
-        handle.remove()
+            with suppress(_Reached):
+                forward()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +131,14 @@ def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> C
             raise _Enough
 
     recorder.begin(0, 1)
-    with recorder.listening():
-        handle = model.denoiser.register_forward_hook(stop)
-        try:
-            model.sampler.run(
-                model.denoiser,
-                model.sampler.conditions(1),
-                [sample_generator(PURPOSE, seed, 0)],
-                num_inference_steps,
-                schedule,
-            )
-        except _Enough:
-            pass
-        finally:
-            handle.remove()
+    with recorder.listening(), suppress(_Enough), model.denoiser.register_forward_hook(stop):
+        model.sampler.run(
+            model.denoiser,
+            model.sampler.conditions(1),
+            [sample_generator(PURPOSE, seed, 0)],
+            num_inference_steps,
+            schedule,
+        )
     return recorder.calls(axis_of(recorder, schedule))
 
 

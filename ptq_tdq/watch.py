@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ptq_tdq.hooks import hooked
 from ptq_tdq.modules.layers import (
     layer_input,
     layer_kind,
@@ -116,13 +117,11 @@ class Watcher:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        with ExitStack() as hooks:
-            for name, module in self.modules.items():
-                hooks.callback(module.register_forward_pre_hook(self._enter(name), with_kwargs=True).remove)
-                hooks.callback(
-                    module.register_forward_hook(self._leave(name), with_kwargs=True, always_call=True).remove
-                )
-            self.mode = hooks.enter_context(_Functions(self))
+        handles = []
+        for name, module in self.modules.items():
+            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave(name), with_kwargs=True, always_call=True))
+        with hooked(handles), _Functions(self) as self.mode:
             yield
 
     def _enter(self, name: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls.outputs import last_row
 from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
+from ptq_tdq.hooks import hooked
 from ptq_tdq.modules.layers import layer_kind
 from ptq_tdq.timeaxis import signature_of, time_argument
 
@@ -245,17 +246,14 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
         if torch.is_grad_enabled():
             raise refusal
 
-    hooks = [module.register_forward_pre_hook(refuse) for module in model.modules() if layer_kind(module)]
+    layers = [module for module in model.modules() if layer_kind(module)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), hooked(layer.register_forward_pre_hook(refuse) for layer in layers):
             yield
     except RuntimeError as error:
         if "does not require grad" in str(error):
             raise refusal from error
         raise
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:

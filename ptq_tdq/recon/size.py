@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ptq_tdq.hooks import hooked
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer, QuantProduct
 from ptq_tdq.modules.products import BLOCK, in_blocks
 from ptq_tdq.quantized_model import QuantizedModel
@@ -60,12 +61,8 @@ def unit_sizes(quantized: QuantizedModel, arguments: dict[str, Any]) -> dict[str
         if isinstance(product, QuantProduct) and in_blocks(product.record):
             handles.append(product.register_forward_pre_hook(counter.begin, with_kwargs=True))
             handles.append(product.register_forward_hook(counter.kept, with_kwargs=True))
-    try:
-        with torch.no_grad(), _watched(quantized, counter), counter:
-            quantized(**arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad(), _watched(quantized, counter), counter:
+        quantized(**arguments)
     return counter.sizes
 
 
