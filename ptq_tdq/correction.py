@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import bind, prediction, tensors_of
+from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.timeaxis import TimeAxis, between
 from ptq_tdq.timed_model import TimedModel
 
@@ -81,7 +82,7 @@ def fit_correction(calls: Iterable[Call]) -> Correction:
     return Correction(torch.tensor(times, dtype=torch.float64), k, mu, residual.clamp(min=0) / n.sum(1))
 
 
-class Corrected(nn.Module):
+class Corrected(Delegating):
     """A denoiser whose prediction is corrected; call signature and attributes are those of the ``model`` inside.
 
     ``axis`` says how the model's own time argument becomes t.
@@ -90,14 +91,6 @@ class Corrected(nn.Module):
     def __init__(self, model: nn.Module, correction: Correction, axis: TimeAxis) -> None:
         super().__init__()
         self.model, self.correction, self.axis = model, correction, axis
-
-    def __getattr__(self, name: str) -> Any:  # pipelines ask a denoiser for its config, dtype, device, ...
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":  # not there yet
-                raise
-            return getattr(super().__getattr__("model"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.model(*args, **kwargs)

@@ -33,15 +33,13 @@ class QuantizedModel(TimedModel):
     """A model with quantizers in it and the original's call signature (``pipe.unet = quantized``).
 
     The activations' intervals follow each sample's time step, taken from the model's own time argument (``axis``).
-    Attributes that it has not are those of the wrapped ``model``. ``provenance`` is the artifact's config
-    document (how the model was made), ``metrics`` what was measured on it.
+    Attributes that it has not are those of the wrapped ``model``. ``metrics`` is what was measured on it.
     """
 
     def __init__(self, model: nn.Module, axis: TimeAxis, plan: Iterable[LayerRecord]) -> None:
         """Put quantizers, switched off, into ``model`` itself; see :meth:`copy_of` to leave it as it is."""
         super().__init__(model, axis)
         self.plan = tuple(plan)
-        self.provenance: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
         self.notices: tuple[str, ...] = ()  # what stays in floating point, known right after calibration
         self.static: dict[str, QParams] = {}  # static MSE intervals by quantizer, known right after calibration
@@ -53,10 +51,6 @@ class QuantizedModel(TimedModel):
     def copy_of(cls, model: nn.Module, axis: TimeAxis, plan: Iterable[LayerRecord]) -> QuantizedModel:
         """A quantized model around a deep copy, in evaluation mode and without gradients."""
         return cls(folded_copy(model), axis, plan)
-
-    @property
-    def one_step(self) -> bool:
-        return bool(self.provenance.get("one_step"))
 
     def layers(self) -> dict[str, QuantLayer]:
         """Quantized layers by name, in execution order."""

@@ -120,10 +120,6 @@ class IntegerModel(TimedModel):
     def _as_outside(self, leaf: Any) -> Any:
         return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-    @property
-    def one_step(self) -> bool:
-        return bool(self.provenance.get("one_step"))
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``to("cpu")`` and the like change nothing; another dtype or device would be another model."""
         moved = fn(torch.empty(0, dtype=torch.float32))
