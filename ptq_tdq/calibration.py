@@ -95,7 +95,7 @@ def calibrate(
     quantized = QuantizedModel.copy_of(denoiser, calls.axis, plan.layers)
     _check_finite(denoiser)
     quantized.provenance = provenance(model, config, calls, model_id)
-    quantized.provenance |= {"one_step": bool(plan.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
+    quantized.provenance |= {"one_step": bool(plan.special.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = plan.notices
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
     _check_alike(quantized.provenance)
@@ -110,9 +110,7 @@ def calibrate(
         quantized,
         calls,
         config,
-        single=plan.single,
-        unlearned=plan.unlearned,
-        repeated=plan.repeated,
+        special=plan.special,
         run=run,
         budget=cache_budget,
         on_unit=hear,
