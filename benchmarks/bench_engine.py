@@ -169,10 +169,7 @@ def run(config: Config, bench: Bench, work: Path) -> None:
     weights._learn, activations._learn = bench.timed(weights._learn), bench.timed(activations._learn)
     directory = RunDirectory(work, {key: str(value) for key, value in ungrouped(config.to_dict()).items()})
     try:
-        reconstruct(
-            quantized, calls, config,
-            single=plan.single, unlearned=plan.unlearned, repeated=plan.repeated, run=directory,
-        )  # fmt: skip
+        reconstruct(quantized, calls, config, special=plan.special, run=directory)
     except OutOfTime:
         print("Stopped in time; start the same command again.")
         return

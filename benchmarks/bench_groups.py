@@ -22,6 +22,7 @@ from ptq_tdq import load_model
 from ptq_tdq.calib_data import LoadedModel, collect_cached
 from ptq_tdq.config import preset
 from ptq_tdq.gptq import gptq, layer_error, solve_order
+from ptq_tdq.hooks import hooked
 from ptq_tdq.rotate import rotated
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import weight_qparams
@@ -45,12 +46,9 @@ def moments(model: LoadedModel, seed: int, trajectories: int) -> dict[str, Tenso
         return hook
 
     layers = ((name, m) for name, m in model.denoiser.named_modules() if isinstance(m, nn.Linear))
-    handles = [module.register_forward_pre_hook(listen(name)) for name, module in layers]
-    with torch.no_grad():
+    with torch.no_grad(), hooked(module.register_forward_pre_hook(listen(name)) for name, module in layers):
         for start in range(0, len(calls), 64):
             model.denoiser(**calls.inputs(slice(start, min(start + 64, len(calls)))))
-    for handle in handles:
-        handle.remove()
     return {name: total / count[name] for name, total in found.items()}
 
 

@@ -124,7 +124,7 @@ def run(config: Config, name: str, units: list[str], fresh: int, results: Path) 
     both.trajectory[len(calls) :] = 0  # those held out are the last ones of the calibration set
     setattr(engine, "reconstruct_weights", Bench(config, len(calls), units, about, results))  # noqa: B010
     try:
-        reconstruct(quantized, both, config, single=plan.single)
+        reconstruct(quantized, both, config, special=plan.special)
     except Done:
         return
 

@@ -45,7 +45,7 @@ class Bench(engine._Engine):
     def __init__(
         self, quantized: QuantizedModel, calls: Any, config: Config, units: list[str], methods: list[str]
     ) -> None:
-        super().__init__(quantized, calls, config, (), (), (), None, CACHE_BYTES, lambda report: None)
+        super().__init__(quantized, calls, config, engine.ORDINARY, None, CACHE_BYTES, lambda report: None)
         self.chosen, self.methods, self.lines = units, methods, list[dict[str, Any]]()
 
     def learn(self, phase: str, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Parts) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -84,14 +85,7 @@ def learn_weights(
     for layer in unit.layers():
         layer.weights_enabled = True
         for index, quantizer in enumerate(layer.weight_quantizers()):
-            assert quantizer.scale is not None and quantizer.zero_point is not None
-            shape = (-1,) + (1,) * (layer.weight.ndim - 1)
-            rounding = PublishedRounding(
-                layer.part(index),
-                quantizer.scale.view(shape),
-                quantizer.zero_point.view(shape),
-                quantizer.qtype.qmax + 1,
-            )
+            rounding = PublishedRounding(layer.part(index), *quantizer.grid(), quantizer.qtype.qmax + 1)
             quantizer.rounding = rounding  # type: ignore[assignment]
             roundings.append(rounding)
     optimizer = torch.optim.Adam([r.alpha for r in roundings], lr=WEIGHT_LR)
@@ -151,13 +145,7 @@ def cache_pass(module: nn.Module, forwards: Iterable[Callable[[], Any]]) -> None
     def stop(*_: Any) -> None:
         raise _Reached
 
-    handle = module.register_forward_hook(stop)
-    try:
+    with torch.no_grad(), module.register_forward_hook(stop):
         for forward in forwards:
-            with torch.no_grad():
-                try:
-                    forward()
-                except _Reached:
-                    continue
-    finally:
-        handle.remove()
+            with suppress(_Reached):
+                forward()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 from ptq_tdq.calls import Calls, Recorder
 from ptq_tdq.errors import CalibrationSetError, ConfigError
 from ptq_tdq.files import holding
+from ptq_tdq.identity import dtype_name
 from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
@@ -129,20 +131,14 @@ def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> C
             raise _Enough
 
     recorder.begin(0, 1)
-    with recorder.listening():
-        handle = model.denoiser.register_forward_hook(stop)
-        try:
-            model.sampler.run(
-                model.denoiser,
-                model.sampler.conditions(1),
-                [sample_generator(PURPOSE, seed, 0)],
-                num_inference_steps,
-                schedule,
-            )
-        except _Enough:
-            pass
-        finally:
-            handle.remove()
+    with recorder.listening(), suppress(_Enough), model.denoiser.register_forward_hook(stop):
+        model.sampler.run(
+            model.denoiser,
+            model.sampler.conditions(1),
+            [sample_generator(PURPOSE, seed, 0)],
+            num_inference_steps,
+            schedule,
+        )
     return recorder.calls(axis_of(recorder, schedule))
 
 
@@ -166,7 +162,7 @@ def make_recipe(
     scheduler = json.dumps(dict(model.scheduler.config), sort_keys=True, default=str)
     return {
         "model_sha256": model.sha256,
-        "dtype": str(model.denoiser.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.denoiser.dtype),
         "scheduler": type(model.scheduler).__name__,
         "scheduler_sha256": hashlib.sha256(scheduler.encode()).hexdigest(),
         "samples_per_step": samples_per_step,

@@ -23,7 +23,7 @@ from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError, first_line
-from ptq_tdq.identity import model_name, model_sha256
+from ptq_tdq.identity import first_nonfinite, model_name, model_sha256
 from ptq_tdq.processor import check_device
 from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import time_argument
@@ -153,11 +153,8 @@ def check_denoiser(model: nn.Module) -> None:
     NaN or Inf in a weight.
     """
     time_argument(model)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NonFiniteError(
-                f"The weight '{name}' has NaN or Inf; the model cannot be quantized, load another copy."
-            )
+    if name := first_nonfinite(model):
+        raise NonFiniteError(f"The weight '{name}' has NaN or Inf; the model cannot be quantized, load another copy.")
 
 
 def is_embedded(model: LoadedModel) -> bool:

@@ -196,6 +196,15 @@ def lookup(table: Tensor, t: Tensor) -> Tensor:
     return value if table.is_floating_point() else value.round().to(table.dtype)
 
 
+def between(values: Tensor, knots: Tensor, t: Tensor) -> Tensor:
+    """Rows of ``values`` [K, ...] at ``t`` [B]: linear between the ``knots`` [K] (ascending), constant beyond."""
+    after = torch.searchsorted(knots, t.to(knots.dtype).contiguous()).clamp(max=len(knots) - 1)
+    before = (after - 1).clamp(min=0)
+    gap = (knots[after] - knots[before]).clamp(min=torch.finfo(torch.float32).tiny)
+    weight = ((t - knots[before]) / gap).clamp(0.0, 1.0).view(-1, *(1,) * (values.ndim - 1))
+    return values[before] * (1 - weight) + values[after] * weight
+
+
 _present: ContextVar[Tensor | None] = ContextVar("t of the call that runs now", default=None)
 
 

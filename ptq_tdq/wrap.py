@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ptq_tdq.errors import ModelError, NonFiniteError
+from ptq_tdq.errors import ModelError
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.products import QuantProduct, attach, owner_of
 from ptq_tdq.records import LayerRecord
@@ -23,16 +22,13 @@ from ptq_tdq.records import LayerRecord
 def insert(model: nn.Module, record: LayerRecord) -> None:
     """Put the quantizers of one record into ``model``, switched off.
 
-    Raises :class:`ModelError` where the model has no such layer, :class:`NonFiniteError` for NaN or Inf in its weights.
+    Raises :class:`ModelError` where the model has no such layer.
     """
     if record.kind == "product":
         attach(_find(model, owner_of(record.name)[0]), QuantProduct(record))
         return
     parent, _, own = record.name.rpartition(".")
     module = _find(model, record.name)
-    for key, value in module.named_parameters():
-        if not bool(torch.isfinite(value).all()):
-            raise NonFiniteError(f"{record.name} has NaN or Inf in its {key}; repair the model before quantizing it.")
     setattr(model.get_submodule(parent), own, QuantLayer(module, record))
 
 

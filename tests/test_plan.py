@@ -72,8 +72,8 @@ def test_paper_reconstructs_neither_the_ends_nor_the_first_time_embedding(
 ) -> None:
     """As in PTQD's public code, which ignores the reconstruction of exactly these three layers."""
     plan = make_plan(unet, preset(name), calls_of(unet, torch.randn(2, 3, 8, 8), torch.tensor([3, 5])))
-    assert len(plan.unlearned) == unlearned
-    assert plan.unlearned <= {"conv_in", "conv_out", "time_embedding.linear_1"}
+    assert len(plan.special.unlearned) == unlearned
+    assert plan.special.unlearned <= {"conv_in", "conv_out", "time_embedding.linear_1"}
 
 
 def test_default_keeps_ends_and_shortcuts_at_8_bits_and_the_inputs_of_model_and_time_embedding_in_floating_point(
@@ -415,7 +415,7 @@ class Folded(nn.Module):
 def test_units_whose_rows_are_of_no_one_sample_run_at_one_t(way: str, single: bool) -> None:
     model = Folded(way).requires_grad_(False)
     plan = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 3, 4), torch.tensor([3, 5])))
-    assert plan.single == ({"inside"} if single else set())
+    assert plan.special.single == ({"inside"} if single else set())
 
 
 def test_calls_that_the_model_refuses_are_one_sentence(tiny_unet: Callable[..., UNet2DModel]) -> None:

@@ -78,13 +78,10 @@ def to_uint8(images: Tensor) -> Tensor:
 def describe(network: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled features [N, 2048], spatial features [N, 2023] and logits [N, 1008] of images uint8 [N, 3, H, W]."""
     spatial: list[Tensor] = []
-    handle = network.Mixed_6d.branch1x1.register_forward_hook(
+    with network.Mixed_6d.branch1x1.register_forward_hook(
         lambda module, args, output: spatial.append(output[:, :SPATIAL_CHANNELS].flatten(1))
-    )
-    try:
+    ):
         parts = [network(part) for part in images.split(BATCH)]
-    finally:
-        handle.remove()
     pooled, logits = (torch.cat(each) for each in zip(*parts, strict=True))
     return pooled, torch.cat(spatial), logits
 

@@ -18,6 +18,7 @@ from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.data import Batch, Data, generator_of
 from ptq_tdq.finetuning.graph import Graphs
 from ptq_tdq.finetuning.student import Student
+from ptq_tdq.intervals.dynamic import forms
 from ptq_tdq.recon import RunDirectory
 
 STATE = "finetune", 0  # under which a run directory keeps it
@@ -151,7 +152,7 @@ class Training:
         return state
 
     def _load(self, run: RunDirectory) -> None:
-        found = run.read(*STATE, {key: (x.dtype, tuple(x.shape)) for key, x in self._state().items()})
+        found = run.read(*STATE, forms(self._state()))
         if found is None:
             return
         state, _ = found

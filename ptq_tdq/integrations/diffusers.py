@@ -39,7 +39,7 @@ from ptq_tdq.artifacts import (
     publish_directory,
 )
 from ptq_tdq.errors import ArtifactCorruptError, ConfigError, MissingExtraError, ModelError
-from ptq_tdq.identity import base_config
+from ptq_tdq.identity import base_config, dtype_name
 from ptq_tdq.load import build_quantized, find_artifact
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.products import called_by
@@ -270,7 +270,7 @@ def _cast(artifact: Artifact, dtype: torch.dtype, keep: frozenset[str]) -> Artif
     return replace(
         artifact,
         config={**artifact.config, "buffer_dtypes": {}},  # diffusers builds them in the dtype that it loads
-        layers=tuple(replace(x, dtype=str(of(x.name)).removeprefix("torch.")) for x in artifact.layers),
+        layers=tuple(replace(x, dtype=dtype_name(of(x.name))) for x in artifact.layers),
         float_state={name: x.to(of(name)) if x.is_floating_point() else x for name, x in state.items()},
     )
 

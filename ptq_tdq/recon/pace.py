@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.gptq import gptq, solve_order
+from ptq_tdq.hooks import hooked
 from ptq_tdq.intervals import Observed, source_class
 from ptq_tdq.intervals.auto import FOLLOWING, Auto
 from ptq_tdq.intervals.static import BinnedIntervals
@@ -121,12 +122,10 @@ def _reach(unit: nn.Module, run: Callable[[], Any]) -> float:
             found.append(time.process_time())
 
     layers = [module for module in unit.modules() if isinstance(module, QuantLayer)]
-    handles = [layer.register_forward_pre_hook(hear, with_kwargs=True) for layer in layers]
-    began = time.process_time()
-    run()
-    taken = time.process_time() - began
-    for handle in handles:
-        handle.remove()
+    with hooked(layer.register_forward_pre_hook(hear, with_kwargs=True) for layer in layers):
+        began = time.process_time()
+        run()
+        taken = time.process_time() - began
     return sum(now - began for now in found) / max(taken, 1e-9)
 
 

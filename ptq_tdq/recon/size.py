@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ptq_tdq.hooks import hooked
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer, QuantProduct
 from ptq_tdq.modules.products import BLOCK, in_blocks
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.unit import MOST
+from ptq_tdq.watch import memory
 
 WORKING_BYTES = 2 << 30  # of what a step of learning makes
 BLOCK_BYTES = 8 * 4 * BLOCK  # scores, probabilities and codes of a block, with their gradients
@@ -57,12 +59,8 @@ def unit_sizes(quantized: QuantizedModel, arguments: dict[str, Any]) -> dict[str
         if isinstance(product, QuantProduct) and in_blocks(product.record):
             handles.append(product.register_forward_pre_hook(counter.begin, with_kwargs=True))
             handles.append(product.register_forward_hook(counter.kept, with_kwargs=True))
-    try:
-        with torch.no_grad(), _watched(quantized, counter), counter:
-            quantized(**arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad(), _watched(quantized, counter), counter:
+        quantized(**arguments)
     return counter.sizes
 
 
@@ -132,17 +130,17 @@ class _Counter(TorchDispatchMode):
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         size = self.sizes[self.now]
         size.outputs = max(size.outputs, _bytes(output))
-        self.given |= {_key(x) for x in pytree.tree_leaves(output) if isinstance(x, Tensor)} & self.bytes.keys()
+        self.given |= {memory(x) for x in pytree.tree_leaves(output) if isinstance(x, Tensor)} & self.bytes.keys()
         self.now, self.before = "", 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         size = self.sizes[self.now]
-        known = {_key(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        known = {memory(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in pytree.tree_leaves(result):
             if not isinstance(x, Tensor):
                 continue
-            key = _key(x)
+            key = memory(x)
             if key in self.bytes:
                 self._hold(x, key)
             elif key not in known:
@@ -161,11 +159,6 @@ class _Counter(TorchDispatchMode):
         if not self.holders[key]:
             self.bytes.pop(key, None)
             self.given.discard(key)
-
-
-def _key(x: Tensor) -> int:
-    place: int = x.untyped_storage()._cdata
-    return place
 
 
 def _bytes(tree: Any) -> int:

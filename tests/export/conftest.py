@@ -132,7 +132,7 @@ def quantize(model: nn.Module, config: Config, calls: Calls, tables: str) -> Art
         "time_axis": calls.axis.to_dict(),
         "calibration_set": {"sha256": "0" * 64},
         "seed": 0,
-        "one_step": bool(plan.single),
+        "one_step": bool(plan.special.single),
         "versions": {},
     }
     return quantized.finalize().to_artifact()

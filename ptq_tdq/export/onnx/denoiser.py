@@ -31,8 +31,8 @@ from ptq_tdq.timeaxis import NEAR
 Feed = dict[str, NDArray[Any]]
 
 
-class Config(dict[str, Any]):
-    """The model's configuration; entries are attributes too, as those of diffusers are."""
+class Attributes(dict[str, Any]):
+    """A dictionary whose entries are attributes too, as those of diffusers' configurations are."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -41,14 +41,8 @@ class Config(dict[str, Any]):
             raise AttributeError(name) from None
 
 
-class DenoiserOutput(dict[str, Any]):
+class DenoiserOutput(Attributes):
     """What a denoiser returns: tensors by name, as attributes, or by their place."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
     def __getitem__(self, key: Any) -> Any:
         return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
@@ -90,7 +84,7 @@ class OnnxDenoiser(nn.Module):
                 f"({instruction_set()}, no VNNI); export it with --runtime portable."
             )
         self.facts, self.runtime = facts.said, chosen
-        self.config = Config(facts.model_config)
+        self.config = Attributes(facts.model_config)
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.call, self.axis, self._signature = facts.call, facts.axis, facts.parameters
         self._structure = cache(partial(_structure, self.config, self.call.time, _size(graph)))

@@ -27,6 +27,7 @@ from ptq_tdq.export.onnx.reals import InReals, has_complex
 from ptq_tdq.export.onnx.rewrite import InOtherWords
 from ptq_tdq.export.onnx.signature import Signature
 from ptq_tdq.modules import ActivationQuantizer
+from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.records import QuantizerRecord
 from ptq_tdq.timeaxis import at
@@ -111,7 +112,9 @@ class Call(nn.Module):
             return exported
 
 
-class _Layer(nn.Module):
+class _Layer(Delegating):
+    _inside = "layer"
+
     def __init__(self, layer: nn.Module, name: str) -> None:
         super().__init__()
         self.layer, self.name = layer, name
@@ -123,13 +126,6 @@ class _Layer(nn.Module):
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::Layer", [x], attrs={"name": self.name}, dtype=x.dtype, shape=shape, version=1
         )
-
-    def __getattr__(self, name: str) -> Any:
-        """What models ask of their layers beside calling them."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
 
 
 class _Quantizer(ActivationQuantizer):
