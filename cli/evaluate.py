@@ -226,7 +226,7 @@ def _show(document: dict[str, Any]) -> None:
     console = result_console()
     console.print(table)
     for note in document["compared_with"]:
-        console.print(note, markup=False)
+        console.print(note)
 
 
 def _write(output_dir: Path, document: dict[str, Any], baseline: Baseline, measured: Measured, overwrite: bool) -> None:

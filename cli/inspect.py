@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ptq_tdq.artifacts import read_artifact, summarize
 from ptq_tdq.cli.options import FilePath, json_option, print_json, result_console, verbose_option
+from ptq_tdq.errors import printable
 from ptq_tdq.files import size_text
 from ptq_tdq.load import load_quantized
 
@@ -26,16 +27,16 @@ def inspect_command(artifact: Path, runtime: bool, as_json: bool, verbose: bool)
         if as_json:
             print_json(facts)
             return
-        for line in _runtime(facts):
+        for line in _runtime(printable(facts)):
             click.echo(line)
         return
     summary = summarize(read_artifact(artifact))
     if as_json:
         print_json(summary)
         return
-    console = result_console()
+    summary, console = printable(summary), result_console()
     for line in _facts(summary):
-        console.print(line, markup=False)
+        console.print(line)
     console.print(_weights(summary["weights"]))
     console.print(_quantizers(summary["quantizers"]))
 

@@ -290,5 +290,5 @@ def print_json(value: Any) -> None:
 
 def result_console() -> Console:
     """Where results are drawn: stdout, as wide as the terminal; a file or a pipe gets every column in full."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=UNLIMITED)
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=UNLIMITED)

@@ -28,12 +28,19 @@ from ptq_tdq.cli.options import (
 )
 from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
+from ptq_tdq.errors import UsageError
 from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import finite, run
 from ptq_tdq.load import Backend, load_quantized
 
 IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of a pipeline
+
+
+def _png(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"The samples are written as PNG; give a name that ends in .png. Got '{path}' instead.")
+    return path
 
 
 @click.command("sample")
@@ -44,6 +51,7 @@ IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of
     type=FilePath(dir_okay=False),
     default=Path("samples.png"),
     show_default=True,
+    callback=_png,
     help="The PNG to write.",
 )
 @click.option(

@@ -24,6 +24,7 @@ from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFini
 from ptq_tdq.identity import base_config, first_nonfinite, model_name, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
+from ptq_tdq.processor import undisturbed
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
 from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
 from ptq_tdq.wrap import folded_copy
@@ -31,6 +32,7 @@ from ptq_tdq.wrap import folded_copy
 _log = logging.getLogger(__name__)
 
 
+@undisturbed()
 @processes.together()
 def calibrate(
     model: Any,

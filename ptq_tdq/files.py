@@ -65,21 +65,25 @@ def check_tensors(path: Path, most: int | None = None) -> None:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The files in a folder and its sub-folders that are called as images are, in the order of their names."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    """What in a folder and its sub-folders is called as images are and is not hidden, in the order of the names."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and not path.is_dir())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file, 8 bits of red, green and blue; raises :class:`OSError` for what is none."""
+    """An image file as it is to be seen, 8 bits of red, green and blue; raises :class:`OSError` for what is none.
+
+    Where it is transparent it has the colours that lie below.
+    """
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     check_file(path)
     try:
         with Image.open(path, formats=_IMAGE_FORMATS) as image:
             # Pillow clips 16 bits to 8
             eight = Image.fromarray(np.uint8(np.asarray(image) // 257)) if image.mode.startswith("I") else image
-            return eight.convert("RGB")
+            return ImageOps.exif_transpose(eight).convert("RGB")
     except Exception as error:  # decoders raise many unrelated types
         raise OSError(0, reason(error)) from None
 

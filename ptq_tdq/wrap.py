@@ -15,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ptq_tdq.errors import ModelError
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
+from ptq_tdq.modules.layers import find_kind
 from ptq_tdq.modules.products import QuantProduct, attach, owner_of
 from ptq_tdq.records import LayerRecord
 
@@ -49,7 +50,8 @@ def fold(model: nn.Module) -> nn.Module:
     """Make reparametrized weights (:mod:`torch.nn.utils.parametrize`, and the hooks of weight norm, spectral norm and
     pruning) plain; returns the model itself.
 
-    And ``nn.TransformerEncoder`` calls the layers inside it, which torch's fast path goes around.
+    And ``nn.TransformerEncoder`` calls the layers inside it, which torch's fast path goes around. A layer of several
+    names becomes as many layers, which share its weight.
     """
     for module in list(model.modules()):
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -70,7 +72,22 @@ def fold(model: nn.Module) -> nn.Module:
                 remove_spectral_norm(module, hook.name)
             elif isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
+    _part(model)
     return model.requires_grad_(False)
+
+
+def _part(model: nn.Module) -> None:
+    """Give each name of a layer a layer of its own, with the same parameters."""
+    seen = set[int]()
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is None or find_kind(child) is None:
+                continue
+            if id(child) in seen:
+                parent._modules[name] = twin = copy.copy(child)
+                own = {key: value.copy() for key, value in vars(child).items() if isinstance(value, dict)}
+                vars(twin).update(own)
+            seen.add(id(child))
 
 
 def _own_class(module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from ptq_tdq.timeaxis import TimeAxis
 
 SAMPLES = {"images", "latents"}
 MOST_PACKED = 100  # how many times as long as in a compressed file an array may be
+LARGEST = 1e4  # of latents, which are of the order of 1
 ENCODED = 64  # images at once
 
 
@@ -49,6 +50,8 @@ def read_data(path: Path, model: LoadedModel, axis: TimeAxis, *, denoise: bool) 
         )
     if len(clean) < 2 or not bool(clean.isfinite().all()):
         raise CalibrationSetError(f"'{path}' holds fewer than two samples, or NaN or Inf; give more and finite ones.")
+    if (largest := float(clean.abs().max())) > LARGEST:
+        raise CalibrationSetError(f"'{path}' holds values of {largest:.3g}; give latents as the model samples them.")
     labels = _labels(found.get("labels"), len(clean), sampler.num_classes, path)
     names = (*sampler.names, LABELS)
     place = {"device": model.denoiser.device, "dtype": model.denoiser.dtype}
@@ -109,7 +112,7 @@ def _array(file: ZipFile, info: ZipInfo) -> np.ndarray:
 def _read_folder(folder: Path, size: tuple[int, int], classes: int) -> Mapping[str, np.ndarray]:
     """Images uint8 [N, H, W, 3] in the order of their names, and the numbers of their sub-folders."""
     if not folder.is_dir():
-        raise CalibrationSetError(f"There is no file or folder '{folder}'; give images or an npz file.")
+        raise CalibrationSetError(f"'{folder}' is no folder and no regular file; give images or an npz file.")
     parts = [folder]
     if classes:
         parts = sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))

@@ -123,15 +123,17 @@ class RunDirectory:
         data = save(tensors, metadata={"losses": text, "sha256": self._hash(phase, index, tensors, text)})
         write_atomic(self._file(phase, index), data)
 
-    def read(self, phase: str, index: int, form: Form) -> Saved | None:
-        """The saved unit with tensors of this ``form``, or None where it has to be done.
+    def read(
+        self, phase: str, index: int, form: Form, sound: Callable[[dict[str, Tensor]], bool] = lambda tensors: True
+    ) -> Saved | None:
+        """The saved unit with ``sound`` tensors of this ``form``, or None where it has to be done.
 
         Says so to ``on_notice`` if there is a file. Raises :class:`ResumeError` for a folder in its place. The first
         process reads for all.
         """
-        return processes.of_first(lambda: self._read(phase, index, form))
+        return processes.of_first(lambda: self._read(phase, index, form, sound))
 
-    def _read(self, phase: str, index: int, form: Form) -> Saved | None:
+    def _read(self, phase: str, index: int, form: Form, sound: Callable[[dict[str, Tensor]], bool]) -> Saved | None:
         path = self._file(phase, index)
         if path.is_dir():
             raise ResumeError(f"{path} is a folder where a finished unit would be kept; move it away.")
@@ -143,7 +145,7 @@ class RunDirectory:
             if metadata["sha256"] != self._hash(phase, index, tensors, metadata["losses"]):
                 raise ValueError
             before, after = map(float, json.loads(metadata["losses"]))
-            if forms(tensors) != form:
+            if forms(tensors) != form or not sound(tensors):
                 raise ValueError
         except FileNotFoundError:
             return None

@@ -16,7 +16,6 @@ from ptq_tdq.config import Config
 from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.intervals import Observed
 from ptq_tdq.plan import Special
-from ptq_tdq.processor import mixed_norms
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import observe, reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
@@ -51,7 +50,6 @@ class UnitReport:
     seconds: float
 
 
-@mixed_norms()
 def reconstruct(
     quantized: QuantizedModel,
     calls: Calls,

@@ -23,7 +23,7 @@ from ptq_tdq.intervals.static import BinnedIntervals
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import layer_input
 from ptq_tdq.observe import Observer
-from ptq_tdq.processor import mixed_norms, products_in
+from ptq_tdq.processor import products_in, undisturbed
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.moments import Inputs
 from ptq_tdq.recon.size import UnitSize, at_once
@@ -52,7 +52,7 @@ class Pace:
     quantizers: int = 0
 
 
-@mixed_norms()
+@undisturbed()
 def unit_paces(
     quantized: QuantizedModel, call: Calls, sizes: Mapping[str, UnitSize], config: Config
 ) -> dict[str, Pace]:

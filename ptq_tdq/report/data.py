@@ -223,8 +223,11 @@ def _stored(artifact: Artifact) -> Json | None:
 
 def _finetune(artifact: Artifact) -> Json | None:
     """How it was fine-tuned: the loss on held-out samples before and after, and that over the iterations."""
-    about, found = artifact.config.get("finetune"), artifact.metrics.get("finetune")
-    if not isinstance(about, dict) or not isinstance(found, dict):
+    about: Any = artifact.config.get("finetune")
+    found: Any = artifact.metrics.get("finetune")
+    try:
+        losses = {"t": [x["iteration"] for x in found["losses"]], "v": [short(x["loss"]) for x in found["losses"]]}
+        held_out = {key: float(found["held_out"][key]) for key in ("before", "after")}
+        return {"quantizer": about["choices"].get("quantizer"), **held_out, "losses": losses}
+    except (KeyError, TypeError, ValueError, AttributeError):  # of no fine-tuning, or none that anybody has checked
         return None
-    losses = {"t": [x["iteration"] for x in found["losses"]], "v": [short(x["loss"]) for x in found["losses"]]}
-    return {"quantizer": about["choices"].get("quantizer"), **found["held_out"], "losses": losses}

@@ -89,6 +89,7 @@ class OnnxDenoiser(nn.Module):
         self.call, self.axis, self._signature = facts.call, facts.axis, facts.parameters
         self._structure = cache(partial(_structure, self.config, self.call.time, _size(graph)))
         self._inputs = {value.name: value.type.tensor_type for value in graph.input}
+        self._tables = _tables(graph)
         self._one_step, self._any_batch = facts.one_step or facts.steps is not None, BATCH in facts.free_sizes
         integers = exact or facts.made_for != QDQ
         self._graphs = list(zip(of_steps, [RUNTIMES[chosen](f, threads, integers) for f in files], strict=True))
@@ -101,9 +102,9 @@ class OnnxDenoiser(nn.Module):
         """
         arguments = self._bind(args, kwargs)
         return_dict = arguments.pop(RETURN_DICT, False)
+        self.axis.t(arguments.get(self.call.time))  # refuses what is no time step, and what the tables do not cover
         feed: Feed = {}
         self._fill(self.call.arguments, _repeated(self.call.arguments, arguments, self.call.main), "", feed)
-        self.axis.t(feed[self.call.time])  # refuses what the tables do not cover
         main = pytree.tree_leaves(arguments[self.call.main])[0]
         results = [torch.from_numpy(result).to(main.device, main.dtype) for result in self._rows(feed)]
         return self._returned(results, len(arguments[self.call.main]), bool(return_dict))
@@ -166,7 +167,12 @@ class OnnxDenoiser(nn.Module):
         if leaf.held:
             return array
         kind = self._inputs[leaf.name]
-        array = array.astype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        found = array.astype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        if found.dtype.kind == "i" and not (found == array).all():
+            raise ModelError(f"The graph takes {leaf.name} in whole numbers. Got {tensor.dtype}; round them.")
+        array, rows = found, self._tables.get(leaf.name)
+        if rows is not None and not ((array >= 0) & (array < rows)).all():
+            raise ModelError(f"The graph takes {leaf.name} from 0 to {rows - 1}. Got {array.min()} to {array.max()}.")
         if leaf.name == self.call.time and array.ndim < 2:
             return array.reshape(-1)
         sizes = [dim.dim_value for dim in kind.shape.dim]
@@ -185,8 +191,9 @@ class OnnxDenoiser(nn.Module):
         leaves, time = self.call.leaves(), self.call.time
         main = next(leaf.name for leaf in leaves if leaf.name.partition(".")[0] == self.call.main)
         count = len(feed[main])
-        if len(feed[time]) == 1:
-            feed = feed | {time: np.repeat(feed[time], count, 0)}
+        if not count:
+            raise ModelError("The graph was given no sample; call it with at least one.")
+        feed = {leaf.name: leaf.of_samples(feed[leaf.name], count) for leaf in self.call.tensors()}
         apart = self._one_step and bool((feed[time] != feed[time][:1]).any())
         if self._any_batch and not apart:
             return self._run({leaf.name: feed[leaf.name] for leaf in leaves})
@@ -234,6 +241,15 @@ class OnnxDenoiser(nn.Module):
             values = [returned] if isinstance(returned, Tensor) else returned  # some models give a bare one for False
             return DenoiserOutput(zip(self.call.fields, values, strict=False))
         return returned
+
+
+def _tables(graph: onnx.GraphProto) -> dict[str, int]:
+    """The inputs that are looked up in a table (classes), and how many rows that has: runtimes do not refuse others."""
+    rows = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
+    casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    looks = [node.input for node in graph.node if node.op_type == "Gather" and node.input[0] in rows]
+    found = {casts.get(where, where): rows[table] for table, where in looks}
+    return {value.name: found[value.name] for value in graph.input if value.name in found}
 
 
 def _size(graph: onnx.GraphProto) -> Size:
