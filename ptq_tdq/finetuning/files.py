@@ -111,6 +111,8 @@ def _array(file: ZipFile, info: ZipInfo) -> np.ndarray:
 
 def _read_folder(folder: Path, size: tuple[int, int], classes: int) -> Mapping[str, np.ndarray]:
     """Images uint8 [N, H, W, 3] in the order of their names, and the numbers of their sub-folders."""
+    if not folder.exists():
+        raise CalibrationSetError(f"There is no file or folder '{folder}'; give images or an npz file.")
     if not folder.is_dir():
         raise CalibrationSetError(f"'{folder}' is no folder and no regular file; give images or an npz file.")
     parts = [folder]
