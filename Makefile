@@ -31,6 +31,7 @@ lint: $(VENV)/.installed-dev
 	ln -s $(CURDIR)/ptq_tdq/* $(CURDIR)/cli $(CURDIR)/calib_data $(TREE)/ptq_tdq/
 	MYPYPATH=$(TREE) $(BIN)/mypy --strict -p ptq_tdq
 	MYPYPATH=$(TREE) $(BIN)/mypy --strict examples
+	MYPYPATH=$(TREE):benchmarks:tests/shared $(BIN)/mypy --strict benchmarks/*.py
 	cd $(TREE) && $(abspath $(BIN))/lint-imports --no-cache --config $(CURDIR)/pyproject.toml
 
 docs: $(VENV)/.installed-dev  ## the site of the documentation, into build/site

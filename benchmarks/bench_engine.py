@@ -14,14 +14,13 @@ rest, power 2 in phase W and 2.4 in phase A.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from facts import facts
+from lines import append, parse_choices, read
 from published_loop import cache_pass, learn_activations, learn_weights, published_copy, replace_quantizers
 
 from ptq_tdq import load_model, preset
@@ -29,11 +28,12 @@ from ptq_tdq.calib_data import collect_cached
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Config
 from ptq_tdq.plan import make_plan
-from ptq_tdq.quantized_model import QuantizedModel, folded_copy
+from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import RunDirectory, activations, engine, reconstruct, weights
 from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
+from ptq_tdq.wrap import folded_copy
 
 RESULTS = Path(__file__).parent / "results" / "engine.jsonl"
 Line = dict[str, Any]
@@ -126,10 +126,9 @@ class Bench:
     def write(self, phase: str, unit: Unit, ours: Line, published: list[Line], before: float) -> None:
         line = {
             "phase": phase, "unit": unit.name, "loss_before": before, "ours": ours, "published": published,
-            "choices": self.config.to_dict(), "facts": facts(),
+            "choices": self.config.to_dict(),
         }  # fmt: skip
-        with self.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.results, line)
         print(phase, unit.name, f"{before:.5f}", ours, published, flush=True)
 
 
@@ -152,11 +151,10 @@ def main(
     if not render:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)
-        results.parent.mkdir(exist_ok=True)
-        config = preset("default", scheme=scheme, method=method, **dict(s.split("=") for s in settings))
+        config = preset("default", scheme=scheme, method=method, **parse_choices(settings))
         counts = tuple(int(n) for n in iterations.split(",") if n)
         run(config, Bench(config, counts, results, time.monotonic() + 60 * minutes), work)
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+    print(table(read(results)))
 
 
 def run(config: Config, bench: Bench, work: Path) -> None:
@@ -165,17 +163,17 @@ def run(config: Config, bench: Bench, work: Path) -> None:
     calls = collect_cached(model, **config.recipe)
     plan = make_plan(folded_copy(model.denoiser), config, calls)
     quantized = QuantizedModel.copy_of(model.denoiser, calls.axis, plan.layers)
-    engine.reconstruct_weights = bench.weights(engine.reconstruct_weights)
-    engine.reconstruct_activations = bench.activations(engine.reconstruct_activations)
+    for name, wrap in (("reconstruct_weights", bench.weights), ("reconstruct_activations", bench.activations)):
+        setattr(engine, name, wrap(getattr(engine, name)))
     Unit.loss = bench.evaluated(Unit.loss)  # type: ignore[method-assign]
     weights._learn, activations._learn = bench.timed(weights._learn), bench.timed(activations._learn)
     directory = RunDirectory(work, {key: str(value) for key, value in ungrouped(config.to_dict()).items()})
     try:
-        reconstruct(quantized, calls, config, single=plan.single, unlearned=plan.unlearned, run=directory)
+        reconstruct(quantized, calls, config, special=plan.special, run=directory)
     except OutOfTime:
         print("Stopped in time; start the same command again.")
         return
-    caching = {}
+    caching: dict[str, float] = {}
     for phase in ("weights", "activations"):
         seconds = 0.0
         for name in quantized.units():
@@ -186,13 +184,12 @@ def run(config: Config, bench: Bench, work: Path) -> None:
                 cache_pass(quantized.model.get_submodule(name), forwards)
                 seconds += time.process_time() - began
         caching[phase] = seconds
-    with bench.results.open("a") as file:
-        file.write(json.dumps({"phase": "caching", "seconds": caching, "facts": facts()}) + "\n")
+    append(bench.results, {"phase": "caching", "seconds": caching})
 
 
 def table(lines: list[Line]) -> str:
     """Markdown: sums over units, per phase."""
-    caching = next((line["seconds"] for line in lines if line["phase"] == "caching"), {})
+    caching: Line = next((line["seconds"] for line in lines if line["phase"] == "caching"), {})
     rows = [
         "| phase | loop | iterations | ms per iteration, all units | seconds | loss, all units |",
         "|---|---|---|---|---|---|",

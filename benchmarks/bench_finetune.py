@@ -17,10 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -29,7 +29,7 @@ from typing import Any
 
 import click
 import torch
-from facts import facts
+from lines import append, facts, parse_choices, read
 
 from ptq_tdq import FinetuneConfig, calibrate, finetune, load_model, preset
 from ptq_tdq.artifacts import Artifact, read_artifact
@@ -148,7 +148,7 @@ class Bench:
     def baseline(self, seed: int) -> Baseline:
         """Full precision, from the noise of a seed."""
         if seed not in self._baselines:
-            request = {"samples": self.samples, "num_inference_steps": self.steps, "seed": seed}
+            request: dict[str, Any] = {"samples": self.samples, "num_inference_steps": self.steps, "seed": seed}
             folder = self.work / f"baseline-{seed}"
             found = load_baseline(folder, self.model, **request)
             if found is None:
@@ -167,9 +167,13 @@ class Bench:
         for method, graph in [*product(("static", "tdq"), (False, True)[: 1 + (device.type == "cuda")])] * 2:
             ends: list[float] = []
             config = base.changed({"method": method, "cuda_graph": graph})
-            finetune(self.model, began, config, data, on_iteration=lambda _, ends=ends: ends.append(perf_counter()))
+            finetune(self.model, began, config, data, on_iteration=partial(_note, ends))
             seconds.setdefault(f"{method}{' graph' * graph}", []).extend(b - a for a, b in pairwise(ends[5:]))
         return {"seconds": {k: median(v) for k, v in seconds.items()}, "device": device_name(device), "facts": facts()}
+
+
+def _note(ends: list[float], iteration: Any) -> None:
+    ends.append(perf_counter())
 
 
 def device_name(device: torch.device) -> str:
@@ -245,12 +249,12 @@ def main(
     **options: Any,
 ) -> None:
     """Run the cells that have no line yet."""
-    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    known = read(results)
     if rendered:
         click.echo(render(known))
         return
     for name in ("settings", "calibration"):
-        options[name] = dict(x.split("=", 1) for x in options[name])
+        options[name] = parse_choices(options[name])
     options["work"].mkdir(parents=True, exist_ok=True)
     done = {line["key"] for line in known}
     wanted = [
@@ -269,16 +273,12 @@ def main(
     if prepare:
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, _begin, (threads, options)) as pool, results.open("a") as file:
+    with ProcessPoolExecutor(processes, spawn, _begin, (threads, options)) as pool:
         for future in as_completed([pool.submit(_run, cell) for cell in wanted]):
             if error := future.exception():  # the others go on
                 click.echo(error, err=True)
                 continue
-            line = future.result()
-            click.echo(line["key"], err=True)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            click.echo(append(results, future.result())["key"], err=True)
 
 
 if __name__ == "__main__":

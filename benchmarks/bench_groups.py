@@ -9,20 +9,20 @@ them. One JSON line per layer; ``--render`` prints means over layers, plain and 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import click
 import torch
-from facts import facts
+from lines import append, read
 from torch import Tensor, nn
 
 from ptq_tdq import load_model
 from ptq_tdq.calib_data import LoadedModel, collect_cached
 from ptq_tdq.config import preset
 from ptq_tdq.gptq import gptq, layer_error, solve_order
+from ptq_tdq.hooks import hooked
 from ptq_tdq.rotate import rotated
 from ptq_tdq.scheme import QType
 from ptq_tdq.search import weight_qparams
@@ -46,12 +46,9 @@ def moments(model: LoadedModel, seed: int, trajectories: int) -> dict[str, Tenso
         return hook
 
     layers = ((name, m) for name, m in model.denoiser.named_modules() if isinstance(m, nn.Linear))
-    handles = [module.register_forward_pre_hook(listen(name)) for name, module in layers]
-    with torch.no_grad():
+    with torch.no_grad(), hooked(module.register_forward_pre_hook(listen(name)) for name, module in layers):
         for start in range(0, len(calls), 64):
             model.denoiser(**calls.inputs(slice(start, min(start + 64, len(calls)))))
-    for handle in handles:
-        handle.remove()
     return {name: total / count[name] for name, total in found.items()}
 
 
@@ -78,18 +75,16 @@ def main(name: str, bits: str, groups: str, trajectories: int, results: Path, th
         model = load_model(name)
         seen, fresh = (moments(model, seed, trajectories) for seed in (0, FRESH_SEED))
         sizes = [int(group) for group in groups.split(",")]
-        with results.open("w") as file:
-            for layer in seen:
-                weight = model.denoiser.get_submodule(layer).weight.detach()
-                found = [
-                    one
-                    for width in map(int, bits.split(","))
-                    for one in measure(weight, seen[layer], fresh[layer], width, sizes)
-                ]
-                line = {"model": name, "layer": layer, "trajectories": trajectories, "found": found, "facts": facts()}
-                file.write(json.dumps(line) + "\n")
-    lines = map(json.loads, results.read_text().splitlines())
-    print(table([{"layer": line["layer"], **one} for line in lines for one in line["found"]]))
+        results.unlink(missing_ok=True)
+        for layer in seen:
+            weight = model.denoiser.get_submodule(layer).weight.detach()
+            found = [
+                one
+                for width in map(int, bits.split(","))
+                for one in measure(weight, seen[layer], fresh[layer], width, sizes)
+            ]
+            append(results, {"model": name, "layer": layer, "trajectories": trajectories, "found": found})
+    print(table([{"layer": line["layer"], **one} for line in read(results) for one in line["found"]]))
 
 
 def measure(weight: Tensor, seen: Tensor, fresh: Tensor, bits: int, groups: list[int]) -> list[Line]:

@@ -24,7 +24,7 @@ from typing import Any
 import click
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
-from facts import facts
+from lines import append, parse_choices, read
 
 from ptq_tdq import calibrate, preset, record
 from ptq_tdq.plan import make_plan
@@ -134,7 +134,7 @@ class Log:
 
     def __init__(self, path: Path | None, memory: OwnMemory) -> None:
         self.path, self.memory = path, memory
-        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+        self.lines = read(path) if path else []
         self.began = time.process_time(), time.perf_counter()
 
     def add(self, report: UnitReport) -> None:
@@ -194,7 +194,7 @@ def main(
     work: Path | None,
     child: str | None,
 ) -> None:
-    few = dict(choice.split("=", 1) for choice in choices)
+    few = parse_choices(choices)
     if child:
         print(json.dumps(measure(Point(**json.loads(child)), few, foretell, work)))
         return
@@ -203,7 +203,7 @@ def main(
         for point in wanted:
             print(json.dumps(measure(point, few, True, None)), flush=True)
         return
-    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    lines = read(results)
     known = {key(line) for line in lines}
     for point in wanted:
         if render or key({**asdict(point), "set": few}) in known:
@@ -215,11 +215,8 @@ def main(
         found = subprocess.run(run, capture_output=True, text=True, check=False)
         if found.returncode:
             sys.exit(f"{point} failed:\n{found.stderr}")
-        line = {**json.loads(found.stdout), "facts": facts() | {"threads": 1}}
-        print({k: v for k, v in line.items() if k != "facts"}, flush=True)
-        lines.append(line)
-        with results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        print(found.stdout, flush=True)
+        lines.append(append(results, {**json.loads(found.stdout), "facts": {"threads": 1}}))
     draw(lines, results.with_suffix(".svg"))
 
 

@@ -3,8 +3,9 @@
 One JSON line per (model, scheme, batch), one thread: milliseconds of one call of the denoiser (process CPU time, the
 least of the rounds), each file's speed over its own runtime's float32 and over that runtime's own static int8 model
 (made by onnxruntime.quantization, and by NNCF), how many products the runtime executes as integers, the file's size
-over that of the float32 weights, and the SQNR of its output against the simulated model's. "qdq" is the graph of one
-step of ``--runtime qdq``. OpenVINO computes what is not integers in float32, in all of its models.
+over that of the float32 weights, and the SQNR of its output against the simulated model's and against full precision;
+that of the runtimes' own int8 models, too, whose intervals come from these very inputs. "qdq" is the graph of one step
+of ``--runtime qdq``. OpenVINO computes what is not integers in float32, in all of its models.
 
 "float32" is the graph of ``--format onnx-float``; for onnxruntime with the same normalization nodes as in the integer
 file, so that only integers make the difference.
@@ -12,7 +13,6 @@ file, so that only integers make the difference.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections import Counter
@@ -26,7 +26,7 @@ import onnxruntime
 import openvino
 import torch
 from bench_runtime import Call, onnxruntime_calls, openvino_calls
-from facts import facts
+from lines import append, parse_choices, read
 from subjects import call_of, make_model
 from torch import nn
 
@@ -38,13 +38,14 @@ from ptq_tdq.export.onnx import FORMS, OnnxDenoiser
 from ptq_tdq.export.onnx.file import encode_onnx, write_steps
 from ptq_tdq.export.onnx.floating import Floating
 from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
+from ptq_tdq.export.onnx.portable import Portable
 from ptq_tdq.export.onnx.skeleton import make_skeleton
 from ptq_tdq.load import build_quantized
 
 RESULTS = Path(__file__).parent / "results" / "onnx.jsonl"
 # Rounding and intervals do not matter for speed: nearest rounding, the observed steps' best intervals.
 QUICK = {"rounding": "nearest", "activation_iterations": 0, "method": "step-table"}
-SAMPLES = {"samples_per_step": 4, "calibration_steps": 5, "num_inference_steps": 5}
+SAMPLES: dict[str, Any] = {"samples_per_step": 4, "calibration_steps": 5, "num_inference_steps": 5}
 T = 500
 
 
@@ -54,7 +55,7 @@ class FloatForOnnxRuntime(Floating):
     group_norm = OnnxRuntime.group_norm
 
 
-FILES = {
+FILES: dict[str, type[Portable]] = {
     "float32": Floating,
     "float32-ort": FloatForOnnxRuntime,
     **FORMS,
@@ -83,7 +84,7 @@ STATIC = {"onnxruntime": "onnxruntime static int8", "openvino": "OpenVINO + NNCF
 def main(
     models: str, schemes: str, batches: str, rounds: int, settings: tuple[str, ...], results: Path, render: bool
 ) -> None:
-    chosen = dict(setting.split("=", 1) for setting in settings)
+    chosen = parse_choices(settings)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     for name in [] if render else models.split(","):
@@ -97,10 +98,8 @@ def main(
                 for batch in map(int, batches.split(",")):
                     line = {"model": name, "scheme": scheme, "batch": batch, "set": chosen}
                     line |= measure(model.denoiser, artifact, calls, paths, batch, rounds)
-                    results.parent.mkdir(exist_ok=True)
-                    with results.open("a") as file:
-                        file.write(json.dumps(line | {"facts": facts()}) + "\n")
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+                    append(results, line)
+    print(table(read(results)))
 
 
 def export(artifact: Artifact, calls: Calls, folder: Path) -> dict[str, Path]:
@@ -121,22 +120,23 @@ def measure(
 ) -> dict[str, Any]:
     inputs = call_of(calls, batch, T)
     with torch.no_grad():
-        simulated = prediction(build_quantized(artifact)(**inputs))
+        full, simulated = (prediction(denoiser(**inputs)) for denoiser in (model, build_quantized(artifact)))
     denoisers = {
         name: OnnxDenoiser(paths[file], runtime=runtime, threads=1) for name, (file, runtime, _) in CALLS.items()
     }
     outputs = {name: prediction(denoiser(**inputs)) for name, denoiser in denoisers.items()}
     run: dict[str, Call] = {name: partial(denoiser, **inputs) for name, denoiser in denoisers.items()}
     with torch.no_grad():
-        run |= openvino_calls(model, inputs, 1, "f32")
-        run |= onnxruntime_calls(model, inputs, 1, paths["qdq"].parent)
+        beside = openvino_calls(model, inputs, 1, "f32") | onnxruntime_calls(model, inputs, 1, paths["qdq"].parent)
+    run |= beside
+    every = outputs | {name: torch.from_numpy(call()[0]) for name, call in beside.items()}
     best = dict.fromkeys(run, float("inf"))
     for _ in range(rounds):
         for name, call in run.items():
             began = time.process_time()
             call()
             best[name] = min(best[name], time.process_time() - began)
-    full = 4 * sum(v.numel() for part in (artifact.weight_codes, artifact.float_state) for v in part.values())
+    size = 4 * sum(v.numel() for part in (artifact.weight_codes, artifact.float_state) for v in part.values())
     return {
         "milliseconds": {name: 1000 * seconds for name, seconds in best.items()},
         "over_float32": {name: best[beside] / best[name] for name, (*_, beside) in CALLS.items()},
@@ -146,8 +146,9 @@ def measure(
             "onnxruntime": onnxruntime_products(paths["onnxruntime"]),
             "openvino": openvino_products(paths["openvino"], inputs),
         },
-        "file_over_float32": {name: paths[name].stat().st_size / full for name in FORMS},
+        "file_over_float32": {name: paths[name].stat().st_size / size for name in FORMS},
         "sqnr_db_to_simulated": {name: sqnr_db(simulated, output) for name, output in outputs.items()},
+        "sqnr_db_to_full": {name: sqnr_db(full, output) for name, output in every.items()},
     }
 
 

@@ -7,16 +7,15 @@ less that of the parts that it calls. One JSON line per run is appended; ``--ren
 from __future__ import annotations
 
 import functools
-import json
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from bench_growth import OwnMemory
-from facts import facts
+from lines import append, parse_choices, read
 
 from ptq_tdq import calibrate, load_model, preset
 from ptq_tdq.calib_data import collect_cached
@@ -45,7 +44,7 @@ class Profile:
     """CPU seconds of each part, by (phase, part)."""
 
     def __init__(self) -> None:
-        self.spent = Counter[tuple[str, str]]()
+        self.spent = defaultdict[tuple[str, str], float](float)
         self.phase, self.inner, self.began = "weights", [0.0], time.process_time()
 
     def watch(self, owner: Any, name: str, part: str) -> None:
@@ -92,7 +91,7 @@ def measure(name: str, settings: dict[str, str]) -> dict[str, Any]:
         "forecast": foreseen.to_dict(),
         "parts": [[phase, part, seconds] for (phase, part), seconds in profile.spent.items()],
         "choices": config.to_dict(),
-        "facts": facts() | {"threads": 1},
+        "facts": {"threads": 1},
     }
 
 
@@ -103,10 +102,8 @@ def measure(name: str, settings: dict[str, str]) -> dict[str, Any]:
 @click.option("--render", is_flag=True, help="Only print the tables.")
 def main(model: str, settings: tuple[str, ...], results: Path, render: bool) -> None:
     if not render:
-        line = measure(model, dict(s.split("=", 1) for s in settings))
-        with results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+        append(results, measure(model, parse_choices(settings)))
+    print(table(read(results)))
 
 
 def table(lines: list[dict[str, Any]]) -> str:

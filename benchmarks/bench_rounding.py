@@ -19,19 +19,20 @@ from typing import Any
 
 import click
 import torch
-from facts import facts
+from lines import append, parse_choices, read
 
 from ptq_tdq import load_model, preset
 from ptq_tdq.calib_data import collect_cached
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.plan import make_plan
-from ptq_tdq.quantized_model import QuantizedModel, folded_copy
+from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import engine, reconstruct
 from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import LOSS_POWER, reconstruct_weights, round_last
+from ptq_tdq.wrap import folded_copy
 
 RESULTS = Path(__file__).parent / "results" / "rounding.jsonl"
 FRESH_SEED = 12345
@@ -79,9 +80,8 @@ class Bench:
             seconds = time.process_time() - began
             found[way] = {**self.losses(), "seconds": seconds}
         line = {**self.about, "unit": self.unit.name, "found": found}
-        line |= {"iterations": self.config.weights.weight_iterations, "seed": self.config.seed, "facts": facts()}
-        with self.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        line |= {"iterations": self.config.weights.weight_iterations, "seed": self.config.seed}
+        append(self.results, line)
         print(json.dumps(found), flush=True)
 
     def losses(self) -> Line:
@@ -106,10 +106,9 @@ def main(
     if not render:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)
-        changed = dict(s.split("=") for s in settings)
-        config = preset("default", scheme=scheme, loss_power=LOSS_POWER, **changed)
+        config = preset("default", scheme=scheme, loss_power=LOSS_POWER, **parse_choices(settings))
         run(config, name, units.split(","), fresh, results)
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+    print(table(read(results)))
 
 
 def run(config: Config, name: str, units: list[str], fresh: int, results: Path) -> None:
@@ -123,9 +122,9 @@ def run(config: Config, name: str, units: list[str], fresh: int, results: Path) 
     both = Calls.join([calls, other], calls.axis)
     quantized = QuantizedModel.copy_of(model.denoiser, calls.axis, plan.layers)
     both.trajectory[len(calls) :] = 0  # those held out are the last ones of the calibration set
-    engine.reconstruct_weights = Bench(config, len(calls), units, about, results)
+    setattr(engine, "reconstruct_weights", Bench(config, len(calls), units, about, results))  # noqa: B010
     try:
-        reconstruct(quantized, both, config, single=plan.single)
+        reconstruct(quantized, both, config, special=plan.special)
     except Done:
         return
 

@@ -7,7 +7,6 @@ adds images per second of 50 steps. Needs ``pip install -e '.[bench]'``.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from facts import facts
+from lines import append, read
 from subjects import at, call_of, conditional_unet, make_model
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from ptq_tdq.evaluate.trajectories import run
 from ptq_tdq.timeaxis import at as present_at
 
 RESULTS = Path(__file__).parent / "results" / "runtime.jsonl"
-QUICK = {"samples_per_step": 2, "calibration_steps": 8}
+QUICK: dict[str, Any] = {"samples_per_step": 2, "calibration_steps": 8}
 NEAREST = {"method": "static", "rounding": "nearest", "activation_iterations": 0, **QUICK}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Call = Callable[[], Any]
@@ -64,11 +63,11 @@ def main(
                 for count in map(int, threads.split(",")):
                     torch.set_num_threads(count)
                     if pipeline:
-                        write(results, end_to_end(subject))
+                        append(results, end_to_end(subject))
                         continue
                     for batch in map(int, batches.split(",")):
-                        write(results, measure(subject, batch, count, rounds, beside, CLOCKS[clock]))
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+                        append(results, measure(subject, batch, count, rounds, beside, CLOCKS[clock]))
+    lines = read(results)
     print(table([line for line in lines if "milliseconds" in line]))
     for line in lines:
         if "images_per_second" in line:
@@ -162,7 +161,6 @@ def measure(
         "over_torch_fp32": {name: best["torch fp32"] / seconds for name, seconds in best.items()},
         "weights_over_fp32": subject.sizes(),
         "runtime": ours.facts,
-        "facts": facts(),
     }
 
 
@@ -192,7 +190,7 @@ def onnxruntime_calls(denoiser: nn.Module, inputs: dict[str, Any], threads: int,
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.left = [feed] * 4
 
@@ -243,7 +241,6 @@ def end_to_end(subject: Subject) -> dict[str, Any]:
         "batch": len(conditions),
         "threads": torch.get_num_threads(),
         "images_per_second": rates,
-        "facts": facts(),
     }
 
 
@@ -257,11 +254,6 @@ def lookup_microseconds(subject: Subject) -> float:
         with present_at(torch.tensor([float(index)])), model.step.call():
             model.step.interval(name, x)
     return 1e6 * (time.perf_counter() - began) / 1000
-
-
-def write(results: Path, line: dict[str, Any]) -> None:
-    with results.open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def table(lines: list[dict[str, Any]]) -> str:

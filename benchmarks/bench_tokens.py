@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-from facts import facts
+from lines import Line, append, parse_choices, read
 
 from ptq_tdq import calibrate, load_model, preset
 from ptq_tdq.calib_data import LoadedModel, collect_cached
@@ -31,13 +31,12 @@ METHODS = (
     "static,S_20,step-table,tdq-thin,dynamic,dynamic-token,dynamic-token-static,dynamic-token-table,dynamic-token-tdq,"
     "static:equalize=channels,static:rotate=hadamard,tdq-thin:rotate=hadamard,dynamic-token:rotate=hadamard"
 )
-Line = dict[str, Any]
 
 
 def choices_of(entry: str) -> Line:
     """An entry of ``--methods`` as choices."""
     method, *others = entry.split(":")
-    return {"method": method, **dict(other.split("=", 1) for other in others)}
+    return {"method": method, **parse_choices(others)}
 
 
 def measure(model: LoadedModel, config: Config, reference: Reference, work: Path) -> Line:
@@ -45,8 +44,7 @@ def measure(model: LoadedModel, config: Config, reference: Reference, work: Path
     calls = collect_cached(model, **config.recipe)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        name = f"{config.seed}-W{config.parsed_scheme.weight_bits}-{config.weights.rotate}"
-        shared = work / name if config.weights.equalize == "none" else None
+        shared = work / sha256(json.dumps(config.weight_choices, sort_keys=True).encode()).hexdigest()[:16]
         quantized = calibrate(model, config, calls, run_directory=Path(folder), weights_directory=shared)
     seconds = time.perf_counter() - began
     found = compare(reference, quantized)
@@ -76,7 +74,7 @@ def main(
     source: str, schemes: str, methods: str, seeds: str, settings: tuple[str, ...], samples: int, steps: int,
     device: str, minutes: float, work: Path | None, results: Path, threads: int, render: bool,
 ) -> None:  # fmt: skip
-    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    lines = read(results)
     if not render:
         deadline = time.monotonic() + 60 * minutes
         torch.set_num_threads(threads)
@@ -93,13 +91,10 @@ def main(
                 }  # fmt: skip
                 if time.monotonic() > deadline or any(about.items() <= line.items() for line in lines):
                     continue
-                common: Line = {"seed": seed, "scheme": scheme, **dict(s.split("=", 1) for s in settings)}
+                common: Line = {"seed": seed, "scheme": scheme, **parse_choices(settings)}
                 config = preset("default", **common | choices_of(entry))
                 found = measure(model, config, reference, work or Path(folder))
-                line = {**about, **found, "device": device, "facts": facts()}
-                lines.append(line)
-                with results.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                lines.append(append(results, {**about, **found, "device": device}))
                 print(scheme, entry, {k: v for k, v in found.items() if k != "losses"}, flush=True)
     print(table(lines))
 

@@ -8,7 +8,6 @@ in dB against S_1 at the same steps: a table that jumps between visited steps ga
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import suppress
 from dataclasses import replace
@@ -18,14 +17,14 @@ from typing import Any
 
 import click
 import torch
-from facts import facts
+from lines import append, read
 
 from ptq_tdq import load_model, preset
 from ptq_tdq.calib_data import collect_cached
 from ptq_tdq.config import Config
 from ptq_tdq.plan import make_plan
 from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon import activations, engine, weights
+from ptq_tdq.recon import CACHE_BYTES, activations, engine, weights
 from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
@@ -46,7 +45,7 @@ class Bench(engine._Engine):
     def __init__(
         self, quantized: QuantizedModel, calls: Any, config: Config, units: list[str], methods: list[str]
     ) -> None:
-        super().__init__(quantized, calls, config, (), (), None, lambda report: None)
+        super().__init__(quantized, calls, config, engine.ORDINARY, None, CACHE_BYTES, lambda report: None)
         self.chosen, self.methods, self.lines = units, methods, list[dict[str, Any]]()
 
     def learn(self, phase: str, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Parts) -> None:
@@ -55,20 +54,22 @@ class Bench(engine._Engine):
         for layer in unit.layers():
             weights.initialize(layer, self.config)
             layer.weights_enabled = True
+        held_out = unit.held_out
+        assert held_out is not None
         visited = torch.isin(unit.t, unit.t.unique()[::2])
         records = [quantizer.record for quantizer in unit.quantizers()]
         first = [shift.detach().clone() for shift in unit.shifts()]
         for method in self.methods:
             for quantizer, record in zip(unit.quantizers(), records, strict=True):
                 quantizer.record, quantizer.enabled = replace(record, method=method, gain_db=None), False
-            activations.set_shifts(unit, first)
+            unit.set_shifts(first)
             torch.manual_seed(0)
-            learning = replace(unit, among=visited & ~unit.held_out, held_out=None)
+            learning = replace(unit, among=visited & ~held_out, held_out=None)
             generator, steps = torch.Generator().manual_seed(0), self.calls.axis.num_train_timesteps
             activations.reconstruct_activations(learning, full, full, target, self.config, generator, steps)
             line: dict[str, Any] = {"unit": unit.name, "method": method}
             for name, rows in (("visited", visited), ("unvisited", ~visited)):
-                judge = replace(unit, among=rows & unit.held_out)
+                judge = replace(unit, among=rows & held_out)
                 line[name] = judge.loss(full, target, self.config.activations.loss_power)
             self.lines.append(line)
             print(line, flush=True)
@@ -80,7 +81,7 @@ class Bench(engine._Engine):
 @click.option("--units", default="down_blocks.0.resnets.0", help="Names, separated by commas.")
 @click.option("--methods", default=METHODS)
 @click.option("--scheme", default="W8A5")
-@click.option("--samples", default=16, help="Of each step.")
+@click.option("--samples", default=16, type=click.IntRange(min=8), help="Of each step; one in 8 is held out.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--render", is_flag=True, help="Only print the table.")
 def main(units: str, methods: str, scheme: str, samples: int, results: Path, render: bool) -> None:
@@ -95,10 +96,9 @@ def main(units: str, methods: str, scheme: str, samples: int, results: Path, ren
         bench = Bench(quantized, calls, config, units.split(","), methods.split(","))
         with suppress(Finished):
             bench.pass_over("activations")
-        about = {"choices": config.to_dict(), "facts": facts()}
-        with results.open("a") as file:
-            file.writelines(json.dumps(line | about) + "\n" for line in bench.lines)
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+        for line in bench.lines:
+            append(results, line | {"choices": config.to_dict()})
+    print(table(read(results)))
 
 
 def table(lines: list[dict[str, Any]]) -> str:

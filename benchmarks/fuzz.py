@@ -5,14 +5,13 @@ python benchmarks/fuzz.py --cases 100000
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import click
-from facts import facts
+from lines import append
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "shared"))
@@ -37,10 +36,8 @@ def main(cases: int, first: int, results: Path) -> None:
         "outcomes": dict(sorted(outcomes.items())),
         "wrong": [case["case"] for case in wrong],
         "seconds": round(time.monotonic() - began),
-        "facts": facts(),
     }
-    with results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, sort_keys=True) + "\n")
+    append(results, line)
     sys.exit(bool(wrong))
 
 

@@ -8,7 +8,8 @@ data are those of our engine; the layers' shells (:class:`~ptq_tdq.modules.Quant
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -84,22 +85,15 @@ def learn_weights(
     for layer in unit.layers():
         layer.weights_enabled = True
         for index, quantizer in enumerate(layer.weight_quantizers()):
-            assert quantizer.scale is not None and quantizer.zero_point is not None
-            shape = (-1,) + (1,) * (layer.weight.ndim - 1)
-            rounding = PublishedRounding(
-                layer.part(index),
-                quantizer.scale.view(shape),
-                quantizer.zero_point.view(shape),
-                quantizer.qtype.qmax + 1,
-            )
+            rounding = PublishedRounding(layer.part(index), *quantizer.grid(), quantizer.qtype.qmax + 1)
             quantizer.rounding = rounding  # type: ignore[assignment]
             roundings.append(rounding)
     optimizer = torch.optim.Adam([r.alpha for r in roundings], lr=WEIGHT_LR)
     with torch.enable_grad():
         for iteration in range(iterations):
-            index = torch.randperm(len(unit.t), generator=generator)[:batch]
+            rows = torch.randperm(len(unit.t), generator=generator)[:batch]
             optimizer.zero_grad()
-            loss = loss_of(unit, call, target, 2.0, index)
+            loss = loss_of(unit, call, target, 2.0, rows)
             if iteration >= WARMUP * iterations:
                 b = B_END + (B_START - B_END) * max(0.0, 1 - (iteration / iterations - WARMUP) / (1 - WARMUP))
                 for rounding in roundings:
@@ -116,7 +110,8 @@ def replace_quantizers(unit: Unit, static: dict[str, QParams]) -> list[nn.Parame
     for child in unit.quantizers():
         start = static[child.record.name]
         quantizer = PublishedQuantizer(start.scale, start.zero_point, child.qtype.qmax + 1)
-        child.enabled, child.forward = True, quantizer.forward  # type: ignore[method-assign]
+        child.enabled = True
+        child.forward = quantizer.forward  # type: ignore[method-assign, assignment]
         found.append(quantizer.scale)
     return found
 
@@ -134,7 +129,7 @@ def learn_activations(
         for _ in range(iterations):
             index = torch.randperm(len(unit.t), generator=generator)[:batch]
             optimizer.zero_grad()
-            loss = loss_of(unit, call, target, power, index)
+            loss: Tensor = loss_of(unit, call, target, power, index)
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -144,19 +139,13 @@ class _Reached(Exception):
     pass
 
 
-def cache_pass(module: nn.Module, forwards: list[Callable[[], Any]]) -> None:
+def cache_pass(module: nn.Module, forwards: Iterable[Callable[[], Any]]) -> None:
     """One partial pass over the model as the published code makes it: each chunk stops behind ``module``."""
 
     def stop(*_: Any) -> None:
         raise _Reached
 
-    handle = module.register_forward_hook(stop)
-    try:
+    with torch.no_grad(), module.register_forward_hook(stop):
         for forward in forwards:
-            with torch.no_grad():
-                try:
-                    forward()
-                except _Reached:
-                    continue
-    finally:
-        handle.remove()
+            with suppress(_Reached):
+                forward()

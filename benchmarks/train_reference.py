@@ -162,7 +162,7 @@ def _training(steps: int, batch: int, lr: float) -> Callable[[Command], Command]
 @main.command()
 @_training(steps=7500, batch=128, lr=4e-4)
 @click.pass_obj
-def unet(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
+def unet(folders: Folders, /, batch: int, seed: int, **schedule: Any) -> None:
     """Train the U-Net on cached latents (AdamW, EMA)."""
     torch.manual_seed(seed)
     latents, labels = folders.latents()
@@ -180,7 +180,7 @@ def unet(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
 @main.command()
 @_training(steps=8000, batch=96, lr=6e-4)
 @click.pass_obj
-def dit(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
+def dit(folders: Folders, /, batch: int, seed: int, **schedule: Any) -> None:
     """Train the transformer on cached latents (flow matching, AdamW, EMA, bf16 autocast)."""
     torch.manual_seed(seed)
     latents, labels = folders.latents()
@@ -197,7 +197,7 @@ def dit(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
 @main.command()
 @_training(steps=20000, batch=128, lr=4e-4)
 @click.pass_obj
-def pixel(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
+def pixel(folders: Folders, /, batch: int, seed: int, **schedule: Any) -> None:
     """Train the pixel-space U-Net (AdamW, EMA)."""
     torch.manual_seed(seed)
     images, labels = folders.pixels()
@@ -211,11 +211,11 @@ def pixel(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
 @main.command()
 @_training(steps=8000, batch=512, lr=3e-3)
 @click.pass_obj
-def classifier(folders: Folders, batch: int, seed: int, **schedule: Any) -> None:
+def classifier(folders: Folders, /, batch: int, seed: int, **schedule: Any) -> None:
     """Train the second classifier and print its accuracy on the test images."""
     torch.manual_seed(seed)
     images, labels = folders.pixels()
-    new = ConvMixer().to(folders.device, memory_format=torch.channels_last)
+    new = ConvMixer().to(folders.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loss = classifier_stage.classifier_loss(images, labels, batch)
     trained = train("classifier", new, loss, folders.work, seed=seed, **schedule)
     held_out, expected = load_images(folders.data, "test")

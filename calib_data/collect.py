@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 from ptq_tdq.calls import Calls, Recorder
 from ptq_tdq.errors import CalibrationSetError, ConfigError
 from ptq_tdq.files import holding
+from ptq_tdq.identity import dtype_name
 from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
@@ -63,7 +65,7 @@ def collect(
     collected, total = [], num_inference_steps * -(-trajectories // size)
     for number, start in enumerate(range(0, trajectories, size)):
         samples = range(start, min(start + size, trajectories))
-        part = _read(parts, start)
+        part = _read(parts, samples)
         if part is None:
             recorder = Recorder(model.denoiser)
             schedule = new_schedule(model.sampler)
@@ -86,7 +88,7 @@ def collect(
                 )
             part = recorder.calls(axis_of(recorder, schedule))
             if parts is not None:
-                part.save(_file(parts, start))
+                part.save(_file(parts, samples))
         collected.append(part)
     recipe = make_recipe(
         model,
@@ -129,20 +131,14 @@ def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> C
             raise _Enough
 
     recorder.begin(0, 1)
-    with recorder.listening():
-        handle = model.denoiser.register_forward_hook(stop)
-        try:
-            model.sampler.run(
-                model.denoiser,
-                model.sampler.conditions(1),
-                [sample_generator(PURPOSE, seed, 0)],
-                num_inference_steps,
-                schedule,
-            )
-        except _Enough:
-            pass
-        finally:
-            handle.remove()
+    with recorder.listening(), suppress(_Enough), model.denoiser.register_forward_hook(stop):
+        model.sampler.run(
+            model.denoiser,
+            model.sampler.conditions(1),
+            [sample_generator(PURPOSE, seed, 0)],
+            num_inference_steps,
+            schedule,
+        )
     return recorder.calls(axis_of(recorder, schedule))
 
 
@@ -166,7 +162,7 @@ def make_recipe(
     scheduler = json.dumps(dict(model.scheduler.config), sort_keys=True, default=str)
     return {
         "model_sha256": model.sha256,
-        "dtype": str(model.denoiser.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.denoiser.dtype),
         "scheduler": type(model.scheduler).__name__,
         "scheduler_sha256": hashlib.sha256(scheduler.encode()).hexdigest(),
         "samples_per_step": samples_per_step,
@@ -256,15 +252,15 @@ class _Wanted:
             self.chosen[found[given], column] = True
 
 
-def _file(parts: Path, start: int) -> Path:
-    return parts / f"{start:06d}.safetensors"
+def _file(parts: Path, samples: range) -> Path:
+    return parts / f"{samples.start:06d}-{samples.stop:06d}.safetensors"
 
 
-def _read(parts: Path | None, start: int) -> Calls | None:
+def _read(parts: Path | None, samples: range) -> Calls | None:
     if parts is None:
         return None
     try:
-        return Calls.load(_file(parts, start))
+        return Calls.load(_file(parts, samples))
     except CalibrationSetError:
         return None
 

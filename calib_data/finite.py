@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq_tdq.calls import bind, tensors_of
 from ptq_tdq.errors import NonFiniteError
+from ptq_tdq.hooks import hooked
 from ptq_tdq.timeaxis import time_argument, time_values
 
 
@@ -32,11 +33,8 @@ def finite_outputs(model: nn.Module) -> Iterator[None]:
             "check its weights and dtype."
         )
 
-    handle = model.register_forward_hook(check, with_kwargs=True)
-    try:
+    with model.register_forward_hook(check, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 def _finite(output: Any) -> bool:
@@ -45,18 +43,21 @@ def _finite(output: Any) -> bool:
 
 def _first_layer(model: nn.Module, args: Any, kwargs: Any) -> str:
     """Name the layer whose output was the first to have NaN or Inf, as a part of a sentence; empty if none had."""
+    leaves = [(name, m) for name, m in model.named_modules() if name and not any(m.children())]
+    found = first_where(leaves, lambda output: not _finite(output), lambda: model(*args, **kwargs))
+    return f", first in {found}" if found else ""
+
+
+def first_where(
+    modules: Iterable[tuple[str, nn.Module]], bad: Callable[[Any], bool], run: Callable[[], Any]
+) -> str | None:
+    """The name of the first module whose output is ``bad`` in a run, if there is one."""
     found: list[str] = []
 
-    def watch(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+    def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if bad(output):
             found.append(name)
 
-    leaves = [(name, m) for name, m in model.named_modules() if name and not any(m.children())]
-    handles = [module.register_forward_hook(partial(watch, name)) for name, module in leaves]
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return f", first in {found[0]}" if found else ""
+    with torch.no_grad(), hooked(module.register_forward_hook(partial(look, name)) for name, module in modules):
+        run()
+    return found[0] if found else None

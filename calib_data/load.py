@@ -22,8 +22,8 @@ from ptq_tdq.calib_data.pipeline import PipelineSampler
 from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
-from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
-from ptq_tdq.identity import model_sha256
+from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError, first_line
+from ptq_tdq.identity import first_nonfinite, model_name, model_sha256
 from ptq_tdq.processor import check_device
 from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import time_argument
@@ -121,8 +121,7 @@ def from_pipeline(
         raise ModelError(f"{type(pipe).__name__} has no denoiser named {name!r}; it has {', '.join(known)}.")
     check_denoiser(denoiser)
     sampler = PipelineSampler(pipe, name, prompts, classes, call)
-    own = str(getattr(denoiser.config, "_name_or_path", "") or type(denoiser).__name__)
-    return LoadedModel(denoiser, sampler, Path(own).name, model_sha256(denoiser), name)
+    return LoadedModel(denoiser, sampler, model_name(denoiser), model_sha256(denoiser), name)
 
 
 def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
@@ -154,11 +153,8 @@ def check_denoiser(model: nn.Module) -> None:
     NaN or Inf in a weight.
     """
     time_argument(model)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NonFiniteError(
-                f"The weight '{name}' has NaN or Inf; the model cannot be quantized, load another copy."
-            )
+    if name := first_nonfinite(model):
+        raise NonFiniteError(f"The weight '{name}' has NaN or Inf; the model cannot be quantized, load another copy.")
 
 
 def is_embedded(model: LoadedModel) -> bool:
@@ -217,10 +213,9 @@ def _load_pipeline(folder: Path, component: str, denoiser: nn.Module) -> Any:
                 **{component: denoiser, **given},
             )
     except Exception as error:  # of any type, from diffusers, transformers or a tokenizer
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")[:200]
         raise ModelError(
-            f"The pipeline in '{folder}' cannot be loaded ({reason}); its files are missing or damaged, or a package "
-            "that they need is not installed (pip install 'ptq-tdq[pipelines]')."
+            f"The pipeline in '{folder}' cannot be loaded ({first_line(error)}); its files are missing or damaged, "
+            "or a package that they need is not installed (pip install 'ptq-tdq[pipelines]')."
         ) from error
 
 
@@ -242,9 +237,8 @@ def _load_weights(cls: Any, folder: Path) -> Any:
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ModelError(
-            f"The {cls.__name__} in '{folder}' cannot be loaded ({reason}); "
+            f"The {cls.__name__} in '{folder}' cannot be loaded ({first_line(error)}); "
             "its files are missing, truncated or of another model, so copy or download them again."
         ) from error
     for problem in ("missing_keys", "unexpected_keys"):

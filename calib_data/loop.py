@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ptq_tdq.calib_data.sampler import Sampled, Sampler
 from ptq_tdq.calls import main_argument_name, prediction
 from ptq_tdq.calls.arguments import REFUSALS
-from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
+from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError, first_line
 from ptq_tdq.timeaxis import time_argument
 
 LABELS = "class_labels"
@@ -88,8 +88,7 @@ class LoopSampler(Sampler):
         except REFUSALS as error:
             raise ModelError(
                 f"{type(denoiser).__name__} cannot be called with x, t{' and a class' if labels else ''} alone "
-                f"({str(error).splitlines()[0][:150] if str(error) else type(error).__name__}); pass the folder of its "
-                "pipeline, or record calls of it."
+                f"({first_line(error)}); pass the folder of its pipeline, or record calls of it."
             ) from error
 
     def _decode(self, latents: Tensor) -> Tensor | None:

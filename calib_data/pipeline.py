@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ptq_tdq.calib_data.prompts import DEFAULT_PROMPTS
 from ptq_tdq.calib_data.sampler import Sampled, Sampler, takes
-from ptq_tdq.errors import ConfigError, ModelError, PtqTdqError
+from ptq_tdq.errors import ConfigError, ModelError, PtqTdqError, first_line
 
 PROMPT, LABELS = "prompt", "class_labels"
 OWN = ("generator", "num_inference_steps", "output_type", "return_dict", "num_images_per_prompt", PROMPT, LABELS)
@@ -130,10 +130,9 @@ def _refusals(pipe: Any) -> Iterator[None]:
     except PtqTdqError:
         raise
     except Exception as error:  # of any type, from the pipeline or a library behind it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(
-            f"{type(pipe).__name__} cannot sample so ({reason}); change its arguments (height, width, ...) or record "
-            "calls of it."
+            f"{type(pipe).__name__} cannot sample so ({first_line(error)}); change its arguments (height, width, ...) "
+            "or record calls of it."
         ) from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from ptq_tdq.artifacts import alone, check_folder, write_atomic
-from ptq_tdq.calib_data import load_model
+from ptq_tdq.calib_data import is_embedded, load_model
 from ptq_tdq.cli.cells import CellBars
 from ptq_tdq.cli.options import (
     FilePath,
@@ -27,7 +27,7 @@ from ptq_tdq.cli.options import (
 )
 from ptq_tdq.config import PRESETS
 from ptq_tdq.errors import ConfigError, UsageError
-from ptq_tdq.evaluate.names import METRICS, Metric
+from ptq_tdq.evaluate.names import INCEPTION, METRICS, Metric
 from ptq_tdq.load import Backend
 from ptq_tdq.study.cell import check_plans, sampling_sha256
 from ptq_tdq.study.matrix import METHODS, make_cells
@@ -196,6 +196,9 @@ def benchmark_command(
     lines = read_lines(results)
     model = load_model(source, **given)
     left = unfinished(cells, lines, model.sha256, sampling_sha256(model))
+    for metric in metrics or []:
+        if metric.key in INCEPTION or ("c10" in metric.key and not is_embedded(model)):
+            raise UsageError(f"A study of this model has no {metric.flag}; choose another --metric.")
     require_comparable([*lines, *planned], against)
     if grids:
         check_folder(grids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,26 @@ from typing import Any
 import click
 
 from ptq_tdq import processes
-from ptq_tdq.artifacts import alone, check_output
 from ptq_tdq.calib_data import LoadedModel, collect_cached, load_model, with_scheduler
 from ptq_tdq.calibration import calibrate, foresee
 from ptq_tdq.cli.options import (
     FilePath,
     Size,
     choice_options,
+    evaluation_count,
     json_option,
     model_options,
     print_json,
     quiet_option,
     read_choices,
     read_settings,
+    run_options,
     scheduler_option,
     threads_option,
     verbose_option,
 )
-from ptq_tdq.cli.progress import Progress, show_files, show_forecast, show_gain
-from ptq_tdq.cli.unfinished import clear, discard, unfinished_folder
+from ptq_tdq.cli.progress import Progress, show_forecast, show_gain
+from ptq_tdq.cli.unfinished import Unfinished
 from ptq_tdq.config import PRESETS, Config, preset
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference
@@ -67,14 +68,7 @@ FLAGS = {
     help="What flows between blocks is kept in memory up to so much; more lies in files in OUTPUT_DIR.partial.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what the run will take (memory, disk, time) and stop.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with an unfinished run.")
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
-@click.option(
-    "--evaluation-samples",
-    type=click.IntRange(min=0, max=1 << 20),
-    show_default="64; 4 with a pipeline",
-    help="Samples on which the result is measured; 0 measures nothing.",
-)
+@run_options
 @threads_option
 @json_option
 @verbose_option
@@ -108,7 +102,6 @@ def calibrate_command(
     of --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the
     first unfinished block. Started by torchrun or accelerate launch, processes share the calls and the work.
     """
-    began = time.perf_counter()
     flags = {key: given.pop(key) for key in FLAGS}
     config = _resolve(preset_name, config_file, flags, skip, settings)
     if show_config:
@@ -116,53 +109,42 @@ def calibrate_command(
         return
     if output_dir is None:
         raise click.MissingParameter(ctx=context, param_hint="'--output-dir'", param_type="option")
-    check_output(output_dir, overwrite=overwrite)
-    unfinished = unfinished_folder(output_dir)
-    context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on after the last finished block."
+    run = Unfinished(context, output_dir, overwrite=overwrite, stopped="after the last finished block")
     with processes.joined(given["device"]) as given["device"]:
         first = processes.rank() == 0
         say = Progress(quiet=quiet or not first, verbose=verbose)
         model = _load(source, scheduler, say, **given)
         say.config(config)
-        if evaluation_samples is None:
-            evaluation_samples = min(64, model.sampler.batch)
+        samples = evaluation_count(evaluation_samples, model)
         if first:
-            found = foresee(model, config, cache_budget=cache_budget, evaluation_samples=evaluation_samples)
+            found = foresee(model, config, cache_budget=cache_budget, evaluation_samples=samples)
             if dry_run:
                 print_json(found.to_dict()) if as_json else show_forecast(found)
-            check_room(found, unfinished)
+            check_room(found, run.folder)
         if dry_run:
             return
-        if first:
-            context.with_resource(alone(unfinished))
+        run.hold(resume=resume)
         with processes.first_alone():
-            calls = collect_cached(model, on_progress=say.collecting, **config.recipe)
-        if first and not resume:
-            clear(unfinished)
-        with say.units():
-            quantized = calibrate(
-                model,
-                config,
-                calls,
-                model_id=_id(model.id),
-                run_directory=unfinished,
-                cache_budget=cache_budget,
-                on_unit=say.unit,
-                on_notice=say.notice,
-            )
+            sampled = partial(say.counting, "Sampling in full precision")
+            calls = collect_cached(model, on_progress=sampled, **config.recipe)
+        quantized = calibrate(
+            model,
+            config,
+            calls,
+            model_id=_id(model.id),
+            run_directory=run.folder,
+            cache_budget=cache_budget,
+            on_unit=say.unit,
+            on_notice=say.notice,
+        )
+    say.stop()
     if not first:
         return
     for notice in quantized.notices:
         say.notice(notice)
-    measured = _measure(quantized, model, evaluation_samples, config, say) if evaluation_samples else None
-    quantized.save_pretrained(output_dir, overwrite=overwrite)
-    discard(unfinished)
-    if as_json:
-        print_json({"output_dir": str(output_dir), **quantized.metrics})
-    elif not quiet:
-        if measured:
-            show_gain(config.method, *measured)
-        show_files(output_dir, time.perf_counter() - began)
+    measured = _measure(quantized, model, samples, config, say) if samples else None
+    show = partial(show_gain, config.method, *measured) if measured else None
+    run.finish(quantized, as_json=as_json, quiet=quiet, show=show)
 
 
 def _load(source: str | None, scheduler: str | None, say: Progress, **given: Any) -> LoadedModel:

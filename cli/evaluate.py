@@ -22,6 +22,7 @@ from ptq_tdq.cli.options import (
     quiet_option,
     result_console,
     scheduler_option,
+    seed_option,
     steps_option,
     threads_option,
     verbose_option,
@@ -72,7 +73,7 @@ NO_IMAGES = (
     show_default=True,
     help="ptqd: undo mean and gain of the errors, estimated on the artifact's calibration set.",
 )
-@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise.")
+@seed_option
 @click.option(
     "--data",
     type=FilePath(),
@@ -119,7 +120,7 @@ def evaluate_command(
         model = with_scheduler(model, scheduler)
     samples = samples or (PIPELINE_SAMPLES if model.sampler.batch < PIPELINE_SAMPLES else SAMPLES)
     say = Progress(quiet=quiet, verbose=verbose)
-    network = inception.load_inception() if data else None
+    network, real = (inception.load_inception(), inception.find_real(data)) if data else (None, [])
     baseline = make_baseline(
         model,
         samples=samples,
@@ -127,13 +128,13 @@ def evaluate_command(
         seed=seed,
         on_progress=lambda done, total: say.counting("Sampling with full precision", done, total),
     )
-    real = _real(network, data, baseline)
+    found = _real(network, real, baseline)
     measured = baseline.measure(
         denoiser,
         lambda done, total: say.counting("Sampling with the quantized model", done, total),
     )
-    full = baseline.quality() | _inception(network, baseline.images, real)
-    mine = measured.results | _inception(network, measured.images, real)
+    full = baseline.quality() | _inception(network, baseline.images, found)
+    mine = measured.results | _inception(network, measured.images, found)
     document = {
         "artifact": str(artifact),
         "model": {"id": model.id, "sha256": model.sha256},
@@ -170,14 +171,14 @@ def _corrected(name: CorrectionName, model: LoadedModel, quantized: nn.Module, c
     return corrected(name, model, quantized, calls)
 
 
-def _real(network: Any, data: Path | None, baseline: Baseline) -> tuple[Tensor, Tensor, Tensor] | None:
+def _real(network: Any, paths: list[Path], baseline: Baseline) -> tuple[Tensor, Tensor, Tensor] | None:
     """What Inception says of the real images."""
-    if network is None or data is None:
+    if network is None:
         return None
     if baseline.images is None:
         raise UsageError("The samples are sounds, or latents without a VAE, and no images; leave out --data.")
     height, width = baseline.images.shape[2:]
-    return inception.describe(network, inception.load_folder(data, (height, width)))
+    return inception.describe(network, inception.read_real(paths, (height, width)))
 
 
 def _inception(network: Any, images: Tensor | None, real: tuple[Tensor, Tensor, Tensor] | None) -> dict[str, float]:
@@ -225,7 +226,7 @@ def _show(document: dict[str, Any]) -> None:
     console = result_console()
     console.print(table)
     for note in document["compared_with"]:
-        console.print(note, markup=False)
+        console.print(note)
 
 
 def _write(output_dir: Path, document: dict[str, Any], baseline: Baseline, measured: Measured, overwrite: bool) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ptq_tdq.artifacts import Artifact, check_base_model, check_target, read_artifact
 from ptq_tdq.calib_data import collect
@@ -78,6 +80,8 @@ def export_command(
     Sizes that a graph fixes (of a latent, of a prompt) are those of the recorded call, so of --height, --width and the
     like.
     """
+    if kind in (*TABLES, COMPONENT):
+        _refuse_model_options(kind, ("calls_file", "source", *given))
     if runtime is not None and kind != "onnx":
         raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
     if steps is not None and (runtime != "qdq" or calls_file is not None):
@@ -114,6 +118,14 @@ def export_command(
         print_json({"written": [str(path) for path in written]})
     elif not quiet:
         click.echo(f"Wrote {' and '.join(map(str, written))}", err=True)
+
+
+def _refuse_model_options(kind: str, names: Iterable[str]) -> None:
+    """Raise :class:`UsageError` for what says how the model is called, where it is not."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--format {kind} calls no model; leave out {option.opts[0]}.")
 
 
 def _record(stored: Artifact, source: str | None, steps: int, given: dict[str, Any]) -> Calls:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import click
 from rich.table import Table
 
 from ptq_tdq import processes
-from ptq_tdq.artifacts import Artifact, alone, check_output, read_artifact
+from ptq_tdq.artifacts import Artifact, read_artifact
 from ptq_tdq.calib_data import LoadedModel, collect_cached
 from ptq_tdq.cli.options import (
     FilePath,
     choice_options,
+    evaluation_count,
     json_option,
     original_options,
     print_json,
@@ -22,12 +23,13 @@ from ptq_tdq.cli.options import (
     read_choices,
     read_settings,
     result_console,
+    run_options,
     threads_option,
     verbose_option,
 )
 from ptq_tdq.cli.original import load_original
-from ptq_tdq.cli.progress import Progress, show_files
-from ptq_tdq.cli.unfinished import clear, discard, unfinished_folder
+from ptq_tdq.cli.progress import Progress
+from ptq_tdq.cli.unfinished import Unfinished
 from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference
 from ptq_tdq.finetuning import FinetuneConfig, IterationReport, check_start, finetune, recipe
 from ptq_tdq.load import build_quantized
@@ -55,14 +57,7 @@ SPOKEN = 100  # lines of -v in a run
     help="A folder of images, or an npz file of images or latents.  [default: none, full precision is imitated]",
 )
 @choice_options(FinetuneConfig, FLAGS)
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with an unfinished run.")
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
-@click.option(
-    "--evaluation-samples",
-    type=click.IntRange(min=0, max=1 << 20),
-    show_default="64; 4 with a pipeline",
-    help="Samples on which the result is measured; 0 measures nothing.",
-)
+@run_options
 @threads_option
 @json_option
 @verbose_option
@@ -92,51 +87,41 @@ def finetune_command(
     an artifact directory that every other command takes. An interrupted run is kept in OUTPUT_DIR.partial; the same
     command goes on at its last checkpoint. Started by torchrun or accelerate launch, processes share each batch.
     """
-    began = time.perf_counter()
     chosen = {key: given.pop(key) for key in FLAGS} | read_settings(settings)
     config = FinetuneConfig().changed(read_choices(FinetuneConfig, config_file, chosen))
     if show_config:
         print_json(config.to_dict())
         return
-    check_output(output_dir, overwrite=overwrite)
-    unfinished = unfinished_folder(output_dir)
+    run = Unfinished(context, output_dir, overwrite=overwrite, stopped="at the last checkpoint")
     stored = read_artifact(artifact)
-    context.ensure_object(dict)["on_stop"] = "Stopped; the same command goes on at the last checkpoint."
     with processes.joined(given["device"]) as given["device"]:
         first = processes.rank() == 0
         say = _Training(quiet=quiet or not first, verbose=verbose)
         model = load_original(source, stored, **given)
         check_start(model, stored, config, data)
-        if first:
-            context.with_resource(alone(unfinished))
-            if not resume:
-                clear(unfinished)
+        run.hold(resume=resume)
         with processes.first_alone():
-            calls = collect_cached(model, on_progress=say.collecting, **recipe(config)) if data is None else None
+            sampled = partial(say.counting, "Sampling in full precision")
+            calls = collect_cached(model, on_progress=sampled, **recipe(config)) if data is None else None
         tuned = finetune(
             model,
             stored,
             config,
             data or calls,
-            run_directory=unfinished,
+            run_directory=run.folder,
             on_iteration=say.iteration,
             on_notice=say.notice,
         )
     say.stop()
     if not first:
         return
-    samples = min(64, model.sampler.batch) if evaluation_samples is None else evaluation_samples
+    samples = evaluation_count(evaluation_samples, model)
     found: dict[str, Comparison] = {}
     if samples:
         say.line("Measuring against full precision, from noise that nothing has seen")
         found = _measure(model, stored, tuned, config, samples)
-    tuned.save_pretrained(output_dir, overwrite=overwrite)
-    discard(unfinished)
-    if as_json:
-        print_json({"output_dir": str(output_dir), **tuned.metrics})
-    elif not quiet:
-        _show(tuned.metrics["finetune"]["held_out"], found)
-        show_files(output_dir, time.perf_counter() - began)
+    held_out = tuned.metrics["finetune"]["held_out"]
+    run.finish(tuned, as_json=as_json, quiet=quiet, show=partial(_show, held_out, found))
 
 
 def _measure(

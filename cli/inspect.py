@@ -10,6 +10,8 @@ from rich.table import Table
 
 from ptq_tdq.artifacts import read_artifact, summarize
 from ptq_tdq.cli.options import FilePath, json_option, print_json, result_console, verbose_option
+from ptq_tdq.errors import printable
+from ptq_tdq.files import size_text
 from ptq_tdq.load import load_quantized
 
 
@@ -25,16 +27,16 @@ def inspect_command(artifact: Path, runtime: bool, as_json: bool, verbose: bool)
         if as_json:
             print_json(facts)
             return
-        for line in _runtime(facts):
+        for line in _runtime(printable(facts)):
             click.echo(line)
         return
     summary = summarize(read_artifact(artifact))
     if as_json:
         print_json(summary)
         return
-    console = result_console()
+    summary, console = printable(summary), result_console()
     for line in _facts(summary):
-        console.print(line, markup=False)
+        console.print(line)
     console.print(_weights(summary["weights"]))
     console.print(_quantizers(summary["quantizers"]))
 
@@ -46,7 +48,7 @@ def _runtime(facts: dict[str, Any]) -> list[str]:
         f"this processor has {facts['instructions']}" + (f"; {kinds}" if kinds else ""),
         f"quantization, norms and attention around them: {facts['passes']}; {facts['fused_blocks']} blocks fused, "
         f"{facts['integer_products']} products of attention on codes",
-        f"{facts['weight_bytes'] / 1e6:.2f} MB of weights in memory",
+        f"{size_text(facts['weight_bytes'])} of weights in memory",
         f"integer weights, inputs in floating point: {', '.join(facts['weight_only_layers']) or 'no layer'}",
         f"in floating point: {', '.join(facts['float_layers']) or 'no layer'}",
         *facts["notices"],
@@ -63,9 +65,9 @@ def _facts(summary: dict[str, Any]) -> list[str]:
         f"{summary['scheme']}, method {summary['method']}, preset {summary['preset']}; {layers} layers, "
         f"{products} attention products, {len(summary['quantizers'])} activation quantizers",
         f"Time axis: {summary['time_axis']['text']}",
-        f"{summary['bytes'] / 1e6:.2f} MB: weights {sizes['weights.safetensors'] / 1e6:.2f} MB "
-        f"({summary['fp32_bytes'] / 1e6:.2f} MB in float32), "
-        f"interval tables {sizes['interval_tables.safetensors'] / 1e6:.2f} MB",
+        f"{size_text(summary['bytes'])}: weights {size_text(sizes['weights.safetensors'])} "
+        f"({size_text(summary['fp32_bytes'])} in float32), "
+        f"interval tables {size_text(sizes['interval_tables.safetensors'])}",
     ]
     if summary["coverage"] is not None:
         lines.append(

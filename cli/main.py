@@ -17,7 +17,7 @@ import click
 from click.shell_completion import CompletionItem
 
 import ptq_tdq
-from ptq_tdq.errors import PtqTdqError, UsageError, WorkerError
+from ptq_tdq.errors import PtqTdqError, UsageError, WorkerError, printable
 
 COMMANDS = {
     "benchmark": "Calibrate and measure every method x scheme x preset x seed, and draw a table.",
@@ -98,7 +98,7 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def _fail(message: str, code: int, *, of_one: bool = False) -> None:
-    _tell("Error: " + " ".join(message.split()), of_one=of_one)
+    _tell("Error: " + printable(" ".join(message.split())), of_one=of_one)
     sys.exit(code)
 
 

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 
 from ptq_tdq import processes
-from ptq_tdq.calib_data import EMBEDDED, read_prompts
-from ptq_tdq.choices import Choices, described
+from ptq_tdq.calib_data import EMBEDDED, LoadedModel, read_prompts
+from ptq_tdq.choices import Choices, described, pair
 from ptq_tdq.config import read_config_file
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.files import reason
@@ -25,6 +25,17 @@ from ptq_tdq.files import reason
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 UNLIMITED = 1000  # columns; a table takes only what it needs
+
+
+def _together(*options: Decorator) -> Decorator:
+    """Several options as one, listed in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def _set_threads(context: click.Context, parameter: click.Parameter, value: int) -> int:
@@ -116,10 +127,7 @@ def _model_options(source: Decorator) -> Decorator:
             flags = {key: value for key in _CALL if (value := values.pop(key)) is not None}
             return command(*args, call={**flags, **_read_call(call)}, **values)
 
-        decorated: Callable[..., Any] = wrapped
-        for option in reversed((source, *_MODEL_OPTIONS)):
-            decorated = option(decorated)
-        return decorated
+        return _together(source, *_MODEL_OPTIONS)(wrapped)
 
     return decorate
 
@@ -127,14 +135,11 @@ def _model_options(source: Decorator) -> Decorator:
 def _read_call(texts: tuple[str, ...]) -> dict[str, Any]:
     """KEY=VALUE pairs; a value is a number, true, false or null where it reads as one, else text."""
     found = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--call takes KEY=VALUE. Got {text!r} instead.")
+    for key, value in (pair(text, "--call") for text in texts):
         try:
-            found[key.strip().replace("-", "_")] = json.loads(value)
+            found[key] = json.loads(value)
         except (ValueError, RecursionError):
-            found[key.strip().replace("-", "_")] = value
+            found[key] = value
     return found
 
 
@@ -167,6 +172,9 @@ scheduler_option: Decorator = click.option(
     metavar="CLASS",
     help="Any diffusers scheduler, e.g. EulerDiscreteScheduler.  [default: the model's own]",
 )
+seed_option: Decorator = click.option(
+    "--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise."
+)
 
 
 class Size(click.ParamType[int]):
@@ -198,6 +206,21 @@ verbose_option: Decorator = click.option(
 quiet_option: Decorator = click.option(
     "-q", "--quiet", is_flag=True, help="Say nothing but errors and the result of --json."
 )
+run_options: Decorator = _together(
+    click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with an unfinished run."),
+    click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there."),
+    click.option(
+        "--evaluation-samples",
+        type=click.IntRange(min=0, max=1 << 20),
+        show_default="64; 4 with a pipeline",
+        help="Samples on which the result is measured; 0 measures nothing.",
+    ),
+)
+
+
+def evaluation_count(given: int | None, model: LoadedModel) -> int:
+    """Samples on which a result is measured: the ``given`` number, else a small batch of the model's sampler."""
+    return min(64, model.sampler.batch) if given is None else given
 
 
 _FILE_OPTIONS = (
@@ -216,22 +239,16 @@ _FILE_OPTIONS = (
 def choice_options(record: type[Choices], flags: Mapping[str, str], default: str = "default") -> Decorator:
     """A flag for each choice that users name most (name -> metavar), ``--config``, ``--set`` and ``--show-config``."""
     known = described(record)
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        options = [
-            click.option(
-                f"--{name.replace('_', '-')}",
-                name,
-                metavar=metavar,
-                help=f"{known[name].text}  [{default}: {known[name].default}]",
-            )
-            for name, metavar in flags.items()
-        ]
-        for option in reversed((*options, *_FILE_OPTIONS)):
-            command = option(command)
-        return command
-
-    return decorate
+    options = (
+        click.option(
+            f"--{name.replace('_', '-')}",
+            name,
+            metavar=metavar,
+            help=f"{known[name].text}  [{default}: {known[name].default}]",
+        )
+        for name, metavar in flags.items()
+    )
+    return _together(*options, *_FILE_OPTIONS)
 
 
 def read_choices(record: type[Choices], file: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,13 +259,7 @@ def read_choices(record: type[Choices], file: Path | None, given: Mapping[str, A
 
 def read_settings(settings: Sequence[str]) -> dict[str, str]:
     """The choices that ``--set`` names."""
-    found = {}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes KEY=VALUE. Got {text!r} instead.")
-        found[key.strip().replace("-", "_")] = value.strip()
-    return found
+    return dict(pair(text, "--set") for text in settings)
 
 
 def _cores() -> int:
@@ -267,6 +278,11 @@ threads_option: Decorator = click.option(
 )
 
 
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, with a number where several are alike."""
+    return [x if names.count(x) == 1 else f"{x} ({names[: i + 1].count(x)})" for i, x in enumerate(names)]
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
@@ -274,5 +290,5 @@ def print_json(value: Any) -> None:
 
 def result_console() -> Console:
     """Where results are drawn: stdout, as wide as the terminal; a file or a pipe gets every column in full."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=UNLIMITED)
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=UNLIMITED)

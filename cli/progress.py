@@ -1,4 +1,4 @@
-"""What ``calibrate`` tells while it runs: bars on a terminal, lines with -v, only notices otherwise."""
+"""What a command tells while it runs: bars on a terminal, lines with -v, only notices otherwise."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ptq_tdq.choices import ungrouped
 from ptq_tdq.cli.options import result_console
 from ptq_tdq.config import Config, preset
 from ptq_tdq.evaluate.trajectories import Comparison
+from ptq_tdq.files import size_text
 from ptq_tdq.recon import Forecast, UnitReport
-from ptq_tdq.recon.forecast import size_text
 
 NAMED = ("scheme", "method", "seed")  # choices that are always told
 PHASES = {"weights": "Rounding weights", "activations": "Learning intervals"}
@@ -68,14 +68,8 @@ class Progress:
         ]
         self.line(f"Preset {config.preset}: {', '.join(said)}")
 
-    def collecting(self, done: int, total: int) -> None:
-        """Steps of the sampler so far, of how many."""
-        self._advance("Sampling in full precision", done, total, "")
-        if done == total:
-            self.stop()
-
     def counting(self, name: str, done: int, total: int) -> None:
-        """Some other work, ``done`` of ``total``."""
+        """Some work, ``done`` of ``total``."""
         self._advance(name, done, total, "")
         if done == total:
             self.stop()
@@ -97,14 +91,6 @@ class Progress:
         finally:
             for handle in handles:
                 handle.remove()
-            self.stop()
-
-    @contextmanager
-    def units(self) -> Iterator[None]:
-        """Around the reconstruction."""
-        try:
-            yield
-        finally:
             self.stop()
 
     def unit(self, report: UnitReport) -> None:

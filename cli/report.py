@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ptq_tdq.artifacts import check_base_model, check_target, read_artifact
+from ptq_tdq.artifacts import check_base_model, check_target, public_name, read_artifact
 from ptq_tdq.calib_data import LoadedModel, with_scheduler
 from ptq_tdq.cli.options import (
     FilePath,
     json_option,
+    numbered,
     original_options,
     print_json,
     quiet_option,
     scheduler_option,
+    seed_option,
     steps_option,
     threads_option,
     verbose_option,
 )
 from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
-from ptq_tdq.errors import ArtifactMismatchError, MissingExtraError, ModelError
+from ptq_tdq.errors import ArtifactMismatchError, ModelError
+from ptq_tdq.extras import need
+from ptq_tdq.files import size_text
 from ptq_tdq.report.survey import Subject, check_same_model, survey
 
 
@@ -46,7 +49,7 @@ from ptq_tdq.report.survey import Subject, check_same_model, survey
 )
 @steps_option
 @scheduler_option
-@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise.")
+@seed_option
 @click.option("--overwrite", is_flag=True, help="Replace a report that is already there.")
 @threads_option
 @json_option
@@ -72,14 +75,14 @@ def report_command(
     page, which opens without a network, and its figures as PNG and SVG. The first artifact leads; the others are
     compared with it: bit widths, methods, or seeds of the same model.
     """
-    _check_libraries()
+    for package in ("matplotlib", "jinja2"):
+        need(package, "report")
     from ptq_tdq.report.write import check_output, write_report
 
     quiet_schedulers()
     say = Progress(quiet=quiet, verbose=verbose)
-    subjects = [
-        Subject(name, path, read_artifact(path)) for name, path in zip(_names(artifacts), artifacts, strict=True)
-    ]
+    names = numbered([path.resolve().name for path in artifacts])
+    subjects = [Subject(name, path, read_artifact(path)) for name, path in zip(names, artifacts, strict=True)]
     check_same_model(subjects)
     check_output(output_dir, overwrite)
     check_target(output_dir, overwrite)
@@ -101,36 +104,23 @@ def report_command(
     if as_json:
         print_json({"output_dir": str(output_dir), "page": str(page), "files": files, "measured": model is not None})
     elif not quiet:
-        click.echo(f"Wrote {page} ({page.stat().st_size / 1e6:.1f} MB) and {len(files) - 1} figures")
+        click.echo(f"Wrote {page} ({size_text(page.stat().st_size)}) and {len(files) - 1} figures")
 
 
 _NOT_ASKED = ("Nothing was measured for this page (--samples 0); it shows what the artifacts hold.",)
-
-
-def _check_libraries() -> None:
-    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(f"The report needs {' and '.join(missing)}; pip install 'ptq-tdq[report]'.")
-
-
-def _names(paths: tuple[Path, ...]) -> list[str]:
-    """A short name for each artifact: its folder's, numbered where several are alike."""
-    bare = [path.resolve().name for path in paths]
-    return [name if bare.count(name) == 1 else f"{name} ({bare[: i + 1].count(name)})" for i, name in enumerate(bare)]
 
 
 def _model(
     source: str | None, subject: Subject, scheduler: str | None, given: dict[str, Any]
 ) -> tuple[LoadedModel | None, tuple[str, ...]]:
     """The model named by the user, else the artifact's own; None and a notice where that cannot be used from here."""
-    base = subject.artifact.config["base_model"]["id"]
+    name = public_name(subject.artifact.config["base_model"]["id"])
     try:
         model = load_original(source, subject.artifact, **given)
         check_base_model(subject.artifact, model.sha256)
     except (ModelError, ArtifactMismatchError) as error:
         if source:
             raise
-        name = Path(base).name if Path(base).is_absolute() else base
         reason = "cannot be loaded from here" if isinstance(error, ModelError) else "is not the one that was quantized"
         return None, (
             f"The full-precision model '{name}' {reason}, so errors, distributions and samples are missing from the "

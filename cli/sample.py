@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,31 @@ from ptq_tdq.cli.options import (
     FilePath,
     backend_option,
     json_option,
+    numbered,
     original_options,
     print_json,
     quiet_option,
     scheduler_option,
+    seed_option,
     steps_option,
     threads_option,
     verbose_option,
 )
 from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
+from ptq_tdq.errors import UsageError
 from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import finite, run
 from ptq_tdq.load import Backend, load_quantized
 
 IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of a pipeline
+
+
+def _png(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"The samples are written as PNG; give a name that ends in .png. Got '{path}' instead.")
+    return path
 
 
 @click.command("sample")
@@ -43,6 +51,7 @@ IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of
     type=FilePath(dir_okay=False),
     default=Path("samples.png"),
     show_default=True,
+    callback=_png,
     help="The PNG to write.",
 )
 @click.option(
@@ -53,7 +62,7 @@ IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of
 @steps_option
 @scheduler_option
 @backend_option
-@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of the noise.")
+@seed_option
 @threads_option
 @json_option
 @verbose_option
@@ -94,7 +103,7 @@ def sample_command(
             return run(denoiser, model, conditions, num_inference_steps, seed)
 
     full, found, panels = sampled(model.denoiser, "full precision"), list[dict[str, Any]](), dict[str, Tensor]()
-    for title, artifact in zip(_titles(stored), artifacts, strict=True):
+    for title, artifact in zip(numbered(list(map(_title, stored))), artifacts, strict=True):
         mine = sampled(load_quantized(artifact, backend=backend, device=given["device"]), title)
         found.append({"title": title, "latent_sqnr_db": finite(sqnr_db(full.latents, mine.latents))})
         if full.images is not None and mine.images is not None:
@@ -116,13 +125,11 @@ def sample_command(
         click.echo(_summary(facts))
 
 
-def _titles(artifacts: Sequence[Artifact]) -> list[str]:
-    """Bits, method and, if fine-tuned, the quantizer of each; numbered where several are alike."""
-    bare = []
-    for config in (artifact.config for artifact in artifacts):
-        quantizer = config.get("finetune", {}).get("choices", {}).get("quantizer")
-        bare.append(" ".join(filter(None, (config["scheme"], config["method"], quantizer))))
-    return [text if bare.count(text) == 1 else f"{text} ({bare[: i + 1].count(text)})" for i, text in enumerate(bare)]
+def _title(artifact: Artifact) -> str:
+    """Bits, method and, if fine-tuned, the quantizer."""
+    config = artifact.config
+    quantizer = config.get("finetune", {}).get("choices", {}).get("quantizer")
+    return " ".join(filter(None, (config["scheme"], config["method"], quantizer)))
 
 
 def _summary(facts: dict[str, Any]) -> str:

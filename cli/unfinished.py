@@ -1,14 +1,55 @@
-"""The folder of an unfinished run, beside the artifact that it will become."""
+"""A run that ends with an artifact: its folder, beside the artifact, is kept until then."""
 
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import click
+
+from ptq_tdq import processes
+from ptq_tdq.artifacts import alone, check_output
+from ptq_tdq.cli.options import print_json
+from ptq_tdq.cli.progress import show_files
 from ptq_tdq.errors import OutputError
+from ptq_tdq.quantized_model import QuantizedModel
 
 # What a run puts there, and what a write that was killed leaves behind.
 _OWN = ("run.json", "weights-*.safetensors", "activations-*.safetensors", "finetune-*.safetensors", ".ptq-tdq-*.tmp")
+
+
+class Unfinished:
+    """A run on its way to ``output_dir``. ``stopped`` says where the same command goes on.
+
+    Raises :class:`OutputError` where the artifact cannot be written, or its folder holds something else.
+    """
+
+    def __init__(self, context: click.Context, output_dir: Path, *, overwrite: bool, stopped: str) -> None:
+        self.began = time.perf_counter()
+        self.context, self.output_dir, self.overwrite = context, output_dir, overwrite
+        check_output(output_dir, overwrite=overwrite)
+        self.folder = unfinished_folder(output_dir)
+        context.ensure_object(dict)["on_stop"] = f"Stopped; the same command goes on {stopped}."
+
+    def hold(self, *, resume: bool) -> None:
+        """Keep other runs out of the folder until the command ends; without ``resume`` it is emptied."""
+        if processes.rank() == 0:
+            self.context.with_resource(alone(self.folder))
+            if not resume:
+                clear(self.folder)
+
+    def finish(self, quantized: QuantizedModel, *, as_json: bool, quiet: bool, show: Callable[[], None] | None) -> None:
+        """Write the artifact and tell of it; ``show`` draws what was measured, if anything was."""
+        quantized.save_pretrained(self.output_dir, overwrite=self.overwrite)
+        discard(self.folder)
+        if as_json:
+            print_json({"output_dir": str(self.output_dir), **quantized.metrics})
+        elif not quiet:
+            if show:
+                show()
+            show_files(self.output_dir, time.perf_counter() - self.began)
 
 
 def unfinished_folder(output_dir: Path) -> Path:

@@ -21,9 +21,10 @@ from ptq_tdq.calls import Calls
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Config
 from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError
-from ptq_tdq.identity import base_config, model_sha256
+from ptq_tdq.identity import base_config, first_nonfinite, model_name, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
+from ptq_tdq.processor import undisturbed
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
 from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
 from ptq_tdq.wrap import folded_copy
@@ -31,6 +32,7 @@ from ptq_tdq.wrap import folded_copy
 _log = logging.getLogger(__name__)
 
 
+@undisturbed()
 @processes.together()
 def calibrate(
     model: Any,
@@ -91,11 +93,14 @@ def calibrate(
         )
     calls.check()
     calls = calls.to(next(denoiser.parameters()).device)
-    plan = make_plan(folded_copy(denoiser), config, calls)
+    folded = folded_copy(denoiser)
+    plan = make_plan(folded, config, calls)
+    if name := first_nonfinite(folded):  # also one that no call of the set reaches
+        raise NonFiniteError(f"'{name}' has NaN or Inf; repair the model before quantizing it.")
     quantized = QuantizedModel.copy_of(denoiser, calls.axis, plan.layers)
-    _check_finite(denoiser)
+    del folded  # weights that it has computed take memory
     quantized.provenance = provenance(model, config, calls, model_id)
-    quantized.provenance |= {"one_step": bool(plan.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
+    quantized.provenance |= {"one_step": bool(plan.special.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = plan.notices
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
     _check_alike(quantized.provenance)
@@ -110,9 +115,7 @@ def calibrate(
         quantized,
         calls,
         config,
-        single=plan.single,
-        unlearned=plan.unlearned,
-        repeated=plan.repeated,
+        special=plan.special,
         run=run,
         budget=cache_budget,
         on_unit=hear,
@@ -166,13 +169,6 @@ def _check_plain(model: nn.Module) -> None:
         raise ModelError("The model is quantized already; calibrate the full-precision one.")
 
 
-def _check_finite(model: nn.Module) -> None:
-    """Raise :class:`NonFiniteError` naming a tensor with NaN or Inf, also one that no call of the set reaches."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise NonFiniteError(f"'{name}' has NaN or Inf; repair the model before quantizing it.")
-
-
 def _check_alike(document: dict[str, Any]) -> None:
     """Raise :class:`ConfigError` where processes that share a run were not given the same."""
     given = processes.gather([identity(document)])
@@ -214,7 +210,7 @@ def provenance(
         base = {"id": model_id or model.id, "sha256": model.sha256}
         base |= {} if model.component is None else {"component": model.component}
     else:
-        base = {"id": model_id or _name(model), "sha256": model_sha256(model)}
+        base = {"id": model_id or model_name(model), "sha256": model_sha256(model)}
     return {
         "base_model": base,
         "model_config": base_config(model.denoiser if isinstance(model, LoadedModel) else model),
@@ -246,7 +242,3 @@ def weight_identity(document: dict[str, Any], config: Config) -> dict[str, Any]:
     """The part of :func:`identity` that phase W depends on."""
     found = {key: value for key, value in identity(document).items() if not key.startswith("choice ")}
     return found | {f"choice {key}": value for key, value in config.weight_choices.items()}
-
-
-def _name(model: Any) -> str:
-    return Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)).name

@@ -158,6 +158,14 @@ def ungrouped(saved: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def pair(text: str, where: str) -> tuple[str, str]:
+    """Name and value of a KEY=VALUE given at ``where``; "-" in the name is "_". Raises :class:`ConfigError`."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not key or not equals:
+        raise ConfigError(f"{where} takes KEY=VALUE. Got {text!r} instead.")
+    return key.replace("-", "_"), value
+
+
 def shown(value: Any) -> str:
     """A value as text."""
     if isinstance(value, tuple):

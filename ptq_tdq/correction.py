@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import bind, prediction, tensors_of
-from ptq_tdq.timeaxis import TimeAxis
+from ptq_tdq.modules.delegating import Delegating
+from ptq_tdq.timeaxis import TimeAxis, between
 from ptq_tdq.timed_model import TimedModel
 
 Call = tuple[Tensor, Tensor, Tensor]
@@ -48,13 +49,7 @@ class Correction:
 
     def at(self, values: Tensor, t: Tensor) -> Tensor:
         """Rows of ``values`` [K, ...] at t [B]: linear between observed steps, constant beyond."""
-        t = t.double().clamp(self.t[0], self.t[-1])
-        high = torch.searchsorted(self.t, t).clamp(1, max(1, len(self.t) - 1))
-        if len(self.t) == 1:
-            return values.expand(len(t), *values.shape[1:])
-        low = high - 1
-        weight = ((t - self.t[low]) / (self.t[high] - self.t[low])).view(-1, *(1,) * (values.ndim - 1))
-        return values[low] * (1 - weight) + values[high] * weight
+        return between(values, self.t, t)
 
     def apply(self, prediction: Tensor, t: Tensor) -> Tensor:
         """The corrected prediction of the same shape [B, C, ...] and dtype, at t [B]."""
@@ -87,7 +82,7 @@ def fit_correction(calls: Iterable[Call]) -> Correction:
     return Correction(torch.tensor(times, dtype=torch.float64), k, mu, residual.clamp(min=0) / n.sum(1))
 
 
-class Corrected(nn.Module):
+class Corrected(Delegating):
     """A denoiser whose prediction is corrected; call signature and attributes are those of the ``model`` inside.
 
     ``axis`` says how the model's own time argument becomes t.
@@ -96,14 +91,6 @@ class Corrected(nn.Module):
     def __init__(self, model: nn.Module, correction: Correction, axis: TimeAxis) -> None:
         super().__init__()
         self.model, self.correction, self.axis = model, correction, axis
-
-    def __getattr__(self, name: str) -> Any:  # pipelines ask a denoiser for its config, dtype, device, ...
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":  # not there yet
-                raise
-            return getattr(super().__getattr__("model"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.model(*args, **kwargs)

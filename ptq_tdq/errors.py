@@ -20,6 +20,8 @@ PtqTdqError
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "ArtifactCorruptError",
     "ArtifactError",
@@ -104,3 +106,17 @@ class ArtifactCorruptError(ArtifactError):
 
 class ArtifactMismatchError(ArtifactError):
     """An intact artifact that belongs to another model or to an unknown schema version."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line without a full stop; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+
+
+def printable(value: Any) -> Any:
+    """Plain data whose texts cannot move a terminal's cursor or change its title: such characters are spelled out."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list | tuple) else value

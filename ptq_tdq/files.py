@@ -9,10 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISREG
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from PIL import Image
 if sys.platform != "win32":
     import fcntl
 
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever an ending promises: Pillow starts programs for some others
 _MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 
 
@@ -59,6 +64,30 @@ def check_tensors(path: Path, most: int | None = None) -> None:
         raise OSError(0, "it is not as long as its header says")
 
 
+def find_images(folder: Path) -> list[Path]:
+    """What in a folder and its sub-folders is called as images are and is not hidden, in the order of the names."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and not path.is_dir())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file as it is to be seen, 8 bits of red, green and blue; raises :class:`OSError` for what is none.
+
+    Where it is transparent it has the colours that lie below.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    check_file(path)
+    try:
+        with Image.open(path, formats=_IMAGE_FORMATS) as image:
+            # Pillow clips 16 bits to 8
+            eight = Image.fromarray(np.uint8(np.asarray(image) // 257)) if image.mode.startswith("I") else image
+            return ImageOps.exif_transpose(eight).convert("RGB")
+    except Exception as error:  # decoders raise many unrelated types
+        raise OSError(0, reason(error)) from None
+
+
 @contextmanager
 def holding(path: Path) -> Iterator[bool | None]:
     """Hold a file or folder while the block runs: True; False where another holds it, None where none can be held.
@@ -88,3 +117,12 @@ def _hold(descriptor: int) -> bool | None:
 def reason(error: Exception) -> str:
     """What is wrong, without the number and the name that the message of an :class:`OSError` repeats."""
     return str(getattr(error, "strerror", None) or error)
+
+
+def size_text(count: float) -> str:
+    """A number of bytes as people read it: "1.5 GiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"

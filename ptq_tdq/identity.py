@@ -1,13 +1,25 @@
-"""What a model is: its configuration, and a hash of its weights."""
+"""What a model is: its name, its configuration, a hash of its weights, and whether these are numbers."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As torch has it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def model_name(model: Any) -> str:
+    """The last folder of where a model was read from, or else its class."""
+    return Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)).name
 
 
 def base_config(model: Any) -> dict[str, Any]:
@@ -35,6 +47,12 @@ def model_sha256(model: Any) -> str:
         digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
         digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def first_nonfinite(model: nn.Module) -> str | None:
+    """The name of the first tensor with NaN or Inf, if there is one."""
+    state = model.state_dict().items()
+    return next((name for name, x in state if x.is_floating_point() and not bool(torch.isfinite(x).all())), None)
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ptq_tdq.artifacts import CONFIG_FILE, Artifact, read_artifact
-from ptq_tdq.errors import ArtifactError, ConfigError
+from ptq_tdq.errors import ArtifactError, ConfigError, first_line
 from ptq_tdq.processor import check_device
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.structure import building, hollow_model
@@ -104,5 +104,5 @@ def _folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, "*.safetensors", "*.json", "README.md"]))
     except Exception as error:  # the hub client raises many unrelated types
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(f"{source} is neither a folder here nor an artifact on the hub ({reason}).") from None
+        said = first_line(error)
+        raise ArtifactError(f"{source} is neither a folder here nor an artifact on the hub ({said}).") from None

@@ -16,10 +16,11 @@ from torch import nn
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config, Role
 from ptq_tdq.errors import ModelError
+from ptq_tdq.identity import dtype_name
 from ptq_tdq.modules import layer_kind
 from ptq_tdq.modules.layers import own_weight
 from ptq_tdq.modules.products import ATTRIBUTE, OPERANDS
-from ptq_tdq.records import LayerRecord, QuantizerRecord
+from ptq_tdq.records import NAMED, LayerRecord, QuantizerRecord
 from ptq_tdq.trace import Trace, require_rows, trace
 from ptq_tdq.units import find_units
 from ptq_tdq.watch import TracedLayer
@@ -28,22 +29,31 @@ SHORTCUT = "conv_shortcut"
 
 
 @dataclass(frozen=True)
+class Special:
+    """Names of units that are not reconstructed as others are.
+
+    ``single`` are those with quantizers whose rows cannot be told apart by sample (experts, sequences first): they run
+    with one time step at a time; ``unlearned`` those that are quantized and not reconstructed; ``repeated`` those that
+    run several times in a call, where inputs of the first time tell little of the others'.
+    """
+
+    single: frozenset[str] = frozenset()
+    unlearned: frozenset[str] = frozenset()
+    repeated: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Plan:
     """The records in execution order, and sentences about what stays in floating point (``notices``).
 
-    ``single`` names the units with quantizers whose rows cannot be told apart by sample (experts, sequences first):
-    they run with one time step at a time; ``unlearned`` those that are quantized and not reconstructed; ``repeated``
-    those that run several times in a call, where inputs of the first time tell little of the others'. ``coverage`` is
-    the share of the multiply-accumulates with weights that quantized layers do. ``weight_bits`` is the mean over the
-    weights of all linear layers and convolutions, ``activation_bits`` that of their inputs over their
+    ``coverage`` is the share of the multiply-accumulates with weights that quantized layers do. ``weight_bits`` is the
+    mean over the weights of all linear layers and convolutions, ``activation_bits`` that of their inputs over their
     multiply-accumulates; floating point counts with the bits of its type.
     """
 
     layers: tuple[LayerRecord, ...]
     notices: tuple[str, ...]
-    single: frozenset[str]
-    unlearned: frozenset[str]
-    repeated: frozenset[str]
+    special: Special
     coverage: float
     weight_bits: float
     activation_bits: float
@@ -77,9 +87,7 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     return Plan(
         _in_order(records.values()),
         tuple(_notices(seen, units, repeated, config)),
-        frozenset(single),
-        frozenset(r.unit for r in records.values()) - learned,
-        frozenset(repeated),
+        Special(frozenset(single), frozenset(r.unit for r in records.values()) - learned, frozenset(repeated)),
         sum(layer.macs for layer in layers) / seen.macs,
         *_mean_bits(seen, records),
     )
@@ -151,7 +159,7 @@ def _layer_record(layer: TracedLayer, config: Config, roles: set[Role], unit: st
     splits = (0, *accumulate(layer.parts)) if split else (0, layer.width)
     kind = layer_kind(layer.module)
     assert kind is not None
-    dtype = str(own_weight(layer.module).dtype).removeprefix("torch.")
+    dtype = dtype_name(own_weight(layer.module).dtype)
     rotated = config.weights.rotate == "hadamard" and kind == "linear" and len(inputs) == 1
     return LayerRecord(layer.name, kind, unit, splits, 8 if eight else scheme.weight_bits, inputs, dtype, rotated)
 
@@ -215,6 +223,6 @@ def _share(macs: dict[str, int], seen: Trace) -> str:
     return f"{sum(macs.values()) / seen.macs:.1%} of the multiply-accumulates"
 
 
-def _some(names: Iterable[str], most: int = 3) -> str:
+def _some(names: Iterable[str]) -> str:
     shown = [name or "the model itself" for name in names]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+    return ", ".join(shown[:NAMED]) + (f" and {len(shown) - NAMED} more" if len(shown) > NAMED else "")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ptq_tdq.errors import ConfigError
+from ptq_tdq.errors import ConfigError, first_line
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 COMPUTE_DTYPES = {
@@ -25,8 +26,8 @@ def check_device(device: str | torch.device) -> None:
     try:
         torch.zeros(1, device=device).cpu()  # also what has no values, as "meta"
     except (RuntimeError, AssertionError, ValueError) as error:  # an assertion where torch is built without it
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"The device {str(device)!r} cannot be used here ({reason}); choose another.") from error
+        said = first_line(error)
+        raise ConfigError(f"The device {str(device)!r} cannot be used here ({said}); choose another.") from error
 
 
 def instruction_set() -> str:
@@ -60,12 +61,42 @@ def products_in(dtype: torch.dtype, weights: Iterable[Tensor], device: torch.dev
     return torch.autocast(device.type, dtype, enabled=lower, cache_enabled=False)
 
 
-@contextmanager
-def mixed_norms() -> Iterator[None]:
-    """A ``with`` block, or decorator, without torch's warning of norms whose weight has not the dtype of their input.
+class _Float32Default:
+    """A ``with`` block in which new tensors are float32, whatever torch's default dtype, which all threads share."""
 
-    That is so behind :func:`products_in`. For whole runs, since Python's filters are those of all threads.
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = Lock(), 0, torch.float32
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._before = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                torch.set_default_dtype(self._before)
+
+
+FLOAT32_DEFAULT = _Float32Default()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """A ``with`` block, or decorator, for whole runs, which computes the same whatever torch is set to around it.
+
+    No inference mode, no autocast and float32 as the default dtype; and no warning of norms whose weight has not the
+    dtype of their input, as is so behind :func:`products_in`.
     """
-    with warnings.catch_warnings():
+    accelerator = torch.accelerator.current_accelerator()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in {"cpu", "cpu" if accelerator is None else accelerator.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(FLOAT32_DEFAULT)
+        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         yield

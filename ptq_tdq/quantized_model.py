@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact, IntervalTable, model_card, write_artifact
-from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError, OutputError
+from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError, OutputError, first_line
 from ptq_tdq.fit import check_fit
+from ptq_tdq.identity import dtype_name
 from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
 from ptq_tdq.intervals.table import TableSource
@@ -32,15 +33,13 @@ class QuantizedModel(TimedModel):
     """A model with quantizers in it and the original's call signature (``pipe.unet = quantized``).
 
     The activations' intervals follow each sample's time step, taken from the model's own time argument (``axis``).
-    Attributes that it has not are those of the wrapped ``model``. ``provenance`` is the artifact's config
-    document (how the model was made), ``metrics`` what was measured on it.
+    Attributes that it has not are those of the wrapped ``model``. ``metrics`` is what was measured on it.
     """
 
     def __init__(self, model: nn.Module, axis: TimeAxis, plan: Iterable[LayerRecord]) -> None:
         """Put quantizers, switched off, into ``model`` itself; see :meth:`copy_of` to leave it as it is."""
         super().__init__(model, axis)
         self.plan = tuple(plan)
-        self.provenance: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
         self.notices: tuple[str, ...] = ()  # what stays in floating point, known right after calibration
         self.static: dict[str, QParams] = {}  # static MSE intervals by quantizer, known right after calibration
@@ -52,10 +51,6 @@ class QuantizedModel(TimedModel):
     def copy_of(cls, model: nn.Module, axis: TimeAxis, plan: Iterable[LayerRecord]) -> QuantizedModel:
         """A quantized model around a deep copy, in evaluation mode and without gradients."""
         return cls(folded_copy(model), axis, plan)
-
-    @property
-    def one_step(self) -> bool:
-        return bool(self.provenance.get("one_step"))
 
     def layers(self) -> dict[str, QuantLayer]:
         """Quantized layers by name, in execution order."""
@@ -116,7 +111,7 @@ class QuantizedModel(TimedModel):
                 )
             except Exception as error:  # the hub client raises many unrelated types
                 raise OutputError(
-                    f"The artifact was not uploaded to '{repo_id}' ({str(error).splitlines()[0]}); check the name, and "
+                    f"The artifact was not uploaded to '{repo_id}' ({first_line(error)}); check the name, and "
                     "log in by 'hf auth login'."
                 ) from error
 
@@ -125,7 +120,7 @@ class QuantizedModel(TimedModel):
         if getattr(self.model, "peft_config", None):
             raise ModelError("The model has adapters, which an artifact does not hold; unload them before saving it.")
         layers = self.layers()
-        dtypes = {name: _name(own_weight(layer.layer).dtype) for name, layer in layers.items()}
+        dtypes = {name: dtype_name(own_weight(layer.layer).dtype) for name, layer in layers.items()}
         if not self.provenance or any(w.codes is None for layer in layers.values() for w in layer.weight_quantizers()):
             raise ModelError("The model is not calibrated yet; pass it through calibrate() before saving it.")
         parts = {name: layer.weight_quantizers() for name, layer in layers.items()}
@@ -205,14 +200,10 @@ def buffer_dtypes(model: nn.Module) -> dict[str, str]:
     """The dtypes of buffers that no file holds, where they are not those in which a model builds them."""
     saved = model.state_dict().keys()
     return {
-        name: _name(buffer.dtype)
+        name: dtype_name(buffer.dtype)
         for name, buffer in model.named_buffers()
         if name not in saved and buffer.dtype in (torch.float16, torch.bfloat16)
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _joined(parts: list[WeightQuantizer]) -> Tensor:

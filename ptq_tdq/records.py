@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+NAMED = 3  # names in a sentence; the others are counted
+
 
 @dataclass(frozen=True)
 class QuantizerRecord:
@@ -27,7 +29,7 @@ class QuantizerRecord:
     gain_db: float | None = None  # what the method takes off the loss of S_1 on held-out samples, where "auto" chose
 
 
-def choice_text(quantizers: Iterable[QuantizerRecord], most: int = 3) -> str | None:
+def choice_text(quantizers: Iterable[QuantizerRecord]) -> str | None:
     """Which quantizers follow t, and what that is worth, where "auto" chose; else None."""
     chosen = [q for q in quantizers if q.gain_db is not None]
     follow = sorted((q for q in chosen if "tdq" in q.method), key=lambda q: q.gain_db or 0.0, reverse=True)
@@ -37,8 +39,8 @@ def choice_text(quantizers: Iterable[QuantizerRecord], most: int = 3) -> str | N
         return None
     if not follow:
         return f"None of {len(chosen)} activations follows t: on held-out samples that is worth nothing{others}."
-    names = ", ".join(f"{q.name} ({q.gain_db:.2f} dB)" for q in follow[:most])
-    more = f" and {len(follow) - most} more" if len(follow) > most else ""
+    names = ", ".join(f"{q.name} ({q.gain_db:.2f} dB)" for q in follow[:NAMED])
+    more = f" and {len(follow) - NAMED} more" if len(follow) > NAMED else ""
     return (
         f"{len(follow)} of {len(chosen)} activations follow t, where that takes most off the loss of their block on "
         f"held-out samples: {names}{more}{others}. The others keep one interval."

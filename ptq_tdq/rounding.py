@@ -56,7 +56,20 @@ class AdaRound(nn.Module):
         return self.alpha.numel() - power_sum(2 * self.h() - 1, b)
 
 
-class LearnedCodes(nn.Module):
+class _LearnedScale(nn.Module):
+    """What is rounded with a scale that is learned as a logarithm, and with a zero point that stays."""
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, qtype: QType) -> None:
+        super().__init__()
+        self.qtype, self.first_scale, self.zero_point = qtype, scale, zero_point.to(scale.dtype)
+        self.log_scale = nn.Parameter(torch.zeros_like(scale))  # of what the scale has grown by
+
+    def scale(self) -> Tensor:
+        """The scale as it is now, never subnormal: some threads flush such numbers to 0."""
+        return (self.first_scale * self.log_scale.exp()).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class LearnedCodes(_LearnedScale):
     """Codes and scales that are learned by straight-through gradients, from given ones (LSQ, arXiv 1902.08153).
 
     Each weight has a position on its grid, which is rounded to its code. At the start that is where the original weight
@@ -66,16 +79,10 @@ class LearnedCodes(nn.Module):
     """
 
     def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> None:
-        super().__init__()
-        self.qtype, self.first_scale, self.zero_point = qtype, scale, zero_point.to(scale.dtype)
+        super().__init__(scale, zero_point, qtype)
         given = codes.to(scale.dtype)
         offset = weight.detach() / scale + self.zero_point - given
         self.position = nn.Parameter(given + offset.clamp(-NEAR, NEAR))
-        self.log_scale = nn.Parameter(torch.zeros_like(scale))  # of what the scale has grown by
-
-    def scale(self) -> Tensor:
-        """The scale as it is now, never subnormal: some threads flush such numbers to 0."""
-        return (self.first_scale * self.log_scale.exp()).clamp(min=torch.finfo(torch.float32).tiny)
 
     def soft_weight(self) -> Tensor:
         """Differentiable weights: those of the present codes."""
@@ -86,25 +93,19 @@ class LearnedCodes(nn.Module):
         return self.position.detach().round().clamp(self.qtype.qmin, self.qtype.qmax).to(torch.int32)
 
 
-class LearnedWeight(nn.Module):
+class LearnedWeight(_LearnedScale):
     """A weight and its scales that are learned by LSQ (arXiv 1902.08153), from given codes.
 
     At the start the ``weight`` (any shape) is moved near the middle of the cells of its ``codes``: nearest rounding
     gives these, and the first steps do not undo what others have rounded for. ``scale`` (float32) and ``zero_point``
-    broadcast against it; the scale is learned as a logarithm.
+    broadcast against it.
     """
 
     def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> None:
-        super().__init__()
-        self.qtype, self.zero_point = qtype, zero_point.to(scale.dtype)
+        super().__init__(scale, zero_point, qtype)
         level = codes.to(scale.dtype) - self.zero_point
         offset = weight.detach() / scale - level
         self.weight = nn.Parameter(scale * (level + offset.clamp(-INNER, INNER)))
-        self.first_scale, self.log_scale = scale, nn.Parameter(torch.zeros_like(scale))
-
-    def scale(self) -> Tensor:
-        """The scale as it is now, never subnormal."""
-        return (self.first_scale * self.log_scale.exp()).clamp(min=torch.finfo(torch.float32).tiny)
 
     def soft_weight(self) -> Tensor:
         """Differentiable weights: those of the present codes."""

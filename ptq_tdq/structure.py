@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import get_ident
+from threading import Lock, get_ident
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError
+from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError, first_line
 from ptq_tdq.fit import check_fit
+from ptq_tdq.processor import FLOAT32_DEFAULT
 from ptq_tdq.wrap import fold, folded_copy
 
 LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small
@@ -29,6 +30,7 @@ COUNTS = {"num_groups", "heads", "num_heads", "num_attention_heads"}  # attribut
 # positions) is small. Both limits are for files of a few values, where that "small" is more than the model itself.
 CALLS_PER_TENSOR, SPARE_CALLS = 8, 1_000
 VALUES_PER_VALUE, SPARE_VALUES = 4, 2**24
+_PATCHING = Lock()  # torch has one class of modules for all threads
 
 
 def diffusers_class(name: Any, base: Literal["ModelMixin", "SchedulerMixin"] = "ModelMixin") -> Any:
@@ -49,14 +51,13 @@ def building() -> Iterator[None]:
     Raises :class:`ArtifactMismatchError` in the place of what is no error of this package.
     """
     try:
-        with _float32_default():
+        with FLOAT32_DEFAULT:
             yield
     except PtqTdqError:
         raise
     except Exception as error:  # nobody has checked the entries of the configuration one by one
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ArtifactMismatchError(
-            f"The artifact's model_config is none that its model takes ({reason}); make the artifact again."
+            f"The artifact's model_config is none that its model takes ({first_line(error)}); make the artifact again."
         ) from error
 
 
@@ -104,7 +105,7 @@ def hollow_model(artifact: Artifact, model: nn.Module | None = None) -> nn.Modul
     structure = meta_model(artifact.config["model_config"], artifact.time_axis.argument, Size.of(artifact))
     check_fit(structure, artifact)
     cls: Any = type(structure)
-    with torch.device("cpu"), _hollow_parameters():
+    with _PATCHING, torch.device("cpu"), _hollow_parameters():
         built = cls.from_config(artifact.config["model_config"])
     assert isinstance(built, nn.Module)
     return fold(built)
@@ -132,6 +133,7 @@ def _hollow_parameters() -> Iterator[None]:
         if parameter is not None and get_ident() == thread:
             module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
+    # torch has a hook for it, but a module that another thread builds as it comes or goes fails
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -151,17 +153,6 @@ def _denoiser(config: dict[str, Any], time: str) -> Any:
     if time not in inspect.signature(cls.forward).parameters:
         raise ArtifactMismatchError(f"The artifact is of a {name!r}, which takes no time step and is no denoiser.")
     return cls
-
-
-@contextmanager
-def _float32_default() -> Iterator[None]:
-    """Build float32 models whatever torch's default dtype is at the moment, as diffusers does when it loads one."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _check_integers(config: dict[str, Any], size: Size) -> None:

@@ -184,17 +184,6 @@ def _whole(values: Sequence[float]) -> bool:
     return all(value == int(value) for value in values)
 
 
-def as_vector(t: Tensor | float | int) -> Tensor:
-    """t of one or all samples as a vector; a float of Python's is float32, whatever torch's default dtype is.
-
-    Raises :class:`ModelError` for anything but a number or a vector of them.
-    """
-    vector: Tensor = torch.atleast_1d(torch.as_tensor(t, dtype=torch.float32 if isinstance(t, float) else None))
-    if vector.ndim > 1 or not len(vector):
-        raise ModelError(f"The time step must be one number or one per sample. Got the shape {list(vector.shape)}.")
-    return vector
-
-
 def lookup(table: Tensor, t: Tensor) -> Tensor:
     """Values of ``table`` [T + 1, ...] at ``t`` [B] in [0, T]: [B, ...], exact for whole t, linear between neighbours.
 
@@ -205,6 +194,15 @@ def lookup(table: Tensor, t: Tensor) -> Tensor:
     fraction = (t - below).to(torch.float32).view(-1, *[1] * (table.ndim - 1))
     value = low + (high - low) * fraction
     return value if table.is_floating_point() else value.round().to(table.dtype)
+
+
+def between(values: Tensor, knots: Tensor, t: Tensor) -> Tensor:
+    """Rows of ``values`` [K, ...] at ``t`` [B]: linear between the ``knots`` [K] (ascending), constant beyond."""
+    after = torch.searchsorted(knots, t.to(knots.dtype).contiguous()).clamp(max=len(knots) - 1)
+    before = (after - 1).clamp(min=0)
+    gap = (knots[after] - knots[before]).clamp(min=torch.finfo(torch.float32).tiny)
+    weight = ((t - knots[before]) / gap).clamp(0.0, 1.0).view(-1, *(1,) * (values.ndim - 1))
+    return values[before] * (1 - weight) + values[after] * weight
 
 
 _present: ContextVar[Tensor | None] = ContextVar("t of the call that runs now", default=None)

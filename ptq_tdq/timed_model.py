@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import bind, main_argument_name
 from ptq_tdq.errors import ModelError, TimestepError
+from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.modules.products import one_by_one
 from ptq_tdq.timeaxis import TimeAxis, at
 
@@ -50,16 +51,17 @@ def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
     return pytree.tree_map(pick, outputs[0], *outputs[1:], is_leaf=of_samples)
 
 
-class TimedModel(nn.Module):
+class TimedModel(Delegating):
     """Calls ``model`` as it is called itself (``pipe.unet = ...``), at the time steps of its own time argument.
 
     Whatever a pipeline asks of the denoiser beside calling it (``config``, ``dtype``, ``device``, ``cache_context``,
-    ...) is asked of the wrapped model.
+    ...) is asked of the wrapped model. ``provenance`` is the artifact's config document (how the model was made).
     """
 
     def __init__(self, model: nn.Module, axis: TimeAxis) -> None:
         super().__init__()
         self.model, self.axis = model, axis
+        self.provenance: dict[str, Any] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward; raises :class:`~ptq_tdq.errors.TimestepError` for t outside the tables.
@@ -91,7 +93,7 @@ class TimedModel(nn.Module):
     @property
     def one_step(self) -> bool:
         """Whether rows inside the model cannot be told apart by sample, so that all must have one time step."""
-        return False
+        return bool(self.provenance.get("one_step"))
 
     def _all_at(self, step: Tensor, arguments: dict[str, Any]) -> Any:
         """The call with every sample at one time step."""
@@ -106,14 +108,6 @@ class TimedModel(nn.Module):
             "Adapters are loaded onto a simulated model of diffusers' own class: "
             "pipe.unet = ptq_tdq.integrations.diffusers.as_diffusers(ptq_tdq.load_quantized(...))."
         )
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":  # not there yet
-                raise
-            return getattr(super().__getattr__("model"), name)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import Calls, Each, Group, Place, main_argument
 from ptq_tdq.calls.arguments import REFUSALS, without_gradients
-from ptq_tdq.errors import ModelError
+from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.modules.layers import layer_kind
 from ptq_tdq.watch import Print, Source, TracedLayer, Watcher
 
@@ -67,8 +67,8 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
             alone = watcher.look(one)
         together = watcher.look(two, again=True)
     except REFUSALS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(f"{type(model).__name__} refuses the recorded calls ({reason}); record its own.") from error
+        said = first_line(error)
+        raise ModelError(f"{type(model).__name__} refuses the recorded calls ({said}); record its own.") from error
     for name, layer in watcher.layers.items():
         layer.rows = _rows(alone.inputs[name], together.inputs.get(name, []))
     mixed = {name for name, of in alone.products.items() if _rows(of, together.products.get(name, [])) is None}
@@ -171,5 +171,5 @@ def require_rows(model: nn.Module, calls: Calls) -> None:
     except REFUSALS as error:
         raise ModelError(
             f"{type(model).__name__} cannot be called with two rows of the recorded calls at once "
-            f"({str(error).splitlines()[0]}); calibration needs batches."
+            f"({first_line(error)}); calibration needs batches."
         ) from error

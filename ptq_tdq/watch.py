@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ptq_tdq.hooks import hooked
 from ptq_tdq.modules.layers import (
     layer_input,
     layer_kind,
@@ -95,7 +96,7 @@ class Watcher:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.storages = {_memory(p) for p in model.parameters()}
+        self.storages = {memory(p) for p in model.parameters()}
         self.layers: dict[str, TracedLayer] = {}
         self.called: Counter[str] = Counter()  # how often each module was; a container never is
         self.matmuls: dict[str, int] = {}
@@ -112,17 +113,15 @@ class Watcher:
 
     def saw(self, name: str, layer: nn.Module) -> bool:
         """Whether a layer was called, or its weight taken by a function that is no layer."""
-        return name in self.layers or _memory(own_weight(layer)) in self.taken
+        return name in self.layers or memory(own_weight(layer)) in self.taken
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        with ExitStack() as hooks:
-            for name, module in self.modules.items():
-                hooks.callback(module.register_forward_pre_hook(self._enter(name), with_kwargs=True).remove)
-                hooks.callback(
-                    module.register_forward_hook(self._leave(name), with_kwargs=True, always_call=True).remove
-                )
-            self.mode = hooks.enter_context(_Functions(self))
+        handles = []
+        for name, module in self.modules.items():
+            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave(name), with_kwargs=True, always_call=True))
+        with hooked(handles), _Functions(self) as self.mode:
             yield
 
     def _enter(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -195,7 +194,7 @@ class _Functions(TorchFunctionMode):
         """torch's own attention on tokens [N, (B,) E]: four projections and two products in one function."""
         watcher, owner = self.watcher, self.watcher.stack[-1]
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        watcher.taken.update(map(_memory, tensors))
+        watcher.taken.update(map(memory, tensors))
         if not watcher.again:
             projections = query.shape[-1] * (2 * query.numel() + key.numel() + value.numel())
             macs = projections + 2 * query.numel() * len(key)
@@ -204,7 +203,7 @@ class _Functions(TorchFunctionMode):
     def _product(self, func: Any, operands: list[Tensor], result: Tensor) -> None:
         """Any other product: of activations, or with a parameter that is held by no layer."""
         watcher, owner = self.watcher, self.watcher.stack[-1]
-        held = [x for x in operands if _memory(x) in watcher.storages]
+        held = [x for x in operands if memory(x) in watcher.storages]
         if len(operands) < 2 or len(held) == len(operands):
             return
         if not held:
@@ -217,10 +216,10 @@ class _Functions(TorchFunctionMode):
 
     def parts(self, x: Tensor) -> tuple[int, ...]:
         """The widths that were joined into ``x``."""
-        return next((widths for made, widths in self.made if _memory(made) == _memory(x) and made.shape == x.shape), ())
+        return next((widths for made, widths in self.made if memory(made) == memory(x) and made.shape == x.shape), ())
 
 
-def _memory(x: Tensor) -> int:
+def memory(x: Tensor) -> int:
     """Equal for tensors that share memory."""
     place: int = x.untyped_storage()._cdata
     return place

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ptq_tdq.errors import ModelError, NonFiniteError
+from ptq_tdq.errors import ModelError
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
+from ptq_tdq.modules.layers import find_kind
 from ptq_tdq.modules.products import QuantProduct, attach, owner_of
 from ptq_tdq.records import LayerRecord
 
@@ -23,16 +23,13 @@ from ptq_tdq.records import LayerRecord
 def insert(model: nn.Module, record: LayerRecord) -> None:
     """Put the quantizers of one record into ``model``, switched off.
 
-    Raises :class:`ModelError` where the model has no such layer, :class:`NonFiniteError` for NaN or Inf in its weights.
+    Raises :class:`ModelError` where the model has no such layer.
     """
     if record.kind == "product":
         attach(_find(model, owner_of(record.name)[0]), QuantProduct(record))
         return
     parent, _, own = record.name.rpartition(".")
     module = _find(model, record.name)
-    for key, value in module.named_parameters():
-        if not bool(torch.isfinite(value).all()):
-            raise NonFiniteError(f"{record.name} has NaN or Inf in its {key}; repair the model before quantizing it.")
     setattr(model.get_submodule(parent), own, QuantLayer(module, record))
 
 
@@ -53,7 +50,8 @@ def fold(model: nn.Module) -> nn.Module:
     """Make reparametrized weights (:mod:`torch.nn.utils.parametrize`, and the hooks of weight norm, spectral norm and
     pruning) plain; returns the model itself.
 
-    And ``nn.TransformerEncoder`` calls the layers inside it, which torch's fast path goes around.
+    And ``nn.TransformerEncoder`` calls the layers inside it, which torch's fast path goes around. A layer of several
+    names becomes as many layers, which share its weight.
     """
     for module in list(model.modules()):
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -74,7 +72,22 @@ def fold(model: nn.Module) -> nn.Module:
                 remove_spectral_norm(module, hook.name)
             elif isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
+    _part(model)
     return model.requires_grad_(False)
+
+
+def _part(model: nn.Module) -> None:
+    """Give each name of a layer a layer of its own, with the same parameters."""
+    seen = set[int]()
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is None or find_kind(child) is None:
+                continue
+            if id(child) in seen:
+                parent._modules[name] = twin = copy.copy(child)
+                own = {key: value.copy() for key, value in vars(child).items() if isinstance(value, dict)}
+                vars(twin).update(own)
+            seen.add(id(child))
 
 
 def _own_class(module: nn.Module) -> None:

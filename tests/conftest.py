@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DModel
+from unets import tiny_unet as make_tiny_unet
 
 torch.set_num_threads(1)
 # Commands run inside this process or are forked from it, and a fork would wait for threads that OpenMP has once had.
@@ -23,18 +23,4 @@ def processor_state() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_unet() -> Callable[..., UNet2DModel]:
-    """Build a U-Net of 8 and 16 channels with random weights, attention and skips of different widths."""
-
-    def make(**changes: Any) -> UNet2DModel:
-        torch.manual_seed(0)
-        options = {
-            "sample_size": 8,
-            "block_out_channels": (8, 16),
-            "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-            "norm_num_groups": 4,
-        }
-        return UNet2DModel(**(options | changes)).eval().requires_grad_(False)
-
-    return make
+    return make_tiny_unet

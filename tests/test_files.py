@@ -11,7 +11,15 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from ptq_tdq.files import check_tensors, holding, read_file, reason
+from ptq_tdq.files import check_tensors, holding, read_file, reason, size_text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999 bytes"), (1000, "0.977 KiB"), (1023 << 10, "0.999 MiB"), (5 << 20, "5 MiB"), (3 << 42, "12,288.0 GiB")],
+)
+def test_sizes_are_read_by_people(count: int, text: str) -> None:
+    assert size_text(count) == text
 
 
 def test_a_file_is_read_up_to_the_limit_and_not_beyond(tmp_path: Path) -> None:

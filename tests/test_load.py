@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -174,6 +176,77 @@ def test_tensors_that_no_file_holds_have_their_values_and_nothing_else_takes_mem
     for backend in ("simulated", "integer"):
         loaded = load_quantized(tmp_path / "out", backend=backend)
         assert sqnr_db(prediction(quantized(**pair)), prediction(loaded(**pair))) > 30
+
+
+def test_threads_load_at_once_and_leave_torch_as_it_was(tmp_path: Path) -> None:
+    denoiser = NAMED["DiTTransformer2DModel"]
+    with torch.no_grad():
+        model = denoiser.build()
+        quantized = calibrate(model, QUICK, calls := recorded(denoiser, model))
+    quantized.save_pretrained(tmp_path / "out")
+    artifact = read_artifact(tmp_path / "out")
+    begin = Barrier(4)
+
+    def load(_: int) -> list[str]:
+        begin.wait()
+        return [p.device.type for _ in range(4) for p in hollow_model(artifact).parameters()]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert {device for found in pool.map(load, range(4)) for device in found} == {"meta"}
+        assert set(pool.map(lambda _: nn.Linear(2, 2).weight.device.type, range(4))) == {"cpu"}
+    with torch.no_grad():
+        pair = calls.inputs(slice(0, 2))
+        assert torch.equal(prediction(load_quantized(tmp_path / "out")(**pair)), prediction(quantized(**pair)))
+
+
+class Named(nn.Module):
+    """One layer of two names, of which the second is called, and one layer that is called twice in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.again = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.alias, self.list = self.layer, nn.ModuleList([self.again, self.again])
+        self.last = nn.Conv2d(8, 3, 1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        y = self.alias(sample) + timestep[:, None, None, None] / 1000
+        for layer in self.list:
+            y = layer(y.relu())
+        result: Tensor = self.last(y)
+        return result
+
+
+@torch.no_grad()
+def test_a_layer_of_several_names_is_quantized_wherever_it_is_called(tmp_path: Path) -> None:
+    model = Named().eval()
+    quantized = calibrate(model, QUICK, calls_of(model, **inputs(), num_train_timesteps=1000))
+    assert list(quantized.layers()) == ["alias", "list.0", "list.1", "last"]
+    quantized.save_pretrained(tmp_path / "out")
+    expected = quantized(**inputs())
+    assert sqnr_db(model(**inputs()), expected) > 25
+    assert torch.equal(load_quantized(tmp_path / "out", model=Named())(**inputs()), expected)
+    assert sqnr_db(expected, load_quantized(tmp_path / "out", model=Named(), backend="integer")(**inputs())) > 60
+
+
+@torch.no_grad()
+def test_calibration_is_the_same_whatever_torch_is_set_to() -> None:
+    model = Own().eval().requires_grad_(False)
+    calls = calls_of(model, **inputs(), num_train_timesteps=1000)
+    config = QUICK.changed({"activation_iterations": 2, "method": "tdq-thin", "rounding": "learned"})
+    expected = calibrate(model, config, calls).state_dict()
+    with torch.inference_mode():
+        inferred = calibrate(model, config, calls).state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = calibrate(model, config, calls).state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = calibrate(model, config, calls).state_dict()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found in (inferred, cast, double):
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 class Spectral(nn.Module):

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptq_tdq.calibration import calibrate
+from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config, preset
 from ptq_tdq.errors import ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
@@ -71,8 +72,8 @@ def test_paper_reconstructs_neither_the_ends_nor_the_first_time_embedding(
 ) -> None:
     """As in PTQD's public code, which ignores the reconstruction of exactly these three layers."""
     plan = make_plan(unet, preset(name), calls_of(unet, torch.randn(2, 3, 8, 8), torch.tensor([3, 5])))
-    assert len(plan.unlearned) == unlearned
-    assert plan.unlearned <= {"conv_in", "conv_out", "time_embedding.linear_1"}
+    assert len(plan.special.unlearned) == unlearned
+    assert plan.special.unlearned <= {"conv_in", "conv_out", "time_embedding.linear_1"}
 
 
 def test_default_keeps_ends_and_shortcuts_at_8_bits_and_the_inputs_of_model_and_time_embedding_in_floating_point(
@@ -414,7 +415,7 @@ class Folded(nn.Module):
 def test_units_whose_rows_are_of_no_one_sample_run_at_one_t(way: str, single: bool) -> None:
     model = Folded(way).requires_grad_(False)
     plan = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 3, 4), torch.tensor([3, 5])))
-    assert plan.single == ({"inside"} if single else set())
+    assert plan.special.single == ({"inside"} if single else set())
 
 
 def test_calls_that_the_model_refuses_are_one_sentence(tiny_unet: Callable[..., UNet2DModel]) -> None:
@@ -422,4 +423,26 @@ def test_calls_that_the_model_refuses_are_one_sentence(tiny_unet: Callable[..., 
     calls = calls_of(model, torch.randn(2, 3, 8, 8), torch.tensor([3, 5]), class_labels=labels)
     calls.groups[0].leaf("class_labels")[1] = 99
     with pytest.raises(ModelError, match="UNet2DModel refuses the recorded calls"):
+        make_plan(model, preset("default"), calls)
+
+
+class Alone(nn.Module):
+    """Takes one sample at a time, and says nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        if len(sample) != 1:
+            raise AssertionError
+        result: Tensor = self.layer(sample)
+        return result
+
+
+def test_a_refusal_without_words_is_one_sentence() -> None:
+    model = Alone()
+    parts = [calls_of(model, torch.randn(1, 4), torch.tensor([t])) for t in (3, 5)]
+    calls = Calls.join(parts, parts[0].axis)
+    with pytest.raises(ModelError, match=r"two rows .* at once \(AssertionError\)"):
         make_plan(model, preset("default"), calls)

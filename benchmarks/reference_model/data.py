@@ -73,7 +73,8 @@ def cached_latents(vae: AutoencoderKL, images: torch.Tensor, cache: Path) -> tor
     if not cache.exists():
         both = torch.stack([encode(vae, images).half(), encode(vae, images.flip(3)).half()])
         save_atomic(both, cache)
-    return torch.load(cache, weights_only=True)
+    latents: torch.Tensor = torch.load(cache, weights_only=True)
+    return latents
 
 
 def save_atomic(value: object, path: Path) -> None:

@@ -93,5 +93,5 @@ def train(
         if stopping:
             raise SystemExit(143)
     with torch.no_grad():
-        torch._foreach_copy_(parameters, average)
+        torch._foreach_copy_(list[torch.Tensor](parameters), average)
     return model.eval()

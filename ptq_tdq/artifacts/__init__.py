@@ -2,7 +2,7 @@
 
 from ptq_tdq.artifacts.artifact import Artifact, IntervalTable, check_artifact, check_base_model
 from ptq_tdq.artifacts.atomic import alone, check_folder, check_target, publish_directory, write_atomic
-from ptq_tdq.artifacts.card import model_card
+from ptq_tdq.artifacts.card import model_card, public_name
 from ptq_tdq.artifacts.component import component_document, component_tensors, decode_component
 from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, check_draft, schema
 from ptq_tdq.artifacts.packing import pack, unpack
@@ -27,6 +27,7 @@ __all__ = [
     "encode_artifact",
     "model_card",
     "pack",
+    "public_name",
     "publish_directory",
     "read_artifact",
     "schema",

@@ -18,7 +18,7 @@ _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or choose another folder"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that you may write to"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of its path is a file, choose another path"),
-    errno.ENOTEMPTY: "choose another folder or ask to overwrite it",
+    errno.ENOTEMPTY: "choose another folder, empty it, or ask to overwrite it",
 }
 _NEW, _OLD = "new", "old"  # in the hidden folder of a writer
 
@@ -116,7 +116,9 @@ def check_target(path: str | Path, overwrite: bool = False) -> None:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise OutputError(f"The output '{target}' is not empty; choose another folder or ask to overwrite it.")
+        raise OutputError(
+            f"The output '{target}' is not empty; choose another folder, empty it, or ask to overwrite it."
+        )
 
 
 def _move_into_place(folder: Path, target: Path, overwrite: bool) -> None:

@@ -49,7 +49,7 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     Deterministic, and free of machine paths: a model that was read from a folder appears by the folder's name only.
     """
     identifier: str = config["base_model"]["id"]
-    model = re.split(r"[/\\]", identifier.rstrip("/\\"))[-1] if _is_path(identifier) else identifier
+    model = public_name(identifier)
     scheme: str = config["scheme"]
     weight_bits, activation_bits = scheme.removeprefix("W").split("A")
     rows = [f"| {_cell(name)} | {value:.6g} |" for name, value in _numbers(metrics)]
@@ -76,6 +76,11 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         measured=measured,
         facts="\n".join(f"| {_cell(name)} | {_cell(str(value))} |" for name, value in facts.items()),
     )
+
+
+def public_name(identifier: str) -> str:
+    """A model id without the folders of the machine that it was read on."""
+    return re.split(r"[/\\]", identifier.rstrip("/\\"))[-1] if _is_path(identifier) else identifier
 
 
 def _training(about: Any) -> dict[str, str]:

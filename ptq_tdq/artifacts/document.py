@@ -60,11 +60,8 @@ def check_document(document: dict[str, Any]) -> None:
     check_version(document)
     if document != sign(document):
         raise ArtifactCorruptError(f"{CONFIG_FILE} does not match its config_sha256; copy or make the artifact again.")
-    error = best_match(_validator().iter_errors(document))
-    if error is not None:
-        raise ArtifactCorruptError(
-            f"{CONFIG_FILE} is not valid at {error.json_path}: {error.message[:200]}; make the artifact again."
-        )
+    if problem := _schema_problem(document):
+        raise ArtifactCorruptError(f"{CONFIG_FILE} is not valid at {problem}; make the artifact again.")
 
 
 def check_version(document: dict[str, Any]) -> None:
@@ -87,14 +84,16 @@ def check_draft(config: dict[str, Any], layers: list[dict[str, Any]]) -> None:
 
 
 def find_problem(document: dict[str, Any]) -> str | None:
-    """What the schema has against a document whose files and hash are not there yet, or None."""
+    """What stands against a document whose files and hash are not there yet, or None."""
     empty = dict.fromkeys(schema()["properties"]["files"]["required"], sha256(b"").hexdigest())
-    plain = json.loads(encode_json(sign({**document, "files": empty}), CONFIG_FILE))
-    error = best_match(_validator().iter_errors(plain))
-    return None if error is None else f"{error.json_path} {error.message[:200]}"
+    text = encode_json(sign({**document, "files": empty}), CONFIG_FILE)
+    plain = json.loads(text)
+    return _schema_problem(plain) if encode_json(plain, CONFIG_FILE) == text else "keys that are no text"
 
 
-def _validator() -> Any:
+def _schema_problem(document: dict[str, Any]) -> str | None:
+    """What the schema has against a document, and where; or None."""
     # JSON Schema calls 4.0 an integer; Python's shifts and shapes do not.
     types = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    return extend(Draft202012Validator, type_checker=types)(schema())
+    error = best_match(extend(Draft202012Validator, type_checker=types)(schema()).iter_errors(document))
+    return None if error is None else f"{error.json_path}: {error.message[:200]}"

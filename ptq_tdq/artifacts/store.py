@@ -14,7 +14,15 @@ from torch import Tensor
 
 from ptq_tdq.artifacts.artifact import DERIVED_KEYS, Artifact, IntervalTable, check_artifact
 from ptq_tdq.artifacts.atomic import check_target, publish_directory, write_file
-from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, check_document, decode_json, encode_json, sign
+from ptq_tdq.artifacts.document import (
+    CONFIG_FILE,
+    SCHEMA_VERSION,
+    check_document,
+    decode_json,
+    encode_json,
+    find_problem,
+    sign,
+)
 from ptq_tdq.artifacts.packing import pack, unpack
 from ptq_tdq.errors import ArtifactCorruptError, ArtifactError, ConfigError, OutputError
 from ptq_tdq.files import check_tensors, read_file, reason
@@ -39,10 +47,10 @@ def encode_artifact(artifact: Artifact) -> dict[str, bytes]:
     """
     if derived := DERIVED_KEYS & set(artifact.config):
         raise ConfigError(f"The artifact's config must not have {sorted(derived)}: they are made when it is written.")
-    hashes = dict.fromkeys(_DATA_FILES, sha256(b"").hexdigest())  # of empty files until the tensors have been checked
     layers = [layer.to_dict() for layer in artifact.layers]
-    document = {**artifact.config, "schema_version": SCHEMA_VERSION, "layers": layers, "files": hashes}
-    check_document(decode_json(encode_json(sign(document), CONFIG_FILE), CONFIG_FILE))
+    document = {**artifact.config, "schema_version": SCHEMA_VERSION, "layers": layers}
+    if problem := find_problem(document):
+        raise ArtifactCorruptError(f"The artifact's config is not valid ({problem}); make the artifact again.")
     check_artifact(artifact)
     files = {
         TABLES_FILE: _save(table_tensors(artifact)),

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls.outputs import last_row
 from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
+from ptq_tdq.hooks import hooked
 from ptq_tdq.modules.layers import layer_kind
 from ptq_tdq.timeaxis import signature_of, time_argument
 
@@ -106,7 +107,7 @@ class Group:
         others, other_spec = pytree.tree_flatten(other.tree)
         return (
             spec == other_spec
-            and all(map(_same, mine, others))
+            and all(map(same, mine, others))
             and all(_form(x) == _form(y) for x, y in zip(self.rows, other.rows, strict=True))
         )
 
@@ -245,17 +246,14 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
         if torch.is_grad_enabled():
             raise refusal
 
-    hooks = [module.register_forward_pre_hook(refuse) for module in model.modules() if layer_kind(module)]
+    layers = [module for module in model.modules() if layer_kind(module)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), hooked(layer.register_forward_pre_hook(refuse) for layer in layers):
             yield
     except RuntimeError as error:
         if "does not require grad" in str(error):
             raise refusal from error
         raise
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:
@@ -291,10 +289,11 @@ def _form(leaf: Tensor | Each) -> tuple[Any, ...]:
     return ("each",) if isinstance(leaf, Each) else (leaf.dtype, leaf.shape[1:])
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two leaves are equal; tensors in shape and dtype too."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    return type(a) is type(b) and bool(a == b)
+    return a is b or (type(a) is type(b) and bool(a == b))
 
 
 def _cat(leaves: Sequence[Tensor | Each]) -> Tensor | Each:

@@ -63,11 +63,8 @@ class Recorder:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        handle = self.model.register_forward_pre_hook(self._hear, with_kwargs=True)
-        try:
+        with self.model.register_forward_pre_hook(self._hear, with_kwargs=True):
             yield
-        finally:
-            handle.remove()
 
     def begin(
         self,

@@ -7,21 +7,21 @@ not among the tested packages: it needs torchvision, of which there is no build 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ptq_tdq.errors import MissingExtraError, UsageError
+from ptq_tdq.errors import MissingExtraError, UsageError, first_line
 from ptq_tdq.evaluate.frechet import feature_statistics, frechet_distance
 from ptq_tdq.evaluate.quality import inception_score
+from ptq_tdq.files import find_images, read_image, reason
 
 BATCH = 50
 SPATIAL_CHANNELS = 7
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 
 
 def load_inception() -> Any:
@@ -29,9 +29,8 @@ def load_inception() -> Any:
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as module
     except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises RuntimeError
-        reason = str(error).splitlines()[0]
         raise MissingExtraError(
-            f"Inception metrics need torch-fidelity with a torchvision that fits torch ({reason}); "
+            f"Inception metrics need torch-fidelity with a torchvision that fits torch ({first_line(error)}); "
             "pip install 'ptq-tdq[fidelity]'."
         ) from None
     folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -41,22 +40,26 @@ def load_inception() -> Any:
     return module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
 
 
-def load_folder(folder: Path, size: tuple[int, int]) -> Tensor:
-    """All images in a folder and its sub-folders, in order of their names, uint8 [N, 3, H, W] of ``size`` (H, W).
-
-    Raises :class:`UsageError` where there are fewer than 2, where one cannot be read or has another size: resizing
-    would change the distances.
-    """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+def find_real(folder: Path) -> list[Path]:
+    """The images in a folder and its sub-folders; raises :class:`UsageError` where there are fewer than 2."""
+    paths = find_images(folder) if folder.is_dir() else []
     if len(paths) < 2:
         raise UsageError(f"'{folder}' is no folder with at least 2 images; pass one with the real images.")
+    return paths
+
+
+def read_real(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """Images of files, uint8 [N, 3, H, W] of ``size`` (H, W).
+
+    Raises :class:`UsageError` where one cannot be read or has another size: resizing would change the distances.
+    """
     images = []
     for path in paths:
         try:
-            with Image.open(path) as image:
-                images.append(np.asarray(image.convert("RGB")))
-        except (OSError, UnidentifiedImageError) as error:
-            raise UsageError(f"The image '{path}' cannot be read ({error}); remove it or copy it again.") from None
+            images.append(np.asarray(read_image(path)))
+        except OSError as error:
+            said = f"The image '{path}' cannot be read ({reason(error)}); remove it or copy it again."
+            raise UsageError(said) from None
         if images[-1].shape[:2] != size:
             height, width = images[-1].shape[:2]
             raise UsageError(
@@ -75,13 +78,10 @@ def to_uint8(images: Tensor) -> Tensor:
 def describe(network: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled features [N, 2048], spatial features [N, 2023] and logits [N, 1008] of images uint8 [N, 3, H, W]."""
     spatial: list[Tensor] = []
-    handle = network.Mixed_6d.branch1x1.register_forward_hook(
+    with network.Mixed_6d.branch1x1.register_forward_hook(
         lambda module, args, output: spatial.append(output[:, :SPATIAL_CHANNELS].flatten(1))
-    )
-    try:
+    ):
         parts = [network(part) for part in images.split(BATCH)]
-    finally:
-        handle.remove()
     pooled, logits = (torch.cat(each) for each in zip(*parts, strict=True))
     return pooled, torch.cat(spatial), logits
 

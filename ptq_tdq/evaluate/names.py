@@ -48,3 +48,4 @@ METRICS = (
     Metric("sfid", "sFID (Inception)", "data", False),
     Metric("inception_score", "Inception Score", "data", True),
 )
+INCEPTION = ("fid", "sfid", "inception_score")  # which need real images

@@ -13,14 +13,14 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from ptq_tdq.errors import MissingExtraError
+from ptq_tdq.extras import missing
 
 KID_SUBSETS, KID_SUBSET_SIZE = 10, 1000
 NEIGHBOURS = 3
 
 
 def require() -> None:
-    """Raise :class:`MissingExtraError` where the metrics cannot be computed, before anything is sampled for them."""
+    """Import what the metrics need, before anything is sampled for them; raises as :func:`~ptq_tdq.extras.need`."""
     with _torchmetrics(0):
         import torchmetrics  # noqa: F401
 
@@ -94,6 +94,4 @@ def _torchmetrics(seed: int) -> Iterator[None]:
         try:
             yield
         except ImportError as error:
-            raise MissingExtraError(
-                f"The metrics of sample quality need torchmetrics ({error}); pip install 'ptq-tdq[metrics]'."
-            ) from None
+            raise missing(error, "metrics") from None

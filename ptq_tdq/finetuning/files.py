@@ -15,14 +15,13 @@ from torch import Tensor
 from ptq_tdq.calib_data import LoadedModel, LoopSampler
 from ptq_tdq.calib_data.loop import LABELS
 from ptq_tdq.errors import CalibrationSetError, ConfigError
-from ptq_tdq.files import check_file, reason
+from ptq_tdq.files import IMAGE_ENDINGS, check_file, find_images, read_image, reason
 from ptq_tdq.finetuning.data import NoisedSamples
 from ptq_tdq.timeaxis import TimeAxis
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever an ending promises: Pillow starts programs for some others
 SAMPLES = {"images", "latents"}
 MOST_PACKED = 100  # how many times as long as in a compressed file an array may be
+LARGEST = 1e4  # of latents, which are of the order of 1
 ENCODED = 64  # images at once
 
 
@@ -51,6 +50,8 @@ def read_data(path: Path, model: LoadedModel, axis: TimeAxis, *, denoise: bool) 
         )
     if len(clean) < 2 or not bool(clean.isfinite().all()):
         raise CalibrationSetError(f"'{path}' holds fewer than two samples, or NaN or Inf; give more and finite ones.")
+    if (largest := float(clean.abs().max())) > LARGEST:
+        raise CalibrationSetError(f"'{path}' holds values of {largest:.3g}; give latents as the model samples them.")
     labels = _labels(found.get("labels"), len(clean), sampler.num_classes, path)
     names = (*sampler.names, LABELS)
     place = {"device": model.denoiser.device, "dtype": model.denoiser.dtype}
@@ -110,8 +111,10 @@ def _array(file: ZipFile, info: ZipInfo) -> np.ndarray:
 
 def _read_folder(folder: Path, size: tuple[int, int], classes: int) -> Mapping[str, np.ndarray]:
     """Images uint8 [N, H, W, 3] in the order of their names, and the numbers of their sub-folders."""
-    if not folder.is_dir():
+    if not folder.exists():
         raise CalibrationSetError(f"There is no file or folder '{folder}'; give images or an npz file.")
+    if not folder.is_dir():
+        raise CalibrationSetError(f"'{folder}' is no folder and no regular file; give images or an npz file.")
     parts = [folder]
     if classes:
         parts = sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
@@ -122,26 +125,23 @@ def _read_folder(folder: Path, size: tuple[int, int], classes: int) -> Mapping[s
             )
     images, labels = [], []
     for number, part in enumerate(parts):
-        for path in sorted(x for x in part.rglob("*") if x.suffix.lower() in ENDINGS):
+        for path in find_images(part):
             images.append(_read_image(path, size))
             labels.append(number)
     if not images:
         where = "its sub-folders, one per class," if classes else "it"
-        raise CalibrationSetError(f"'{folder}' has no images in {where} ({', '.join(ENDINGS)}); give another folder.")
+        endings = ", ".join(IMAGE_ENDINGS)
+        raise CalibrationSetError(f"'{folder}' has no images in {where} ({endings}); give another folder.")
     return {"images": np.stack(images), **({"labels": np.array(labels)} if classes else {})}
 
 
 def _read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     """One image, uint8 [H, W, 3], cropped and resized."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     try:
-        check_file(path)
-        with Image.open(path, formats=FORMATS) as image:
-            # Pillow clips 16 bits to 8
-            eight = Image.fromarray(np.uint8(np.asarray(image) // 257)) if image.mode.startswith("I") else image
-            return np.asarray(ImageOps.fit(eight.convert("RGB"), size[::-1]))
-    except Exception as error:  # decoders raise many unrelated types
+        return np.asarray(ImageOps.fit(read_image(path), size[::-1]))
+    except OSError as error:
         raise CalibrationSetError(f"'{path}' is no image that can be read ({reason(error)}).") from None
 
 

@@ -25,7 +25,7 @@ from ptq_tdq.finetuning.student import Student
 from ptq_tdq.finetuning.train import IterationReport, Training, segments
 from ptq_tdq.identity import model_sha256
 from ptq_tdq.load import build_quantized, find_artifact
-from ptq_tdq.processor import mixed_norms
+from ptq_tdq.processor import undisturbed
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import RunDirectory
 from ptq_tdq.trace import require_rows
@@ -36,8 +36,7 @@ THINNING = 8  # each trajectory gives every so many of its steps: trajectories c
 PROBED = 4  # of the calls that judge, in which unknown intervals are observed
 
 
-@mixed_norms()
-@torch.inference_mode(False)
+@undisturbed()
 @processes.together()
 def finetune(
     model: Any,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from ptq_tdq.intervals.dynamic_token import DynamicTokenRatio
 from ptq_tdq.intervals.known import Known
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import ActivationQuantizer
-from ptq_tdq.observe import Observer
 from ptq_tdq.quantized_model import QuantizedModel
+from ptq_tdq.recon.activations import observe
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.search import QParams
 
@@ -54,7 +54,7 @@ def begin_sources(
     """
     quantizers = quantized.quantizers()
     methods = {name: _method(quantizer.record, config) for name, quantizer in quantizers.items()}
-    unknown = [name for name, quantizer in quantizers.items() if _is_unknown(quantizer, methods[name])]
+    unknown = [quantizer for name, quantizer in quantizers.items() if _is_unknown(quantizer, methods[name])]
     observed = _observe(quantized, unknown, config, probe) if unknown else {}
     with torch.random.fork_rng(devices=[]):
         for number, (name, quantizer) in enumerate(quantizers.items()):
@@ -107,36 +107,20 @@ def _source(quantizer: ActivationQuantizer, method: str, known: Observed) -> Int
 
 
 def _observe(
-    quantized: QuantizedModel, names: Sequence[str], config: FinetuneConfig, probe: Sequence[dict[str, Any]]
+    quantized: QuantizedModel,
+    quantizers: Collection[ActivationQuantizer],
+    config: FinetuneConfig,
+    probe: Sequence[dict[str, Any]],
 ) -> dict[str, Observed]:
-    """What some quantizers see while all others quantize."""
+    """What some quantizers see while all others quantize; a few calls have no running averages."""
     axis = quantized.axis
     steps = torch.cat([axis.t(call[axis.argument]) for call in probe]).cpu().unique()
-    every = quantized.quantizers()
-    quantizers = {name: every[name] for name in names}
-    observers = {name: Observer(name, steps) for name in names}
-    for name, quantizer in quantizers.items():
-        quantizer.observer = observers[name]
-    try:
-        for counting in (False, True):
-            for observer in observers.values():
-                if counting:
-                    observer.start_counting()
-            with torch.no_grad():
-                for call in probe:
-                    quantized(**call)
-    finally:
-        for quantizer in quantizers.values():
-            quantizer.observer = None
-    return {
-        name: Observed(
-            axis.num_train_timesteps,
-            steps,
-            observers[name].filled(),
-            quantizer.qtype,
-            "mse" if quantizer.record.range_method == "ema" else quantizer.record.range_method,
-            quantizer.record.from_zero,
-            config.intervals,
-        )
-        for name, quantizer in quantizers.items()
-    }
+    for quantizer in quantizers:
+        if quantizer.record.range_method == "ema":
+            quantizer.record = replace(quantizer.record, range_method="mse")
+
+    def run() -> None:
+        for call in probe:
+            quantized(**call)
+
+    return observe(quantizers, steps, config.intervals, axis.num_train_timesteps, run)

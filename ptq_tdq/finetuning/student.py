@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.affine import fake_quantize
+from ptq_tdq.calib_data.finite import first_where
 from ptq_tdq.calls import prediction, tensors_of
 from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.quantizers import Quantizer, quantizer_class
@@ -117,24 +118,12 @@ class Student(nn.Module):
 
     def first_to_overflow(self, arguments: dict[str, Any]) -> str | None:
         """The first layer that gives NaN, Inf or numbers whose squares are, in a call, if there is one."""
-        found: list[str] = []
+        modules = ((name, module) for name, module in self.quantized.model.named_modules() if name)
 
-        def look(name: str) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if not all(bool(x.float().square().isfinite().all()) for x in tensors_of(output)):
-                    found.append(name)
+        def overflows(output: Any) -> bool:
+            return not all(bool(x.float().square().isfinite().all()) for x in tensors_of(output))
 
-            return hook
-
-        modules = {name: module for name, module in self.quantized.model.named_modules() if name}
-        handles = [module.register_forward_hook(look(name)) for name, module in modules.items()]
-        try:
-            with torch.no_grad():
-                self(**arguments)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found[0] if found else None
+        return first_where(modules, overflows, lambda: self(**arguments))
 
     def finish(self) -> QuantizedModel:
         """What was learned, as codes and tables; raises :class:`NonFiniteError` for intervals beyond float32."""
@@ -163,10 +152,8 @@ def _begin_weight(layer: QuantLayer, weight: Tensor) -> None:
         own = rotated(own)
     whole = outputs_first(layer.layer, own)
     for (low, high), quantizer in zip(layer.ranges, layer.weight_quantizers(), strict=True):
-        assert quantizer.codes is not None and quantizer.scale is not None and quantizer.zero_point is not None
-        shape = (-1, *(1,) * (whole.ndim - 1))
-        grid = quantizer.scale.view(shape), quantizer.zero_point.view(shape)
-        quantizer.rounding = LearnedWeight(whole[:, low:high], quantizer.codes, *grid, quantizer.qtype)
+        assert quantizer.codes is not None
+        quantizer.rounding = LearnedWeight(whole[:, low:high], quantizer.codes, *quantizer.grid(), quantizer.qtype)
     layer.finished = False
 
 

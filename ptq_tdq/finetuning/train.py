@@ -18,6 +18,7 @@ from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.data import Batch, Data, generator_of
 from ptq_tdq.finetuning.graph import Graphs
 from ptq_tdq.finetuning.student import Student
+from ptq_tdq.intervals.dynamic import forms
 from ptq_tdq.recon import RunDirectory
 
 STATE = "finetune", 0  # under which a run directory keeps it
@@ -151,7 +152,7 @@ class Training:
         return state
 
     def _load(self, run: RunDirectory) -> None:
-        found = run.read(*STATE, {key: (x.dtype, tuple(x.shape)) for key, x in self._state().items()})
+        found = run.read(*STATE, forms(self._state()), _sound)
         if found is None:
             return
         state, _ = found
@@ -175,6 +176,21 @@ def _factor(iteration: int, config: FinetuneConfig) -> float:
     if config.schedule == "constant":
         return warm
     return warm * 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
+
+
+def _sound(state: dict[str, Tensor]) -> bool:
+    """Whether a state can be that of a run: all is finite, and as many steps were made as there are losses."""
+    losses = state["losses"]
+    done = int((~losses.isnan()).sum())
+    rest = [value for key, value in state.items() if key != "losses"]
+    steps = [float(value) for key, value in state.items() if key.startswith("step.")]
+    squares = [value for key, value in state.items() if key.startswith("exp_avg_sq.")]
+    return (
+        all(bool(value.isfinite().all()) for value in (losses[:done], *rest))
+        and max(steps) == done
+        and min(steps) >= 0
+        and all(bool((value >= 0).all()) for value in squares)
+    )
 
 
 def segments(losses: Sequence[float], count: int = 100) -> list[dict[str, Any]]:

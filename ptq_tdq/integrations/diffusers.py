@@ -39,7 +39,7 @@ from ptq_tdq.artifacts import (
     publish_directory,
 )
 from ptq_tdq.errors import ArtifactCorruptError, ConfigError, MissingExtraError, ModelError
-from ptq_tdq.identity import base_config
+from ptq_tdq.identity import base_config, dtype_name
 from ptq_tdq.load import build_quantized, find_artifact
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.products import called_by
@@ -62,7 +62,7 @@ if not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"):
     raise MissingExtraError("Pipelines with quantized components need diffusers 0.40 or newer; upgrade diffusers.")
 
 
-class PtqTdqConfig(QuantizationConfigMixin):
+class PtqTdqConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Which artifact's quantized model takes the place of a component that is loaded in full precision.
 
     ``artifact`` is a folder or a hub id. The pipeline gives the structure; all weights are those of the artifact::
@@ -74,7 +74,7 @@ class PtqTdqConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, artifact: str | Path | None = None, *, document: dict[str, Any] | None = None) -> None:
-        self.quant_method = Method.PTQ_TDQ  # type: ignore[assignment]
+        self.quant_method = Method.PTQ_TDQ
         self.artifact, self.document = artifact, document
 
     @classmethod
@@ -92,7 +92,7 @@ class PtqTdqConfig(QuantizationConfigMixin):
         return {"quant_method": self.quant_method.value} | {key: (self.document or {}).get(key) for key in shown}
 
 
-class PtqTdqQuantizer(DiffusersQuantizer):
+class PtqTdqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     """Loads what was calibrated before; diffusers makes one for each model that it loads.
 
     ``quantized`` is the :class:`~ptq_tdq.QuantizedModel` around the very model that diffusers holds.
@@ -270,7 +270,7 @@ def _cast(artifact: Artifact, dtype: torch.dtype, keep: frozenset[str]) -> Artif
     return replace(
         artifact,
         config={**artifact.config, "buffer_dtypes": {}},  # diffusers builds them in the dtype that it loads
-        layers=tuple(replace(x, dtype=str(of(x.name)).removeprefix("torch.")) for x in artifact.layers),
+        layers=tuple(replace(x, dtype=dtype_name(of(x.name))) for x in artifact.layers),
         float_state={name: x.to(of(name)) if x.is_floating_point() else x for name, x in state.items()},
     )
 

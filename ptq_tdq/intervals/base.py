@@ -77,7 +77,15 @@ class Observed:
         return dense.to(torch.float32) if values.is_floating_point() else dense.round().to(values.dtype)
 
 
-class IntervalSource(nn.Module, ABC):
+class Float32Module(nn.Module):
+    """Moves with the model but stays float32: ``model.half()`` must not round scales."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class IntervalSource(Float32Module, ABC):
     """Scale and zero_point of one activation quantizer as a function of t (of dynamic ones, of the tensor too)."""
 
     pattern: ClassVar[str]
@@ -99,11 +107,6 @@ class IntervalSource(nn.Module, ABC):
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``t`` [B] and the tensor [B, ...] -> scale float32 [B], zero_point int32 [B]; of tokens, one for each."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the model but stay float32: ``model.half()`` must not round the intervals."""
-        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def raw_parameters(self) -> list[nn.Parameter]:
         """Learned scales, to be trained at the interval learning rate; the others are a module's weights."""

@@ -10,7 +10,11 @@ from ptq_tdq.intervals.base import IntervalSource, Observed, source_class
 from ptq_tdq.scheme import QType
 
 Form = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Types and shapes of tensors by name."""
+
+
+def forms(tensors: dict[str, Tensor]) -> Form:
+    """Types and shapes of tensors by name."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 class Dynamic(IntervalSource):
@@ -42,8 +46,7 @@ class Dynamic(IntervalSource):
     def form(cls, length: int) -> Form:
         """The form of :attr:`generator`, where tables have ``length`` entries."""
         with torch.device("meta"):
-            kept = cls(torch.zeros((), dtype=torch.int32), QType(8)).generator
-        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in kept.items()}
+            return forms(cls(torch.zeros((), dtype=torch.int32), QType(8)).generator)
 
     @classmethod
     def restore(cls, zero_point: Tensor, qtype: QType, generator: dict[str, Tensor]) -> Dynamic:
@@ -77,6 +80,6 @@ def restore_dynamic(
     """
     cls = source_class(method)
     assert issubclass(cls, Dynamic)
-    if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in generator.items()} != cls.form(length):
+    if forms(generator) != cls.form(length):
         raise ModelError(f"The saved network of a quantizer is not that of method '{method}'; calibrate again.")
     return cls.restore(zero_point, qtype, generator).requires_grad_(False).eval()

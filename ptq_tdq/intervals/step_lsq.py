@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ptq_tdq.intervals.base import IntervalSource, LearnedScale, Observed
-from ptq_tdq.timeaxis import lookup
+from ptq_tdq.timeaxis import between, lookup
 
 
 class StepLSQ(IntervalSource):
@@ -28,10 +27,4 @@ class StepLSQ(IntervalSource):
         return cls(observed.t, observed.steps.scale, zero_point, observed.choices.interval_parameter)
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        after = torch.searchsorted(self.t, t.to(self.t.dtype).contiguous()).clamp(max=len(self.t) - 1)
-        before = (after - 1).clamp(min=0)
-        gap = (self.t[after] - self.t[before]).clamp(min=torch.finfo(torch.float32).tiny)
-        weight = ((t - self.t[before]) / gap).clamp(0.0, 1.0)
-        knots = self.scale()
-        scale = knots[before] * (1 - weight) + knots[after] * weight
-        return scale, lookup(self.zero_point, t)
+        return between(self.scale(), self.t, t), lookup(self.zero_point, t)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptq_tdq.modules.activation import ActivationQuantizer
+from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.modules.weight import WeightQuantizer
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.rotate import rotated
@@ -127,13 +128,15 @@ def multiply_accumulates(layer: nn.Module, x: Tensor, output: Tensor) -> int:
     return (x if kind.transposed else output).numel() * each
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(Delegating):
     """A layer whose weight and input pass through quantizers; with both off it is the original, bit for bit.
 
     ``shift`` [O] is the learned correction of the bias (None without a bias); it counts while the weights' quantizers
     are on, and :meth:`finalize` adds it to the bias. ``divisor`` [C] of an equalized layer is divided out of its input
     and multiplied into its weight.
     """
+
+    _inside = "layer"  # models ask their layers for sizes, strides and the like
 
     def __init__(self, layer: nn.Module, record: LayerRecord) -> None:
         super().__init__()
@@ -172,13 +175,6 @@ class QuantLayer(nn.Module):
     def bias(self) -> Tensor | None:
         """The layer's own bias [O], or None."""
         return own_bias(self.layer)
-
-    def __getattr__(self, name: str) -> Any:
-        """What models ask of their layers beside calling them: sizes, strides and the like."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
 
     @property
     def mixable(self) -> bool:

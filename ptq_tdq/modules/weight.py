@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptq_tdq.affine import dequantize
+from ptq_tdq.intervals.base import Float32Module
 from ptq_tdq.rounding import AdaRound, LearnedCodes, LearnedWeight
 from ptq_tdq.scheme import QType
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(Float32Module):
     """Codes of the weight's shape with one scale and zero_point per output channel [O] (or [1] per tensor).
 
     While ``rounding`` is set the weight is the soft, learned one; afterwards it comes from ``codes``.
@@ -35,13 +33,13 @@ class WeightQuantizer(nn.Module):
         self.rounding = None
         self.codes, self.scale, self.zero_point = codes.to(torch.uint8), scale, zero_point.to(torch.int32)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the model but stay float32: ``model.half()`` must not round the scales."""
-        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
-        return self
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, as they broadcast against the codes."""
+        assert self.codes is not None and self.scale is not None and self.zero_point is not None
+        shape = (-1, *(1,) * (self.codes.ndim - 1))
+        return self.scale.view(shape), self.zero_point.view(shape)
 
     def dequantized(self) -> Tensor:
         """The weight that the codes stand for."""
-        assert self.codes is not None and self.scale is not None and self.zero_point is not None
-        shape = (-1,) + (1,) * (self.codes.ndim - 1)
-        return dequantize(self.codes.to(torch.int32), self.scale.view(shape), self.zero_point.view(shape))
+        assert self.codes is not None
+        return dequantize(self.codes.to(torch.int32), *self.grid())

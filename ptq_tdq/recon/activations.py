@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ptq_tdq import processes
 from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError
-from ptq_tdq.intervals import IntervalSource, Observed, source_class
+from ptq_tdq.intervals import IntervalChoices, IntervalSource, Observed, source_class
 from ptq_tdq.intervals.auto import SIMPLE
 from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.intervals.mlp import ModuleInterval
@@ -41,13 +41,17 @@ class ActivationResult:
     static: dict[str, QParams]
 
 
-def observe(unit: Unit, config: Config, num_train_timesteps: int, run: Callable[[], None]) -> dict[str, Observed]:
-    """Ranges and histograms of the unit's activations with quantized weights, by quantizer name.
+def observe(
+    quantizers: Collection[ActivationQuantizer],
+    steps: Tensor,
+    choices: IntervalChoices,
+    num_train_timesteps: int,
+    run: Callable[[], None],
+) -> dict[str, Observed]:
+    """Ranges and histograms of what quantizers are given at the ``steps`` [K], by quantizer name.
 
-    ``run`` runs the unit on this process's samples, and is called twice.
+    ``run`` runs what they are in on this process's samples, and is called twice.
     """
-    steps = unit.t.unique()
-    quantizers = unit.quantizers()
     for quantizer in quantizers:
         record = quantizer.record
         vectors = quantizer.qtype if source_class(record.method).by_token else None
@@ -55,8 +59,8 @@ def observe(unit: Unit, config: Config, num_train_timesteps: int, run: Callable[
     observers = {q.record.name: q.observer for q in quantizers if q.observer}
     try:
         for counting in (False, True):
-            for observer in observers.values():
-                if counting:
+            if counting:
+                for observer in observers.values():
                     observer.start_counting()
             with torch.no_grad():
                 run()
@@ -73,7 +77,7 @@ def observe(unit: Unit, config: Config, num_train_timesteps: int, run: Callable[
             q.qtype,
             q.record.range_method,
             q.record.from_zero,
-            config.intervals,
+            choices,
             observers[q.record.name].ratios(),
         )
         for q in quantizers
@@ -101,8 +105,8 @@ def reconstruct_activations(
         for batch in unit.batches():
             unit.run(call, batch)
 
-    observed = observed or observe(unit, config, num_train_timesteps, run)
     quantizers = unit.quantizers()
+    observed = observed or observe(quantizers, unit.t.unique(), config.intervals, num_train_timesteps, run)
     _begin_static(unit, observed)
     if open_ones := undecided(unit):
         with torch.random.fork_rng([unit.device] if unit.device.type == "cuda" else []):

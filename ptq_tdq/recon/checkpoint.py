@@ -26,7 +26,7 @@ from ptq_tdq.errors import OutputError, ResumeError
 from ptq_tdq.files import check_tensors, read_file
 from ptq_tdq.intervals import source_class
 from ptq_tdq.intervals.auto import FOLLOWING, SIMPLE, TOKEN, Auto
-from ptq_tdq.intervals.dynamic import Dynamic
+from ptq_tdq.intervals.dynamic import Dynamic, Form, forms
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.quantized_model import source_of, table_of
 from ptq_tdq.recon.unit import Unit
@@ -37,7 +37,6 @@ CHECKPOINT_FORM = 5  # changes with the names and the meaning of the tensors in 
 
 Tensors = dict[str, Tensor]
 Saved = tuple[Tensors, tuple[float, float]]
-Form = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 _SPARE_BYTES = 1 << 24  # of a file, for its header; of run.json, at most
 
@@ -124,15 +123,17 @@ class RunDirectory:
         data = save(tensors, metadata={"losses": text, "sha256": self._hash(phase, index, tensors, text)})
         write_atomic(self._file(phase, index), data)
 
-    def read(self, phase: str, index: int, form: Form) -> Saved | None:
-        """The saved unit with tensors of this ``form``, or None where it has to be done.
+    def read(
+        self, phase: str, index: int, form: Form, sound: Callable[[dict[str, Tensor]], bool] = lambda tensors: True
+    ) -> Saved | None:
+        """The saved unit with ``sound`` tensors of this ``form``, or None where it has to be done.
 
         Says so to ``on_notice`` if there is a file. Raises :class:`ResumeError` for a folder in its place. The first
         process reads for all.
         """
-        return processes.of_first(lambda: self._read(phase, index, form))
+        return processes.of_first(lambda: self._read(phase, index, form, sound))
 
-    def _read(self, phase: str, index: int, form: Form) -> Saved | None:
+    def _read(self, phase: str, index: int, form: Form, sound: Callable[[dict[str, Tensor]], bool]) -> Saved | None:
         path = self._file(phase, index)
         if path.is_dir():
             raise ResumeError(f"{path} is a folder where a finished unit would be kept; move it away.")
@@ -144,7 +145,7 @@ class RunDirectory:
             if metadata["sha256"] != self._hash(phase, index, tensors, metadata["losses"]):
                 raise ValueError
             before, after = map(float, json.loads(metadata["losses"]))
-            if {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()} != form:
+            if forms(tensors) != form or not sound(tensors):
                 raise ValueError
         except FileNotFoundError:
             return None
@@ -156,8 +157,7 @@ class RunDirectory:
 
 def form_of(unit: Unit, phase: str, config: Config, length: int) -> Form:
     """Types and shapes of the tensors that :func:`snapshot` gives; tables have ``length`` entries."""
-    form: Form = {name: (shift.dtype, tuple(shift.shape)) for name, shift in _shifts(unit).items()}
-    form |= {name: (x.dtype, tuple(x.shape)) for name, x in (_divisors(unit) | _rotations(unit)).items()}
+    form = forms(_shifts(unit) | _divisors(unit) | _rotations(unit))
     for layer in unit.layers():
         for index in range(len(layer.ranges)):
             part = layer.part(index).shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -15,7 +15,7 @@ from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.intervals import Observed
-from ptq_tdq.processor import mixed_norms
+from ptq_tdq.plan import Special
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import observe, reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
@@ -31,6 +31,7 @@ from ptq_tdq.wrap import switched
 
 CHUNK = 64
 CACHE_BYTES = 2 << 30  # streams larger than this live in memory-mapped files, where nothing else is said
+ORDINARY = Special()
 JUDGES = 8  # one in so many trajectories is held out
 
 Phase = Literal["weights", "activations"]
@@ -49,28 +50,25 @@ class UnitReport:
     seconds: float
 
 
-@mixed_norms()
 def reconstruct(
     quantized: QuantizedModel,
     calls: Calls,
     config: Config,
     *,
-    single: Collection[str] = (),
-    unlearned: Collection[str] = (),
-    repeated: Collection[str] = (),
+    special: Special = ORDINARY,
     run: RunDirectory | None = None,
     budget: int = CACHE_BYTES,
     on_unit: Callable[[UnitReport], None] = lambda report: None,
 ) -> dict[str, QParams]:
     """Quantize all units of the model; leaves its quantizers on, with final codes and interval tables.
 
-    Units in ``single`` run with one time step at a time, those in ``unlearned`` keep first intervals and nearest
-    rounding; so do those in ``repeated``, whose intervals are observed in all runs of a call. Finished units are kept
-    in ``run`` and read from it. Streams of more than ``budget`` bytes are kept in memory-mapped files, in the folder of
-    the run. Returns the static interval of each activation quantizer.
+    Of the ``special`` units those in ``single`` run with one time step at a time, those in ``unlearned`` keep first
+    intervals and nearest rounding; so do those in ``repeated``, whose intervals are observed in all runs of a call.
+    Finished units are kept in ``run`` and read from it. Streams of more than ``budget`` bytes are kept in memory-mapped
+    files, in the folder of the run. Returns the static interval of each activation quantizer.
     Raises :class:`~ptq_tdq.errors.NonFiniteError` naming the layer and t.
     """
-    engine = _Engine(quantized, calls, config, single, unlearned, repeated, run, budget, on_unit)
+    engine = _Engine(quantized, calls, config, special, run, budget, on_unit)
     quantized.quantize(weights=False, activations=False)
     engine.pass_over("weights")
     engine.pass_over("activations")
@@ -112,16 +110,13 @@ class _Engine:
         quantized: QuantizedModel,
         calls: Calls,
         config: Config,
-        single: Collection[str],
-        unlearned: Collection[str],
-        repeated: Collection[str],
+        special: Special,
         run: RunDirectory | None,
         budget: int,
         on_unit: Callable[[UnitReport], None],
     ) -> None:
         self.quantized, self.calls, self.config, self.run, self.on_unit = quantized, calls, config, run, on_unit
-        self.t, self.single, self.unlearned = calls.t.cpu(), single, {*unlearned, *repeated}
-        self.repeated, self.observed = repeated, dict[str, dict[str, Observed]]()
+        self.t, self.special, self.observed = calls.t.cpu(), special, dict[str, dict[str, Observed]]()
         self.units = quantized.units()
         self.device = quantized.device
         self.sizes = unit_sizes(quantized, calls.inputs(slice(0, 1)))
@@ -135,7 +130,7 @@ class _Engine:
 
     def unit(self, name: str, spans: tuple[slice, ...] = ()) -> Unit:
         module = self.quantized.model.get_submodule(name)
-        single, most = name in self.single, self.most(name)
+        single, most = name in self.special.single, self.most(name)
         return Unit(name, module, self.t, spans, single, self.device, self.held_out, most=most, mine=self.mine)
 
     def most(self, name: str) -> int:
@@ -152,7 +147,7 @@ class _Engine:
                 self.restore(phase, index, self.unit(name), saved)
             return
         if phase == "activations":
-            self.observed = {name: self.observe(name) for name in self.units if name in self.repeated}
+            self.observed = {name: self.observe(name) for name in self.units if name in self.special.repeated}
         done: list[str] = []
 
         def process(full: UnitCall, mine: UnitCall) -> tuple[Parts, Parts]:
@@ -181,7 +176,8 @@ class _Engine:
             for piece in self.pieces:
                 self.quantized(**self.calls.inputs(piece))
 
-        return observe(self.unit(name), self.config, self.calls.axis.num_train_timesteps, run)
+        unit, steps = self.unit(name), self.calls.axis.num_train_timesteps
+        return observe(unit.quantizers(), unit.t.unique(), self.config.intervals, steps, run)
 
     def chunks(self) -> list[Chunk]:
         """This process's pieces of the calibration set, with what runs the model over each."""
@@ -212,7 +208,7 @@ class _Engine:
         """One phase of one unit, with generators of its own, so that a resumed run equals an uninterrupted one."""
         began = time.perf_counter()
         config = self.config
-        if unit.name in self.unlearned:
+        if unit.name in self.special.unlearned | self.special.repeated:
             config = config.changed({"rounding": "nearest", "activation_iterations": 0})
         seed = self.config.seed * 1_000_003 + index
         generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,6 @@ no digit of the layer's output in floating point.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from ptq_tdq import processes
 from ptq_tdq.affine import fake_quantize
 from ptq_tdq.config import Config
+from ptq_tdq.hooks import hooked
 from ptq_tdq.intervals import source_class
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import layer_input
@@ -156,9 +156,7 @@ def _run(
         assert x is not None
         hear(layer, x.detach().reshape(-1, x.shape[-1]))
 
-    with ExitStack() as hooks, torch.no_grad():
-        for layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(listen, with_kwargs=True).remove)
+    with torch.no_grad(), hooked(layer.register_forward_pre_hook(listen, with_kwargs=True) for layer in layers):
         unit.run(call, index)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError
+from ptq_tdq.files import size_text
 from ptq_tdq.intervals import source_class
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import weight_groups
@@ -113,15 +114,6 @@ def check_room(found: Forecast, folder: Path) -> None:
             f"The run needs about {size_text(found.disk_bytes)} of disk, of which {size_text(free)} are free in "
             f"{place}; free some space or choose another output directory."
         )
-
-
-def size_text(count: float) -> str:
-    """A number of bytes as people read it: "1.5 GiB"."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:,.1f} GiB"
 
 
 def free_memory() -> int | None:

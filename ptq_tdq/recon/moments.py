@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptq_tdq import processes
+from ptq_tdq.hooks import hooked
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import layer_input, weight_groups
 from ptq_tdq.recon.streams import UnitCall
@@ -118,13 +120,8 @@ def same_input(unit: Unit, call: UnitCall) -> list[list[QuantLayer]]:
         assert x is not None and isinstance(layer, QuantLayer)
         seen.setdefault(layer, (x, x._version))
 
-    handles = [layer.register_forward_pre_hook(hear, with_kwargs=True) for layer in layers]
-    try:
-        with torch.no_grad():
-            unit.run(call, call.arguments.first())
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), hooked(layer.register_forward_pre_hook(hear, with_kwargs=True) for layer in layers):
+        unit.run(call, call.arguments.first())
     groups: list[list[int]] = []  # of their numbers
     for number, layer in enumerate(layers):
         mine, last = seen.get(layer), seen.get(layers[number - 1]) if number else None
@@ -224,12 +221,6 @@ def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice | Tensor)
         found.append(x)
         raise _Reached
 
-    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            unit.run(call, batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
+    with suppress(_Reached), torch.no_grad(), layer.register_forward_pre_hook(stop, with_kwargs=True):
+        unit.run(call, batch)
     return found[0] if found else None

@@ -16,13 +16,14 @@ from torch.utils import _pytree as pytree
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.gptq import gptq, solve_order
+from ptq_tdq.hooks import hooked
 from ptq_tdq.intervals import Observed, source_class
 from ptq_tdq.intervals.auto import FOLLOWING, Auto
 from ptq_tdq.intervals.static import BinnedIntervals
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import layer_input
 from ptq_tdq.observe import Observer
-from ptq_tdq.processor import mixed_norms, products_in
+from ptq_tdq.processor import products_in, undisturbed
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.moments import Inputs
 from ptq_tdq.recon.size import UnitSize, at_once
@@ -51,7 +52,7 @@ class Pace:
     quantizers: int = 0
 
 
-@mixed_norms()
+@undisturbed()
 def unit_paces(
     quantized: QuantizedModel, call: Calls, sizes: Mapping[str, UnitSize], config: Config
 ) -> dict[str, Pace]:
@@ -121,12 +122,10 @@ def _reach(unit: nn.Module, run: Callable[[], Any]) -> float:
             found.append(time.process_time())
 
     layers = [module for module in unit.modules() if isinstance(module, QuantLayer)]
-    handles = [layer.register_forward_pre_hook(hear, with_kwargs=True) for layer in layers]
-    began = time.process_time()
-    run()
-    taken = time.process_time() - began
-    for handle in handles:
-        handle.remove()
+    with hooked(layer.register_forward_pre_hook(hear, with_kwargs=True) for layer in layers):
+        began = time.process_time()
+        run()
+        taken = time.process_time() - began
     return sum(now - began for now in found) / max(taken, 1e-9)
 
 

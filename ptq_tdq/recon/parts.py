@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ptq_tdq.calls.arguments import same
 from ptq_tdq.errors import ModelError, OutputError
 from ptq_tdq.files import reason
 
@@ -85,7 +86,7 @@ class Form:
     shared: list[Any]
 
     def same(self, other: Form) -> bool:
-        return self.structure == other.structure and all(map(_same, self.shared, other.shared))
+        return self.structure == other.structure and all(map(same, self.shared, other.shared))
 
 
 def spans(forms: Sequence[Form]) -> tuple[slice, ...]:
@@ -201,12 +202,6 @@ def _own(leaf: Any, place: Place | None, samples: int) -> Place | None:
             "rows cannot be told apart; record calls of one size (prompts padded to one length)."
         )
     return place
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    return a is b or (type(a) is type(b) and bool(a == b))
 
 
 @dataclass(frozen=True, eq=False)

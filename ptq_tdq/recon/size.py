@@ -1,4 +1,4 @@
-"""What a run will hold: bytes and multiply-accumulates of each unit for one sample, counted in one forward pass."""
+"""What a run will hold: bytes of each unit for one sample, and places of its weights, counted in one forward pass."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from ptq_tdq.hooks import hooked
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer, QuantProduct
 from ptq_tdq.modules.products import BLOCK, in_blocks
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.unit import MOST
+from ptq_tdq.watch import memory
 
 WORKING_BYTES = 2 << 30  # of what a step of learning makes
 BLOCK_BYTES = 8 * 4 * BLOCK  # scores, probabilities and codes of a block, with their gradients
@@ -32,8 +33,8 @@ class UnitSize:
     ``made`` is all that its operations make, which is about what a learning step keeps, ``most`` what is alive at once.
     Attention products are made block by block while something is learned, and whole while they are observed.
     When it is called, ``given`` of units before it is still alive, and ``own`` of what the model has made in between;
-    ``inputs`` are its arguments, ``outputs`` what it gives. ``operations`` are floating-point ones, two for each
-    multiply-accumulate; ``places`` is at how many places of its input each layer's weight is multiplied.
+    ``inputs`` are its arguments, ``outputs`` what it gives. ``places`` is at how many places of its input each layer's
+    weight is multiplied.
     """
 
     made: int = 0
@@ -42,7 +43,6 @@ class UnitSize:
     own: int = 0
     inputs: int = 0
     outputs: int = 0
-    operations: int = 0
     places: dict[str, int] = field(default_factory=dict)
 
 
@@ -59,12 +59,8 @@ def unit_sizes(quantized: QuantizedModel, arguments: dict[str, Any]) -> dict[str
         if isinstance(product, QuantProduct) and in_blocks(product.record):
             handles.append(product.register_forward_pre_hook(counter.begin, with_kwargs=True))
             handles.append(product.register_forward_hook(counter.kept, with_kwargs=True))
-    try:
-        with torch.no_grad(), _watched(quantized, counter), counter:
-            quantized(**arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad(), _watched(quantized, counter), counter:
+        quantized(**arguments)
     return counter.sizes
 
 
@@ -134,19 +130,17 @@ class _Counter(TorchDispatchMode):
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         size = self.sizes[self.now]
         size.outputs = max(size.outputs, _bytes(output))
-        self.given |= {_key(x) for x in pytree.tree_leaves(output) if isinstance(x, Tensor)} & self.bytes.keys()
+        self.given |= {memory(x) for x in pytree.tree_leaves(output) if isinstance(x, Tensor)} & self.bytes.keys()
         self.now, self.before = "", 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         size = self.sizes[self.now]
-        if formula := flop_registry.get(func._overloadpacket):
-            size.operations += int(formula(*args, **(kwargs or {}), out_val=result))
-        known = {_key(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        known = {memory(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in pytree.tree_leaves(result):
             if not isinstance(x, Tensor):
                 continue
-            key = _key(x)
+            key = memory(x)
             if key in self.bytes:
                 self._hold(x, key)
             elif key not in known:
@@ -165,11 +159,6 @@ class _Counter(TorchDispatchMode):
         if not self.holders[key]:
             self.bytes.pop(key, None)
             self.given.discard(key)
-
-
-def _key(x: Tensor) -> int:
-    place: int = x.untyped_storage()._cdata
-    return place
 
 
 def _bytes(tree: Any) -> int:

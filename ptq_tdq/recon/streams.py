@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from ptq_tdq import processes
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError
+from ptq_tdq.hooks import hooked
 from ptq_tdq.recon.parts import ABSENT, Layout, Part, Parts, Place, Store, spans
 
 Layouts = dict[str, list[tuple[Layout, Layout]]]
@@ -55,15 +56,11 @@ def _shapes(
     def hear(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
         found.setdefault(name, []).append((of((args, kwargs)), of(output)))
 
-    handles = [
+    handles = (
         model.get_submodule(name).register_forward_hook(partial(hear, name=name), with_kwargs=True) for name in units
-    ]
-    try:
-        with torch.no_grad():
-            model(**arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(handles), torch.no_grad():
+        model(**arguments)
     return found
 
 

@@ -131,28 +131,20 @@ def _adaround(unit: Unit, call: UnitCall, target: Parts, config: Config, generat
     with unit.learning():
         _learn(unit, call, target, roundings, config, generator)
     for (layer, index, quantizer), rounding in zip(parts, roundings, strict=True):
-        assert quantizer.scale is not None and quantizer.zero_point is not None
-        layer.assign(index, rounding.hard_codes(), quantizer.scale, quantizer.zero_point)
+        scale, zero_point = quantizer.grid()
+        layer.assign(index, rounding.hard_codes(), scale.flatten(), zero_point.flatten())
 
 
 def _begin(layer: QuantLayer, index: int, quantizer: WeightQuantizer) -> AdaRound:
-    scale, zero_point = _grid(layer, quantizer)
-    quantizer.rounding = rounding = AdaRound(layer.part(index), scale, zero_point, quantizer.qtype)
+    quantizer.rounding = rounding = AdaRound(layer.part(index), *quantizer.grid(), quantizer.qtype)
     return rounding
 
 
 def _begin_codes(layer: QuantLayer, index: int, quantizer: WeightQuantizer) -> LearnedCodes:
     assert quantizer.codes is not None
-    grid = _grid(layer, quantizer)
+    grid = quantizer.grid()
     quantizer.rounding = learned = LearnedCodes(layer.part(index), quantizer.codes, *grid, quantizer.qtype)
     return learned
-
-
-def _grid(layer: QuantLayer, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, as they broadcast against the weight."""
-    assert quantizer.scale is not None and quantizer.zero_point is not None
-    shape = (-1,) + (1,) * (layer.weight.ndim - 1)
-    return quantizer.scale.view(shape), quantizer.zero_point.view(shape)
 
 
 def _learn(
@@ -207,9 +199,7 @@ def _learn_codes(unit: Unit, call: UnitCall, target: Parts, config: Config, gene
 
 def _learned_state(unit: Unit, learned: list[LearnedCodes]) -> _WeightState:
     """The :func:`_weight_state` that the present codes give."""
-    grids = [(w.scale, w.zero_point) for _, _, w in _parts(unit.layers())]
     return [
-        (codes.hard_codes(), codes.scale().detach().view_as(scale), zero_point)
-        for codes, (scale, zero_point) in zip(learned, grids, strict=True)
-        if scale is not None
+        (codes.hard_codes(), codes.scale().detach().flatten(), quantizer.zero_point)
+        for codes, (_, _, quantizer) in zip(learned, _parts(unit.layers()), strict=True)
     ], [shift.detach().clone() for shift in unit.shifts()]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ptq_tdq.files import size_text
 from ptq_tdq.report.differences import difference, differences, summary, unequal
 from ptq_tdq.report.text import (
     UNKNOWN,
-    byte_size,
     calibration_rows,
     choice_text,
     decibels,
@@ -77,7 +77,7 @@ def _results(data: Json, first: Json, second: Json) -> list[tuple[str, str, str,
         if (a, b) != (None, None)
     ]
     share = 100 * (second["bytes"] / first["bytes"] - 1)
-    return [*rows, ("size", byte_size(first["bytes"]), byte_size(second["bytes"]), signed(share, "%", 0))]
+    return [*rows, ("size", size_text(first["bytes"]), size_text(second["bytes"]), signed(share, "%", 0))]
 
 
 def _calibration(artifact: Json) -> dict[str, str]:

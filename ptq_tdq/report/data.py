@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptq_tdq.artifacts import Artifact, IntervalTable, summarize
+from ptq_tdq.artifacts import Artifact, IntervalTable, public_name, summarize
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Role
 from ptq_tdq.evaluate.images import captions_of
@@ -49,7 +49,7 @@ def report_data(found: Survey) -> Json:
         "version": version("ptq-tdq"),
         "model": {
             **base,
-            "id": _name(base["id"]),
+            "id": public_name(base["id"]),
             "class": first.config["model_config"].get("_class_name"),
             "pipeline": _pipeline(first.config["calibration_set"].get("sampler")),
         },
@@ -223,14 +223,11 @@ def _stored(artifact: Artifact) -> Json | None:
 
 def _finetune(artifact: Artifact) -> Json | None:
     """How it was fine-tuned: the loss on held-out samples before and after, and that over the iterations."""
-    about, found = artifact.config.get("finetune"), artifact.metrics.get("finetune")
-    if not isinstance(about, dict) or not isinstance(found, dict):
+    about: Any = artifact.config.get("finetune")
+    found: Any = artifact.metrics.get("finetune")
+    try:
+        losses = {"t": [x["iteration"] for x in found["losses"]], "v": [short(x["loss"]) for x in found["losses"]]}
+        held_out = {key: float(found["held_out"][key]) for key in ("before", "after")}
+        return {"quantizer": about["choices"].get("quantizer"), **held_out, "losses": losses}
+    except (KeyError, TypeError, ValueError, AttributeError):  # of no fine-tuning, or none that anybody has checked
         return None
-    losses = {"t": [x["iteration"] for x in found["losses"]], "v": [short(x["loss"]) for x in found["losses"]]}
-    return {"quantizer": about["choices"].get("quantizer"), **found["held_out"], "losses": losses}
-
-
-def _name(identifier: str) -> str:
-    """A model id without the folders of the machine that it was read on."""
-    is_path = identifier.startswith((".", "/", "~")) or "\\" in identifier or identifier.count("/") > 1
-    return identifier.replace("\\", "/").rstrip("/").split("/")[-1] if is_path else identifier

@@ -42,15 +42,15 @@ def draw_figures(data: Json) -> Iterator[tuple[str, bytes]]:
                 yield f"{name}.{kind}", buffer.getvalue()
 
 
-def _grid(count: int, columns: int, width: float, height: float, left: float = 0.4) -> tuple[Figure, list[Axes]]:
+def _grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """Axes of ``width`` x ``height`` inches, with fixed margins: an automatic layout of 70 axes takes half a minute."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    across, up = columns * width + left, rows * height + 0.75
+    across, up = columns * width + 0.4, rows * height + 0.75
     figure = Figure(figsize=(across, up))
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     figure.subplots_adjust(
-        left=left / across, right=1 - 0.1 / across, bottom=0.55 / up, top=1 - 0.2 / up,
+        left=0.4 / across, right=1 - 0.1 / across, bottom=0.55 / up, top=1 - 0.2 / up,
         wspace=0.35 * columns / (columns + 1), hspace=0.35,
     )  # fmt: skip
     for ax in axes:

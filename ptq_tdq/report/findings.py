@@ -25,11 +25,11 @@ def lowest(values: list[float | None]) -> int | None:
     return min(known)[1] if known else None
 
 
-def worst_layers(artifact: Json, kind: str = "own") -> list[tuple[str, float]]:
-    """Layers and the mean SQNR over the steps, lowest first; empty without measurements."""
+def worst_layers(artifact: Json) -> list[tuple[str, float]]:
+    """Layers and the mean of their own SQNR over the steps, lowest first; empty without measurements."""
     if not artifact["errors"]:
         return []
-    rows = zip(artifact["layers"], artifact["errors"][kind], strict=True)
+    rows = zip(artifact["layers"], artifact["errors"]["own"], strict=True)
     means = [(layer["name"], average(row)) for layer, row in rows]
     return sorted([(name, value) for name, value in means if value is not None], key=lambda pair: pair[1])
 

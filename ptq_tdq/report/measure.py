@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import Calls, main_argument, prediction
 from ptq_tdq.evaluate.trajectories import Progress, Reference
+from ptq_tdq.hooks import hooked
 from ptq_tdq.observe import Observer
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.records import LayerRecord
@@ -176,12 +177,8 @@ def _heard(modules: Sequence[nn.Module], hear: Callable[[int, Any, Any, Tensor],
     def hook(i: int) -> Callable[..., None]:
         return lambda module, args, kwargs, output: hear(i, args, kwargs, output)
 
-    handles = [module.register_forward_hook(hook(i), with_kwargs=True) for i, module in enumerate(modules)]
-    try:
+    with hooked(module.register_forward_hook(hook(i), with_kwargs=True) for i, module in enumerate(modules)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _batches(

@@ -14,11 +14,11 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
+from ptq_tdq.files import size_text
 from ptq_tdq.report.beside import beside
 from ptq_tdq.report.findings import checks, findings, lowest, plural, seeds, spread, worst_layers
 from ptq_tdq.report.text import (
     UNKNOWN,
-    byte_size,
     calibration_rows,
     choice_text,
     decibels,
@@ -34,51 +34,52 @@ PHASES = {"weights": "Rounding of weights", "activations": "Intervals of activat
 
 def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
     """The page of :func:`~ptq_tdq.report.data.report_data`; ``pictures`` by caption, full precision first."""
-    parts = files("ptq_tdq.report").joinpath("templates")
-    read = {path.name: path.read_text(encoding="utf-8") for path in parts.iterdir() if path.is_file()}
-    environment = Environment(loader=DictLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["breakable"] = _breakable
-    groups = seeds(data)
-    shown = [_artifact(data, artifact) for artifact in data["artifacts"]]
-    measured = any(a["errors"] for a in data["artifacts"])
-    any_steps = measured or any(a["stored"] for a in data["artifacts"])
-    sections = {
-        "summary": "Summary",
-        "differences": len(shown) > 1 and "Differences",
-        "steps": any_steps and "Error over t",
-        "map": measured and "Heat map",
-        "layers": "Layers",
-        "seeds": bool(groups) and "Seeds",
-        "samples": bool(pictures) and "Samples",
-        "finetune": any(a["finetune"] for a in shown) and "Fine-tuning",
-        "losses": "Losses",
-        "made": "How it was made",
-    }
-    return environment.get_template("page.html").render(
-        title=", ".join(a["name"] for a in shown),
-        style=read["style.css"],
-        dark=read["dark.css"],
-        charts=read["charts.js"],
-        script=read["page.js"],
+    page, groups = _environment().get_template("page.html"), seeds(data)
+    return page.render(
+        title=", ".join(a["name"] for a in data["artifacts"]),
         json=_embedded({**data, "seed_groups": groups}),
         version=data["version"],
         model=data["model"],
-        model_line=" \N{MIDDLE DOT} ".join(
-            filter(None, map(data["model"].get, ("id", "pipeline", "component", "class")))
-        ),
+        model_line=" \N{MIDDLE DOT} ".join(filter(None, map(data["model"].get, FAMILY))),
         notices=data["notices"],
-        artifacts=shown,
+        artifacts=[_artifact(data, artifact) for artifact in data["artifacts"]],
         differences=[beside(data, data["artifacts"][0], other) for other in data["artifacts"][1:]],
-        sections=[(key, text) for key, text in sections.items() if text],
-        measured=measured,
-        any_steps=any_steps,
+        sections=_sections(data, pictures, groups),
         steps_text=_steps_text(data),
-        has_seeds=bool(groups),
         seeds=spread(data),
         end=data["end"],
         conditions=plural(data["condition"]) if data["condition"] else None,
         pictures=[_picture(data, i, name, image) for i, (name, image) in enumerate(pictures.items())],
     )
+
+
+def _environment() -> Environment:
+    """The templates, with the styles and scripts that they embed."""
+    parts = files("ptq_tdq.report").joinpath("templates")
+    read = {path.name: path.read_text(encoding="utf-8") for path in parts.iterdir() if path.is_file()}
+    environment = Environment(loader=DictLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["breakable"] = _breakable
+    environment.globals["files"] = read
+    return environment
+
+
+def _sections(data: Json, pictures: dict[str, Image.Image], groups: list[list[int]]) -> dict[str, str]:
+    """The sections that there is something for, with their headings."""
+    artifacts = data["artifacts"]
+    measured = any(a["errors"] for a in artifacts)
+    sections = {
+        "summary": "Summary",
+        "differences": len(artifacts) > 1 and "Differences",
+        "steps": (measured or any(a["stored"] for a in artifacts)) and "Error over t",
+        "map": measured and "Heat map",
+        "layers": "Layers",
+        "seeds": bool(groups) and "Seeds",
+        "samples": bool(pictures) and "Samples",
+        "finetune": any(a["finetune"] for a in artifacts) and "Fine-tuning",
+        "losses": "Losses",
+        "made": "How it was made",
+    }
+    return {key: text for key, text in sections.items() if text}
 
 
 def _breakable(text: str) -> Markup:
@@ -99,7 +100,7 @@ def _artifact(data: Json, artifact: Json) -> Json:
         "tiles": _tiles(data, artifact),
         "findings": findings(data, artifact),
         "checks": checks(data, artifact),
-        "size": byte_size(artifact["bytes"]),
+        "size": size_text(artifact["bytes"]),
         "latent": decibels(latents_db(artifact)),
         "psnr": decibels(artifact["image_psnr_db"]),
         "prediction": decibels(prediction_db(artifact)),
@@ -107,7 +108,7 @@ def _artifact(data: Json, artifact: Json) -> Json:
             {"title": PHASES.get(phase, phase), "units": _losses(units)}
             for phase, units in sorted((artifact["reconstruction"] or {}).items(), reverse=True)
         ],
-        "files": [(name, byte_size(size)) for name, size in artifact["file_bytes"].items()],
+        "files": [(name, size_text(size)) for name, size in artifact["file_bytes"].items()],
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(artifact["versions"].items())),
         "axis": artifact["time_axis"]["text"],
         "calibration": calibration_rows(artifact["calibration_set"]),
@@ -141,8 +142,8 @@ def _tiles(data: Json, artifact: Json) -> list[dict[str, str]]:
             tiles.append(_tile("Worst step", f"t = {data['steps'][k]:.4g}", "", f"{errors['prediction'][k]:.1f} dB"))
     ratio = artifact["fp32_bytes"] / artifact["bytes"]
     compared = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"  # tables of a tiny model
-    size, unit = byte_size(artifact["bytes"]).split(" ")
-    tiles.append(_tile("Size", size, unit, f"{compared} than {byte_size(artifact['fp32_bytes'])} in float32"))
+    size, unit = size_text(artifact["bytes"]).split(" ")
+    tiles.append(_tile("Size", size, unit, f"{compared} than {size_text(artifact['fp32_bytes'])} in float32"))
     return tiles
 
 

@@ -25,11 +25,6 @@ def signed(value: float | None, unit: str, digits: int = 1) -> str:
     return UNKNOWN if value is None else f"{value:+z.{digits}f} {unit}".replace("-", "\N{MINUS SIGN}")
 
 
-def byte_size(count: int) -> str:
-    """A number of bytes."""
-    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
-
-
 def choice_text(of: object) -> str:
     """A choice."""
     return ", ".join(map(str, of)) or "none" if isinstance(of, list) else UNKNOWN if of is None else str(of)

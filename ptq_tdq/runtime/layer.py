@@ -33,7 +33,7 @@ from ptq_tdq.runtime.kernels import (
     reference_weight_only,
 )
 from ptq_tdq.runtime.native_layer import NativeLayer
-from ptq_tdq.runtime.products import LARGEST_CODE, LARGEST_FLOAT32_INTEGER, Geometry, Products
+from ptq_tdq.runtime.products import Geometry, Products, exact_dtype
 from ptq_tdq.runtime.step import Step
 
 
@@ -309,8 +309,7 @@ class TransposedLayer(CodedLayer):
     ) -> None:
         super().__init__(layer, scales[0], bias)
         self.record, self.codes, self.scales, self.step = record, tuple(codes), tuple(scales), step
-        largest = LARGEST_CODE * max(int(part.int().abs().flatten(1).sum(1).max()) for part in codes)
-        self.exact = torch.float32 if largest <= LARGEST_FLOAT32_INTEGER else torch.float64
+        self.exact = exact_dtype(*codes)
 
     @property
     def nbytes(self) -> int:

@@ -34,7 +34,7 @@ from ptq_tdq.runtime.kernels import (
 from ptq_tdq.runtime.layer import FORMS, CodedLayer, IntegerLayer, Part, TransposedLayer, WeightOnlyLayer
 from ptq_tdq.runtime.native import native_quantize, native_rotate, native_weight_only, open_library
 from ptq_tdq.runtime.native_layer import NativeLayer
-from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights
+from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights, narrow
 from ptq_tdq.runtime.step import Step
 from ptq_tdq.timed_model import TimedModel, in_float32
 
@@ -120,10 +120,6 @@ class IntegerModel(TimedModel):
     def _as_outside(self, leaf: Any) -> Any:
         return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-    @property
-    def one_step(self) -> bool:
-        return bool(self.provenance.get("one_step"))
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``to("cpu")`` and the like change nothing; another dtype or device would be another model."""
         moved = fn(torch.empty(0, dtype=torch.float32))
@@ -177,12 +173,12 @@ class _Engine:
             for of in (artifact.weight_scale, artifact.weight_zero_point)
         )
         if not record.inputs:
-            codes = _narrow(artifact.weight_codes[name], zero_points[0])
+            codes = narrow(artifact.weight_codes[name], zero_points[0])
             return WeightOnlyLayer(layer, codes, scales[0], bias, self.weight_only)
         if record.kind not in FORMS:
             self.products[FloatProducts.name] = None
             ours = [artifact.weight_codes[name][:, slice(*channels)] for channels in ranges]
-            signed = [_narrow(c, z) for c, z in zip(ours, zero_points, strict=True)]
+            signed = [narrow(c, z) for c, z in zip(ours, zero_points, strict=True)]
             return TransposedLayer(layer, record, signed, scales, bias, step)
         geometry = Geometry.of(layer)
         no_bias = torch.zeros(outputs, dtype=torch.float32)
@@ -223,13 +219,6 @@ def _planes(codes: Tensor, channels: tuple[int, int] | None, geometry: Geometry)
     codes = codes if channels is None else codes[:, slice(*channels)]
     codes = codes.reshape(*codes.shape[:2], -1, *geometry.kernel)
     return [plane.contiguous() for plane in codes.unbind(2)]
-
-
-def _narrow(codes: Tensor, zero_point: Tensor) -> Tensor:
-    """Codes less their zero points, as int8 where they fit."""
-    signed = codes.to(torch.int16) - zero_point.to(torch.int16).view(-1, *(1,) * (codes.ndim - 1))
-    fit = int(signed.min()) >= -128 and int(signed.max()) <= 127
-    return signed.to(torch.int8) if fit else signed
 
 
 def _load_rest(model: nn.Module, artifact: Artifact) -> None:

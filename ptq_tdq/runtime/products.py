@@ -104,13 +104,7 @@ class Weights:
     @property
     def signed(self) -> Tensor:
         """Codes less their zero points, int16."""
-        return self.codes.to(torch.int16) - self.zero_point.to(torch.int16).view(-1, 1, 1, 1)
-
-    @property
-    def narrow(self) -> Tensor:
-        """The signed codes as int8 where they fit."""
-        fit = int(self.signed.min()) >= -128 and int(self.signed.max()) <= 127
-        return self.signed.to(torch.int8) if fit else self.signed
+        return _signed(self.codes, self.zero_point)
 
     def summands(self) -> list[Tensor]:
         """The signed codes as s8, or as the sum of such tensors where they do not fit."""
@@ -120,6 +114,22 @@ class Weights:
             parts.append(rest.clamp(-128, 127).to(torch.int8))
             rest = rest - parts[-1]
         return parts
+
+
+def _signed(codes: Tensor, zero_point: Tensor) -> Tensor:
+    return codes.to(torch.int16) - zero_point.to(torch.int16).view(-1, *(1,) * (codes.ndim - 1))
+
+
+def narrow(codes: Tensor, zero_point: Tensor) -> Tensor:
+    """Codes [O, ...] less their zero points [O], as int8 where they fit."""
+    signed = _signed(codes, zero_point)
+    return signed.to(torch.int8) if int(signed.min()) >= -128 and int(signed.max()) <= 127 else signed
+
+
+def exact_dtype(*codes: Tensor) -> torch.dtype:
+    """The type of floating point that has all sums of products with signed weight codes [O, ...]."""
+    largest = LARGEST_CODE * max(int(part.int().abs().flatten(1).sum(1).max()) for part in codes)
+    return torch.float32 if largest <= LARGEST_FLOAT32_INTEGER else torch.float64
 
 
 class Products(Protocol):
@@ -187,9 +197,9 @@ class FloatProducts:
     name = "torch, in floating point"
 
     def __init__(self, weights: Weights, geometry: Geometry) -> None:
-        self._geometry, self._codes, self._scale, self._bias = geometry, weights.narrow, weights.scale, weights.bias
-        largest = LARGEST_CODE * int(weights.signed.abs().flatten(1).sum(1).max())
-        self._dtype = torch.float32 if largest <= LARGEST_FLOAT32_INTEGER else torch.float64
+        self._geometry, self._scale, self._bias = geometry, weights.scale, weights.bias
+        self._codes = narrow(weights.codes, weights.zero_point)
+        self._dtype = exact_dtype(self._codes)
         self.nbytes = self._codes.nbytes + weights.scale.nbytes + weights.bias.nbytes
 
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptq_tdq.choices import pair
 from ptq_tdq.config import PRESETS, Config, preset
 from ptq_tdq.errors import ConfigError
 from ptq_tdq.evaluate.ptqd import CorrectionName, read_correction
@@ -150,13 +151,10 @@ def _scope(text: str) -> tuple[str, str]:
 
 
 def _pair(text: str, where: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"{where} takes KEY=VALUE. Got {text!r} instead.")
-    key = key.strip().replace("-", "_")
+    key, value = pair(text, where)
     if key in ("preset", "scheme", "method", "seed"):
         raise ConfigError(f"{where} cannot change {key}, which is a dimension of the study; name it by --{key}s.")
-    return key, value.strip()
+    return key, value
 
 
 def _check_settings(settings: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
@@ -33,6 +33,12 @@ class Entry:
 
     values: dict[int, float]
     failed: int = 0
+
+    @classmethod
+    def of(cls, lines: Sequence[Line], key: str) -> Entry:
+        """The entry of a cell's lines."""
+        given = {line["seed"]: value for line in lines if (value := line["results"].get(key)) is not None}
+        return cls(given, sum("failed" in line and line["results"].get(key) is None for line in lines))
 
     @property
     def mean(self) -> float | None:
@@ -107,32 +113,34 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
     if not any(metric.key in line["results"] for line in lines):
         raise UsageError(f"No line has the metric {metric.flag}; run the study first or choose another metric.")
     home, base = require_comparable(lines, against)
-    rows: dict[tuple[str, str], dict[str, Entry]] = {}
-    for line in lines:
-        if line["method"] != FULL_PRECISION:
-            rows.setdefault((line["preset"], line["scheme"]), {})
-    for row, entries in rows.items():
-        mine = [line for line in lines if (line["preset"], line["scheme"]) == row]
-        places = {_measured_on(line) for line in mine}
-        if len(places) > 1:
-            raise UsageError(
-                f"{' '.join(row)} is measured on several numbers of (samples, steps): {sorted(places)}; "
-                "keep one of them in a file."
-            )
-        full = [line for line in lines if line["method"] == FULL_PRECISION and _measured_on(line) in places]
-        for line in (*mine, *full):
-            entry = entries.setdefault(line["method"], Entry({}))
-            value = line["results"].get(metric.key)
-            if value is not None:
-                entry.values[line["seed"]] = value
-            elif "failed" in line:
-                entries[line["method"]] = Entry(entry.values, entry.failed + 1)
-    present = [method for entries in rows.values() for method in entries]
-    others = [m for m in dict.fromkeys(present) if m not in (*METHODS, FULL_PRECISION)]
-    full_too = [FULL_PRECISION] if any(e[FULL_PRECISION].values for e in rows.values() if FULL_PRECISION in e) else []
-    columns = (*(m for m in METHODS if m in present), *others, *full_too)
+    cells = dict.fromkeys((line["preset"], line["scheme"]) for line in lines if line["method"] != FULL_PRECISION)
+    rows = {row: _entries(lines, row, metric) for row in cells}
     sizes = {(line["preset"], line["scheme"], line["method"]): line["size"] for line in lines if line.get("size")}
-    return Table(metric, columns, rows, sizes, tuple(_notes(lines)), home or None, base)
+    return Table(metric, _columns(rows.values()), rows, sizes, tuple(_notes(lines)), home or None, base)
+
+
+def _entries(lines: Sequence[Line], row: tuple[str, str], metric: Metric) -> dict[str, Entry]:
+    """The entries of a row by method, full precision last; raises :class:`UsageError` as :func:`make_table`."""
+    mine = [line for line in lines if (line["preset"], line["scheme"]) == row]
+    places = {_measured_on(line) for line in mine}
+    if len(places) > 1:
+        raise UsageError(
+            f"{' '.join(row)} is measured on several numbers of (samples, steps): {sorted(places)}; "
+            "keep one of them in a file."
+        )
+    full = [line for line in lines if line["method"] == FULL_PRECISION and _measured_on(line) in places]
+    found: dict[str, list[Line]] = {}
+    for line in (*mine, *full):
+        found.setdefault(line["method"], []).append(line)
+    return {method: Entry.of(same, metric.key) for method, same in found.items()}
+
+
+def _columns(rows: Collection[Mapping[str, Entry]]) -> tuple[str, ...]:
+    """The methods of all rows, those of the paper first, full precision last if it has the metric."""
+    present = dict.fromkeys(method for entries in rows for method in entries)
+    others = [method for method in present if method not in (*METHODS, FULL_PRECISION)]
+    full = any(entries[FULL_PRECISION].values for entries in rows if FULL_PRECISION in entries)
+    return (*(method for method in METHODS if method in present), *others, *([FULL_PRECISION] if full else []))
 
 
 def _measured_on(line: Mapping[str, Any]) -> tuple[int, int]:

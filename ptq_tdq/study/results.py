@@ -15,6 +15,7 @@ from ptq_tdq.study.matrix import FULL_PRECISION, Cell
 
 Line = dict[str, Any]
 MOST_BYTES = 1 << 28
+LARGEST = 1e30  # that a metric or a time may be: tables square them
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -23,16 +24,27 @@ def read_lines(path: Path) -> list[Line]:
     Raises :class:`UsageError` for a file that holds anything else.
     """
     try:
-        text = read_file(path, MOST_BYTES).decode() if path.exists() else ""
+        data = read_file(path, MOST_BYTES) if path.exists() else b""
+        text = data[: _whole(data)].decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise UsageError(f"The results file '{path}' cannot be read ({reason(error)}); choose another one.") from None
     lines = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            lines.append(_checked(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            lines += [_checked(json.loads(line))] if line.strip() else []
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UsageError(f"Line {number} of '{path}' is no result of a study; choose another file.") from None
     return lines
+
+
+def _whole(data: bytes) -> int:
+    """How many bytes are whole lines; the last one is whole without its end, too, where it is JSON."""
+    end = data.rfind(b"\n") + 1
+    try:
+        json.loads(data[end:])
+    except (ValueError, RecursionError):
+        return end
+    return len(data)
 
 
 def append_line(path: Path, line: Line) -> None:
@@ -42,9 +54,10 @@ def append_line(path: Path, line: Line) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             file.seek(0)
-            kept = file.read().rfind(b"\n") + 1
+            known = file.read()
+            kept = _whole(known)
             file.truncate(kept)
-            file.write(data)
+            file.write(data if known[:kept].endswith(b"\n") or not kept else b"\n" + data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -104,8 +117,15 @@ def _difference(cell: Cell, line: Line) -> str:
 
 
 def _checked(line: Line) -> Line:
-    kinds = {**dict.fromkeys(("preset", "scheme", "method", "model_sha256"), str), "seed": int}
-    for key, kind in {**kinds, "results": dict, "evaluation": dict}.items():
-        if not isinstance(line[key], kind):
-            raise TypeError(key)
+    kinds = {**dict.fromkeys(("preset", "scheme", "method", "model_sha256"), str), "seed": int, "results": dict}
+    kinds |= {} if line["method"] == FULL_PRECISION else {"choices": dict}
+    counts = {key: line["evaluation"][key] for key in ("samples", "num_inference_steps", "seed")}
+    numbers = [value for value in line["results"].values() if not isinstance(value, dict | None)]
+    numbers += (line.get("seconds") or {}).values()
+    if not (
+        all(isinstance(line[key], kind) for key, kind in kinds.items())
+        and all(type(count) is int for count in counts.values())
+        and all(type(number) in (int, float) and abs(number) < LARGEST for number in numbers)  # nor NaN
+    ):
+        raise TypeError
     return line

@@ -137,7 +137,7 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 
 def test_a_filled_folder_is_refused(tmp_path: Path) -> None:
     _publish(tmp_path / "out")
-    with pytest.raises(OutputError, match="choose another folder or ask to overwrite it"):
+    with pytest.raises(OutputError, match="choose another folder, empty it, or ask to overwrite it"):
         _publish(tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ptq_tdq.artifacts import Artifact, model_card
+from ptq_tdq.artifacts import Artifact, model_card, public_name
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -43,5 +43,5 @@ def test_without_metrics_it_says_so(artifact: Artifact) -> None:
 def test_a_local_model_appears_by_its_name_only(artifact: Artifact, path: str) -> None:
     card = model_card({**artifact.config, "base_model": {"id": path, "sha256": "a" * 64}}, {})
     assert "secret" not in card
-    assert "# ddpm W4A8" in card
+    assert public_name(path) == "ddpm" and "# ddpm W4A8" in card
     assert "base_model" not in front_matter(card)

@@ -329,6 +329,12 @@ def test_an_artifact_that_contradicts_itself_is_not_written(
     assert os.listdir(tmp_path) == []
 
 
+def test_keys_that_json_would_change_are_not_written(tmp_path: Path, artifact: Artifact) -> None:
+    config = {**artifact.config, "model_config": {9: "sorted as a number,", 10: "read as text"}}
+    with pytest.raises(ArtifactCorruptError, match="keys that are no text"):
+        write_artifact(tmp_path / "out", replace(artifact, config=config))
+
+
 def test_names_are_unique(artifact: Artifact) -> None:
     conv, short, *_ = artifact.layers
     with pytest.raises(ArtifactCorruptError, match="layer 'conv' is listed 2 times"):

@@ -185,6 +185,16 @@ def test_an_interrupted_collection_goes_on_after_its_last_batch(model: LoadedMod
     assert found.sha256 == whole.sha256
 
 
+def test_batches_of_another_size_are_not_taken_for_those_of_an_interrupted_collection(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    whole = collect(model, **SMALL, batch_size=2, parts=parts)
+    again = collect(model, **SMALL, batch_size=4, parts=parts)
+    assert torch.equal(again.trajectory.sort().values, whole.trajectory.sort().values)
+
+
 def test_a_run_leaves_the_parts_of_another_alone(model: LoadedModel, tmp_path: Path) -> None:
     first = collect_cached(model, tmp_path, **SMALL)
     (path,) = tmp_path.iterdir()

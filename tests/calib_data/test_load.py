@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cifar10 import CIFAR10_INDEX, CIFAR10_SCHEDULER, CIFAR10_UNET
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,46 +31,6 @@ from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
 from ptq_tdq.identity import model_sha256
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-# config.json and scheduler_config.json of the hub's google/ddpm-cifar10-32, which has all files at its top level
-CIFAR10_UNET = {
-    "_class_name": "UNet2DModel",
-    "_diffusers_version": "0.0.4",
-    "act_fn": "silu",
-    "attention_head_dim": None,
-    "block_out_channels": [128, 256, 256, 256],
-    "center_input_sample": False,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "in_channels": 3,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-06,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 32,
-    "time_embedding_type": "positional",
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-}
-CIFAR10_SCHEDULER = {
-    "_class_name": "DDPMScheduler",
-    "_diffusers_version": "0.1.1",
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "beta_start": 0.0001,
-    "clip_sample": True,
-    "num_train_timesteps": 1000,
-    "trained_betas": None,
-    "variance_type": "fixed_large",
-}
-CIFAR10_INDEX = {
-    "_class_name": "DDPMPipeline",
-    "_diffusers_version": "0.1.1",
-    "scheduler": ["diffusers", "DDPMScheduler"],
-    "unet": ["diffusers", "UNet2DModel"],
-}
 
 
 def write_json(path: Path, content: object) -> None:
@@ -137,7 +98,8 @@ def test_a_bare_folder_uses_its_own_scheduler_or_says_that_it_has_none(bare: Pat
 
 def test_the_layout_of_ddpm_cifar10_32_loads_and_can_be_collected_from(tmp_path: Path) -> None:
     """U-Net at the top level, attention weights under their old names; random weights."""
-    write_json(tmp_path / "config.json", CIFAR10_UNET)
+    unet = {"_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", **CIFAR10_UNET}
+    write_json(tmp_path / "config.json", unet)
     write_json(tmp_path / "scheduler_config.json", CIFAR10_SCHEDULER)
     write_json(tmp_path / "model_index.json", CIFAR10_INDEX)
     config = UNet2DModel.load_config(tmp_path)

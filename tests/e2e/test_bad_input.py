@@ -282,7 +282,7 @@ def test_an_existing_artifact_is_replaced_only_on_request(
     out = copy_of(calibrated(pipeline))
     before = contents(out)
     run = ("calibrate", "--model", pipeline, "--output-dir", out, *small, *QUICK, "activation_range=minmax", "-q")
-    check_refusal(cli(*run), 1, "is not empty; choose another folder or ask to overwrite it")
+    check_refusal(cli(*run), 1, "is not empty; choose another folder, empty it, or ask to overwrite it")
     assert contents(out) == before
     assert cli(*run, "--overwrite").code == 0
     assert contents(out) != before and set(contents(out)) == set(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,8 +17,9 @@ from ptq_tdq.evaluate.inception import (
     SPATIAL_CHANNELS,
     against_data,
     describe,
-    load_folder,
+    find_real,
     load_inception,
+    read_real,
     to_uint8,
 )
 
@@ -42,21 +44,37 @@ def test_images_of_a_folder_and_of_its_folders_are_read_in_order(tmp_path: Path)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 6), (i, 0, 9)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    images = load_folder(tmp_path, (6, 4))
+    images = read_real(find_real(tmp_path), (6, 4))
     assert images.shape == (3, 3, 6, 4) and images.dtype == torch.uint8
     assert images[:, 0, 0, 0].tolist() == [1, 2, 0] and (images[:, 2] == 9).all()
 
 
 def test_a_folder_that_cannot_be_compared_with_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least 2 images"):
-        load_folder(tmp_path / "absent", (4, 4))
+        find_real(tmp_path / "absent")
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
     Image.new("RGB", (8, 4)).save(tmp_path / "1.png")
     with pytest.raises(UsageError, match=r"1\.png' is 8x4, the samples are 4x4"):
-        load_folder(tmp_path, (4, 4))
+        read_real(find_real(tmp_path), (4, 4))
     (tmp_path / "1.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match=r"1\.png' cannot be read"):
-        load_folder(tmp_path, (4, 4))
+        read_real(find_real(tmp_path), (4, 4))
+
+
+def test_images_of_16_bits_keep_their_range(tmp_path: Path) -> None:
+    ramp = np.array([[0, 0x4000, 0x8000, 0xFFFF]], dtype=np.uint16)
+    for name in ("0.png", "1.png"):
+        Image.fromarray(ramp).save(tmp_path / name)
+    images = read_real(find_real(tmp_path), (1, 4))
+    assert images.shape == (2, 3, 1, 4) and images[0, 0, 0].tolist() == [0, 63, 127, 255]
+
+
+def test_an_image_that_would_be_huge_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("0.png", "1.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UsageError, match=r"0\.png' cannot be read .*decompression bomb"):
+        read_real(find_real(tmp_path), (40, 40))
 
 
 def test_pixels_are_rounded_and_grey_becomes_three_channels() -> None:

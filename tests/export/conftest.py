@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from ptq_tdq.affine import choose_qparams
 from ptq_tdq.artifacts import Artifact
+from ptq_tdq.calib_data.loop import LoopSampler
 from ptq_tdq.calls import Calls, record
 from ptq_tdq.config import Config, preset
+from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export.onnx.file import FORMS, encode_onnx
 from ptq_tdq.export.onnx.floating import Floating
 from ptq_tdq.export.onnx.skeleton import Skeleton, make_skeleton
@@ -130,7 +132,7 @@ def quantize(model: nn.Module, config: Config, calls: Calls, tables: str) -> Art
         "time_axis": calls.axis.to_dict(),
         "calibration_set": {"sha256": "0" * 64},
         "seed": 0,
-        "one_step": bool(plan.single),
+        "one_step": bool(plan.special.single),
         "versions": {},
     }
     return quantized.finalize().to_artifact()
@@ -191,6 +193,29 @@ def quantize_model() -> Callable[..., tuple[Artifact, Calls]]:
         return quantize(model, preset("default", scheme="W4A8"), calls, tables), calls
 
     return artifact
+
+
+@pytest.fixture(scope="session")
+def sampled_ratios() -> Callable[..., list[float]]:
+    """SQNR (dB) of each call of ``denoiser``, from the same x_t as the simulated model; 10 steps unless said.
+
+    A tie that falls the other way grows over the steps of a random model.
+    """
+
+    def run(simulated: Any, denoiser: nn.Module, scheduler: Any, steps: int = 10) -> list[float]:
+        ratios: list[float] = []
+
+        class Both(nn.Module):
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                expected, got = simulated(*args, **kwargs), denoiser(*args, **kwargs)
+                ratios.append(sqnr_db(expected[0], got[0]))
+                return got
+
+        sampler = LoopSampler(simulated.model, scheduler)
+        sampler.run(Both(), [2, 0], [torch.Generator().manual_seed(i) for i in (2, 3)], steps, sampler.scheduler)
+        return ratios
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -31,14 +31,10 @@ STEPS = 5
 @pytest.fixture(scope="module")
 def sampled(unet: nn.Module) -> Calls:
     """The calls of a sampling run."""
+    sampler = LoopSampler(unet, DDIMScheduler())
     with record(unet, num_train_timesteps=1000) as calls:
-        sample(unet, unet)
+        sampler.run(unet, [2, 0], [torch.Generator().manual_seed(i) for i in (2, 3)], STEPS, sampler.scheduler)
     return calls
-
-
-def sample(model: nn.Module, denoiser: nn.Module) -> None:
-    sampler = LoopSampler(model, DDIMScheduler())
-    sampler.run(denoiser, [2, 0], [torch.Generator().manual_seed(i) for i in (2, 3)], STEPS, sampler.scheduler)
 
 
 @pytest.fixture(scope="module", params=["W4A6", "W8A8-affine", "W8A8-symmetric"])
@@ -52,18 +48,12 @@ def exported(
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_wide_sums)])
-def test_it_samples_as_the_simulated_model_does(exported: tuple[Artifact, Path], runtime: str) -> None:
+def test_it_samples_as_the_simulated_model_does(
+    exported: tuple[Artifact, Path], runtime: str, sampled_ratios: Callable[..., list[float]]
+) -> None:
     artifact, folder = exported
     simulated, denoiser = build_quantized(artifact), OnnxDenoiser(folder, runtime=runtime, threads=1)
-    ratios: list[float] = []
-
-    class Both(nn.Module):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            expected, got = simulated(*args, **kwargs), denoiser(*args, **kwargs)
-            ratios.append(sqnr_db(expected[0], got[0]))
-            return got
-
-    sample(simulated.model, Both())
+    ratios = sampled_ratios(simulated, denoiser, DDIMScheduler(), STEPS)
     assert len(ratios) == STEPS
     assert min(ratios) > 25
 

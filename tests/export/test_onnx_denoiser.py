@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from fuzzing import changed_json
 from processors import needs_wide_sums
+from recorded import calls_of
 from torch import Tensor, nn
 
+from ptq_tdq import calibrate, preset
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.calib_data.loop import LoopSampler
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError, PtqTdqError, RuntimeUnsupportedError, TimestepError, UsageError
 from ptq_tdq.evaluate.metrics import sqnr_db
@@ -54,21 +56,12 @@ def test_it_samples_as_the_simulated_model_does(
     scheduler: Any,
     file_of: Callable[[str, str], Path],
     artifact_of: Callable[[str], Artifact],
+    sampled_ratios: Callable[..., list[float]],
 ) -> None:
-    """At each step from the same x_t; a tie that falls the other way grows over the steps of a random model."""
     simulated = build_quantized(artifact_of("W8A8-symmetric"))
     denoiser = OnnxDenoiser(file_of("W8A8-symmetric", form), runtime=runtime, threads=1)
     assert denoiser.runtime == runtime
-    ratios: list[float] = []
-
-    class Both(nn.Module):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            expected, got = simulated(*args, **kwargs), denoiser(*args, **kwargs)
-            ratios.append(sqnr_db(expected[0], got[0]))
-            return got
-
-    sampler = LoopSampler(simulated.model, scheduler)
-    sampler.run(Both(), [2, 0], [torch.Generator().manual_seed(i) for i in (2, 3)], 10, sampler.scheduler)
+    ratios = sampled_ratios(simulated, denoiser, scheduler)
     assert len(ratios) == 10
     assert min(ratios) > 25
 
@@ -156,6 +149,68 @@ def test_calls_other_than_those_of_the_export_are_named(file_of: Callable[[str, 
         unet(x, 0, labels, guidance=1.0)
     with pytest.raises(ModelError, match=r"takes sample in the shape \[any, 3, any, any\]\. Got \[1, 4, 8, 8\]"):
         unet(torch.zeros(1, 4, 8, 8), 0, labels)
+
+
+@pytest.mark.parametrize(("form", "runtime"), RUNS)
+def test_arguments_that_the_model_refuses_are_refused(
+    form: str, runtime: str, file_of: Callable[[str, str], Path], feed: Callable[..., dict[str, Tensor]]
+) -> None:
+    unet, x = OnnxDenoiser(file_of("W4A6", form), runtime=runtime, threads=1), feed(2)["sample"]
+    one, labels = torch.tensor([1]), torch.tensor([0, 1])
+    for t, message in (
+        (True, "called with timestep = True"),
+        ("5", "called with timestep = '5'"),
+        (torch.tensor([5, 5, 9]), "timestep for 3 samples, and 2 samples"),
+    ):
+        with pytest.raises(PtqTdqError, match=message):
+            unet(x, t, labels)
+    with pytest.raises(ModelError, match="timestep for 2 samples, and 1 samples"):
+        unet(x[:1], torch.tensor([5, 9]), one)
+    with pytest.raises(ModelError, match="class_labels for 3 samples"):
+        unet(x, 5, torch.tensor([0, 1, 1]))
+    with pytest.raises(ModelError, match="class_labels in whole numbers"):
+        unet(x, 5, torch.tensor([0.0, 1.7]))
+    for labels in (torch.tensor([0, -1]), torch.tensor([0, 99])):
+        with pytest.raises(ModelError, match=r"class_labels from 0 to \d+\. Got"):
+            unet(x, 5, labels)
+    with pytest.raises(ModelError, match="no sample"):
+        unet(x[:0], 5, one[:0])
+    mixed = torch.tensor([5, 9])
+    assert torch.equal(unet(x, mixed, one).sample, unet(x, mixed, one.expand(2)).sample)
+
+
+class Bottleneck(nn.Module):
+    """Convolutions without anything in between, whose channels differ in size, as those of trained models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.first = nn.Linear(1, 16), nn.Conv2d(3, 16, 3, padding=1)
+        self.a, self.b = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 3, 3, padding=1)
+        with torch.no_grad():
+            sizes = torch.logspace(0, -2.5, 32)
+            self.a.weight *= sizes[:, None, None, None]
+            self.b.weight /= sizes[None, :, None, None]
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        y = self.first(x) + self.time(timestep.float()[:, None] / 1000)[:, :, None, None]
+        result: Tensor = self.last(torch.relu(self.b(self.a(torch.relu(y)))))
+        return result
+
+
+def test_onnxruntime_rounds_the_weights_of_a_portable_file_no_second_time(tmp_path: Path) -> None:
+    model = Bottleneck().eval().requires_grad_(False)
+    given = {"x": torch.randn(4, 3, 8, 8), "timestep": torch.tensor([900.0, 600.0, 300.0, 1.0])}
+    calls = calls_of(model, **given, num_train_timesteps=1000)
+    config = preset("default", scheme="W8A8", method="static", rounding="nearest", activation_iterations=0)
+    quantized = calibrate(model, config, calls)
+    export_onnx(quantized.to_artifact(), tmp_path / "p.onnx", "portable", calls, model=Bottleneck())
+    session = onnxruntime.InferenceSession(tmp_path / "p.onnx", providers=["CPUExecutionProvider"])  # with all it does
+    with torch.no_grad():
+        expected = quantized(**given)
+    feed = {value.name: given[value.name].numpy() for value in session.get_inputs()}
+    assert sqnr_db(expected, torch.from_numpy(session.run(None, feed)[0])) > 60
 
 
 def test_results_belong_to_the_caller(

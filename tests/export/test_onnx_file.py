@@ -23,7 +23,7 @@ from torch import Tensor, ones
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls, Group, Place, prediction
-from ptq_tdq.errors import ArtifactMismatchError, ModelError, UsageError
+from ptq_tdq.errors import ArtifactMismatchError, MissingExtraError, ModelError, UsageError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export import export_tables
 from ptq_tdq.export.onnx import FORMS, OnnxDenoiser, export_onnx, export_onnx_float
@@ -178,7 +178,7 @@ def test_a_missing_runtime_names_its_extra(
 ) -> None:
     (tmp_path / "model.onnx").write_bytes(encode("W4A6", "portable"))
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UsageError, match=rf"pip install 'ptq-tdq\[{extra}\]'"):
+    with pytest.raises(MissingExtraError, match=rf"pip install 'ptq-tdq\[{extra}\]'"):
         OnnxDenoiser(tmp_path / "model.onnx", runtime=package)
 
 
@@ -186,7 +186,7 @@ def test_a_missing_exporter_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> 
     for name in [n for n in sys.modules if n.startswith("ptq_tdq.export.onnx")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
-    with pytest.raises(UsageError, match=r"pip install 'ptq-tdq\[onnx\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'ptq-tdq\[onnx\]'"):
         import ptq_tdq.export.onnx  # noqa: F401
 
 

@@ -142,7 +142,8 @@ def test_an_interval_of_dynamic_origin_becomes_a_function_of_t(
     denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose
 ) -> None:
     tuned = finetune(denoiser, calibrated(method="dynamic"), choose(method="static"), calls)
-    assert all(len(table.scale) == 1001 for table in tuned.to_artifact().tables.values() if table.scale is not None)
+    tables = tuned.to_artifact().tables.values()
+    assert tables and all(table.scale is not None and len(table.scale) == 1001 for table in tables)
     assert loss(tuned, denoiser) < loss(calibrated(), denoiser)
 
 

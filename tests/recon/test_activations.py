@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptq_tdq import Calls, calibrate, preset, record
 from ptq_tdq.config import Config
+from ptq_tdq.plan import Special
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import UnitReport, reconstruct
 from ptq_tdq.recon.activations import _chances
@@ -26,7 +27,8 @@ def test_an_unlearned_unit_keeps_its_first_interval_and_nearest_rounding(
 ) -> None:
     config = choose(method="static", interval_lr=1e-2, interval_parameter="log", activation_iterations=10)
     quantized, reports = wrap(config), list[UnitReport]()
-    static = reconstruct(quantized, calls, config, unlearned={"conv_out"}, on_unit=reports.append)
+    special = Special(unlearned=frozenset({"conv_out"}))
+    static = reconstruct(quantized, calls, config, special=special, on_unit=reports.append)
     assert {r.after == r.before for r in reports if r.unit == "conv_out"} == {True}
     tables = {name: q.source.table(1)[0][0] for name, q in quantized.quantizers().items() if q.source}
     moved = {name for name, scale in tables.items() if not torch.isclose(scale, static[name].scale, rtol=1e-5)}

@@ -106,6 +106,25 @@ def test_a_weight_whose_range_overflows_names_its_layer(hostile: Any) -> None:
         hostile(change, "paper")
 
 
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(hostile: Any, parameter: str, value: float) -> None:
+    def change(model: UNet2DModel, x: Tensor) -> None:
+        getattr(model.mid_block.resnets[0].conv1, parameter).view(-1)[3] = value
+
+    with pytest.raises(NonFiniteError, match=rf"'mid_block\.resnets\.0\.conv1\.{parameter}' has NaN or Inf"):
+        hostile(change, "paper")
+
+
+def test_a_weight_that_is_computed_and_not_finite_is_named(tiny_unet: Callable[..., UNet2DModel]) -> None:
+    model = tiny_unet()
+    calls = calls_of(model, torch.zeros(2, 3, 8, 8), torch.zeros(2))
+    model.conv_in.weight.zero_()
+    torch.nn.utils.parametrizations.weight_norm(model.conv_in).requires_grad_(False)  # 0 / 0
+    with pytest.raises(NonFiniteError, match=r"'conv_in\.weight' has NaN or Inf"):
+        calibrate(model, preset("default"), calls)
+
+
 def test_a_tensor_that_calibration_never_visits_is_checked_too(tiny_unet: Callable[..., UNet2DModel]) -> None:
     model = tiny_unet(num_class_embeds=3)
     model.class_embedding.weight[2, 0] = torch.nan

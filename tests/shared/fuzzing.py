@@ -52,7 +52,16 @@ CONFIG = preset(
 LEARNING = FinetuneConfig(iterations=2, batch_size=2, warmup=0, checkpoint_every=1, compute_dtype="float32")
 PLAIN = (None, True, False, -1, 0, 1, 2, 3, 7, 255, 10**6, 2**31, 2**63, 10**30, 0.5, -0.0, 1e-320, 1e308, "", "x")
 NESTED: tuple[Any, ...] = ([], {}, [[]], [None], [0] * 1000, {"": None}, "x" * 10_000, "../x", "os.system", "a\0b")
-ODD = (float("nan"), float("inf"), "UNet1DModel", "AutoencoderKL", "DDPMPipeline", [[[0]]], {"value": 1}, {"dict": {}})
+ODD: tuple[Any, ...] = (
+    float("nan"),
+    float("inf"),
+    "UNet1DModel",
+    "AutoencoderKL",
+    "DDPMPipeline",
+    [[[0]]],
+    {"value": 1},
+    {"dict": {}},
+)
 VALUES = (0.0, 1.0, -1.0, 15.0, 16.0, 255.0, 2.0**31, -(2.0**31), 1e38, -1e38, 1e-45, float("nan"), float("inf"))
 DTYPES = (
     torch.float32,

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from recorded import calls_of, images
 from torch import nn
+from unets import tiny_unet
 
 from ptq_tdq import calibrate, preset
 from ptq_tdq.artifacts import Artifact
@@ -24,18 +25,7 @@ STEPS = 10
 
 def small_unet(**changes: Any) -> UNet2DModel:
     """8 and 16 channels, attention, split shortcuts, class labels."""
-    torch.manual_seed(0)
-    options = {
-        "sample_size": 8,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-        "num_class_embeds": 3,
-    }
-    return UNet2DModel(**(options | changes)).eval().requires_grad_(False)
+    return tiny_unet(**{"attention_head_dim": 8, "num_class_embeds": 3, **changes})
 
 
 def small_dit() -> DiTTransformer2DModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_what_is_appended_is_read(tmp_path: Path) -> None:
     assert read_lines(path) == lines
 
 
-@pytest.mark.parametrize("cut", [1, 20, 10_000])
+@pytest.mark.parametrize("cut", [2, 20, 10_000])
 def test_a_line_that_a_kill_cut_off_does_not_count_and_is_replaced(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "r.jsonl"
     full, cell = make()
@@ -51,6 +52,38 @@ def test_a_line_that_a_kill_cut_off_does_not_count_and_is_replaced(tmp_path: Pat
     assert read_lines(path) == [line(full)]
     append_line(path, line(cell))
     assert read_lines(path) == [line(full), line(cell)]
+
+
+def test_a_last_line_without_an_end_blank_lines_and_a_mark_of_its_bytes_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    full, cell = make()
+    append_line(path, line(full))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\n\n") + json.dumps(line(cell)).encode())
+    assert read_lines(path) == [line(full), line(cell)]
+    append_line(path, line(cell))
+    assert read_lines(path) == [line(full), line(cell), line(cell)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"evaluation": {}},
+        {"evaluation": {"samples": "8", "num_inference_steps": 2, "seed": 0}},
+        {"evaluation": {"samples": True, "num_inference_steps": 2, "seed": 0}},
+        {"results": {"fd_c10": "1"}},
+        {"results": {"fd_c10": float("nan")}},
+        {"results": {"fd_c10": 1e308}},
+        {"results": {"fd_c10": 10**400}},
+        {"choices": "x"},
+        {"choices": None},
+        {"seconds": {"weights": "1"}},
+    ],
+)
+def test_a_line_that_no_table_can_be_made_of_is_one_sentence(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(line(make()[1], **changes)) + "\n")
+    with pytest.raises(UsageError, match=r"Line 1 of .* is no result"):
+        read_lines(path)
 
 
 def test_finished_cells_are_left_out() -> None:

@@ -1,6 +1,6 @@
 """ONNX: one graph per runtime, with the interval tables inside, and a denoiser that runs it."""
 
-from ptq_tdq.export.extras import missing
+from ptq_tdq.extras import missing
 
 try:
     from ptq_tdq.export.onnx.denoiser import OnnxDenoiser

@@ -31,8 +31,8 @@ from ptq_tdq.timeaxis import NEAR
 Feed = dict[str, NDArray[Any]]
 
 
-class Config(dict[str, Any]):
-    """The model's configuration; entries are attributes too, as those of diffusers are."""
+class Attributes(dict[str, Any]):
+    """A dictionary whose entries are attributes too, as those of diffusers' configurations are."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -41,14 +41,8 @@ class Config(dict[str, Any]):
             raise AttributeError(name) from None
 
 
-class DenoiserOutput(dict[str, Any]):
+class DenoiserOutput(Attributes):
     """What a denoiser returns: tensors by name, as attributes, or by their place."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
     def __getitem__(self, key: Any) -> Any:
         return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
@@ -66,9 +60,9 @@ class OnnxDenoiser(nn.Module):
     batch size will do, and the time steps of a batch may differ; ``facts["free_sizes"]`` says which other sizes may.
     OpenVINO compiles the graph once for each shape.
 
-    Raises :class:`ModelError` for a file that is none of ours or is for another runtime, :class:`UsageError` for a
-    runtime that is unknown or not installed, and :class:`RuntimeUnsupportedError` for a file that this processor does
-    not compute exactly.
+    Raises :class:`ModelError` for a file that is none of ours or is for another runtime, :class:`UsageError` for an
+    unknown runtime, :class:`~ptq_tdq.errors.MissingExtraError` for one that is not installed, and
+    :class:`RuntimeUnsupportedError` for a file that this processor does not compute exactly.
     """
 
     def __init__(self, file: str | Path, *, runtime: str | None = None, threads: int = 0) -> None:
@@ -90,11 +84,12 @@ class OnnxDenoiser(nn.Module):
                 f"({instruction_set()}, no VNNI); export it with --runtime portable."
             )
         self.facts, self.runtime = facts.said, chosen
-        self.config = Config(facts.model_config)
+        self.config = Attributes(facts.model_config)
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.call, self.axis, self._signature = facts.call, facts.axis, facts.parameters
         self._structure = cache(partial(_structure, self.config, self.call.time, _size(graph)))
         self._inputs = {value.name: value.type.tensor_type for value in graph.input}
+        self._tables = _tables(graph)
         self._one_step, self._any_batch = facts.one_step or facts.steps is not None, BATCH in facts.free_sizes
         integers = exact or facts.made_for != QDQ
         self._graphs = list(zip(of_steps, [RUNTIMES[chosen](f, threads, integers) for f in files], strict=True))
@@ -107,9 +102,9 @@ class OnnxDenoiser(nn.Module):
         """
         arguments = self._bind(args, kwargs)
         return_dict = arguments.pop(RETURN_DICT, False)
+        self.axis.t(arguments.get(self.call.time))  # refuses what is no time step, and what the tables do not cover
         feed: Feed = {}
         self._fill(self.call.arguments, _repeated(self.call.arguments, arguments, self.call.main), "", feed)
-        self.axis.t(feed[self.call.time])  # refuses what the tables do not cover
         main = pytree.tree_leaves(arguments[self.call.main])[0]
         results = [torch.from_numpy(result).to(main.device, main.dtype) for result in self._rows(feed)]
         return self._returned(results, len(arguments[self.call.main]), bool(return_dict))
@@ -172,7 +167,12 @@ class OnnxDenoiser(nn.Module):
         if leaf.held:
             return array
         kind = self._inputs[leaf.name]
-        array = array.astype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        found = array.astype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        if found.dtype.kind == "i" and not (found == array).all():
+            raise ModelError(f"The graph takes {leaf.name} in whole numbers. Got {tensor.dtype}; round them.")
+        array, rows = found, self._tables.get(leaf.name)
+        if rows is not None and not ((array >= 0) & (array < rows)).all():
+            raise ModelError(f"The graph takes {leaf.name} from 0 to {rows - 1}. Got {array.min()} to {array.max()}.")
         if leaf.name == self.call.time and array.ndim < 2:
             return array.reshape(-1)
         sizes = [dim.dim_value for dim in kind.shape.dim]
@@ -191,8 +191,9 @@ class OnnxDenoiser(nn.Module):
         leaves, time = self.call.leaves(), self.call.time
         main = next(leaf.name for leaf in leaves if leaf.name.partition(".")[0] == self.call.main)
         count = len(feed[main])
-        if len(feed[time]) == 1:
-            feed = feed | {time: np.repeat(feed[time], count, 0)}
+        if not count:
+            raise ModelError("The graph was given no sample; call it with at least one.")
+        feed = {leaf.name: leaf.of_samples(feed[leaf.name], count) for leaf in self.call.tensors()}
         apart = self._one_step and bool((feed[time] != feed[time][:1]).any())
         if self._any_batch and not apart:
             return self._run({leaf.name: feed[leaf.name] for leaf in leaves})
@@ -240,6 +241,15 @@ class OnnxDenoiser(nn.Module):
             values = [returned] if isinstance(returned, Tensor) else returned  # some models give a bare one for False
             return DenoiserOutput(zip(self.call.fields, values, strict=False))
         return returned
+
+
+def _tables(graph: onnx.GraphProto) -> dict[str, int]:
+    """The inputs that are looked up in a table (classes), and how many rows that has: runtimes do not refuse others."""
+    rows = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
+    casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    looks = [node.input for node in graph.node if node.op_type == "Gather" and node.input[0] in rows]
+    found = {casts.get(where, where): rows[table] for table, where in looks}
+    return {value.name: found[value.name] for value in graph.input if value.name in found}
 
 
 def _size(graph: onnx.GraphProto) -> Size:

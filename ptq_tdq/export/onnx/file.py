@@ -12,7 +12,7 @@ from torch import nn
 
 from ptq_tdq.artifacts import Artifact, publish_directory, write_atomic
 from ptq_tdq.calls import Calls
-from ptq_tdq.errors import ModelError, UsageError
+from ptq_tdq.errors import ModelError, UsageError, first_line
 from ptq_tdq.export.onnx.by_step import SharedWeights, Static, frozen, groups_of_steps
 from ptq_tdq.export.onnx.floating import Floating
 from ptq_tdq.export.onnx.lowering import lower, of_one_step
@@ -133,8 +133,8 @@ def _check(model: bytes | Path) -> None:
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # of several unrelated types, from C++
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ModelError(f"torch has exported the model to a graph that is not valid ONNX ({reason}).") from error
+        said = first_line(error)
+        raise ModelError(f"torch has exported the model to a graph that is not valid ONNX ({said}).") from error
 
 
 def _facts(artifact: Artifact, skeleton: Skeleton, runtime: str, form: type[Portable]) -> dict[str, Any]:

@@ -56,13 +56,12 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def conv_attributes(module: nn.Module, pads: bool = True) -> dict[str, Any]:
+def conv_attributes(module: nn.Module) -> dict[str, Any]:
     """The attributes of Conv, ConvInteger and ConvTranspose."""
     assert isinstance(module, (*CONVS, *TRANSPOSED))
-    pad = padding(module) if pads else [0] * len(module.stride)
     return {
         "strides": list(module.stride),
-        "pads": [*pad, *pad],
+        "pads": 2 * padding(module),
         "dilations": list(module.dilation),
         "group": module.groups,
         **({"output_padding": list(module.output_padding)} if is_transposed(module) else {}),

@@ -24,6 +24,7 @@ class OpenVINO(Portable):
     """Lowers to products of Q/DQ pairs with constant parameters, with corrections behind them."""
 
     signed_right = True
+    divides = False  # its passes look for QuantizeLinear with the scale
 
     def part(self, q: QuantizerRecord, module: nn.Module, x: ir.Value, weight: RangeWeight, rank: int) -> ir.Value:
         if is_transposed(module) or (weight.rest is not None and is_grouped(module)):

@@ -5,7 +5,8 @@
 The division by s_t in front and the product with s_t behind carry the time dependence, so every Q and DQ has the
 constant scale 1, which all importers of ONNX understand. The weights are the artifact's codes with ``(q - z) s``
 spelled out, which runtimes fold when they load the file. (Where they recognize integer weights of a product in
-floating point, as behind DequantizeLinear, onnxruntime and OpenVINO quantize its other side by themselves, once more.)
+floating point, as behind DequantizeLinear, onnxruntime and OpenVINO quantize its other side by themselves, once more.
+onnxruntime does so with the weights of a layer whose output goes straight to QuantizeLinear: a division is between.)
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Portable:
 
     one_step: ClassVar[bool] = False  # whether all samples of a call have the same t
     signed_right: ClassVar[bool] = False  # the codes of a product's right operand
+    divides: ClassVar[bool] = True  # by constant scales too, before QuantizeLinear
 
     def __init__(self, b: Builder, lookup: Lookup, artifact: Artifact) -> None:
         """Builds what all layers share, at the start of the graph."""
@@ -114,12 +116,13 @@ class Portable:
         if interval.zero_point is None:
             return self.bare_codes(record, x, rank)
         scale, unit = self.scale_of(interval, x, rank), ONE if interval.scale is None else interval.scale
-        u = x if scale is None else b("Div", x, scale)
+        outside = unit if scale is None and self.divides else scale
+        u, own = (x, unit) if outside is None else (b("Div", x, outside), ONE)
         low = -interval.zero_point
         if interval.qtype.bits < 8:  # 8-bit codes saturate by themselves
-            u = b("Clip", u, unit * np.float32(low), unit * np.float32(low + interval.qtype.qmax))
+            u = b("Clip", u, own * np.float32(low), own * np.float32(low + interval.qtype.qmax))
         zero = np.uint8(interval.zero_point)
-        codes = b("QuantizeLinear", u, unit, zero, name=f"{record.name}.codes")
+        codes = b("QuantizeLinear", u, own, zero, name=f"{record.name}.codes")
         return Codes(b("DequantizeLinear", codes, unit, zero), scale, None)
 
     def bare_codes(self, record: QuantizerRecord, x: ir.Value, rank: int, signed: bool = False) -> Codes:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ptq_tdq.errors import ModelError
+from ptq_tdq.hooks import hooked
 
 DECISION, ITEM, MASK, REPEATS = "bool", "item", "mask as an index", "repeat_interleave"
 LIST = "tolist"  # a tensor that is traced gives its list item by item
@@ -93,12 +94,8 @@ def listen(module: nn.Module, tensors: dict[str, Tensor]) -> list[Read]:
     hooks = [inner.register_forward_pre_hook(enter) for inner in module.modules()]
     hooks += [inner.register_forward_hook(leave) for inner in module.modules()]
     listener = _Listener(tensors, inside)
-    try:
-        with torch.no_grad(), listener:
-            module(tensors)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), torch.no_grad(), listener:
+        module(tensors)
     return listener.reads
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq_tdq.export.extras import need
+from ptq_tdq.extras import need
 
 Run = Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]]
 QDQ = "qdq"  # what a graph says it was made for whose integer kernels the runtime makes itself
@@ -26,7 +26,10 @@ def open_onnxruntime(file: Path, threads: int, integers: bool = True) -> Run:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", str(int(not integers)))
-    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    # it rounds weights once more, in files that were written before we knew
+    session = ort.InferenceSession(
+        str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
+    )
     known = {value.name for value in session.get_inputs()}
 
     def run(feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:

@@ -49,6 +49,17 @@ class Leaf:
         """What the graph is given for an argument."""
         return torch.view_as_real(value.to(torch.complex64)) if self.complex else value
 
+    def of_samples(self, value: Any, count: int) -> Any:
+        """A value with rows for each of ``count`` samples; raises :class:`ModelError` for one of other samples."""
+        if self.kind != "rows":
+            return value
+        rows = value.shape[self.dim]
+        if rows == 1 < count:
+            value = np.repeat(value, count, self.dim)
+        elif rows % count or (rows != count and not self.several):
+            raise ModelError(f"The graph was given {self.name} for {rows} samples, and {count} samples; give as many.")
+        return value
+
     def some(self, value: Any, samples: Sequence[int], count: int) -> NDArray[Any]:
         """The part of some of ``count`` samples; of a list, of the one sample."""
         if self.kind == "each":

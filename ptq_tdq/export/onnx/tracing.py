@@ -20,13 +20,14 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls.arguments import REFUSALS
-from ptq_tdq.errors import ModelError
+from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.export.onnx.geometry import output_shape, unpadded
 from ptq_tdq.export.onnx.reads import Answers, Read, listen
 from ptq_tdq.export.onnx.reals import InReals, has_complex
 from ptq_tdq.export.onnx.rewrite import InOtherWords
 from ptq_tdq.export.onnx.signature import Signature
 from ptq_tdq.modules import ActivationQuantizer
+from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.records import QuantizerRecord
 from ptq_tdq.timeaxis import at
@@ -111,7 +112,9 @@ class Call(nn.Module):
             return exported
 
 
-class _Layer(nn.Module):
+class _Layer(Delegating):
+    _inside = "layer"
+
     def __init__(self, layer: nn.Module, name: str) -> None:
         super().__init__()
         self.layer, self.name = layer, name
@@ -123,13 +126,6 @@ class _Layer(nn.Module):
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::Layer", [x], attrs={"name": self.name}, dtype=x.dtype, shape=shape, version=1
         )
-
-    def __getattr__(self, name: str) -> Any:
-        """What models ask of their layers beside calling them."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
 
 
 class _Quantizer(ActivationQuantizer):
@@ -159,7 +155,7 @@ def _refusals(reads: Collection[str] = ()) -> Iterator[None]:
         with quiet(), torch.no_grad():
             yield
     except ModelError as error:
-        raise ModelError(str(error).splitlines()[0]) from error  # torch adds what it was doing
+        raise ModelError(first_line(error)) from error  # torch adds what it was doing
     except Exception as error:  # of many unrelated types
         reason = _reason(error)
         if reads or _depends_on_values(error):
@@ -173,7 +169,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+    return first_line(error)
 
 
 def _depends_on_values(error: BaseException) -> bool:
