@@ -71,6 +71,7 @@ CALLS = {  # name -> file, runtime, the call that it is compared with
     "qdq on openvino": ("qdq", "openvino", "openvino float32"),
 }
 STATIC = {"onnxruntime": "onnxruntime static int8", "openvino": "OpenVINO + NNCF int8"}  # a runtime's own
+NOISE = [f"{name}, dB" for name in STATIC]
 
 
 @click.command()
@@ -176,14 +177,19 @@ def openvino_products(path: Path, inputs: dict[str, Any]) -> dict[str, int]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: speed over the runtime's float32, and behind it over its own static int8."""
+    """Markdown: speed over the runtime's float32, and behind it over its own static int8; last SQNR against full
+    precision, of our file and behind it of that static model.
+    """
     names = [name for name in CALLS if not name.endswith("float32")]
-    rows = ["| model | scheme | batch | " + " | ".join(names) + " | file |", "|---" * (4 + len(names)) + "|"]
+    rows = ["| model | scheme | batch | " + " | ".join([*names, "file", *NOISE]) + " |"]
+    rows.append("|---" * (4 + len(names) + len(NOISE)) + "|")
     for line in lines:
         speeds = " | ".join(f"{line['over_float32'][n]:.2f} / {line['over_own_static'][n]:.2f}" for n in names)
         size = line["file_over_float32"]["onnxruntime"]
         model = " ".join([line["model"], *(f"{name}={value}" for name, value in line.get("set", {}).items())])
-        rows.append(f"| {model} | {line['scheme']} | {line['batch']} | {speeds} | {size:.3f} |")
+        known = line.get("sqnr_db_to_full", {})
+        noise = " | ".join(f"{known[n]:.0f} / {known[STATIC[n]]:.0f}" if known else "" for n in STATIC)
+        rows.append(f"| {model} | {line['scheme']} | {line['batch']} | {speeds} | {size:.3f} | {noise} |")
     return "\n".join(rows)
 
 

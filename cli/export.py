@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ptq_tdq.export import export_tables
 
 TABLES, GRAPHS, COMPONENT = ("csv", "json", "npz"), ("onnx", "onnx-float"), "diffusers"
 RUNTIMES = ("portable", "onnxruntime", "openvino", "qdq")
+OWN = ("artifact", "kind", "runtime", "steps", "output", "as_json", "verbose", "quiet")  # all others are of a model
 
 
 @click.command("export")
@@ -81,7 +81,7 @@ def export_command(
     like.
     """
     if kind in (*TABLES, COMPONENT):
-        _refuse_model_options(kind, ("calls_file", "source", *given))
+        _refuse_model_options(kind)
     if runtime is not None and kind != "onnx":
         raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
     if steps is not None and (runtime != "qdq" or calls_file is not None):
@@ -120,11 +120,12 @@ def export_command(
         click.echo(f"Wrote {' and '.join(map(str, written))}", err=True)
 
 
-def _refuse_model_options(kind: str, names: Iterable[str]) -> None:
+def _refuse_model_options(kind: str) -> None:
     """Raise :class:`UsageError` for what says how the model is called, where it is not."""
     context = click.get_current_context()
     for option in context.command.params:
-        if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+        name = option.name or ""
+        if name not in OWN and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--format {kind} calls no model; leave out {option.opts[0]}.")
 
 

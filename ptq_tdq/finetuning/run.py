@@ -64,7 +64,8 @@ def finetune(
     predict on them what full precision does. ``data`` may be recorded calls, a folder of images or an npz file
     (:func:`~ptq_tdq.finetuning.files.read_data`). With a ``run_directory`` an interrupted run goes on at its last
     checkpoint. Processes that torch.distributed has joined share each batch. The result's metrics have the losses on
-    held-out samples before and after ("finetune").
+    held-out samples before and after ("finetune"). Quantizer ``nipq`` draws its noise from torch's own generator, so it
+    is repeatable in one thread at a time.
 
     Raises before the first iteration: :class:`~ptq_tdq.errors.ArtifactMismatchError` for another model's artifact,
     :class:`~ptq_tdq.errors.ConfigError` and :class:`~ptq_tdq.errors.CalibrationSetError` for choices and data that do
