@@ -167,12 +167,7 @@ class OnnxDenoiser(nn.Module):
         if leaf.held:
             return array
         kind = self._inputs[leaf.name]
-        found = array.astype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
-        if found.dtype.kind == "i" and not (found == array).all():
-            raise ModelError(f"The graph takes {leaf.name} in whole numbers. Got {tensor.dtype}; round them.")
-        array, rows = found, self._tables.get(leaf.name)
-        if rows is not None and not ((array >= 0) & (array < rows)).all():
-            raise ModelError(f"The graph takes {leaf.name} from 0 to {rows - 1}. Got {array.min()} to {array.max()}.")
+        array = self._as_taken(leaf.name, array, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
         if leaf.name == self.call.time and array.ndim < 2:
             return array.reshape(-1)
         sizes = [dim.dim_value for dim in kind.shape.dim]
@@ -184,6 +179,16 @@ class OnnxDenoiser(nn.Module):
                 f"The graph takes {leaf.name} in the shape [{wanted}]. Got {list(array.shape)}; export it with "
                 "such calls."
             )
+        return array
+
+    def _as_taken(self, name: str, given: NDArray[Any], dtype: Any) -> NDArray[Any]:
+        """An array in the dtype of the graph's input; whole numbers, and those that a table has, where it looks up."""
+        array = given.astype(dtype)
+        if array.dtype.kind == "i" and not (array == given).all():
+            raise ModelError(f"The graph takes {name} in whole numbers. Got {given.dtype}; round them.")
+        rows = self._tables.get(name)
+        if rows is not None and not ((array >= 0) & (array < rows)).all():
+            raise ModelError(f"The graph takes {name} from 0 to {rows - 1}. Got {array.min()} to {array.max()}.")
         return array
 
     def _rows(self, feed: Feed) -> list[NDArray[Any]]:
