@@ -129,16 +129,22 @@ def calibrate(
     return quantized.finalize()
 
 
-@processes.apart()
 def foresee(
     model: LoadedModel, config: Config, *, cache_budget: int = CACHE_BYTES, evaluation_samples: int = 0
 ) -> Forecast:
     """What :func:`calibrate` will take, before there is a calibration set, at the price of a few calls.
 
-    With ``evaluation_samples`` also what it takes to compare so many with full precision's.
+    With ``evaluation_samples`` also what it takes to compare so many with full precision's. One of several processes
+    may call this for all of them, while they wait.
 
     Raises what it would for choices that do not fit ``model``.
     """
+    count = processes.count()
+    with processes.apart():
+        return _foresee(model, config, cache_budget, evaluation_samples, count)
+
+
+def _foresee(model: LoadedModel, config: Config, budget: int, evaluation_samples: int, count: int) -> Forecast:
     call = first_call(model, config.calibration.num_inference_steps, config.seed)
     _check_plain(model.denoiser)
     plan = make_plan(folded_copy(model.denoiser), config, call)
@@ -151,8 +157,10 @@ def foresee(
         config,
         rows=samples * steps,
         sampled=trajectories * config.calibration.num_inference_steps,
-        budget=cache_budget,
+        budget=budget,
         measured=evaluation_samples * config.calibration.num_inference_steps,
+        processes=count,
+        here=min(count, processes.here()),
     )
 
 
