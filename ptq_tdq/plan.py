@@ -71,6 +71,11 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     roles, units = find_roles(seen), find_units(model, seen.faithful, seen.called, seen.products)
     layers = [seen.layers[name] for name in seen.faithful if not _skipped(config, name, roles[name])]
     owners = [name for name in seen.products if name in units and not _skipped(config, name)]
+    if not seen.layers:
+        raise ModelError(
+            "The recorded calls reach no layer that can be quantized: these are torch's own linear layers and "
+            "convolutions, and classes derived from them."
+        )
     if not layers:
         raise ModelError(
             "0 layers of the model match: nothing would be quantized; check the skip list and the layers kept float."
@@ -187,12 +192,21 @@ def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], conf
     """What stays in floating point, and why: each reason with the names that it is true of."""
     unfaithful = [name for name, layer in seen.layers.items() if not layer.faithful]
     if unfaithful:
-        yield f"In floating point: {_some(unfaithful)}, since each computes its weight in its own forward pass."
+        yield (
+            f"In floating point: {_some(unfaithful)}, "
+            "since each does more than the plain operation on one input and a real weight of its own (in its own "
+            "forward pass, by a hook, or with further arguments)."
+        )
     unbatched = [name for name, layer in seen.layers.items() if layer.faithful and layer.unbatched]
     if unbatched:
         yield f"In floating point: {_some(unbatched)}, since what each is given has no axis of samples."
+    if seen.elsewhere:
+        yield (
+            f"In floating point: {_some(seen.elsewhere)} ({_share(seen.elsewhere, seen)}), since only some of the "
+            "recorded calls reach them."
+        )
     if seen.unused:
-        yield f"In floating point: {_some(seen.unused)}, since the recorded calls never reach them."
+        yield f"In floating point: {_some(seen.unused)}, since no recorded call that was looked at reaches them."
     if seen.loose:
         yield (
             f"Weights that no linear layer or convolution holds stay in floating point ({_share(seen.loose, seen)}): "
@@ -219,7 +233,7 @@ def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], conf
         yield "No attention products were found."
 
 
-def _share(macs: dict[str, int], seen: Trace) -> str:
+def _share(macs: Mapping[str, int], seen: Trace) -> str:
     return f"{sum(macs.values()) / seen.macs:.1%} of the multiply-accumulates"
 
 
