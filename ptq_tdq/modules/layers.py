@@ -20,7 +20,7 @@ from ptq_tdq.modules.activation import ActivationQuantizer
 from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.modules.weight import WeightQuantizer
 from ptq_tdq.records import LayerRecord
-from ptq_tdq.rotate import rotated
+from ptq_tdq.rotate import rotated, unrotated
 
 Operation = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -152,24 +152,45 @@ class QuantLayer(Delegating):
         self.weights_enabled = False
         # float32, since what it learns is less than half precision can hold; a buffer, since a model's dtype is that
         # of its parameters
-        shift = None if self.bias is None else torch.zeros_like(self.bias, dtype=torch.float32)
-        self.register_buffer("shift", shift, persistent=False)
-        self.shift: Tensor | None
-        self.register_buffer("divisor", None, persistent=False)
-        self.divisor: Tensor | None
-        self._rotated: Tensor | None = None
+        self.shift: Tensor | None = None
+        if self.bias is not None:
+            del self.shift
+            self.register_buffer("shift", torch.zeros_like(self.bias, dtype=torch.float32), persistent=False)
+        self._mixed: Tensor | None = None  # the weight in other coordinates than the layer holds it in
         self._known: Tensor | None = None  # what the codes stand for, once it was asked for
         self.finished = False
 
     @property
     def weight(self) -> Tensor:
-        """The weight [O, C / groups, ...] that meets the input's codes; that of the original until ``finalize``."""
+        """The weight [O, C / groups, ...] that meets the input's codes; that of the original until ``finalize``.
+
+        Of a finished layer it is what the layer does with its input, for a LoRA's norms and whoever else reads it.
+        """
         own = own_weight(self.layer)
-        if not self.record.rotated or self.finished:
+        if not self.record.rotated and (self.divisor is None or not self.finished):
             return outputs_first(self.layer, own)
-        if self._rotated is None:
-            self._rotated = rotated(own.float()).to(own.dtype)
-        return self._rotated
+        if self._mixed is not None:
+            return self._mixed
+        mixed = (self._outside(own.float()) if self.finished else rotated(own.float())).to(own.dtype)
+        if not torch.compiler.is_compiling():
+            self._mixed = mixed
+        return mixed
+
+    def _outside(self, weight: Tensor) -> Tensor:
+        """A weight [O, C] that meets the input's codes, as it meets the input."""
+        weight = weight if self.divisor is None else weight / self.divisor
+        return unrotated(weight) if self.record.rotated else weight
+
+    @property
+    def divisor(self) -> Tensor | None:
+        """[C], or None. What is None is no buffer: those who move buffers to and fro move each."""
+        return self._buffers.get("divisor")
+
+    @divisor.setter
+    def divisor(self, divisor: Tensor | None) -> None:
+        if divisor is not None:
+            self._buffers["divisor"] = divisor
+            self._non_persistent_buffers_set.add("divisor")
 
     @property
     def bias(self) -> Tensor | None:
@@ -185,6 +206,7 @@ class QuantLayer(Delegating):
         """Move with the model but keep what is beside the weight in float32."""
         kept = {name: value for name, value in self._buffers.items() if value is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._mixed = None
         self._buffers |= {name: value.to(fn(value).device) for name, value in kept.items()}
         return self
 
@@ -210,7 +232,7 @@ class QuantLayer(Delegating):
         """Final codes of one channel range."""
         device = own_weight(self.layer).device
         self.weight_quantizers()[index].assign(codes.to(device), scale.to(device), zero_point.to(device))
-        self._known, self.finished = None, False
+        self._known, self._mixed, self.finished = None, None, False
 
     def quantized_weight(self) -> Tensor:
         """The weight of all ranges in the layer's own form: soft while rounding is learned, else that of the codes."""
@@ -228,7 +250,7 @@ class QuantLayer(Delegating):
 
     def forget(self) -> None:
         """Drop what follows from the codes and the original; it is computed again where it is asked for."""
-        self._known, self._rotated = None, None
+        self._known, self._mixed = None, None
 
     def finalize(self) -> None:
         """Replace the original weight by the quantized one, and the bias by the corrected one."""
@@ -239,7 +261,7 @@ class QuantLayer(Delegating):
                 bias = (self.bias + self.shift).to(self.bias.dtype)
                 self.layer.bias = nn.Parameter(bias, requires_grad=False)
                 self.shift.zero_()
-        self._known, self._rotated, self.finished = None, None, True
+        self._known, self._mixed, self.finished = None, None, True
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input behind its quantizers: one for each channel range, none where only the weight is quantized."""
@@ -264,8 +286,9 @@ class QuantLayer(Delegating):
         if self.record.rotated and not self.finished and not self._at_work():  # the original, bit for bit
             return self.kind.operation(self.layer, input, own_weight(self.layer), self.bias)
         x = self.quantized_input(input)
-        if self.finished and x.dtype == own_weight(self.layer).dtype:
-            y: Tensor = self.layer(x)  # called, so that what moves its weight to and fro knows
+        stored = own_weight(self.layer).dtype
+        if self.finished and (x.dtype == stored or stored.itemsize == 1):
+            y: Tensor = self.layer(x)  # called, so that what moves its weight to and fro, or casts it, knows
             return y
         if not self.weights_enabled:
             weight = self.weight if self.record.rotated else own_weight(self.layer)
