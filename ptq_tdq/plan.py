@@ -100,7 +100,7 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
 
 def _mean_bits(seen: Trace, records: Mapping[str, LayerRecord]) -> tuple[float, float]:
     weights = activations = values = macs = 0.0
-    for name, layer in seen.layers.items():
+    for name, layer in seen.all_layers.items():
         weight = own_weight(layer.module)
         whole, record = 8 * weight.element_size(), records.get(name)
         of_weight = whole if record is None or record.weight_bits is None else record.weight_bits
@@ -112,7 +112,7 @@ def _mean_bits(seen: Trace, records: Mapping[str, LayerRecord]) -> tuple[float, 
 
 def _check_skip(config: Config, seen: Trace) -> None:
     for pattern in config.layers.skip:
-        if not any(fnmatchcase(name, pattern) for name in (*seen.layers, *seen.products)):
+        if not any(fnmatchcase(name, pattern) for name in (*seen.all_layers, *seen.products)):
             raise ModelError(f"The skip pattern {pattern!r} matches no layer; `ptq-tdq inspect` lists the names.")
 
 
@@ -201,10 +201,8 @@ def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], conf
     if unbatched:
         yield f"In floating point: {_some(unbatched)}, since what each is given has no axis of samples."
     if seen.elsewhere:
-        yield (
-            f"In floating point: {_some(seen.elsewhere)} ({_share(seen.elsewhere, seen)}), since only some of the "
-            "recorded calls reach them."
-        )
+        share = _share({name: layer.macs for name, layer in seen.elsewhere.items()}, seen)
+        yield f"In floating point: {_some(seen.elsewhere)} ({share}), since only some of the recorded calls reach them."
     if seen.unused:
         yield f"In floating point: {_some(seen.unused)}, since no recorded call that was looked at reaches them."
     if seen.loose:

@@ -33,8 +33,8 @@ class Trace:
     computes some, ``mixed`` are those modules whose products do not have the rows of one sample after the other. By the
     module that computes them, ``matmuls`` are multiply-accumulates of other products of two activations, ``loose``
     those with weights that no layer holds, and ``fused`` those of torch's multi-head attention, whose projections
-    and products are one function. ``elsewhere`` are those of layers that other calls reach and the first does not;
-    ``unused`` are layers that were never called and whose weight no such function took.
+    and products are one function. ``elsewhere`` are layers that other calls reach and the first does not; ``unused``
+    are layers that were never called and whose weight no such function took.
     """
 
     layers: dict[str, TracedLayer]
@@ -44,7 +44,7 @@ class Trace:
     matmuls: dict[str, int]
     loose: dict[str, int]
     fused: dict[str, int]
-    elsewhere: dict[str, int]
+    elsewhere: dict[str, TracedLayer]
     unused: list[str]
 
     @property
@@ -55,8 +55,13 @@ class Trace:
     @property
     def macs(self) -> int:
         """All multiply-accumulates with weights, and those of fused attention; at least 1."""
-        others = sum(sum(counts.values()) for counts in (self.loose, self.fused, self.elsewhere))
-        return max(1, others + sum(layer.macs for layer in self.layers.values()))
+        others = sum(self.loose.values()) + sum(self.fused.values())
+        return max(1, others + sum(layer.macs for layer in self.all_layers.values()))
+
+    @property
+    def all_layers(self) -> dict[str, TracedLayer]:
+        """Those that any of the calls reaches."""
+        return self.layers | self.elsewhere
 
 
 def trace(model: nn.Module, calls: Calls) -> Trace:

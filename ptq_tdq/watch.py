@@ -113,7 +113,7 @@ class Watcher:
         self.storages = {memory(p) for p in model.parameters()}
         self.layers: dict[str, TracedLayer] = {}
         self.called: Counter[str] = Counter()  # how often each module was; a container never is
-        self.elsewhere: dict[str, int] = {}  # multiply-accumulates of layers that later runs alone call
+        self.elsewhere: dict[str, TracedLayer] = {}  # those that later runs alone call
         self.fused: dict[str, int] = {}
         self.given: dict[str, tuple[Tensor, Tensor | None]] = {}  # to layers at work; what each is to make of it
         self.taken: set[int] = set()  # memory of what fused functions were given
@@ -147,7 +147,7 @@ class Watcher:
             if x is None:
                 return
             self.run.inputs.setdefault(name, []).append(Print.of(x))
-            if not self.again:
+            if not self.again or name not in self.layers:
                 self._see(name, module, x)
             self.given[name] = x, self._plain(module, args, kwargs)
 
@@ -171,7 +171,8 @@ class Watcher:
         channels = (not linear or x.ndim == 2) and weight_groups(module) == 1
         parts = self.mode.parts(x) if channels else ()
         new = TracedLayer(name, module, x.shape[-1 if linear else 1], x.ndim, parts)
-        self.layers.setdefault(name, new).uses += 1
+        layers = self.elsewhere if self.again else self.layers
+        layers.setdefault(name, new).uses += 1
 
     def _leave(self, name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -180,11 +181,11 @@ class Watcher:
             if x is None or output is None:  # it raised
                 return
             macs = multiply_accumulates(module, x, output) if isinstance(output, Tensor) else 0
-            if name not in self.layers:
-                self.elsewhere[name] = macs
-                return
-            layer = self.layers[name]
-            layer.macs += 0 if self.again else macs
+            layer = self.layers.get(name) or self.elsewhere[name]
+            if not self.again:
+                layer.macs += macs
+            elif name in self.elsewhere:
+                layer.macs = macs
             kept = layer_input(args, kwargs) is x  # no hook gives another input
             layer.faithful = layer.faithful and kept and _same(expected, output)
 

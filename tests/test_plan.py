@@ -499,9 +499,10 @@ class Experts(nn.Module):
 def test_layers_of_other_calls_than_the_first_are_named_and_counted() -> None:
     model, x, t = Experts().requires_grad_(False), torch.randn(3, 4), torch.tensor([900.0, 700.0, 100.0])
     parts = [calls_of(model, x, t), calls_of(model, x, t, torch.randn(3, 4))]
-    plan = make_plan(model, preset("qdiff"), Calls.join(parts, parts[0].axis))
+    plan = make_plan(model, preset("qdiff", scheme="W4A4"), Calls.join(parts, parts[0].axis))
     assert [record.name for record in plan.layers] == ["first", "early"]
     assert plan.coverage == pytest.approx(0.5)
+    assert plan.weight_bits == pytest.approx((2 * 4 + 2 * 32) / 4)
     assert "late, extra (50.0% of the multiply-accumulates), since only some of the recorded calls" in plan.notices[0]
 
 
