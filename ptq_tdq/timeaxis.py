@@ -79,12 +79,12 @@ class TimeAxis:
             return t
         inside = (t >= 0) & (t <= self.num_train_timesteps)
         if not bool(inside.all()):
-            low, high = sorted(self.value(torch.tensor([0.0, self.num_train_timesteps])).tolist())
+            ends = self.value(torch.tensor([0.0, self.num_train_timesteps])) + 0.0  # not -0
             raise TimestepError(
                 f"The interval tables cover the time steps 0 to {self.num_train_timesteps}. "
                 f"Got t = {t[~inside][0].item():g}; the model was called with {self.argument} = "
-                f"{values[~inside][0].item():g}, which is not between {low:g} and {high:g}: sample with a scheduler that "
-                "gives such values, or calibrate with this one."
+                f"{values[~inside][0].item():g}, which is not between {ends.min().item():g} and {ends.max().item():g}: "
+                "sample with a scheduler that gives such values, or calibrate with this one."
             )
         return t
 
