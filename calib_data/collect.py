@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -145,7 +146,13 @@ def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> C
 def axis_of(recorder: Recorder, schedule: Any) -> TimeAxis:
     """The time axis of a model, from what it was called with and the schedule of the same run."""
     total = getattr(schedule.config, "num_train_timesteps", None)
-    return find_axis(recorder.argument, recorder.seen, [float(t) for t in schedule.timesteps], total)
+    steps, longer = [float(t) for t in schedule.timesteps], copy.deepcopy(schedule)
+    try:
+        longer.set_timesteps(total)
+        reach = [float(t) for t in longer.timesteps]
+    except Exception:  # of any type: it has no such number, runs fewer steps, or needs more than their number
+        reach = []
+    return find_axis(recorder.argument, recorder.seen, steps, total, reach)
 
 
 def make_recipe(

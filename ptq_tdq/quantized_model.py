@@ -47,6 +47,14 @@ class QuantizedModel(TimedModel):
         for record in self.plan:
             insert(model, record)
 
+    def __repr__(self) -> str:
+        """Short, since diffusers prints a component that it does not save."""
+        how = " ".join(str(self.provenance[key]) for key in ("scheme", "method") if key in self.provenance)
+        return (
+            f"<QuantizedModel of {type(self.model).__name__}, {how or 'not calibrated'}; a pipeline saves what "
+            "ptq_tdq.integrations.diffusers.as_diffusers makes of it>"
+        )
+
     @classmethod
     def copy_of(cls, model: nn.Module, axis: TimeAxis, plan: Iterable[LayerRecord]) -> QuantizedModel:
         """A quantized model around a deep copy, in evaluation mode and without gradients."""

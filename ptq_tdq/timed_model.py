@@ -16,6 +16,8 @@ from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.modules.products import one_by_one
 from ptq_tdq.timeaxis import TimeAxis, at
 
+ADAPTERS = ("load_lora_adapter", "add_adapter")  # diffusers' methods that put adapters beside a model's layers
+
 
 def in_float32(value: Any) -> Any:
     """``value``, or what a dict, list or tuple holds, with the floating tensors in float32."""
@@ -102,12 +104,14 @@ class TimedModel(Delegating):
         with at(step[None]):
             return self._call(**{**arguments, name: value})
 
-    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def _refuse_adapters(self, *args: Any, **kwargs: Any) -> None:
         """Raises :class:`ModelError`: a pipeline loads adapters, but unloads them from diffusers' own classes alone."""
         raise ModelError(
             "Adapters are loaded onto a simulated model of diffusers' own class: "
             "pipe.unet = ptq_tdq.integrations.diffusers.as_diffusers(ptq_tdq.load_quantized(...))."
         )
+
+    load_lora_adapter = add_adapter = _refuse_adapters
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import QUICK
 from torch import Tensor, nn
 
-from ptq_tdq import Calls, record
+from ptq_tdq import Calls, calibrate, record
 from ptq_tdq.calls import Recorder, main_argument, prediction
 from ptq_tdq.calls.arguments import split_rows
 from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
@@ -241,7 +242,7 @@ def test_a_time_argument_that_was_named_is_known_from_then_on() -> None:
     with record(model, time="log_snr") as calls:
         for value in (-15.0, -3.0, 2.0, 15.0):
             model(torch.ones(2, 4), torch.full((2,), value))
-    assert calls.t[[0, 2, 4, 6]].tolist() == pytest.approx([0, 400, 17000 / 30, 1000])
+    assert calls.t[[0, 2, 4, 6]].tolist() == pytest.approx([100, 420, 1660 / 3, 900])
     inputs = calls.inputs(slice(2, 4))
     assert torch.equal(TimedModel(model, calls.axis)(**inputs), model(**inputs))
 
@@ -282,3 +283,22 @@ def test_what_is_denoised_may_be_a_tuple() -> None:
     points, features = calls.inputs(torch.tensor([1, 3]))["inputs"]
     assert len(calls) == 4
     assert torch.equal(points, given[0][[1, 3]]) and torch.equal(features, given[1][[1, 3]])
+
+
+@pytest.mark.parametrize(("values", "shared"), [((80.0, 1.0, 0.3, 0.03, 0.02, 0.01), 2), ((80.0, 60.5, 30.0), 0)])
+def test_steps_that_share_intervals_are_said(values: tuple[float, ...], shared: int) -> None:
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x) * sigma[:, None])
+            return y
+
+    model = Denoiser().requires_grad_(False)
+    with record(model) as calls:
+        for value in values:
+            model(torch.ones(2, 4), torch.full((2,), value))
+    said = [notice for notice in calibrate(model, QUICK, calls).notices if "share intervals" in notice]
+    assert [notice[:6] for notice in said] == ([f"{shared} of {len(values)}"] if shared else [])
