@@ -263,6 +263,36 @@ class Spectral(nn.Module):
         return result
 
 
+class Adapted(nn.Conv2d):
+    """A layer with an adapter whose second factor is still zero, and a buffer of its own."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.down, self.up = nn.Parameter(torch.randn(2, sizes[0])), nn.Parameter(torch.zeros(sizes[1], 2))
+        self.register_buffer("calls", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + ((self.up @ self.down) @ x.flatten(2)).view(len(x), -1, *x.shape[2:])
+
+
+@torch.no_grad()
+def test_all_tensors_of_a_layer_come_back(tmp_path: Path) -> None:
+    model = Own()
+    model.b = Adapted(8, 8, 1)
+    model.b.calls += 7
+    quantized = calibrate(model.eval(), QUICK, calls_of(model, **inputs(), num_train_timesteps=1000))
+    model.b.down.zero_()  # of the original alone
+    quantized.save_pretrained(tmp_path / "out")
+    fresh = Own()
+    fresh.b = Adapted(8, 8, 1)
+    loaded = load_quantized(tmp_path / "out", model=fresh)
+    layer = loaded.get_submodule("model.b")
+    assert isinstance(layer.down, Tensor) and bool(layer.down.all())
+    assert int(layer.calls) == 7
+    assert torch.equal(quantized(**inputs()), loaded(**inputs()))
+    assert sqnr_db(loaded(**inputs()), load_quantized(tmp_path / "out", model=fresh, backend="integer")(**inputs())) > 30
+
+
 @torch.no_grad()
 def test_complex_parameters_come_back(tmp_path: Path) -> None:
     given = {"sample": torch.randn(4, 4), "timestep": torch.tensor([1000.0, 600.0, 200.0, 1.0])}
