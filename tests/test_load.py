@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ptq_tdq import Calls, QuantizedModel, calibrate, load_quantized, preset
 from ptq_tdq.artifacts import read_artifact
-from ptq_tdq.errors import ArtifactMismatchError, ConfigError
+from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.identity import model_sha256
 from ptq_tdq.structure import hollow_model
 
 QUICK = preset(
@@ -261,6 +262,26 @@ class Spectral(nn.Module):
         """sample [B, 4]."""
         result: Tensor = self.last((self.first(sample) * self.factor * timestep[:, None] / 1000).real)
         return result
+
+
+class Counting(nn.Identity):
+    """Keeps something beside tensors."""
+
+    def get_extra_state(self) -> Any:
+        return {"count": 1}
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [(nn.LazyConv2d(8, 1), r"'b\.weight' of the model has no values yet"), (Counting(), r"a dict as 'b\._extra_state'")],
+)
+def test_a_state_that_no_artifact_holds_is_one_sentence(part: nn.Module, said: str, own: Any) -> None:
+    other = Own()
+    other.b = part
+    with pytest.raises(ModelError, match=said):
+        load_quantized(own[0], model=other)
+    with pytest.raises(ModelError, match=said):
+        model_sha256(other)
 
 
 class Adapted(nn.Conv2d):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.calls.arguments import Each, Odd, bind, count_rows, find_odd, split_rows
+from ptq_tdq.calls.arguments import Each, Odd, bind, check_argument, count_rows, find_odd, split_rows
 from ptq_tdq.calls.calls import Calls
 from ptq_tdq.timeaxis import TimeAxis, find_axis, time_argument, time_values
 
@@ -87,6 +87,7 @@ class Recorder:
         if self._looking:
             return
         arguments, name = bind(module, args, kwargs), self.argument
+        check_argument({other: given for other, given in arguments.items() if other != name})
         value = float(time_values(arguments.get(name), name).float().mean())
         before = self.seen[self._began :]
         if self._samples is None and len(before) > 1 and value == before[0] != before[-1]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ptq_tdq import processes
 from ptq_tdq.calls import prediction
-from ptq_tdq.errors import NonFiniteError
+from ptq_tdq.errors import ModelError, NonFiniteError
 from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.data import Batch, Data, generator_of
 from ptq_tdq.finetuning.graph import Graphs
@@ -123,6 +123,11 @@ class Training:
     def _descend(self, batch: Batch) -> Tensor:
         with torch.enable_grad():
             predicted, penalty = self.student(**batch.arguments)
+            if not predicted.requires_grad:
+                raise ModelError(
+                    "The model's prediction has no gradients to learn from, as where its forward runs under "
+                    "torch.no_grad; take that out of the model and put it around the calls."
+                )
             loss = (_distance(predicted, self._target(batch)) + penalty) * (batch.rows / self.config.batch_size)
             loss.backward()
         found: Tensor = loss.detach()

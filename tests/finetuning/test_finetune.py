@@ -20,6 +20,7 @@ from ptq_tdq.finetuning import IterationReport
 from ptq_tdq.finetuning.data import RecordedCalls
 from ptq_tdq.finetuning.sources import begin_sources
 from ptq_tdq.finetuning.student import Student
+from ptq_tdq.identity import model_sha256
 from ptq_tdq.load import build_quantized
 
 Calibrated = Callable[..., QuantizedModel]
@@ -248,6 +249,41 @@ def test_calls_of_another_model_are_one_sentence(denoiser: nn.Module, calibrated
             other(images(8), torch.full((8,), t))
     with pytest.raises(ModelError, match=r"SmallDenoiser cannot be called .* unexpected keyword argument 'latents'"):
         finetune(denoiser, calibrated(), choose(), calls)
+
+
+class Ungraded(SmallDenoiser):
+    """Turns gradients off by itself."""
+
+    @torch.no_grad()
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(sample, timestep)
+
+
+class Mixing(SmallDenoiser):
+    """Has a product that torch leaves in the dtypes that it meets."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        y = super().forward(sample, timestep)
+        return torch.tensordot(y, torch.eye(y.shape[-1]), dims=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "said"),
+    [
+        (Ungraded, "float32", "no gradients to learn from"),
+        (Mixing, "bfloat16", r"does not compute in torch\.bfloat16 .* choose float32 as compute_dtype"),
+    ],
+)
+def test_a_forward_that_cannot_learn_is_one_sentence(
+    kind: type[SmallDenoiser], dtype: str, said: str, denoiser: nn.Module, calls: Calls, calibrated: Calibrated,
+    choose: Choose,
+) -> None:  # fmt: skip
+    model = kind().eval().requires_grad_(False)
+    model.load_state_dict(denoiser.state_dict())
+    artifact = calibrated().to_artifact()
+    artifact.config["base_model"]["sha256"] = model_sha256(model)
+    with pytest.raises(ModelError, match=said):
+        finetune(model, artifact, choose(iterations=1, compute_dtype=dtype), calls)
 
 
 def test_a_caller_without_gradients_changes_nothing(
