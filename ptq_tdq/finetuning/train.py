@@ -20,6 +20,7 @@ from ptq_tdq.finetuning.graph import Graphs
 from ptq_tdq.finetuning.student import Student
 from ptq_tdq.intervals.dynamic import forms
 from ptq_tdq.recon import RunDirectory
+from ptq_tdq.recon.unit import backward
 
 STATE = "finetune", 0  # under which a run directory keeps it
 
@@ -129,7 +130,9 @@ class Training:
                     "torch.no_grad; take that out of the model and put it around the calls."
                 )
             loss = (_distance(predicted, self._target(batch)) + penalty) * (batch.rows / self.config.batch_size)
-            loss.backward()
+            quantized = self.student.quantized
+            t = quantized.axis.t(batch.arguments[quantized.axis.argument])
+            backward(loss, None if quantized.one_step else t)
         found: Tensor = loss.detach()
         return found
 

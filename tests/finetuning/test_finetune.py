@@ -12,6 +12,7 @@ import torch
 from recorded import images
 from small_denoiser import SmallDenoiser
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ptq_tdq import Calls, FinetuneConfig, QuantizedModel, calibrate, finetune, load_quantized, preset, record
 from ptq_tdq.artifacts import read_artifact
@@ -251,6 +252,61 @@ def test_calls_of_another_model_are_one_sentence(denoiser: nn.Module, calibrated
         finetune(denoiser, calibrated(), choose(), calls)
 
 
+class Checkpointed(SmallDenoiser):
+    """Computes its middle once more where gradients are needed, or keeps it."""
+
+    keeps = False
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        shift = self.time((timestep.float() / 1000).view(-1, 1)).view(-1, 8, 1, 1)
+        h = nn.functional.silu(self.first(sample) + shift)
+        result: Tensor = self.last(self.inside(h) if self.keeps else checkpoint(self.inside, h, use_reentrant=False))
+        return result
+
+    def inside(self, h: Tensor) -> Tensor:
+        return torch.tanh(self.middle(h))
+
+
+def test_checkpoints_change_nothing(calls: Calls, choose: Choose) -> None:
+    """What they compute again has the time steps of the call that it is of."""
+    config, found = preset("default", scheme="W3A4", method="S_2", compute_dtype="float32"), []
+    few = calls.select(torch.arange(0, len(calls), 4))
+    for keeps in (True, False):
+        torch.manual_seed(0)
+        model = Checkpointed().eval().requires_grad_(False)
+        model.keeps = keeps
+        quantized = calibrate(model, config.changed({"activation_iterations": 2}), few)
+        tuned = finetune(model, quantized, choose(iterations=3, method="tdq-thin"), few)
+        with torch.no_grad():
+            found.append(torch.stack([quantized(X, T), tuned(X, T)]))
+    assert torch.equal(*found)
+
+
+class Greedy(torch.autograd.Function):
+    """A checkpoint that asks for the gradients of all parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, x: Tensor, *parameters: Tensor) -> Any:
+        ctx.layer, ctx.x, ctx.parameters = layer, x, parameters
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.layer(x)
+        return None, *torch.autograd.grad(y, (x, *ctx.parameters), gradients, allow_unused=True)
+
+
+class OwnCheckpoints(SmallDenoiser):
+    """Has checkpoints of its own."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        y = super().forward(sample, timestep)
+        result: Tensor = Greedy.apply(self.last, self.first(y), *self.last.parameters())
+        return result
+
+
 class Ungraded(SmallDenoiser):
     """Turns gradients off by itself."""
 
@@ -271,6 +327,7 @@ class Mixing(SmallDenoiser):
     ("kind", "dtype", "said"),
     [
         (Ungraded, "float32", "no gradients to learn from"),
+        (OwnCheckpoints, "float32", r"let it call torch\.utils\.checkpoint"),
         (Mixing, "bfloat16", r"does not compute in torch\.bfloat16 .* choose float32 as compute_dtype"),
     ],
 )
