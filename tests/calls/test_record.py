@@ -269,6 +269,24 @@ def test_a_model_that_differentiates_itself_is_refused(on: bool) -> None:
         model(torch.randn(2, 4), torch.tensor([3, 5]))
 
 
+class Guided(Conditioned):
+    """Has guidance in another method, which calls ``forward``."""
+
+    def guided(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return 2 * self.forward(sample, timestep)[0] - self.forward(-sample, timestep)[0]
+
+
+def test_calls_of_forward_that_nothing_hears_are_one_sentence() -> None:
+    model, given = Guided(), (torch.randn(B, 4), torch.tensor([3, 5]))
+    with pytest.raises(ModelError, match="No call of Guided was heard, .* call the model itself"), record(model):
+        model.guided(*given)
+    with record(model) as calls:
+        model.mix(given[0])  # a part alone
+        model(*given)
+    assert len(calls) == B
+    assert not model.mix._forward_pre_hooks
+
+
 class Inferring(Conditioned):
     """Runs in inference mode, whoever calls it."""
 
