@@ -44,8 +44,8 @@ def state_of(model: Any) -> dict[str, Tensor]:
             )
         if is_lazy(value):
             raise ModelError(
-                f"'{name}' of the model has no values yet, since its layer is lazy and was never called; call the model "
-                "once with a sample, or leave the layer out."
+                f"'{name}' of the model has no values yet, since its layer is lazy and was never called; call the "
+                "model once with a sample, or leave the layer out."
             )
     return state
 

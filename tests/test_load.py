@@ -273,7 +273,10 @@ class Counting(nn.Identity):
 
 @pytest.mark.parametrize(
     ("part", "said"),
-    [(nn.LazyConv2d(8, 1), r"'b\.weight' of the model has no values yet"), (Counting(), r"a dict as 'b\._extra_state'")],
+    [
+        (nn.LazyConv2d(8, 1), r"'b\.weight' of the model has no values yet"),
+        (Counting(), r"a dict as 'b\._extra_state'"),
+    ],
 )
 def test_a_state_that_no_artifact_holds_is_one_sentence(part: nn.Module, said: str, own: Any) -> None:
     other = Own()
@@ -311,7 +314,9 @@ def test_all_tensors_of_a_layer_come_back(tmp_path: Path) -> None:
     assert isinstance(layer.down, Tensor) and bool(layer.down.all())
     assert int(layer.calls) == 7
     assert torch.equal(quantized(**inputs()), loaded(**inputs()))
-    assert sqnr_db(loaded(**inputs()), load_quantized(tmp_path / "out", model=fresh, backend="integer")(**inputs())) > 30
+    assert (
+        sqnr_db(loaded(**inputs()), load_quantized(tmp_path / "out", model=fresh, backend="integer")(**inputs())) > 30
+    )
 
 
 @torch.no_grad()

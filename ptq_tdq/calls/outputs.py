@@ -20,8 +20,9 @@ def tensors_of(output: Any) -> list[Tensor]:
 def prediction(output: Any) -> Tensor:
     """What a denoiser predicts: the first tensor of its output, or its list with one tensor per row, stacked.
 
-    A number (a loss beside it) has no rows and is none. A list of several shapes, such as a ControlNet's, comes as one tensor [B, values]. Raises
-    :class:`CalibrationSetError` for an output without a tensor, and for such a list without a common B.
+    A number (a loss beside it) has no rows and is none. A list of several shapes, such as a ControlNet's, comes as one
+    tensor [B, values]. Raises :class:`CalibrationSetError` for an output without a tensor, and for such a list without
+    a common B.
     """
     found = _first(output)
     if isinstance(found, Tensor):

@@ -232,9 +232,9 @@ def backward(loss: Tensor, t: Tensor | None, *, retain_graph: bool = False) -> N
     Raises :class:`ModelError` for checkpoints that ask for the gradients of what does not learn.
     """
     try:
-        with nullcontext() if t is None else at(t.to(loss.device)):
-            with torch.autograd.set_multithreading_enabled(False):  # in this thread, which knows t
-                loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        known = nullcontext() if t is None else at(t.to(loss.device))
+        with known, torch.autograd.set_multithreading_enabled(False):  # in this thread, which knows t
+            loss.backward(retain_graph=retain_graph)
     except RuntimeError as error:
         if "does not require grad" not in str(error):
             raise

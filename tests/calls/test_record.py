@@ -278,7 +278,7 @@ class Guided(Conditioned):
 
 def test_calls_of_forward_that_nothing_hears_are_one_sentence() -> None:
     model, given = Guided(), (torch.randn(B, 4), torch.tensor([3, 5]))
-    with pytest.raises(ModelError, match="No call of Guided was heard, .* call the model itself"), record(model):
+    with pytest.raises(ModelError, match=r"No call of Guided was heard, .* call the model itself"), record(model):
         model.guided(*given)
     with record(model) as calls:
         model.mix(given[0])  # a part alone
@@ -303,7 +303,7 @@ def test_a_model_that_turns_inference_mode_on_is_refused() -> None:
 @pytest.mark.parametrize("name", ["sample", "extra"])
 def test_an_argument_that_is_no_tree_of_tensors_is_refused(name: str, model: Conditioned) -> None:
     given = {"sample": torch.randn(B, 4), "timestep": torch.tensor([3, 5]), name: Output(None, torch.randn(B, 4))}
-    with record(model), pytest.raises(CalibrationSetError, match="an argument of type Output, .* in dicts, lists"):
+    with record(model), pytest.raises(CalibrationSetError, match=r"an argument of type Output, .* in dicts, lists"):
         model(**given)
 
 
