@@ -211,7 +211,7 @@ class Routed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(1)
+        torch.manual_seed(2)
         self.first, self.middle = nn.Linear(4, 4), Experts()
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
