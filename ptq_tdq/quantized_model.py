@@ -187,7 +187,7 @@ class QuantizedModel(TimedModel):
         layers = self.layers().values()
         for layer in layers:
             layer.finalize()
-        new = {id(p) for layer in layers for p in layer.layer.parameters()}
+        new = {id(p) for layer in layers for p in (own_weight(layer.layer), layer.bias)}
         for parameter in self.model.parameters():
             if id(parameter) not in new:
                 parameter.data = parameter.detach().clone()
@@ -195,12 +195,11 @@ class QuantizedModel(TimedModel):
 
     def _float_state(self) -> dict[str, Tensor]:
         """All tensors that stay in floating point, under the original model's names."""
-        quantized, state = tuple(f"{name}." for name in self.layers()), {}
-        for key, value in self.model.state_dict().items():
-            if not key.startswith(quantized) and f".{ATTRIBUTE}." not in key:
-                state[key] = value
-            elif key.endswith(".layer.bias"):
-                state[key.replace(".layer.bias", ".bias")] = value
+        layers, state = self.layers(), self.model.state_dict()
+        own = tuple(f"{name}." for name in layers)
+        state = {k: value for k, value in state.items() if not k.startswith(own) and f".{ATTRIBUTE}." not in k}
+        for name, layer in layers.items():  # all that a class of layers has, but for what its codes replace
+            state |= {f"{name}.{k}": value for k, value in layer.layer.state_dict().items() if k != "weight"}
         return state
 
 

@@ -193,11 +193,13 @@ FORMS: list[Callable[[Tensor], Any]] = [
     lambda x: (None, {"logits": None, "sample": [x, 2 * x]}),
     lambda x: Output(None, x),
     lambda x: {"none": [], "sample": list(x)},
+    lambda x: (torch.zeros(()), x),
+    lambda x: {"loss": [torch.zeros(()), torch.ones(())], "sample": x},
 ]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_prediction_is_the_first_tensor_of_any_output(form: Callable[[Tensor], Any]) -> None:
+def test_the_prediction_is_the_first_tensor_with_rows_of_any_output(form: Callable[[Tensor], Any]) -> None:
     x = torch.randn(3, 4)
     assert torch.equal(prediction(form(x)), torch.stack([x, 2 * x]) if form is FORMS[1] else x)
 
@@ -266,6 +268,44 @@ def test_a_model_that_differentiates_itself_is_refused(on: bool) -> None:
     model = Energy(on)
     with record(model), pytest.raises(ModelError, match="Energy differentiates itself"):
         model(torch.randn(2, 4), torch.tensor([3, 5]))
+
+
+class Guided(Conditioned):
+    """Has guidance in another method, which calls ``forward``."""
+
+    def guided(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return 2 * self.forward(sample, timestep)[0] - self.forward(-sample, timestep)[0]
+
+
+def test_calls_of_forward_that_nothing_hears_are_one_sentence() -> None:
+    model, given = Guided(), (torch.randn(B, 4), torch.tensor([3, 5]))
+    with pytest.raises(ModelError, match=r"No call of Guided was heard, .* call the model itself"), record(model):
+        model.guided(*given)
+    with record(model) as calls:
+        model.mix(given[0])  # a part alone
+        model(*given)
+    assert len(calls) == B
+    assert not model.mix._forward_pre_hooks
+
+
+class Inferring(Conditioned):
+    """Runs in inference mode, whoever calls it."""
+
+    @torch.inference_mode()
+    def forward(self, sample: Tensor, timestep: Any, extra: Any = None, **more: Any) -> tuple[Tensor]:
+        return super().forward(sample, timestep, extra, **more)
+
+
+def test_a_model_that_turns_inference_mode_on_is_refused() -> None:
+    with record(model := Inferring()), pytest.raises(ModelError, match="Inferring turns inference mode on"):
+        loop(model)
+
+
+@pytest.mark.parametrize("name", ["sample", "extra"])
+def test_an_argument_that_is_no_tree_of_tensors_is_refused(name: str, model: Conditioned) -> None:
+    given = {"sample": torch.randn(B, 4), "timestep": torch.tensor([3, 5]), name: Output(None, torch.randn(B, 4))}
+    with record(model), pytest.raises(CalibrationSetError, match=r"an argument of type Output, .* in dicts, lists"):
+        model(**given)
 
 
 class Pair(nn.Module):
