@@ -27,6 +27,7 @@ from ptq_tdq.identity import dtype_name
 from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
+CACHED = 2  # the form of what the cache holds; the first one had other time axes
 Progress = Callable[[int, int], None]
 
 
@@ -198,7 +199,7 @@ def collect_cached(
     Raises what :func:`collect` raises, and :class:`~ptq_tdq.errors.OutputError` for a cache that cannot be written.
     """
     wanted = make_recipe(model, **recipe)
-    name = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps([CACHED, wanted], sort_keys=True).encode()).hexdigest()[:32]
     path = (cache_folder() if cache_dir is None else Path(cache_dir)) / f"calls-{name}.safetensors"
     try:
         cached = Calls.load(path)

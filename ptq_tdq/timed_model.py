@@ -23,8 +23,9 @@ def in_float32(value: Any) -> Any:
     """``value``, or what a dict, list or tuple holds, with the floating tensors in float32."""
     if type(value) is dict:
         return {key: in_float32(inner) for key, inner in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(in_float32, value))
+    if isinstance(value, list | tuple):
+        items = map(in_float32, value)
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)  # a tuple whose items have names
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -38,7 +39,7 @@ def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
     def pick(*leaves: Any) -> Any:
         if of_samples(leaves[0]):
             return [next(x[i] for x, own in zip(leaves, chosen, strict=True) if own[i]) for i in range(count)]
-        if not isinstance(leaves[0], Tensor) or len(leaves[0]) != count:
+        if not isinstance(leaves[0], Tensor) or leaves[0].shape[:1] != (count,):
             return leaves[0]
         whole = leaves[0].clone()
         for leaf, own in zip(leaves, chosen, strict=True):
@@ -112,6 +113,13 @@ class TimedModel(Delegating):
         )
 
     load_lora_adapter = add_adapter = _refuse_adapters
+
+    def fuse_qkv_projections(self) -> None:
+        """Raises :class:`ModelError`: a fused layer would be one that nothing has calibrated."""
+        raise ModelError(
+            "Quantized projections are not fused: call fuse_qkv_projections() on the full-precision model, and "
+            "calibrate that."
+        )
 
     @property
     def dtype(self) -> torch.dtype:

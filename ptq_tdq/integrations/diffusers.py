@@ -46,7 +46,7 @@ from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.products import called_by
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.structure import building
-from ptq_tdq.timed_model import ADAPTERS
+from ptq_tdq.timed_model import ADAPTERS, TimedModel
 from ptq_tdq.wrap import fold
 
 __all__ = ["PtqTdqConfig", "as_diffusers"]
@@ -229,7 +229,8 @@ def _timed(cls: type[nn.Module]) -> Any:
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _StateDict(cls.state_dict(self, *args, **kwargs))
 
-    others = {"untimed": cls, "fuse_lora": _refuse_to_fuse, "to": to, "state_dict": state_dict}
+    refused = {"fuse_lora": _refuse_to_fuse, "fuse_qkv_projections": TimedModel.fuse_qkv_projections}
+    others = {"untimed": cls, "to": to, "state_dict": state_dict, **refused}
     adapters = {name: _adapting(getattr(cls, name)) for name in ADAPTERS if hasattr(cls, name)}
     return called_by(cls, call, _timed, **others, **adapters)
 

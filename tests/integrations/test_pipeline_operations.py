@@ -203,6 +203,18 @@ def test_a_new_adapter_goes_beside_quantized_layers(native: Any, stable_diffusio
     assert torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
 
 
+def test_projections_are_fused_before_calibration(native: Any, stable_diffusion: Calibrated) -> None:
+    """A fused layer would be one that nothing has calibrated."""
+    for backend in ("simulated", "integer"):
+        pipe = stable_diffusion.pipe()
+        pipe.unet = load_quantized(stable_diffusion.artifact, backend=backend)
+        with pytest.raises(ModelError, match="calibrate that"):
+            pipe.fuse_qkv_projections()
+    with pytest.raises(ModelError, match="calibrate that"):
+        native.fuse_qkv_projections()
+    assert torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
+
+
 def test_a_lora_on_a_module_of_ours_says_how(stable_diffusion: Calibrated) -> None:
     pipe = stable_diffusion.quantized()
     for add in (pipe.load_lora_weights, pipe.unet.add_adapter):
