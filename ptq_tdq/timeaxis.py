@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -159,7 +159,7 @@ def usual_name(parameters: Iterable[str]) -> str | None:
 
 def find_axis(
     argument: str,
-    seen: Sequence[float],
+    seen: Collection[float],
     schedule: Sequence[float] = (),
     total: int | None = None,
     reach: Sequence[float] = (),
@@ -198,7 +198,7 @@ def _on(schedule: Sequence[float], axis: TimeAxis, value: float) -> bool:
     return any(abs(t - step) <= error for step in schedule)
 
 
-def _whole(values: Sequence[float]) -> bool:
+def _whole(values: Collection[float]) -> bool:
     return all(value == int(value) for value in values)
 
 

@@ -45,13 +45,14 @@ def record(model: nn.Module, *, time: str | None = None, num_train_timesteps: in
 class Recorder:
     """Hears of every call of a model while :meth:`listening`, and keeps copies of their arguments on the CPU.
 
-    ``seen`` are the values of the time argument, one per call; ``step`` is the index of the present step: calls that
-    follow each other with one time value (guidance in two calls) belong to one.
+    ``seen`` are the values of the time argument; ``step`` is the index of the present step: calls that follow each
+    other with one time value (guidance in two calls) belong to one.
     """
 
     def __init__(self, model: nn.Module, time: str | None = None) -> None:
         self.model, self.argument = model, time_argument(model, time)
-        self.seen: list[float] = []
+        self.seen: set[float] = set()
+        self._times: list[float] = []  # the mean of each call's
         self.step = -1
         self._wanted: Wanted | None = None
         self._on_step: Callable[[int], None] = lambda step: None
@@ -96,7 +97,7 @@ class Recorder:
         """
         self._first_trajectory = self._first_trajectory + self._rows if first is None else first
         self._samples, self._wanted, self._on_step = samples, wanted, on_step
-        self._rows, self._began, self.step = 0, len(self.seen), -1
+        self._rows, self._began, self.step = 0, len(self._times), -1
 
     def _pass_by(self, *_: Any) -> None:
         self._passed_by |= not self.seen
@@ -106,14 +107,15 @@ class Recorder:
             return
         arguments, name = bind(module, args, kwargs), self.argument
         check_argument({other: given for other, given in arguments.items() if other != name})
-        value = float(time_values(arguments.get(name), name).float().mean())
-        before = self.seen[self._began :]
+        values = time_values(arguments.get(name), name).float()
+        value, before = float(values.mean()), self._times[self._began :]
         if self._samples is None and len(before) > 1 and value == before[0] != before[-1]:
             self.begin()  # the sampler has come back to its first step
             before = []
         if not before or value != before[-1]:
             self.step += 1
-        self.seen.append(value)
+        self.seen.update(values.flatten().tolist())
+        self._times.append(value)
         self._on_step(self.step)
         rows = count_rows(arguments, name)
         self._rows = max(self._rows, self._samples or rows)
