@@ -147,8 +147,9 @@ def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> C
 def axis_of(recorder: Recorder, schedule: Any) -> TimeAxis:
     """The time axis of a model, from what it was called with and the schedule of the same run."""
     total = getattr(schedule.config, "num_train_timesteps", None)
-    steps, longer = [float(t) for t in schedule.timesteps], copy.deepcopy(schedule)
+    steps = [float(t) for t in schedule.timesteps]
     try:
+        longer = copy.deepcopy(schedule)
         longer.set_timesteps(total)
         reach = [float(t) for t in longer.timesteps]
     except Exception:  # of any type: it has no such number, runs fewer steps, or needs more than their number

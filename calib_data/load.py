@@ -107,13 +107,14 @@ def from_pipeline(
     if not hasattr(pipe, "components"):
         raise ModelError(f"A {type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
     quantized = [name for name, value in pipe.components.items() if isinstance(value, TimedModel)]
-    if component in quantized or (component is None and quantized):
-        raise ModelError(f"The {quantized[0]} is quantized already; calibrate the full-precision one.")
     known = [
         name
         for name, value in pipe.components.items()
         if isinstance(value, nn.Module) and diffusers_class(type(value).__name__) and _takes_time(value)
     ]
+    if component in quantized or (component is None and quantized and not known):
+        name = component or quantized[0]
+        raise ModelError(f"The {name} is quantized already; calibrate the full-precision one.")
     if component is None and len(known) != 1:
         raise ModelError(
             f"{type(pipe).__name__} has {'several denoisers' if known else 'no denoiser'} ({', '.join(known)}); "
@@ -147,7 +148,8 @@ def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
                 raise ValueError("their noise schedules are of different kinds")
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{name} cannot be made from the model's own schedule ({error}); try another, or save the pipeline with it."
+            f"{name} cannot be made from the model's own schedule ({error}); try another, or save the pipeline with "
+            "that scheduler and load it."
         ) from error
     return replace(model, sampler=sampler)
 

@@ -183,8 +183,8 @@ def _close_steps(calls: Calls) -> Iterator[str]:
     shared = len(t) - len(t.round().unique())
     if shared > len(t) // 4:
         yield (
-            f"{shared} of {len(t)} steps lie so close together on the time axis that they share intervals with others; "
-            f"a model whose {calls.axis.argument} spans decades is better called with its logarithm."
+            f"{shared} of {len(t)} steps lie so close together on the time axis that they share entries of the tables "
+            f"with others; if {calls.axis.argument} is a noise level over decades, call the model with its logarithm."
         )
 
 

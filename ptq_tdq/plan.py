@@ -193,18 +193,17 @@ def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], conf
     unfaithful = [name for name, layer in seen.layers.items() if not layer.faithful]
     if unfaithful:
         yield (
-            f"In floating point: {_some(unfaithful)}, "
-            "since each does more than the plain operation on one input and a real weight of its own (in its own "
-            "forward pass, by a hook, or with further arguments)."
+            f"In floating point: {_some(unfaithful)}, since each is not the plain operation of its class on one input "
+            "and its own weight (a forward pass of its own, a hook, further arguments, complex weights)."
         )
     unbatched = [name for name, layer in seen.layers.items() if layer.faithful and layer.unbatched]
     if unbatched:
         yield f"In floating point: {_some(unbatched)}, since what each is given has no axis of samples."
     if seen.elsewhere:
         share = _share({name: layer.macs for name, layer in seen.elsewhere.items()}, seen)
-        yield f"In floating point: {_some(seen.elsewhere)} ({share}), since only some of the recorded calls reach them."
+        yield f"In floating point: {_some(seen.elsewhere)} ({share}), since only some calls reach them."
     if seen.unused:
-        yield f"In floating point: {_some(seen.unused)}, since no recorded call that was looked at reaches them."
+        yield f"In floating point: {_some(seen.unused)}, since no call of any recorded form reaches them."
     if seen.loose:
         yield (
             f"Weights that no linear layer or convolution holds stay in floating point ({_share(seen.loose, seen)}): "

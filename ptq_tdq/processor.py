@@ -66,7 +66,7 @@ def products_in(dtype: torch.dtype, weights: Iterable[Tensor], device: torch.dev
         with torch.autocast(device.type, dtype, enabled=lower, cache_enabled=False):
             yield
     except RuntimeError as error:
-        if not lower or "type" not in str(error):
+        if not lower or not any(word in str(error) for word in ("dtype", "scalar type", "data type")):
             raise
         raise ModelError(
             f"An operation of the model does not compute in {dtype} ({first_line(error)}); choose float32 as "

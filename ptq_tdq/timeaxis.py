@@ -174,27 +174,30 @@ def find_axis(
     given = [*schedule, *reach]
     largest = max(seen, default=1.0)
     length = total or (USUAL_LENGTH if largest <= USUAL_LENGTH else math.ceil(largest))
+    loose = LOOSE * max((abs(t) / 8 for t in schedule), default=0.0)
     forms = [TimeAxis(argument, length, *form) for form in ((1.0, 0.0), (length, 0.0), (-length, length))]
     if schedule and min(schedule) >= 0 and max(schedule) <= length and max(given) >= FINE * length:
         for axis in forms:
-            if all(_on(schedule, axis, value) for value in seen):
+            if all(_on(schedule, loose, axis, value) for value in seen):
                 return axis
-    if schedule and all(_on(schedule, forms[0], value) for value in seen):  # the model gets what the scheduler gives
-        seen = given
+    if schedule and all(_on(schedule, loose, forms[0], value) for value in seen):
+        seen = given  # the model gets what the scheduler gives
     low, high = min(seen, default=0.0), max(seen, default=1.0)
     if low >= 0 and high <= length:
         if high <= 1 + LOOSE and not _whole(seen):
             return forms[1]
-        if _whole(seen) or high >= FINE * length or (total and not schedule):
+        told_apart = len({round(value) for value in seen}) == len(set(seen))  # each by an entry of a table
+        if _whole(seen) or told_apart or high >= FINE * length or (total and not schedule):
             return forms[0]
     room = ROOM * ((high - low) or max(abs(high), 1.0))
     stretch = length / (high - low + 2 * room)
     return TimeAxis(argument, length, stretch, (room - low) * stretch)
 
 
-def _on(schedule: Sequence[float], axis: TimeAxis, value: float) -> bool:
-    """Whether a time value is one of a scheduler's steps, as exactly as bfloat16 holds the value."""
-    t, error = axis.scale * value + axis.offset, LOOSE * max(abs(axis.scale * value), *(abs(t) / 8 for t in schedule))
+def _on(schedule: Sequence[float], loose: float, axis: TimeAxis, value: float) -> bool:
+    """Whether a time value is one of a scheduler's steps, as exactly as bfloat16 holds the value, or to ``loose``."""
+    t = axis.scale * value + axis.offset
+    error = max(LOOSE * abs(axis.scale * value), loose)
     return any(abs(t - step) <= error for step in schedule)
 
 

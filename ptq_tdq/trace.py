@@ -104,7 +104,7 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
         loose,
         watcher.fused,
         watcher.elsewhere,
-        [name for name in unused if name not in watcher.elsewhere],
+        [name for name in unused if not watcher.saw(name, watcher.modules[name])],
     )
 
 
@@ -172,8 +172,7 @@ def _other_values(leaf: Any) -> Any:
 def _other_time(group: Group, name: str, value: Tensor) -> Tensor:
     leaf = group.rows[group.tree[name].index]
     assert isinstance(leaf, Tensor)
-    distance = (leaf.double() - value.to(leaf.device)).abs().flatten(1 if leaf.ndim > 1 else 0)
-    distance = distance.sum(1) if leaf.ndim > 1 else distance
+    distance = (leaf.double() - value.to(leaf.device)).abs().reshape(len(leaf), -1).sum(1)
     if bool(distance.any()):
         return leaf[distance.argmax()][None].to(value.device)
     return value / 2 if value.is_floating_point() else value // 2 + (value < 2)

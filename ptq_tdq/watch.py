@@ -31,9 +31,10 @@ _CONVOLUTIONS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
 }
-_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
-_CELLS = {torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell}
-_BY_ROWS = _RECURRENT | _CELLS | {functional.bilinear}  # each row of the first operand meets each weight once
+_BY_ROWS = {  # whose multiply-accumulates are the rows of the first operand times the elements of all weights
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, functional.bilinear),
+    *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
+}
 _GROUPED = {f for m in (torch, functional) for n in ("_grouped_mm", "grouped_mm") if (f := getattr(m, n, None))}
 _PRODUCTS = {*_MATMULS, *_CONVOLUTIONS, *_BY_ROWS, *_GROUPED, functional.linear}
 
@@ -154,7 +155,7 @@ class Watcher:
         return hook
 
     def _plain(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
-        """The plain operation on one input and parameters of the layer's own, which no hook or caller exchanges."""
+        """The plain operation on one input and the layer's own parameters; None where there may be more."""
         x, own = layer_input(args, kwargs), [p for p in module._parameters.values() if p is not None]
         if x is None or len(args) + len(kwargs) > 1 or "weight" not in module._parameters:
             return None
@@ -185,7 +186,7 @@ class Watcher:
             if not self.again:
                 layer.macs += macs
             elif name in self.elsewhere:
-                layer.macs = macs
+                layer.macs = macs * len(self.run.inputs[name])
             kept = layer_input(args, kwargs) is x  # no hook gives another input
             layer.faithful = layer.faithful and kept and _same(expected, output)
 
@@ -250,7 +251,7 @@ class _Functions(TorchFunctionMode):
             macs = result.numel() * (
                 operands[1][0].numel() if func in _CONVOLUTIONS else left.shape[-1] if left.ndim else 1
             )
-        product = Product(macs, bool(held), tuple(map(Print.of, operands)))
+        product = Product(macs, bool(held), () if held else tuple(map(Print.of, operands)))
         self.watcher.run.others.setdefault(self.watcher.stack[-1], []).append(product)
 
     def parts(self, x: Tensor) -> tuple[int, ...]:

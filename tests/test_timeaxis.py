@@ -142,6 +142,7 @@ def test_without_a_schedule_a_time_that_never_exceeds_1_is_a_part_of_the_axis() 
     assert find_axis("t", [999.0, 500.0, 1.0]).scale == 1
     assert find_axis("t", [1.0, 0.0]).scale == 1, "the last steps of a scheduler"
     assert find_axis("t", [80.5, 40.25], total=T).scale == 1, "a run that began late"
+    assert find_axis("t", [90.5, 77.9, 65.4, 52.8, 40.2]).scale == 1, "the same, whatever its number of steps"
 
 
 UNUSUAL = {

@@ -249,9 +249,9 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
 
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
-    """Calls of ``model`` compute no gradients; raises :class:`ModelError` for one that differentiates itself.
+    """Calls of ``model`` compute no gradients.
 
-    So does one that calls its layers in inference mode by itself.
+    Raises :class:`ModelError` for a model that differentiates itself, or turns on inference mode in its forward.
     """
     inference = torch.is_inference_mode_enabled()
     refusal = ModelError(

@@ -78,7 +78,8 @@ class Recorder:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        parts = (part.register_forward_pre_hook(self._pass_by) for part in self.model.children())
+        children = (part for part in self.model.children() if not isinstance(part, torch.jit.ScriptModule))
+        parts = (part.register_forward_pre_hook(self._pass_by) for part in children)
         with self.model.register_forward_pre_hook(self._hear, with_kwargs=True), hooked(parts):
             yield
 

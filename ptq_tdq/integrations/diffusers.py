@@ -256,16 +256,25 @@ class _StateDict(OrderedDict[str, Any]):
         super().__init__(state)
         vars(self).update(vars(state))  # torch's metadata
 
+    def __reduce__(self) -> Any:
+        """What is copied or written is a plain one."""
+        plain = OrderedDict(self)
+        vars(plain).update(vars(self))
+        return plain.__reduce__()
+
+    def copy(self) -> _StateDict:
+        return _StateDict(self)
+
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or super().__contains__(_inside(str(name)))
+        return super().__contains__(name) or super().__contains__(_name_inside(str(name)))
 
     def __missing__(self, name: str) -> Any:
         if name not in self:
             raise KeyError(name)
-        return self[_inside(name)]
+        return self[_name_inside(name)]
 
 
-def _inside(name: str) -> str:
+def _name_inside(name: str) -> str:
     """Where a quantized layer holds the tensor that is called ``name`` in full precision."""
     layer, _, own = name.rpartition(".")
     return f"{layer}.{QuantLayer._inside}.{own}"

@@ -152,11 +152,12 @@ class QuantLayer(Delegating):
         self.weights_enabled = False
         # float32, since what it learns is less than half precision can hold; a buffer, since a model's dtype is that
         # of its parameters
-        self.shift: Tensor | None = None
-        if self.bias is not None:
-            del self.shift
+        self.shift: Tensor | None
+        if self.bias is None:
+            self.shift = None
+        else:
             self.register_buffer("shift", torch.zeros_like(self.bias, dtype=torch.float32), persistent=False)
-        self._mixed: Tensor | None = None  # the weight in other coordinates than the layer holds it in
+        self._rotated: Tensor | None = None
         self._known: Tensor | None = None  # what the codes stand for, once it was asked for
         self.finished = False
 
@@ -167,19 +168,14 @@ class QuantLayer(Delegating):
         Of a finished layer it is what the layer does with its input, for a LoRA's norms and whoever else reads it.
         """
         own = own_weight(self.layer)
-        if not self.record.rotated and (self.divisor is None or not self.finished):
+        if self.finished and (self.record.rotated or self.divisor is not None):
+            meets = own.float() if self.divisor is None else own.float() / self.divisor
+            return (unrotated(meets) if self.record.rotated else meets).to(own.dtype)
+        if self.finished or not self.record.rotated:
             return outputs_first(self.layer, own)
-        if self._mixed is not None:
-            return self._mixed
-        mixed = (self._outside(own.float()) if self.finished else rotated(own.float())).to(own.dtype)
-        if not torch.compiler.is_compiling():
-            self._mixed = mixed
-        return mixed
-
-    def _outside(self, weight: Tensor) -> Tensor:
-        """A weight [O, C] that meets the input's codes, as it meets the input."""
-        weight = weight if self.divisor is None else weight / self.divisor
-        return unrotated(weight) if self.record.rotated else weight
+        if self._rotated is None:
+            self._rotated = rotated(own.float()).to(own.dtype)
+        return self._rotated
 
     @property
     def divisor(self) -> Tensor | None:
@@ -206,7 +202,6 @@ class QuantLayer(Delegating):
         """Move with the model but keep what is beside the weight in float32."""
         kept = {name: value for name, value in self._buffers.items() if value is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._mixed = None
         self._buffers |= {name: value.to(fn(value).device) for name, value in kept.items()}
         return self
 
@@ -232,7 +227,7 @@ class QuantLayer(Delegating):
         """Final codes of one channel range."""
         device = own_weight(self.layer).device
         self.weight_quantizers()[index].assign(codes.to(device), scale.to(device), zero_point.to(device))
-        self._known, self._mixed, self.finished = None, None, False
+        self._known, self.finished = None, False
 
     def quantized_weight(self) -> Tensor:
         """The weight of all ranges in the layer's own form: soft while rounding is learned, else that of the codes."""
@@ -250,7 +245,7 @@ class QuantLayer(Delegating):
 
     def forget(self) -> None:
         """Drop what follows from the codes and the original; it is computed again where it is asked for."""
-        self._known, self._mixed = None, None
+        self._known, self._rotated = None, None
 
     def finalize(self) -> None:
         """Replace the original weight by the quantized one, and the bias by the corrected one."""
@@ -261,7 +256,7 @@ class QuantLayer(Delegating):
                 bias = (self.bias + self.shift).to(self.bias.dtype)
                 self.layer.bias = nn.Parameter(bias, requires_grad=False)
                 self.shift.zero_()
-        self._known, self._mixed, self.finished = None, None, True
+        self._known, self._rotated, self.finished = None, None, True
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input behind its quantizers: one for each channel range, none where only the weight is quantized."""
@@ -291,7 +286,7 @@ class QuantLayer(Delegating):
             y: Tensor = self.layer(x)  # called, so that what moves its weight to and fro, or casts it, knows
             return y
         if not self.weights_enabled:
-            weight = self.weight if self.record.rotated else own_weight(self.layer)
+            weight = self.weight if self.record.rotated and not self.finished else own_weight(self.layer)
             return self.kind.operation(self.layer, x, weight, self.bias)
         bias = None if self.bias is None or self.shift is None else (self.bias + self.shift).to(x.dtype)
         return self.kind.operation(self.layer, x, self.quantized_weight().to(x.dtype), bias)

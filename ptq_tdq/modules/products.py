@@ -222,7 +222,8 @@ def _listening(cls: type[nn.Module]) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # what a cache answers does not come here
         out = cls.forward(self, *args, **kwargs)
         mode = None if torch.compiler.is_compiling() else _get_current_function_mode()
-        if isinstance(mode, _Intercept) and mode.owner is self and not mode.heard:
+        replaceable = hasattr(self, "processor")  # others may have nothing to attend to in a call
+        if replaceable and isinstance(mode, _Intercept) and mode.owner is self and not mode.heard:
             raise _elsewhere(self, "without scaled_dot_product_attention")
         return out
 

@@ -227,7 +227,7 @@ class Unit:
 
 
 def backward(loss: Tensor, t: Tensor | None, *, retain_graph: bool = False) -> None:
-    """Gradients of the loss of a call at ``t``, the time of what checkpoints compute again; None for several calls.
+    """Gradients of the loss of a call at ``t``, at which checkpoints compute again; None where it has no single t.
 
     Raises :class:`ModelError` for checkpoints that ask for the gradients of what does not learn.
     """

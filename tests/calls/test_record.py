@@ -340,5 +340,5 @@ def test_steps_that_share_intervals_are_said(values: tuple[float, ...], shared: 
     with record(model) as calls:
         for value in values:
             model(torch.ones(2, 4), torch.full((2,), value))
-    said = [notice for notice in calibrate(model, QUICK, calls).notices if "share intervals" in notice]
+    said = [notice for notice in calibrate(model, QUICK, calls).notices if "share entries" in notice]
     assert [notice[:6] for notice in said] == ([f"{shared} of {len(values)}"] if shared else [])

@@ -6,6 +6,7 @@ to and from an accelerator.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,13 @@ def test_a_new_adapter_goes_beside_quantized_layers(native: Any, stable_diffusio
     assert not torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
     native.unet.disable_adapters()
     assert torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
+
+
+def test_a_state_dict_is_copied_and_written_as_any_other(native: Any, tmp_path: Path) -> None:
+    state = native.unet.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    for other in (copy.deepcopy(state), copy.copy(state), state.copy(), torch.load(tmp_path / "state.pt")):
+        assert list(other) == list(state) and all(torch.equal(other[key], value) for key, value in state.items())
 
 
 def test_projections_are_fused_before_calibration(native: Any, stable_diffusion: Calibrated) -> None:
