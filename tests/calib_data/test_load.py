@@ -285,7 +285,7 @@ def test_another_scheduler_keeps_the_noise_schedule_of_the_model() -> None:
     ("name", "sentence"),
     [
         ("SchedulerMixin", "no scheduler named 'SchedulerMixin'"),
-        ("EDMEulerScheduler", "of different kinds.*save the pipeline with it"),
+        ("EDMEulerScheduler", "of different kinds.*save the pipeline with that scheduler"),
         ("FlowMatchEulerDiscreteScheduler", "of different kinds"),
     ],
 )
