@@ -3,9 +3,11 @@
 One JSON line per (model, scheme, batch), one thread: milliseconds of one call of the denoiser (process CPU time, the
 least of the rounds), each file's speed over its own runtime's float32 and over that runtime's own static int8 model
 (made by onnxruntime.quantization, and by NNCF), how many products the runtime executes as integers, the file's size
-over that of the float32 weights, and the SQNR of its output against the simulated model's and against full precision;
-that of the runtimes' own int8 models, too, whose intervals come from these very inputs. "qdq" is the graph of one step
-of ``--runtime qdq``. OpenVINO computes what is not integers in float32, in all of its models.
+over that of the float32 weights, and the SQNR of its output against the simulated model's and against full precision,
+on calls of other trajectories than calibration's; that of the runtimes' own int8 models, too, whose intervals come from
+these very inputs. "qdq" is the graph of one step of ``--runtime qdq``. OpenVINO computes what is not integers in
+float32, in all of its models. Calibration is a quick one, since speed does not depend on it; ``--calibrated`` gives the
+files all that preset default has.
 
 "float32" is the graph of ``--format onnx-float``; for onnxruntime with the same normalization nodes as in the integer
 file, so that only integers make the difference.
@@ -79,11 +81,19 @@ NOISE = [f"{name}, dB" for name in STATIC]
 @click.option("--schemes", default="W8A8,W4A8")
 @click.option("--batches", default="1,8")
 @click.option("--rounds", default=15)
+@click.option("--calibrated", is_flag=True, help="Calibrate as preset default does, which takes minutes.")
 @click.option("--set", "settings", multiple=True, help="A choice of calibration, name=value.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--render", is_flag=True, help="Only print the table.")
 def main(
-    models: str, schemes: str, batches: str, rounds: int, settings: tuple[str, ...], results: Path, render: bool
+    models: str,
+    schemes: str,
+    batches: str,
+    rounds: int,
+    calibrated: bool,
+    settings: tuple[str, ...],
+    results: Path,
+    render: bool,
 ) -> None:
     chosen = parse_choices(settings)
     torch.set_num_threads(1)
@@ -92,13 +102,13 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             model = make_model(name, Path(folder))
             for scheme in schemes.split(","):
-                config = preset("default", scheme=scheme, **QUICK, **SAMPLES, **chosen)
-                calls = collect(model, **SAMPLES)
+                config = preset("default", scheme=scheme, **({} if calibrated else QUICK | SAMPLES), **chosen)
+                calls, fresh = (collect(model, **config.recipe | {"seed": seed}) for seed in (0, 1))
                 artifact = calibrate(model, config, calls).to_artifact()
                 paths = export(artifact, calls, Path(folder) / scheme)
                 for batch in map(int, batches.split(",")):
-                    line = {"model": name, "scheme": scheme, "batch": batch, "set": chosen}
-                    line |= measure(model.denoiser, artifact, calls, paths, batch, rounds)
+                    line = {"model": name, "scheme": scheme, "batch": batch, "calibrated": calibrated, "set": chosen}
+                    line |= measure(model.denoiser, artifact, fresh, paths, batch, rounds)
                     append(results, line)
     print(table(read(results)))
 

@@ -47,9 +47,10 @@ def conditional_unet() -> tuple[UNet2DConditionModel, Calls]:
 
 
 def call_of(calls: Calls, batch: int, t: float) -> dict[str, Any]:
-    """A call like the recorded ones, with ``batch`` rows, all at time step ``t``."""
-    rows = torch.arange(batch) % len(calls.groups[0])
-    arguments = calls.inputs(rows)
+    """A call of ``batch`` rows, all at time step ``t``: those that were recorded nearest to it."""
+    away = (calls.axis.t(calls.groups[0].leaf(calls.axis.argument)) - t).abs()
+    nearest = torch.nonzero(away == away.min()).flatten()
+    arguments = calls.inputs(nearest[torch.arange(batch) % len(nearest)])
     return {**arguments, calls.axis.argument: at(calls, batch, t)}
 
 

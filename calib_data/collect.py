@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -26,6 +27,7 @@ from ptq_tdq.identity import dtype_name
 from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
+CACHED = 2  # the form of what the cache holds; the first one had other time axes
 Progress = Callable[[int, int], None]
 
 
@@ -145,7 +147,14 @@ def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> C
 def axis_of(recorder: Recorder, schedule: Any) -> TimeAxis:
     """The time axis of a model, from what it was called with and the schedule of the same run."""
     total = getattr(schedule.config, "num_train_timesteps", None)
-    return find_axis(recorder.argument, recorder.seen, [float(t) for t in schedule.timesteps], total)
+    steps = [float(t) for t in schedule.timesteps]
+    try:
+        longer = copy.deepcopy(schedule)
+        longer.set_timesteps(total)
+        reach = [float(t) for t in longer.timesteps]
+    except Exception:  # of any type: it has no such number, runs fewer steps, or needs more than their number
+        reach = []
+    return find_axis(recorder.argument, recorder.seen, steps, total, reach)
 
 
 def make_recipe(
@@ -191,7 +200,7 @@ def collect_cached(
     Raises what :func:`collect` raises, and :class:`~ptq_tdq.errors.OutputError` for a cache that cannot be written.
     """
     wanted = make_recipe(model, **recipe)
-    name = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps([CACHED, wanted], sort_keys=True).encode()).hexdigest()[:32]
     path = (cache_folder() if cache_dir is None else Path(cache_dir)) / f"calls-{name}.safetensors"
     try:
         cached = Calls.load(path)

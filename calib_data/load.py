@@ -27,6 +27,7 @@ from ptq_tdq.identity import first_nonfinite, model_name, model_sha256
 from ptq_tdq.processor import check_device
 from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import time_argument
+from ptq_tdq.timed_model import TimedModel
 
 _ACCELERATE = find_spec("accelerate") is not None  # loads in less memory; some models are loaded in no other way
 
@@ -105,11 +106,15 @@ def from_pipeline(
     """A pipeline of diffusers that is already in memory; the arguments are those of :func:`load_model`."""
     if not hasattr(pipe, "components"):
         raise ModelError(f"A {type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
+    quantized = [name for name, value in pipe.components.items() if isinstance(value, TimedModel)]
     known = [
         name
         for name, value in pipe.components.items()
         if isinstance(value, nn.Module) and diffusers_class(type(value).__name__) and _takes_time(value)
     ]
+    if component in quantized or (component is None and quantized and not known):
+        name = component or quantized[0]
+        raise ModelError(f"The {name} is quantized already; calibrate the full-precision one.")
     if component is None and len(known) != 1:
         raise ModelError(
             f"{type(pipe).__name__} has {'several denoisers' if known else 'no denoiser'} ({', '.join(known)}); "
@@ -130,7 +135,7 @@ def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
     Raises :class:`ConfigError` for a class that diffusers does not have or that cannot be made from this schedule.
     """
     cls = diffusers_class(name, "SchedulerMixin")
-    if cls is None:
+    if not hasattr(cls, "from_config"):
         raise ConfigError(
             f"diffusers has no scheduler named {name!r}, or lacks a package for it; "
             "try DDIMScheduler or EulerDiscreteScheduler."
@@ -140,9 +145,12 @@ def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
             sampler = copy.copy(model.sampler)
             sampler.scheduler = cls.from_config(model.scheduler.config)
             if hasattr(sampler.scheduler, "alphas_cumprod") != hasattr(model.scheduler, "alphas_cumprod"):
-                raise ValueError("one is for diffusion, the other for flow matching")
+                raise ValueError("their noise schedules are of different kinds")
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise ConfigError(f"{name} cannot be made from the model's own schedule ({error}); try another.") from error
+        raise ConfigError(
+            f"{name} cannot be made from the model's own schedule ({error}); try another, or save the pipeline with "
+            "that scheduler and load it."
+        ) from error
     return replace(model, sampler=sampler)
 
 

@@ -124,7 +124,8 @@ def show_forecast(found: Forecast) -> None:
     """What a run will take, on stdout."""
     where = "on disk" if found.streams_on_disk else "in memory"
     sampling, seconds, measuring = found.recording_seconds / 60, found.seconds / 60, found.measuring_seconds / 60
-    lines = {
+    shared = {"processes": f"{found.processes}, which share the calls and the work"} if found.processes > 1 else {}
+    lines = shared | {
         "blocks": f"{found.units}, with {found.layers} quantized layers",
         "recorded calls": f"{found.rows:,} rows, {size_text(found.recorded_bytes)}",
         "between blocks": f"{size_text(found.stream_bytes)}, {where}",

@@ -22,7 +22,7 @@ from ptq_tdq.cli.options import (
     threads_option,
     verbose_option,
 )
-from ptq_tdq.cli.original import load_original, quiet_schedulers
+from ptq_tdq.cli.original import check_class, load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
 from ptq_tdq.errors import ArtifactMismatchError, ModelError
 from ptq_tdq.extras import need
@@ -115,6 +115,11 @@ def _model(
 ) -> tuple[LoadedModel | None, tuple[str, ...]]:
     """The model named by the user, else the artifact's own; None and a notice where that cannot be used from here."""
     name = public_name(subject.artifact.config["base_model"]["id"])
+    if not source:
+        try:
+            check_class(subject.artifact)
+        except ModelError as error:
+            return None, (f"Errors, distributions and samples are missing from the page. {error}",)
     try:
         model = load_original(source, subject.artifact, **given)
         check_base_model(subject.artifact, model.sha256)

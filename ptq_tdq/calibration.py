@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -101,7 +101,7 @@ def calibrate(
     del folded  # weights that it has computed take memory
     quantized.provenance = provenance(model, config, calls, model_id)
     quantized.provenance |= {"one_step": bool(plan.special.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
-    quantized.notices = plan.notices
+    quantized.notices = (*plan.notices, *_close_steps(calls))
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
     _check_alike(quantized.provenance)
     run = _open_run(run_directory, weights_directory, config, quantized.provenance, on_notice)
@@ -124,21 +124,27 @@ def calibrate(
         "reconstruction": losses(reports),
         "coverage": plan.coverage,
         "mean_bits": {"weights": plan.weight_bits, "activations": plan.activation_bits},
-        "notices": list(plan.notices),
+        "notices": list(quantized.notices),
     }
     return quantized.finalize()
 
 
-@processes.apart()
 def foresee(
     model: LoadedModel, config: Config, *, cache_budget: int = CACHE_BYTES, evaluation_samples: int = 0
 ) -> Forecast:
     """What :func:`calibrate` will take, before there is a calibration set, at the price of a few calls.
 
-    With ``evaluation_samples`` also what it takes to compare so many with full precision's.
+    With ``evaluation_samples`` also what it takes to compare so many with full precision's. One of several processes
+    may call this for all of them, while they wait.
 
     Raises what it would for choices that do not fit ``model``.
     """
+    count = processes.count()
+    with processes.apart():
+        return _foresee(model, config, cache_budget, evaluation_samples, count)
+
+
+def _foresee(model: LoadedModel, config: Config, budget: int, evaluation_samples: int, count: int) -> Forecast:
     call = first_call(model, config.calibration.num_inference_steps, config.seed)
     _check_plain(model.denoiser)
     plan = make_plan(folded_copy(model.denoiser), config, call)
@@ -151,8 +157,10 @@ def foresee(
         config,
         rows=samples * steps,
         sampled=trajectories * config.calibration.num_inference_steps,
-        budget=cache_budget,
+        budget=budget,
         measured=evaluation_samples * config.calibration.num_inference_steps,
+        processes=count,
+        here=min(count, processes.here()),
     )
 
 
@@ -167,6 +175,17 @@ def _check_plain(model: nn.Module) -> None:
         raise ModelError("The model has no parameters: nothing would be quantized.")
     if any(isinstance(module, QuantLayer) for module in model.modules()):
         raise ModelError("The model is quantized already; calibrate the full-precision one.")
+
+
+def _close_steps(calls: Calls) -> Iterator[str]:
+    """A sentence where many steps share entries of the tables, which are evenly spaced over the time axis."""
+    t = calls.t.unique()
+    shared = len(t) - len(t.round().unique())
+    if shared > len(t) // 4:
+        yield (
+            f"{shared} of {len(t)} steps lie so close together on the time axis that they share entries of the tables "
+            f"with others; if {calls.axis.argument} is a noise level over decades, call the model with its logarithm."
+        )
 
 
 def _check_alike(document: dict[str, Any]) -> None:

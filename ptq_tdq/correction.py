@@ -143,10 +143,10 @@ def _with_prediction(output: Any, predicted: Tensor) -> Any:
     """A denoiser's output, whatever its form, with another prediction [B, ...] in it."""
     kind = type(output)
     if is_dataclass(kind) and not issubclass(kind, dict):  # a tree knows diffusers' own alone
-        name = next(f.name for f in fields(output) if tensors_of(getattr(output, f.name)))
+        name = next(f.name for f in fields(output) if any(x.ndim for x in tensors_of(getattr(output, f.name))))
         return replace(output, **{name: _with_prediction(getattr(output, name), predicted)})
     leaves, form = pytree.tree_flatten(output)
-    first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim)
     one = leaves[first].ndim == predicted.ndim
     rows = [predicted] if one else list(predicted)  # a list with one tensor per row
     leaves[first : first + len(rows)] = rows

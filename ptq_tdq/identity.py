@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ptq_tdq.errors import ModelError
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -30,8 +33,25 @@ def base_config(model: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
+def state_of(model: Any) -> dict[str, Tensor]:
+    """A model's state dict; raises :class:`ModelError` for entries that are no tensors or have no values yet."""
+    state: dict[str, Any] = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"The model keeps a {type(value).__name__} as '{name}' in its state, and artifacts hold tensors alone; "
+                "keep it in buffers, or as plain attributes that its constructor sets."
+            )
+        if is_lazy(value):
+            raise ModelError(
+                f"'{name}' of the model has no values yet, since its layer is lazy and was never called; call the "
+                "model once with a sample, or leave the layer out."
+            )
+    return state
+
+
 def model_sha256(model: Any) -> str:
-    """Hash the weights (as float32) and the configuration of a model.
+    """Hash the weights (as float32) and the configuration of a model; raises what :func:`state_of` raises.
 
     Configuration entries at their default are left out, so a newer diffusers with more entries gives the same hash.
     """
@@ -42,7 +62,7 @@ def model_sha256(model: Any) -> str:
         if not name.startswith("_") and not (name in defaults and _same(value, defaults[name].default))
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state_of(model).items()):
         values = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
         digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
@@ -50,8 +70,8 @@ def model_sha256(model: Any) -> str:
 
 
 def first_nonfinite(model: nn.Module) -> str | None:
-    """The name of the first tensor with NaN or Inf, if there is one."""
-    state = model.state_dict().items()
+    """The name of the first tensor with NaN or Inf, if there is one; raises what :func:`state_of` raises."""
+    state = state_of(model).items()
     return next((name for name, x in state if x.is_floating_point() and not bool(torch.isfinite(x).all())), None)
 
 

@@ -67,7 +67,8 @@ def load_quantized(
     No content of the files runs as code or is trusted: every tensor is held against the model's structure first.
 
     Raises :class:`~ptq_tdq.errors.ArtifactError` (missing, damaged, of another version, or of no model that fits),
-    :class:`~ptq_tdq.errors.ConfigError` for an unknown backend or a device that it does not have, and
+    :class:`~ptq_tdq.errors.ConfigError` for an unknown backend or a device that it does not have,
+    :class:`~ptq_tdq.errors.ModelError` for a ``model`` whose lazy layers were never called, and
     :class:`~ptq_tdq.errors.RuntimeUnsupportedError` for what cannot run in integers on this processor.
     """
     if backend not in get_args(Backend):

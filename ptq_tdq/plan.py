@@ -71,6 +71,11 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     roles, units = find_roles(seen), find_units(model, seen.faithful, seen.called, seen.products)
     layers = [seen.layers[name] for name in seen.faithful if not _skipped(config, name, roles[name])]
     owners = [name for name in seen.products if name in units and not _skipped(config, name)]
+    if not seen.layers:
+        raise ModelError(
+            "The recorded calls reach no layer that can be quantized: these are torch's own linear layers and "
+            "convolutions, and classes derived from them."
+        )
     if not layers:
         raise ModelError(
             "0 layers of the model match: nothing would be quantized; check the skip list and the layers kept float."
@@ -95,7 +100,7 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
 
 def _mean_bits(seen: Trace, records: Mapping[str, LayerRecord]) -> tuple[float, float]:
     weights = activations = values = macs = 0.0
-    for name, layer in seen.layers.items():
+    for name, layer in seen.all_layers.items():
         weight = own_weight(layer.module)
         whole, record = 8 * weight.element_size(), records.get(name)
         of_weight = whole if record is None or record.weight_bits is None else record.weight_bits
@@ -107,7 +112,7 @@ def _mean_bits(seen: Trace, records: Mapping[str, LayerRecord]) -> tuple[float, 
 
 def _check_skip(config: Config, seen: Trace) -> None:
     for pattern in config.layers.skip:
-        if not any(fnmatchcase(name, pattern) for name in (*seen.layers, *seen.products)):
+        if not any(fnmatchcase(name, pattern) for name in (*seen.all_layers, *seen.products)):
             raise ModelError(f"The skip pattern {pattern!r} matches no layer; `ptq-tdq inspect` lists the names.")
 
 
@@ -187,12 +192,18 @@ def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], conf
     """What stays in floating point, and why: each reason with the names that it is true of."""
     unfaithful = [name for name, layer in seen.layers.items() if not layer.faithful]
     if unfaithful:
-        yield f"In floating point: {_some(unfaithful)}, since each computes its weight in its own forward pass."
+        yield (
+            f"In floating point: {_some(unfaithful)}, since each is not the plain operation of its class on one input "
+            "and its own weight (a forward pass of its own, a hook, further arguments, complex weights)."
+        )
     unbatched = [name for name, layer in seen.layers.items() if layer.faithful and layer.unbatched]
     if unbatched:
         yield f"In floating point: {_some(unbatched)}, since what each is given has no axis of samples."
+    if seen.elsewhere:
+        share = _share({name: layer.macs for name, layer in seen.elsewhere.items()}, seen)
+        yield f"In floating point: {_some(seen.elsewhere)} ({share}), since only some calls reach them."
     if seen.unused:
-        yield f"In floating point: {_some(seen.unused)}, since the recorded calls never reach them."
+        yield f"In floating point: {_some(seen.unused)}, since no call of any recorded form reaches them."
     if seen.loose:
         yield (
             f"Weights that no linear layer or convolution holds stay in floating point ({_share(seen.loose, seen)}): "
@@ -219,7 +230,7 @@ def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], conf
         yield "No attention products were found."
 
 
-def _share(macs: dict[str, int], seen: Trace) -> str:
+def _share(macs: Mapping[str, int], seen: Trace) -> str:
     return f"{sum(macs.values()) / seen.macs:.1%} of the multiply-accumulates"
 
 

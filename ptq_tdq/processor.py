@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ptq_tdq.errors import ConfigError, first_line
+from ptq_tdq.errors import ConfigError, ModelError, first_line
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 COMPUTE_DTYPES = {
@@ -54,11 +54,24 @@ def compute_dtype(choice: ComputeDtype) -> ComputeDtype:
     return "bfloat16" if has_bfloat16() else "float32"
 
 
-def products_in(dtype: torch.dtype, weights: Iterable[Tensor], device: torch.device) -> torch.autocast:
-    """A ``with`` block whose products are in ``dtype``; a model whose weights are in half precision keeps its own."""
+@contextmanager
+def products_in(dtype: torch.dtype, weights: Iterable[Tensor], device: torch.device) -> Iterator[None]:
+    """A ``with`` block whose products are in ``dtype``; a model whose weights are in half precision keeps its own.
+
+    Raises :class:`ModelError` for an operation that torch leaves in the dtypes that it meets, and these differ.
+    """
     lower = dtype != torch.float32 and {weight.dtype for weight in weights} == {torch.float32}
-    # without the cache: it would keep the first low-precision copy of a parameter while the parameter learns
-    return torch.autocast(device.type, dtype, enabled=lower, cache_enabled=False)
+    try:
+        # without the cache: it would keep the first low-precision copy of a parameter while the parameter learns
+        with torch.autocast(device.type, dtype, enabled=lower, cache_enabled=False):
+            yield
+    except RuntimeError as error:
+        if not lower or not any(word in str(error) for word in ("dtype", "scalar type", "data type")):
+            raise
+        raise ModelError(
+            f"An operation of the model does not compute in {dtype} ({first_line(error)}); choose float32 as "
+            "compute_dtype."
+        ) from error
 
 
 class _Float32Default:

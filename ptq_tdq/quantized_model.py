@@ -47,6 +47,14 @@ class QuantizedModel(TimedModel):
         for record in self.plan:
             insert(model, record)
 
+    def __repr__(self) -> str:
+        """Short, since diffusers prints a component that it does not save."""
+        how = " ".join(str(self.provenance[key]) for key in ("scheme", "method") if key in self.provenance)
+        return (
+            f"<QuantizedModel of {type(self.model).__name__}, {how or 'not calibrated'}; a pipeline saves what "
+            "ptq_tdq.integrations.diffusers.as_diffusers makes of it>"
+        )
+
     @classmethod
     def copy_of(cls, model: nn.Module, axis: TimeAxis, plan: Iterable[LayerRecord]) -> QuantizedModel:
         """A quantized model around a deep copy, in evaluation mode and without gradients."""
@@ -179,7 +187,7 @@ class QuantizedModel(TimedModel):
         layers = self.layers().values()
         for layer in layers:
             layer.finalize()
-        new = {id(p) for layer in layers for p in layer.layer.parameters()}
+        new = {id(p) for layer in layers for p in (own_weight(layer.layer), layer.bias)}
         for parameter in self.model.parameters():
             if id(parameter) not in new:
                 parameter.data = parameter.detach().clone()
@@ -187,12 +195,11 @@ class QuantizedModel(TimedModel):
 
     def _float_state(self) -> dict[str, Tensor]:
         """All tensors that stay in floating point, under the original model's names."""
-        quantized, state = tuple(f"{name}." for name in self.layers()), {}
-        for key, value in self.model.state_dict().items():
-            if not key.startswith(quantized) and f".{ATTRIBUTE}." not in key:
-                state[key] = value
-            elif key.endswith(".layer.bias"):
-                state[key.replace(".layer.bias", ".bias")] = value
+        layers, state = self.layers(), self.model.state_dict()
+        own = tuple(f"{name}." for name in layers)
+        state = {k: value for k, value in state.items() if not k.startswith(own) and f".{ATTRIBUTE}." not in k}
+        for name, layer in layers.items():  # all that a class of layers has, but for what its codes replace
+            state |= {f"{name}.{k}": value for k, value in layer.layer.state_dict().items() if k != "weight"}
         return state
 
 

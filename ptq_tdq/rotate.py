@@ -34,6 +34,12 @@ def rotated(x: Tensor) -> Tensor:
     return rotated
 
 
+def unrotated(x: Tensor) -> Tensor:
+    """The inverse of R times each of the vectors of x [..., C]: R is symmetric but for its signs."""
+    flips, _, _ = _factors(x)
+    return rotated(x * flips) * flips
+
+
 def _factors(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """d [C] and two Hadamard matrices, of which the second is scaled, whose Kronecker product is that of R; as x is.
 

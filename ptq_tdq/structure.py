@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError, first_line
 from ptq_tdq.fit import check_fit
+from ptq_tdq.identity import state_of
 from ptq_tdq.processor import FLOAT32_DEFAULT
 from ptq_tdq.wrap import fold, folded_copy
 
@@ -96,9 +97,11 @@ def hollow_model(artifact: Artifact, model: nn.Module | None = None) -> nn.Modul
 
     So all that no file holds, such as tables of positions, has its values, and nothing else takes memory. ``model`` is
     one of the same structure, which is left as it is, for classes that are not diffusers' own. Raises what
-    :func:`meta_model` and :func:`~ptq_tdq.fit.check_fit` raise, before anything takes memory.
+    :func:`meta_model`, :func:`~ptq_tdq.fit.check_fit` and :func:`~ptq_tdq.identity.state_of` raise, before anything
+    takes memory.
     """
     if model is not None:
+        state_of(model)  # refuses what no artifact is of
         hollow = _hollow_copy(model)
         check_fit(hollow, artifact)
         return hollow

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -29,6 +29,8 @@ LONGEST = 1_000_000  # as the schema of an artifact says too
 LARGEST = 1 << 53  # of its numbers: floating point has all integers so far
 NEAR = 2e-3  # a t so close to a whole number is that number: t / 1000 * 1000 in float32 is not exact
 LOOSE = 4e-3  # relative error of a time value in bfloat16
+FINE = 1 / 8  # of the axis: values that are no whole numbers and stay below tell too few entries of a table apart
+ROOM = 1 / 8  # of the values' range: what a stretched axis has at each end for runs with other numbers of steps
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,20 @@ class TimeAxis:
 
         Raises :class:`TimestepError` for what is no number or outside [0, T].
         """
-        t = time_values(value, self.argument).float() * self.scale + self.offset
+        values = time_values(value, self.argument).float()
+        t = values * self.scale + self.offset
         nearest = t.round()
         t = torch.where((t - nearest).abs() < NEAR, nearest, t)
         if t.is_cuda and torch.cuda.is_current_stream_capturing():  # a CUDA graph: nothing can be asked of the device
             return t
         inside = (t >= 0) & (t <= self.num_train_timesteps)
         if not bool(inside.all()):
+            ends = self.value(torch.tensor([0.0, self.num_train_timesteps])) + 0.0  # not -0
             raise TimestepError(
                 f"The interval tables cover the time steps 0 to {self.num_train_timesteps}. "
-                f"Got t = {t[~inside][0].item():g}; use a scheduler with the model's own number of training steps."
+                f"Got t = {t[~inside][0].item():g}; the model was called with {self.argument} = "
+                f"{values[~inside][0].item():g}, which is not between {ends.min().item():g} and {ends.max().item():g}: "
+                "sample with a scheduler that gives such values, or calibrate with this one."
             )
         return t
 
@@ -152,35 +158,50 @@ def usual_name(parameters: Iterable[str]) -> str | None:
 
 
 def find_axis(
-    argument: str, seen: Sequence[float], schedule: Sequence[float] = (), total: int | None = None
+    argument: str,
+    seen: Collection[float],
+    schedule: Sequence[float] = (),
+    total: int | None = None,
+    reach: Sequence[float] = (),
 ) -> TimeAxis:
     """The axis of a model from the values ``seen`` in its time argument.
 
-    ``schedule`` are the scheduler's time steps of the same run, ``total`` its number of training steps T. The usual
-    forms are tried: t itself, t / T (sigma), 1 - t / T. Values of another kind (logarithms of sigma) are stretched
-    over [0, T].
+    ``schedule`` are the scheduler's time steps of the same run, ``reach`` those of a run of all training steps,
+    ``total`` is their number T. Where the scheduler counts in training steps, the usual forms are tried: t itself,
+    t / T (sigma), 1 - t / T. Else values that never exceed 1 are parts of T, and those of another kind (sigma, its
+    logarithm) are stretched over [0, T], with some room at both ends.
     """
-    low, high = min(seen, default=0.0), max(seen, default=1.0)
-    length = total or (USUAL_LENGTH if high <= USUAL_LENGTH else math.ceil(high))
+    given = [*schedule, *reach]
+    largest = max(seen, default=1.0)
+    length = total or (USUAL_LENGTH if largest <= USUAL_LENGTH else math.ceil(largest))
+    loose = LOOSE * max((abs(t) / 8 for t in schedule), default=0.0)
     forms = [TimeAxis(argument, length, *form) for form in ((1.0, 0.0), (length, 0.0), (-length, length))]
-    if schedule and min(schedule) >= 0 and max(schedule) <= length:
+    if schedule and min(schedule) >= 0 and max(schedule) <= length and max(given) >= FINE * length:
         for axis in forms:
-            if all(_on(schedule, axis, value) for value in seen):
+            if all(_on(schedule, loose, axis, value) for value in seen):
                 return axis
+    if schedule and all(_on(schedule, loose, forms[0], value) for value in seen):
+        seen = given  # the model gets what the scheduler gives
+    low, high = min(seen, default=0.0), max(seen, default=1.0)
     if low >= 0 and high <= length:
-        # a model whose values never exceed 1 counts in parts of T
-        return forms[1] if high <= 1 + LOOSE and len(set(seen)) > 1 and not _whole(seen) else forms[0]
-    stretch = length / max(high - low, 1e-6)
-    return TimeAxis(argument, length, stretch, -low * stretch)
+        if high <= 1 + LOOSE and not _whole(seen):
+            return forms[1]
+        told_apart = len({round(value) for value in seen}) == len(set(seen))  # each by an entry of a table
+        if _whole(seen) or told_apart or high >= FINE * length or (total and not schedule):
+            return forms[0]
+    room = ROOM * ((high - low) or max(abs(high), 1.0))
+    stretch = length / (high - low + 2 * room)
+    return TimeAxis(argument, length, stretch, (room - low) * stretch)
 
 
-def _on(schedule: Sequence[float], axis: TimeAxis, value: float) -> bool:
-    """Whether a time value is one of a scheduler's steps, as exactly as bfloat16 holds the value."""
-    t, error = axis.scale * value + axis.offset, LOOSE * max(abs(axis.scale * value), axis.num_train_timesteps / 8)
+def _on(schedule: Sequence[float], loose: float, axis: TimeAxis, value: float) -> bool:
+    """Whether a time value is one of a scheduler's steps, as exactly as bfloat16 holds the value, or to ``loose``."""
+    t = axis.scale * value + axis.offset
+    error = max(LOOSE * abs(axis.scale * value), loose)
     return any(abs(t - step) <= error for step in schedule)
 
 
-def _whole(values: Sequence[float]) -> bool:
+def _whole(values: Collection[float]) -> bool:
     return all(value == int(value) for value in values)
 
 

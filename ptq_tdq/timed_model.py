@@ -16,13 +16,16 @@ from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.modules.products import one_by_one
 from ptq_tdq.timeaxis import TimeAxis, at
 
+ADAPTERS = ("load_lora_adapter", "add_adapter")  # diffusers' methods that put adapters beside a model's layers
+
 
 def in_float32(value: Any) -> Any:
     """``value``, or what a dict, list or tuple holds, with the floating tensors in float32."""
     if type(value) is dict:
         return {key: in_float32(inner) for key, inner in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(in_float32, value))
+    if isinstance(value, list | tuple):
+        items = map(in_float32, value)
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)  # a tuple whose items have names
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -36,7 +39,7 @@ def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
     def pick(*leaves: Any) -> Any:
         if of_samples(leaves[0]):
             return [next(x[i] for x, own in zip(leaves, chosen, strict=True) if own[i]) for i in range(count)]
-        if not isinstance(leaves[0], Tensor) or len(leaves[0]) != count:
+        if not isinstance(leaves[0], Tensor) or leaves[0].shape[:1] != (count,):
             return leaves[0]
         whole = leaves[0].clone()
         for leaf, own in zip(leaves, chosen, strict=True):
@@ -102,11 +105,20 @@ class TimedModel(Delegating):
         with at(step[None]):
             return self._call(**{**arguments, name: value})
 
-    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def _refuse_adapters(self, *args: Any, **kwargs: Any) -> None:
         """Raises :class:`ModelError`: a pipeline loads adapters, but unloads them from diffusers' own classes alone."""
         raise ModelError(
             "Adapters are loaded onto a simulated model of diffusers' own class: "
             "pipe.unet = ptq_tdq.integrations.diffusers.as_diffusers(ptq_tdq.load_quantized(...))."
+        )
+
+    load_lora_adapter = add_adapter = _refuse_adapters
+
+    def fuse_qkv_projections(self) -> None:
+        """Raises :class:`ModelError`: a fused layer would be one that nothing has calibrated."""
+        raise ModelError(
+            "Quantized projections are not fused: call fuse_qkv_projections() on the full-precision model, and "
+            "calibrate that."
         )
 
     @property

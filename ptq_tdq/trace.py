@@ -8,6 +8,7 @@ input depends on.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.calls import Calls, Each, Group, Place, main_argument
+from ptq_tdq.calls import Calls, Each, Group, Place, main_argument, prediction
 from ptq_tdq.calls.arguments import REFUSALS, without_gradients
 from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.modules.layers import layer_kind
-from ptq_tdq.watch import Print, Source, TracedLayer, Watcher
+from ptq_tdq.watch import Print, Run, Source, TracedLayer, Watcher
 
 _CLOSE = 0.02  # relative difference of one row computed alone and beside another
 
@@ -31,8 +32,9 @@ class Trace:
     ``called`` counts the calls of each module, by name. ``products`` counts the attention products of each module that
     computes some, ``mixed`` are those modules whose products do not have the rows of one sample after the other. By the
     module that computes them, ``matmuls`` are multiply-accumulates of other products of two activations, ``loose``
-    those with parameters that no layer holds, and ``fused`` those of torch's multi-head attention, whose projections
-    and products are one function. ``unused`` are layers that were never called and whose weight no such function took.
+    those with weights that no layer holds, and ``fused`` those of torch's multi-head attention, whose projections
+    and products are one function. ``elsewhere`` are layers that other calls reach and the first does not; ``unused``
+    are layers that were never called and whose weight no such function took.
     """
 
     layers: dict[str, TracedLayer]
@@ -42,6 +44,7 @@ class Trace:
     matmuls: dict[str, int]
     loose: dict[str, int]
     fused: dict[str, int]
+    elsewhere: dict[str, TracedLayer]
     unused: list[str]
 
     @property
@@ -53,7 +56,12 @@ class Trace:
     def macs(self) -> int:
         """All multiply-accumulates with weights, and those of fused attention; at least 1."""
         others = sum(self.loose.values()) + sum(self.fused.values())
-        return max(1, others + sum(layer.macs for layer in self.layers.values()))
+        return max(1, others + sum(layer.macs for layer in self.all_layers.values()))
+
+    @property
+    def all_layers(self) -> dict[str, TracedLayer]:
+        """Those that any of the calls reaches."""
+        return self.layers | self.elsewhere
 
 
 def trace(model: nn.Module, calls: Calls) -> Trace:
@@ -72,8 +80,8 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
     for name, layer in watcher.layers.items():
         layer.rows = _rows(alone.inputs[name], together.inputs.get(name, []))
     mixed = {name for name, of in alone.products.items() if _rows(of, together.products.get(name, [])) is None}
-    moving: set[str] = set()
-    for source, changed in _variations(calls, group, one).items():
+    varied: list[Run] = []
+    for source, changed in _variations(calls, group, one, watcher.output).items():
         try:
             other = watcher.look(changed, again=True)
         except REFUSALS:  # not every other value is one that it takes
@@ -81,17 +89,39 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
         for name, layer in watcher.layers.items():
             if other.inputs.get(name, [])[:1] != alone.inputs[name][:1]:
                 layer.sources.add(source)
-        moving |= {name for name, prints in other.matmuls.items() if prints != alone.matmuls.get(name)}
+        varied.append(other)
+    unused = [name for name, module in model.named_modules() if layer_kind(module) and not watcher.saw(name, module)]
+    for another in calls.groups[1:] if unused else ():
+        with suppress(*REFUSALS):
+            watcher.look(another.arguments(pair[:1]), again=True)
+    matmuls, loose = _others(alone, varied)
     return Trace(
         watcher.layers,
         watcher.called,
         {name: len(of) for name, of in alone.products.items()},
         mixed,
-        {name: macs for name, macs in watcher.matmuls.items() if name in moving},
-        watcher.loose,
+        matmuls,
+        loose,
         watcher.fused,
-        [name for name, m in model.named_modules() if layer_kind(m) and not watcher.saw(name, m)],
+        watcher.elsewhere,
+        [name for name in unused if not watcher.saw(name, watcher.modules[name])],
     )
+
+
+def _others(alone: Run, varied: list[Run]) -> tuple[Counter[str], Counter[str]]:
+    """Multiply-accumulates of products of activations, and of those with a weight: all but one operand is the same in
+    each call, or a parameter is among them.
+    """
+    matmuls, loose = Counter[str](), Counter[str]()
+    for owner, products in alone.others.items():
+        for place, product in enumerate(products):
+            others = [of[place].operands for run in varied if len(of := run.others.get(owner, [])) > place]
+            moving = sum(len(set(prints)) > 1 for prints in zip(product.operands, *others, strict=False))
+            if product.held or moving == 1:
+                loose[owner] += product.macs
+            elif moving:
+                matmuls[owner] += product.macs
+    return matmuls, loose
 
 
 def _rows(alone: list[Print], together: list[Print]) -> int | None:
@@ -113,17 +143,25 @@ def _first_half(one: Print, two: Print) -> bool:
     return not (differ or abs(squares - other_squares) > _CLOSE * squares)  # NaN tells nothing
 
 
-def _variations(calls: Calls, group: Group, one: dict[str, Any]) -> dict[Source, dict[str, Any]]:
+def _variations(calls: Calls, group: Group, one: dict[str, Any], output: Any) -> dict[Source, dict[str, Any]]:
     """The call ``one`` with another x, another t, and another condition (where there is one to vary)."""
     time = calls.axis.argument
-    main = main_argument(one, time)
-    found: dict[Source, dict[str, Any]] = {"x": {**one, main: pytree.tree_map(_other_values, one[main])}}
-    found["t"] = {**one, time: _other_time(group, time, one[time])}
-    condition = {
-        name: _other_rows(group, tree, one[name]) for name, tree in group.tree.items() if name not in (time, main)
+    main = _denoised(one, time, prediction(output))
+    other = {name: _other_rows(group, tree, one[name]) for name, tree in group.tree.items() if name != time}
+    return {
+        "x": {**one, main: other.pop(main)},
+        "t": {**one, time: _other_time(group, time, one[time])},
+        "condition": {**one, **other},
     }
-    found["condition"] = {**one, **condition}
-    return found
+
+
+def _denoised(arguments: dict[str, Any], time: str, output: Tensor) -> str:
+    """The first argument that has a dimension of the output's behind that of the samples, as no label has."""
+    for name, value in arguments.items():
+        tensors = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
+        if name != time and any(a == b for x in tensors for a, b in zip(x.shape[1:], output.shape[1:], strict=False)):
+            return name
+    return main_argument(arguments, time)
 
 
 def _other_values(leaf: Any) -> Any:
@@ -134,10 +172,9 @@ def _other_values(leaf: Any) -> Any:
 def _other_time(group: Group, name: str, value: Tensor) -> Tensor:
     leaf = group.rows[group.tree[name].index]
     assert isinstance(leaf, Tensor)
-    differs = leaf != value.to(leaf.device)
-    differs = differs.flatten(1).any(1) if leaf.ndim > 1 else differs
-    if bool(differs.any()):
-        return leaf[differs][:1].to(value.device)
+    distance = (leaf.double() - value.to(leaf.device)).abs().reshape(len(leaf), -1).sum(1)
+    if bool(distance.any()):
+        return leaf[distance.argmax()][None].to(value.device)
     return value / 2 if value.is_floating_point() else value // 2 + (value < 2)
 
 

@@ -31,7 +31,12 @@ _CONVOLUTIONS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
 }
+_BY_ROWS = {  # whose multiply-accumulates are the rows of the first operand times the elements of all weights
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, functional.bilinear),
+    *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
+}
 _GROUPED = {f for m in (torch, functional) for n in ("_grouped_mm", "grouped_mm") if (f := getattr(m, n, None))}
+_PRODUCTS = {*_MATMULS, *_CONVOLUTIONS, *_BY_ROWS, *_GROUPED, functional.linear}
 
 
 @dataclass
@@ -51,7 +56,7 @@ class TracedLayer:
     macs: int = 0
     uses: int = 0
     rows: int | None = None
-    faithful: bool = True  # its output is the plain operation on its weight
+    faithful: bool = True  # at each use its output is the plain operation on its input and its weight
     sources: set[Source] = field(default_factory=set)
 
     @property
@@ -77,17 +82,26 @@ class Print:
 
 
 def _numbers(x: Tensor) -> tuple[float, ...]:
-    flat = x.flatten().double()
+    flat = (torch.view_as_real(x) if x.is_complex() else x).flatten().double()
     return (flat.sum().item(), flat.square().sum().item(), flat[0].item(), flat[-1].item()) if len(flat) else ()
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product that is neither a layer's nor attention in one function; ``held``: with a parameter of the model."""
+
+    macs: int
+    held: bool
+    operands: tuple[Print, ...]
+
+
 class Run:
-    """What one forward pass showed, in order: inputs of layers, queries of attention products, results of others."""
+    """What one forward pass showed, in order: inputs of layers, queries of attention products, other products."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, list[Print]] = {}
         self.products: dict[str, list[Print]] = {}
-        self.matmuls: dict[str, list[Print]] = {}
+        self.others: dict[str, list[Product]] = {}
 
 
 class Watcher:
@@ -96,30 +110,31 @@ class Watcher:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
+        self.parameters = {id(p) for p in model.parameters()}
         self.storages = {memory(p) for p in model.parameters()}
         self.layers: dict[str, TracedLayer] = {}
         self.called: Counter[str] = Counter()  # how often each module was; a container never is
-        self.matmuls: dict[str, int] = {}
-        self.loose: dict[str, int] = {}
+        self.elsewhere: dict[str, TracedLayer] = {}  # those that later runs alone call
         self.fused: dict[str, int] = {}
+        self.given: dict[str, tuple[Tensor, Tensor | None]] = {}  # to layers at work; what each is to make of it
         self.taken: set[int] = set()  # memory of what fused functions were given
 
     def look(self, arguments: dict[str, Any], again: bool = False) -> Run:
         """Run the model; ``again``: to compare with the first run."""
         self.run, self.again, self.stack = Run(), again, [""]
         with self._watching(), torch.no_grad():
-            self.model(**arguments)
+            self.output = self.model(**arguments)
         return self.run
 
     def saw(self, name: str, layer: nn.Module) -> bool:
         """Whether a layer was called, or its weight taken by a function that is no layer."""
-        return name in self.layers or memory(own_weight(layer)) in self.taken
+        return name in self.layers or name in self.elsewhere or memory(own_weight(layer)) in self.taken
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
         handles = []
         for name, module in self.modules.items():
-            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(self._enter(name), prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave(name), with_kwargs=True, always_call=True))
         with hooked(handles), _Functions(self) as self.mode:
             yield
@@ -128,14 +143,28 @@ class Watcher:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.stack.append(name)
             self.called[name] += not self.again
-            x = layer_input(args, kwargs) if layer_kind(module) else None
+            tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            x = next(tensors, None) if layer_kind(module) else None
             if x is None:
                 return
             self.run.inputs.setdefault(name, []).append(Print.of(x))
-            if not self.again:
+            if not self.again or name not in self.layers:
                 self._see(name, module, x)
+            self.given[name] = x, self._plain(module, args, kwargs)
 
         return hook
+
+    def _plain(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
+        """The plain operation on one input and the layer's own parameters; None where there may be more."""
+        x, own = layer_input(args, kwargs), [p for p in module._parameters.values() if p is not None]
+        if x is None or len(args) + len(kwargs) > 1 or "weight" not in module._parameters:
+            return None
+        if any(id(p) not in self.parameters or p.is_complex() for p in own):
+            return None
+        try:
+            return layer_operation(module, x)
+        except RuntimeError:  # something makes x fit first
+            return None
 
     def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
         linear = layer_kind(module) == "linear"
@@ -143,22 +172,31 @@ class Watcher:
         channels = (not linear or x.ndim == 2) and weight_groups(module) == 1
         parts = self.mode.parts(x) if channels else ()
         new = TracedLayer(name, module, x.shape[-1 if linear else 1], x.ndim, parts)
-        self.layers.setdefault(name, new).uses += 1
+        layers = self.elsewhere if self.again else self.layers
+        layers.setdefault(name, new).uses += 1
 
     def _leave(self, name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            x = layer_input(args, kwargs)
-            if not self.again and name in self.layers and isinstance(output, Tensor) and x is not None:
-                layer = self.layers[name]
-                layer.macs += multiply_accumulates(module, x, output)
-                if layer.uses == 1:
-                    expected = layer_operation(module, x)
-                    same = expected.shape == output.shape
-                    own = "weight" in module._parameters  # no hook sets it before each call
-                    layer.faithful = own and same and torch.equal(expected.nan_to_num(), output.nan_to_num())
             self.stack.pop()
+            x, expected = self.given.pop(name, (None, None))
+            if x is None or output is None:  # it raised
+                return
+            macs = multiply_accumulates(module, x, output) if isinstance(output, Tensor) else 0
+            layer = self.layers.get(name) or self.elsewhere[name]
+            if not self.again:
+                layer.macs += macs
+            elif name in self.elsewhere:
+                layer.macs = macs * len(self.run.inputs[name])
+            kept = layer_input(args, kwargs) is x  # no hook gives another input
+            layer.faithful = layer.faithful and kept and _same(expected, output)
 
         return hook
+
+
+def _same(expected: Tensor | None, output: Any) -> bool:
+    if expected is None or not isinstance(output, Tensor) or expected.dtype != output.dtype:
+        return False
+    return expected.shape == output.shape and torch.equal(expected.nan_to_num(), output.nan_to_num())
 
 
 class _Functions(TorchFunctionMode):
@@ -176,10 +214,11 @@ class _Functions(TorchFunctionMode):
             self._attention(args[0] if args else kwargs["query"])
         elif func is MULTI_HEAD:
             self._multi_head(*args, **kwargs)
-        elif func in _MATMULS | _CONVOLUTIONS | _GROUPED or func is functional.linear:
-            if isinstance(result, Tensor) and layer_kind(self.watcher.modules[self.watcher.stack[-1]]) is None:
+        elif func in _PRODUCTS:
+            first = result[0] if isinstance(result, tuple) else result
+            if isinstance(first, Tensor) and layer_kind(self.watcher.modules[self.watcher.stack[-1]]) is None:
                 operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-                self._product(func, operands, result)
+                self._product(func, operands, first)
         elif func is torch.cat:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             if dim == 1:
@@ -201,18 +240,19 @@ class _Functions(TorchFunctionMode):
             watcher.fused[owner] = watcher.fused.get(owner, 0) + macs
 
     def _product(self, func: Any, operands: list[Tensor], result: Tensor) -> None:
-        """Any other product: of activations, or with a parameter that is held by no layer."""
-        watcher, owner = self.watcher, self.watcher.stack[-1]
-        held = [x for x in operands if memory(x) in watcher.storages]
+        """Any other product: of activations, or with a weight that is held by no layer."""
+        held = [x for x in operands if memory(x) in self.watcher.storages]
         if len(operands) < 2 or len(held) == len(operands):
             return
-        if not held:
-            watcher.run.matmuls.setdefault(owner, []).append(Print.of(result))
-        if not watcher.again:
-            left = operands[-2] if func in _MATMULS else operands[0]
-            inner = operands[1][0].numel() if func in _CONVOLUTIONS else left.shape[-1] if left.ndim else 1
-            counts = watcher.loose if held else watcher.matmuls
-            counts[owner] = counts.get(owner, 0) + result.numel() * inner
+        left = operands[-2] if func in _MATMULS else operands[0]
+        if func in _BY_ROWS:
+            macs = left[..., 0].numel() * sum(x.numel() for x in held if x.ndim > 1)
+        else:
+            macs = result.numel() * (
+                operands[1][0].numel() if func in _CONVOLUTIONS else left.shape[-1] if left.ndim else 1
+            )
+        product = Product(macs, bool(held), () if held else tuple(map(Print.of, operands)))
+        self.watcher.run.others.setdefault(self.watcher.stack[-1], []).append(product)
 
     def parts(self, x: Tensor) -> tuple[int, ...]:
         """The widths that were joined into ``x``."""

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -36,8 +38,14 @@ def insert(model: nn.Module, record: LayerRecord) -> None:
 def folded_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode and without gradients, with reparametrized weights made plain.
 
-    Its parameters are in the memory of the model's: neither may be written to, only exchanged.
+    Its parameters are in the memory of the model's: neither may be written to, only exchanged. Raises
+    :class:`ModelError` for TorchScript and for parameters that have no shape yet.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"The module {name!r} is TorchScript, which hides its layers; pass a model without it.")
+        if any(map(is_lazy, module._parameters.values())):
+            raise ModelError(f"The lazy layer {name!r} was never called, so it has no weight; call it, or remove it.")
     shared = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if type(p) is nn.Parameter
     }

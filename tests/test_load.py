@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ptq_tdq import Calls, QuantizedModel, calibrate, load_quantized, preset
 from ptq_tdq.artifacts import read_artifact
-from ptq_tdq.errors import ArtifactMismatchError, ConfigError
+from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.identity import model_sha256
 from ptq_tdq.structure import hollow_model
 
 QUICK = preset(
@@ -261,6 +262,61 @@ class Spectral(nn.Module):
         """sample [B, 4]."""
         result: Tensor = self.last((self.first(sample) * self.factor * timestep[:, None] / 1000).real)
         return result
+
+
+class Counting(nn.Identity):
+    """Keeps something beside tensors."""
+
+    def get_extra_state(self) -> Any:
+        return {"count": 1}
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (nn.LazyConv2d(8, 1), r"'b\.weight' of the model has no values yet"),
+        (Counting(), r"a dict as 'b\._extra_state'"),
+    ],
+)
+def test_a_state_that_no_artifact_holds_is_one_sentence(part: nn.Module, said: str, own: Any) -> None:
+    other = Own()
+    other.b = part
+    with pytest.raises(ModelError, match=said):
+        load_quantized(own[0], model=other)
+    with pytest.raises(ModelError, match=said):
+        model_sha256(other)
+
+
+class Adapted(nn.Conv2d):
+    """A layer with an adapter whose second factor is still zero, and a buffer of its own."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.down, self.up = nn.Parameter(torch.randn(2, sizes[0])), nn.Parameter(torch.zeros(sizes[1], 2))
+        self.register_buffer("calls", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + ((self.up @ self.down) @ x.flatten(2)).view(len(x), -1, *x.shape[2:])
+
+
+@torch.no_grad()
+def test_all_tensors_of_a_layer_come_back(tmp_path: Path) -> None:
+    model = Own()
+    model.b = Adapted(8, 8, 1)
+    model.b.calls += 7
+    quantized = calibrate(model.eval(), QUICK, calls_of(model, **inputs(), num_train_timesteps=1000))
+    model.b.down.zero_()  # of the original alone
+    quantized.save_pretrained(tmp_path / "out")
+    fresh = Own()
+    fresh.b = Adapted(8, 8, 1)
+    loaded = load_quantized(tmp_path / "out", model=fresh)
+    layer = loaded.get_submodule("model.b")
+    assert isinstance(layer.down, Tensor) and bool(layer.down.all())
+    assert int(layer.calls) == 7
+    assert torch.equal(quantized(**inputs()), loaded(**inputs()))
+    assert (
+        sqnr_db(loaded(**inputs()), load_quantized(tmp_path / "out", model=fresh, backend="integer")(**inputs())) > 30
+    )
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from recorded import calls_of
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -285,7 +286,7 @@ def test_what_stays_in_floating_point_is_named_and_counted() -> None:
     plan = parts_plan()
     assert plan.coverage == pytest.approx(0.9)
     notices = "\n".join(plan.notices)
-    assert "never, since the recorded calls never reach them" in notices
+    assert "never, since no call of any recorded form reaches them" in notices
     # 16 of the 16 products of each of ten uses of layers, and as many outside
     assert "no linear layer or convolution holds stay in floating point (10.0% of" in notices
     assert "the model itself" in notices and "No attention products were found" in notices
@@ -355,9 +356,200 @@ def test_a_layer_that_computes_its_weight_is_refused_by_name() -> None:
     model = Net().requires_grad_(False)
     plan = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 3, 6, 6), torch.tensor([3, 5])))
     assert [(r.name, r.kind) for r in plan.layers] == [("a", "conv2d"), ("c", "conv_transpose2d")]
-    assert any("b, since each computes its weight" in notice for notice in plan.notices)
+    assert any("b, since each is not the plain" in notice for notice in plan.notices)
     a, b, c = 12 * 36, 144 * 16, 16 * 12 * 4
     assert plan.coverage == pytest.approx((a + c) / (a + b + c))
+
+
+class Switched(nn.Linear):
+    """Another layer while it is on."""
+
+    on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (3 if self.on else 1)
+
+
+class Further(nn.Conv1d):
+    """Takes another argument, and leaves it alone."""
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class Weighing(nn.Module):
+    """A convolution's weight that is computed in the forward pass, in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv1d(x, self.weight / self.weight.flatten(1).norm(dim=1)[:, None, None], padding=1)
+
+
+def hooked(layer: nn.Module, *, before: bool) -> nn.Module:
+    if before:
+        layer.register_forward_pre_hook(lambda module, args: (args[0].clamp(-0.5, 0.5),))
+    else:
+        layer.register_forward_hook(lambda module, args, output: output * 2)
+    return layer
+
+
+def as_tokens(run: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    return run(y.transpose(1, 2)).transpose(1, 2)
+
+
+def at_t(body: Any, y: Tensor, t: Tensor) -> Tensor:
+    body.on = bool(t[0] < 5)
+    return as_tokens(body, y)
+
+
+def twice(body: Any, y: Tensor, t: Tensor) -> Tensor:
+    body.on = False
+    y = as_tokens(body, y).tanh()
+    body.on = True
+    return as_tokens(body, y)
+
+
+Use = Callable[[Any, Tensor, Tensor], Tensor]
+OF_TOKENS: Use = lambda body, y, t: as_tokens(body, y)  # noqa: E731
+AS_IT_IS: Use = lambda body, y, t: body(y)  # noqa: E731
+MORE, LOOSE = "is not the plain operation", "no linear layer or convolution holds"
+# what is in the middle, how it is used, its multiply-accumulates for a sample of [4, 8], and what is said of it
+MIDDLES: dict[str, tuple[Callable[[], nn.Module], Use, int, str]] = {
+    "hook before": (lambda: hooked(nn.Conv1d(4, 4, 1), before=True), AS_IT_IS, 16 * 8, MORE),
+    "hook behind": (lambda: hooked(nn.Conv1d(4, 4, 1), before=False), AS_IT_IS, 16 * 8, MORE),
+    "another at another t": (lambda: Switched(4, 4), at_t, 16 * 8, MORE),
+    "another at another use": (lambda: Switched(4, 4), twice, 2 * 16 * 8, MORE),
+    "output size": (
+        lambda: nn.ConvTranspose1d(4, 4, 2, stride=2),
+        lambda body, y, t: body(y[..., ::2], output_size=y.shape[-1:]),
+        4 * 4 * 8,
+        MORE,
+    ),
+    "further argument": (lambda: Further(4, 4, 1), lambda body, y, t: body(y, y), 16 * 8, MORE),
+    "another keyword": (lambda: Further(4, 4, 1), lambda body, y, t: body(x=y), 16 * 8, MORE),
+    "weight of the caller's": (
+        lambda: nn.Conv1d(4, 4, 1),
+        lambda body, y, t: torch.func.functional_call(body, {"weight": body.weight * 2}, (y,)),
+        16 * 8,
+        MORE,
+    ),
+    "complex": (
+        lambda: nn.Linear(4, 4, dtype=torch.complex64),
+        lambda body, y, t: as_tokens(body, y.to(torch.complex64)).real,
+        16 * 8,
+        MORE,
+    ),
+    "lstm": (
+        lambda: nn.LSTM(4, 2, batch_first=True, bidirectional=True),
+        lambda body, y, t: as_tokens(lambda z: body(z)[0], y),
+        2 * (4 + 2) * 4 * 2 * 8,
+        LOOSE,
+    ),
+    "bilinear": (
+        lambda: nn.Bilinear(4, 4, 4),
+        lambda body, y, t: as_tokens(lambda z: body(z.contiguous(), z.contiguous()), y),
+        64 * 8,
+        LOOSE,
+    ),
+    "computed weight": (Weighing, AS_IT_IS, 48 * 8, LOOSE),
+}
+
+
+class Middle(nn.Module):
+    def __init__(self, body: nn.Module, use: Use) -> None:
+        super().__init__()
+        self.first, self.body, self.last, self.use = nn.Conv1d(3, 4, 1), body, nn.Conv1d(4, 3, 1), use
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        y = (self.first(sample) + timestep[:, None, None] / 1000).tanh()
+        result: Tensor = self.last(self.use(self.body, y, timestep))
+        return result
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_what_is_no_plain_operation_stays_in_floating_point_and_counts(name: str) -> None:
+    torch.manual_seed(0)
+    make, use, macs, said = MIDDLES[name]
+    model = Middle(make(), use).eval().requires_grad_(False)
+    calls = calls_of(model, torch.randn(3, 3, 8), torch.tensor([900.0, 500.0, 3.0]))
+    plan = make_plan(model, preset("qdiff"), calls)
+    assert [record.name for record in plan.layers] == ["first", "last"]
+    assert plan.coverage == pytest.approx(2 * 12 * 8 / (2 * 12 * 8 + macs))
+    assert [notice for notice in plan.notices if said in notice and "body" in notice]
+    assert not [notice for notice in plan.notices if "Products of activations" in notice or "never" in notice]
+
+
+class Experts(nn.Module):
+    """One for early steps, one for late ones, and one that only some calls ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.early, self.late, self.extra = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, sample: Tensor, timestep: Tensor, extra: Tensor | None = None) -> Tensor:
+        y = self.first(sample) + timestep[:, None] / 1000
+        y = y if extra is None else y + self.extra(extra)
+        result: Tensor = (self.early if timestep[0] > 500 else self.late)(y)
+        return result
+
+
+def test_layers_of_other_calls_than_the_first_are_named_and_counted() -> None:
+    model, x, t = Experts().requires_grad_(False), torch.randn(3, 4), torch.tensor([900.0, 700.0, 100.0])
+    parts = [calls_of(model, x, t), calls_of(model, x, t, torch.randn(3, 4))]
+    plan = make_plan(model, preset("qdiff", scheme="W4A4"), Calls.join(parts, parts[0].axis))
+    assert [record.name for record in plan.layers] == ["first", "early"]
+    assert plan.coverage == pytest.approx(0.5)
+    assert plan.weight_bits == pytest.approx((2 * 4 + 2 * 32) / 4)
+    assert "late, extra (50.0% of the multiply-accumulates), since only some calls" in plan.notices[0]
+
+
+class OfTokens(nn.Module):
+    """Discrete diffusion: x are numbers of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.time = nn.Embedding(12, 8), nn.Linear(1, 8)
+        self.first, self.middle, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 12)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        y = self.embed(x) + self.time(timestep[:, None] / 1000)[:, None]
+        result: Tensor = self.last(self.middle(self.first(y).tanh()).tanh())
+        return result
+
+
+class LabelFirst(OfTokens):
+    def forward(self, label: Tensor, x: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, timestep) + label[:, None, None]
+
+
+@pytest.mark.parametrize("model", [OfTokens(), LabelFirst()])
+def test_whole_numbers_are_varied_as_x(model: nn.Module) -> None:
+    given = [torch.randint(0, 12, (3, 10))]
+    if isinstance(model, LabelFirst):
+        given.insert(0, torch.tensor([1, 2, 3]))
+    calls = calls_of(model, *given, torch.tensor([900.0, 700.0, 100.0]))
+    plan = make_plan(model.requires_grad_(False), preset("default", scheme="W4A6"), calls)
+    found = {r.name: (r.weight_bits, [q.bits for q in r.inputs]) for r in plan.layers}
+    assert found == {"time": (8, []), "first": (8, []), "middle": (4, [6]), "last": (8, [8])}
+
+
+class OwnLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Weighing()
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        result: Tensor = self.body(sample) + timestep[:, None, None]
+        return result
+
+
+def test_a_model_without_layers_of_torch_is_an_error() -> None:
+    model = OwnLayers().requires_grad_(False)
+    with pytest.raises(ModelError, match="torch's own linear layers and convolutions, and classes derived"):
+        make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 4, 8), torch.tensor([3, 5])))
 
 
 class Styled(nn.Module):

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMWuerstchenScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    IPNDMScheduler,
+)
 from torch import Tensor, nn
 
 from ptq_tdq.errors import ModelError, TimestepError
@@ -110,6 +118,12 @@ SCHEDULES = {
 FORMS = {"t": (1.0, 0.0), "sigma": (1000.0, 0.0), "1 - sigma": (-1000.0, 1000.0)}
 
 
+def test_a_value_outside_is_named_beside_those_that_the_tables_cover() -> None:
+    axis = find_axis("sigma", [2.0, -2.0])
+    with pytest.raises(TimestepError, match=r"called with sigma = 3.5, which is not between -2.5 and 2.5: sample with"):
+        axis.t(torch.tensor([0.0, 3.5]))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -124,16 +138,46 @@ def test_the_axis_is_found_from_the_schedule_and_the_calls(name: str, form: str,
 
 def test_without_a_schedule_a_time_that_never_exceeds_1_is_a_part_of_the_axis() -> None:
     assert find_axis("t", [1.0, 0.75, 0.5]).scale == 1000
+    assert find_axis("t", [0.5]).scale == 1000
     assert find_axis("t", [999.0, 500.0, 1.0]).scale == 1
     assert find_axis("t", [1.0, 0.0]).scale == 1, "the last steps of a scheduler"
+    assert find_axis("t", [80.5, 40.25], total=T).scale == 1, "a run that began late"
+    assert find_axis("t", [90.5, 77.9, 65.4, 52.8, 40.2]).scale == 1, "the same, whatever its number of steps"
 
 
-def test_times_of_another_kind_are_stretched_over_the_axis() -> None:
-    """Logarithms of sigma, as EDM's models take them."""
-    seen = [1.1, 0.4, -0.8, -1.5]
+UNUSUAL = {
+    "continuous": EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+    "consistency": CMStochasticIterativeScheduler(),
+    "edm": EDMEulerScheduler(),
+}
+
+
+@pytest.mark.parametrize("seen", [[1.1, 0.4, -0.8, -1.5], [80.0, 10.0, 1.0, 0.1, 0.002], [0.3], [-4.0]])
+def test_times_of_another_kind_are_stretched_over_the_axis(seen: list[float]) -> None:
+    """Sigma and its logarithm, as EDM's models take them."""
     axis = find_axis("t", seen)
     t = axis.t(torch.tensor(seen))
-    assert t[0] == 1000 and t[-1] == 0 and bool((t[:-1] > t[1:]).all())
+    assert bool((t[:-1] > t[1:]).all())
+    if len(seen) > 1:
+        assert (t[0] - t[-1]) == pytest.approx(T / (1 + 2 / 8)), "room for other numbers of steps"
+    axis.t(torch.tensor(seen) * 1.05)
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_an_axis_from_few_steps_has_all_that_the_scheduler_gives(name: str, steps: int) -> None:
+    total = UNUSUAL[name].config.num_train_timesteps
+    few, many, reach = (schedule_of(UNUSUAL[name], count) for count in (steps, 40, total))
+    axis = find_axis("timestep", few, few, total, reach)
+    t = axis.t(torch.tensor(many))
+    assert t.amax() - t.amin() > total / 2 and len(t.round().unique()) > 20
+
+
+@pytest.mark.parametrize("scheduler", [IPNDMScheduler(), DDPMWuerstchenScheduler()], ids=["IPNDM", "Wuerstchen"])
+@pytest.mark.parametrize("steps", [1, 8])
+def test_a_schedule_that_never_exceeds_1_counts_in_parts_of_the_axis(scheduler: Any, steps: int) -> None:
+    schedule, reach = schedule_of(scheduler, steps), schedule_of(scheduler, T)
+    assert find_axis("t", schedule[:steps], schedule, T, reach).scale == 1000
 
 
 @pytest.mark.parametrize("change", [{"scale": 0.0}, {"num_train_timesteps": 0}, {"offset": math.nan}, {"argument": 3}])

@@ -317,6 +317,19 @@ def test_reparametrized_weights_are_made_plain(name: str) -> None:
         assert torch.equal(model(**inputs), expected), "the original stays as it is"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: torch.jit.script(nn.Linear(4, 4)), "'0' is TorchScript"),
+        (lambda: nn.LazyLinear(4), "lazy layer '0' was never called"),
+    ],
+)
+def test_what_cannot_be_copied_is_said_to_be(make: Callable[[], nn.Module], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        folded_copy(nn.Sequential(make(), nn.Linear(4, 4)))
+
+
 def test_a_weight_that_a_hook_of_ones_own_sets_is_said_to_stay() -> None:
     class Hooked(nn.Module):
         def __init__(self) -> None:

@@ -25,6 +25,7 @@ from ptq_tdq.timeaxis import signature_of, time_argument
 
 Rows = slice | Tensor
 SAME = 0.05  # relative difference of one row computed alone and among others; precision allows it
+PLAIN = (bool, int, float, str, type(None))  # arguments beside tensors
 MOST_ODD = 3  # leaves whose length does not tell what they are
 # What a denoiser raises when it is called with arguments that do not belong together.
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
@@ -126,6 +127,18 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
         if parameter.kind is parameter.VAR_KEYWORD:
             bound |= bound.pop(name, {})
     return bound
+
+
+def check_argument(value: Any) -> None:
+    """Raise :class:`CalibrationSetError` for what is neither a tensor nor plain, nor a tree of these."""
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            check_argument(inner)
+    elif not isinstance(value, (Tensor, *PLAIN)):
+        raise CalibrationSetError(
+            f"A call has an argument of type {type(value).__name__}, which a calibration set cannot hold; call the "
+            "denoiser with tensors and plain values, alone or in dicts, lists and tuples."
+        )
 
 
 def main_argument_name(model: nn.Module, time: str | None = None) -> str:
@@ -236,7 +249,11 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
 
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
-    """Calls of ``model`` compute no gradients; raises :class:`ModelError` for one that differentiates itself."""
+    """Calls of ``model`` compute no gradients.
+
+    Raises :class:`ModelError` for a model that differentiates itself, or turns on inference mode in its forward.
+    """
+    inference = torch.is_inference_mode_enabled()
     refusal = ModelError(
         f"{type(model).__name__} differentiates itself in its forward, and quantized layers have no such gradients; "
         "quantize a model that computes its prediction directly."
@@ -245,6 +262,11 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
     def refuse(*_: Any) -> None:
         if torch.is_grad_enabled():
             raise refusal
+        if torch.is_inference_mode_enabled() and not inference:
+            raise ModelError(
+                f"{type(model).__name__} turns inference mode on in its forward, and nothing learns from its tensors; "
+                "take torch.inference_mode out of the model and put it around the calls."
+            )
 
     layers = [module for module in model.modules() if layer_kind(module)]
     try:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ptq_tdq.calls.arguments import Each, Group, Place
+from ptq_tdq.calls.arguments import Each, Group, Place, check_argument
 from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.files import check_tensors, reason
 
@@ -83,12 +83,8 @@ def pack(number: int, group: Group, tensors: dict[str, Tensor]) -> Any:
             name = f"{number}.shared.{len(tensors)}"
             tensors[name] = value
             return {"tensor": name}
-        if value is None or isinstance(value, bool | int | float | str):
-            return {"value": value}
-        raise CalibrationSetError(
-            f"A call has an argument of type {type(value).__name__}, which a calibration set cannot hold in a file; "
-            "call the denoiser with tensors and plain values."
-        )
+        check_argument(value)
+        return {"value": value}
 
     return walk(group.tree)
 

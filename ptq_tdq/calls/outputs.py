@@ -13,15 +13,16 @@ from ptq_tdq.errors import CalibrationSetError
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors of a denoiser's output, the prediction first."""
+    """All tensors of a denoiser's output, in its order."""
     return [output] if isinstance(output, Tensor) else [x for inner in _inside(output) for x in tensors_of(inner)]
 
 
 def prediction(output: Any) -> Tensor:
     """What a denoiser predicts: the first tensor of its output, or its list with one tensor per row, stacked.
 
-    A list of several shapes, such as a ControlNet's, comes as one tensor [B, values]. Raises
-    :class:`CalibrationSetError` for an output without a tensor, and for such a list without a common B.
+    A number (a loss beside it) has no rows and is none. A list of several shapes, such as a ControlNet's, comes as one
+    tensor [B, values]. Raises :class:`CalibrationSetError` for an output without a tensor, and for such a list without
+    a common B.
     """
     found = _first(output)
     if isinstance(found, Tensor):
@@ -50,12 +51,15 @@ def _first(output: Any) -> Tensor | list[Tensor]:
 
 
 def _candidates(output: Any) -> Iterator[Tensor | list[Tensor]]:
-    tensors = isinstance(output, list) and output and all(isinstance(x, Tensor) for x in output)
-    if tensors or isinstance(output, Tensor):
+    if _has_rows(output) or (isinstance(output, list) and output and all(map(_has_rows, output))):
         yield output
     else:
         for inner in _inside(output):
             yield from _candidates(inner)
+
+
+def _has_rows(output: Any) -> bool:
+    return isinstance(output, Tensor) and output.ndim > 0
 
 
 def _inside(output: Any) -> Iterable[Any]:

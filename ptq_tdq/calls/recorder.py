@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.calls.arguments import Each, Odd, bind, count_rows, find_odd, split_rows
+from ptq_tdq.calls.arguments import Each, Odd, bind, check_argument, count_rows, find_odd, split_rows
 from ptq_tdq.calls.calls import Calls
+from ptq_tdq.errors import ModelError
+from ptq_tdq.hooks import hooked
 from ptq_tdq.timeaxis import TimeAxis, find_axis, time_argument, time_values
 
 Wanted = Callable[[int], Tensor]
@@ -28,12 +30,14 @@ def record(model: nn.Module, *, time: str | None = None, num_train_timesteps: in
         with ptq_tdq.record(unet) as calls:
             pipe(prompt, num_inference_steps=20)
 
-    Raises :class:`~ptq_tdq.errors.ModelError` for a model without a time argument.
+    Raises :class:`~ptq_tdq.errors.ModelError` for a model without a time argument, and where not the model but its
+    ``forward`` was called (by other methods of its class), which nothing hears.
     """
     recorder = Recorder(model, time)
     calls = Calls(TimeAxis(recorder.argument))
     with recorder.listening():
         yield calls
+    recorder.check_heard()
     found = recorder.calls(find_axis(recorder.argument, recorder.seen, total=num_train_timesteps))
     calls.axis, calls.groups, calls.trajectory = found.axis, found.groups, found.trajectory
 
@@ -41,13 +45,14 @@ def record(model: nn.Module, *, time: str | None = None, num_train_timesteps: in
 class Recorder:
     """Hears of every call of a model while :meth:`listening`, and keeps copies of their arguments on the CPU.
 
-    ``seen`` are the values of the time argument, one per call; ``step`` is the index of the present step: calls that
-    follow each other with one time value (guidance in two calls) belong to one.
+    ``seen`` are the values of the time argument; ``step`` is the index of the present step: calls that follow each
+    other with one time value (guidance in two calls) belong to one.
     """
 
     def __init__(self, model: nn.Module, time: str | None = None) -> None:
         self.model, self.argument = model, time_argument(model, time)
-        self.seen: list[float] = []
+        self.seen: set[float] = set()
+        self._times: list[float] = []  # the mean of each call's
         self.step = -1
         self._wanted: Wanted | None = None
         self._on_step: Callable[[int], None] = lambda step: None
@@ -56,6 +61,16 @@ class Recorder:
         self._parts: list[Calls] = []
         self._odd: dict[Any, Odd] = {}  # of each form of call
         self._looking = False
+        self._passed_by = False  # whether parts of the model ran before any call of it
+
+    def check_heard(self) -> None:
+        """Raise :class:`ModelError` where the model ran and was never called as a module."""
+        if self._passed_by and not self.seen:
+            name = type(self.model).__name__
+            raise ModelError(
+                f"No call of {name} was heard, though its parts ran: its forward was called, not the module, as by "
+                "another of its methods (forward_with_cfg, say); call the model itself, and write guidance around it."
+            )
 
     def calls(self, axis: TimeAxis, recipe: dict[str, Any] | None = None) -> Calls:
         """What was recorded."""
@@ -63,7 +78,9 @@ class Recorder:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        with self.model.register_forward_pre_hook(self._hear, with_kwargs=True):
+        children = (part for part in self.model.children() if not isinstance(part, torch.jit.ScriptModule))
+        parts = (part.register_forward_pre_hook(self._pass_by) for part in children)
+        with self.model.register_forward_pre_hook(self._hear, with_kwargs=True), hooked(parts):
             yield
 
     def begin(
@@ -81,20 +98,25 @@ class Recorder:
         """
         self._first_trajectory = self._first_trajectory + self._rows if first is None else first
         self._samples, self._wanted, self._on_step = samples, wanted, on_step
-        self._rows, self._began, self.step = 0, len(self.seen), -1
+        self._rows, self._began, self.step = 0, len(self._times), -1
+
+    def _pass_by(self, *_: Any) -> None:
+        self._passed_by |= not self.seen
 
     def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._looking:
             return
         arguments, name = bind(module, args, kwargs), self.argument
-        value = float(time_values(arguments.get(name), name).float().mean())
-        before = self.seen[self._began :]
+        check_argument({other: given for other, given in arguments.items() if other != name})
+        values = time_values(arguments.get(name), name).float()
+        value, before = float(values.mean()), self._times[self._began :]
         if self._samples is None and len(before) > 1 and value == before[0] != before[-1]:
             self.begin()  # the sampler has come back to its first step
             before = []
         if not before or value != before[-1]:
             self.step += 1
-        self.seen.append(value)
+        self.seen.update(values.flatten().tolist())
+        self._times.append(value)
         self._on_step(self.step)
         rows = count_rows(arguments, name)
         self._rows = max(self._rows, self._samples or rows)

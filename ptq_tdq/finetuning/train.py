@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ptq_tdq import processes
 from ptq_tdq.calls import prediction
-from ptq_tdq.errors import NonFiniteError
+from ptq_tdq.errors import ModelError, NonFiniteError
 from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.data import Batch, Data, generator_of
 from ptq_tdq.finetuning.graph import Graphs
 from ptq_tdq.finetuning.student import Student
 from ptq_tdq.intervals.dynamic import forms
 from ptq_tdq.recon import RunDirectory
+from ptq_tdq.recon.unit import backward
 
 STATE = "finetune", 0  # under which a run directory keeps it
 
@@ -123,8 +124,15 @@ class Training:
     def _descend(self, batch: Batch) -> Tensor:
         with torch.enable_grad():
             predicted, penalty = self.student(**batch.arguments)
+            if not predicted.requires_grad:
+                raise ModelError(
+                    "The model's prediction has no gradients to learn from, as where its forward runs under "
+                    "torch.no_grad; take that out of the model and put it around the calls."
+                )
             loss = (_distance(predicted, self._target(batch)) + penalty) * (batch.rows / self.config.batch_size)
-            loss.backward()
+            quantized = self.student.quantized
+            t = quantized.axis.t(batch.arguments[quantized.axis.argument])
+            backward(loss, None if quantized.one_step else t)
         found: Tensor = loss.detach()
         return found
 

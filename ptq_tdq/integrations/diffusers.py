@@ -14,11 +14,12 @@ loader would cast them, so it gets none to load: the whole artifact is checked a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.products import called_by
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.structure import building
+from ptq_tdq.timed_model import ADAPTERS, TimedModel
 from ptq_tdq.wrap import fold
 
 __all__ = ["PtqTdqConfig", "as_diffusers"]
@@ -220,16 +222,62 @@ def _timed(cls: type[nn.Module]) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.hf_quantizer.quantized(*args, **kwargs)
 
-    def load_lora_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
-        with _plain_classes(self):
-            cls.load_lora_adapter(self, *args, **kwargs)  # type: ignore[attr-defined]
-
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = kwargs.get("dtype") == self.dtype  # asked for by what loads image prompts
+        own = any(given is self.dtype for given in (*args, *kwargs.values()))  # asked for by what loads image prompts
         return nn.Module.to(self, *args, **kwargs) if own else cls.to(self, *args, **kwargs)
 
-    others = {"untimed": cls, "load_lora_adapter": load_lora_adapter, "fuse_lora": _refuse_to_fuse, "to": to}
-    return called_by(cls, call, _timed, **others)
+    def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _StateDict(cls.state_dict(self, *args, **kwargs))
+
+    refused = {"fuse_lora": _refuse_to_fuse, "fuse_qkv_projections": TimedModel.fuse_qkv_projections}
+    others = {"untimed": cls, "to": to, "state_dict": state_dict, **refused}
+    adapters = {name: _adapting(getattr(cls, name)) for name in ADAPTERS if hasattr(cls, name)}
+    return called_by(cls, call, _timed, **others, **adapters)
+
+
+def _adapting(method: Callable[..., None]) -> Callable[..., None]:
+    """A method that puts adapters beside layers, where these are quantized."""
+
+    @wraps(method)
+    def adapt(model: Any, *args: Any, **kwargs: Any) -> None:
+        with _plain_classes(model):
+            method(model, *args, **kwargs)
+
+    return adapt
+
+
+class _StateDict(OrderedDict[str, Any]):
+    """A state dict that finds a quantized layer's tensors also by the names that they have in full precision.
+
+    Pipelines ask so for the shape of the weight that an adapter goes beside.
+    """
+
+    def __init__(self, state: Any) -> None:
+        super().__init__(state)
+        vars(self).update(vars(state))  # torch's metadata
+
+    def __reduce__(self) -> Any:
+        """What is copied or written is a plain one."""
+        plain = OrderedDict(self)
+        vars(plain).update(vars(self))
+        return plain.__reduce__()
+
+    def copy(self) -> _StateDict:
+        return _StateDict(self)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or super().__contains__(_name_inside(str(name)))
+
+    def __missing__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return self[_name_inside(name)]
+
+
+def _name_inside(name: str) -> str:
+    """Where a quantized layer holds the tensor that is called ``name`` in full precision."""
+    layer, _, own = name.rpartition(".")
+    return f"{layer}.{QuantLayer._inside}.{own}"
 
 
 def _refuse_to_fuse(model: Any, *args: Any, **kwargs: Any) -> None:

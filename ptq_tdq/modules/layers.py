@@ -20,7 +20,7 @@ from ptq_tdq.modules.activation import ActivationQuantizer
 from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.modules.weight import WeightQuantizer
 from ptq_tdq.records import LayerRecord
-from ptq_tdq.rotate import rotated
+from ptq_tdq.rotate import rotated, unrotated
 
 Operation = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -152,24 +152,41 @@ class QuantLayer(Delegating):
         self.weights_enabled = False
         # float32, since what it learns is less than half precision can hold; a buffer, since a model's dtype is that
         # of its parameters
-        shift = None if self.bias is None else torch.zeros_like(self.bias, dtype=torch.float32)
-        self.register_buffer("shift", shift, persistent=False)
         self.shift: Tensor | None
-        self.register_buffer("divisor", None, persistent=False)
-        self.divisor: Tensor | None
+        if self.bias is None:
+            self.shift = None
+        else:
+            self.register_buffer("shift", torch.zeros_like(self.bias, dtype=torch.float32), persistent=False)
         self._rotated: Tensor | None = None
         self._known: Tensor | None = None  # what the codes stand for, once it was asked for
         self.finished = False
 
     @property
     def weight(self) -> Tensor:
-        """The weight [O, C / groups, ...] that meets the input's codes; that of the original until ``finalize``."""
+        """The weight [O, C / groups, ...] that meets the input's codes; that of the original until ``finalize``.
+
+        Of a finished layer it is what the layer does with its input, for a LoRA's norms and whoever else reads it.
+        """
         own = own_weight(self.layer)
-        if not self.record.rotated or self.finished:
+        if self.finished and (self.record.rotated or self.divisor is not None):
+            meets = own.float() if self.divisor is None else own.float() / self.divisor
+            return (unrotated(meets) if self.record.rotated else meets).to(own.dtype)
+        if self.finished or not self.record.rotated:
             return outputs_first(self.layer, own)
         if self._rotated is None:
             self._rotated = rotated(own.float()).to(own.dtype)
         return self._rotated
+
+    @property
+    def divisor(self) -> Tensor | None:
+        """[C], or None. What is None is no buffer: those who move buffers to and fro move each."""
+        return self._buffers.get("divisor")
+
+    @divisor.setter
+    def divisor(self, divisor: Tensor | None) -> None:
+        if divisor is not None:
+            self._buffers["divisor"] = divisor
+            self._non_persistent_buffers_set.add("divisor")
 
     @property
     def bias(self) -> Tensor | None:
@@ -264,11 +281,12 @@ class QuantLayer(Delegating):
         if self.record.rotated and not self.finished and not self._at_work():  # the original, bit for bit
             return self.kind.operation(self.layer, input, own_weight(self.layer), self.bias)
         x = self.quantized_input(input)
-        if self.finished and x.dtype == own_weight(self.layer).dtype:
-            y: Tensor = self.layer(x)  # called, so that what moves its weight to and fro knows
+        stored = own_weight(self.layer).dtype
+        if self.finished and (x.dtype == stored or stored.itemsize == 1):
+            y: Tensor = self.layer(x)  # called, so that what moves its weight to and fro, or casts it, knows
             return y
         if not self.weights_enabled:
-            weight = self.weight if self.record.rotated else own_weight(self.layer)
+            weight = self.weight if self.record.rotated and not self.finished else own_weight(self.layer)
             return self.kind.operation(self.layer, x, weight, self.bias)
         bias = None if self.bias is None or self.shift is None else (self.bias + self.shift).to(x.dtype)
         return self.kind.operation(self.layer, x, self.quantized_weight().to(x.dtype), bias)

@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import cache, partial, wraps
 from itertools import chain, cycle, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
 
 from ptq_tdq.errors import ModelError
@@ -143,12 +143,12 @@ class _Intercept(TorchFunctionMode):
 
     Calls beyond them, which calibration has not seen, stay in floating point (an image prompt beside a text); inside
     :func:`one_by_one` they begin with the first one again. Raises :class:`ModelError` for a softmax outside of them:
-    the module then computes attention by hand.
+    the module then computes attention by hand. ``heard`` says whether there was a call.
     """
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
-        self.owner = owner
+        self.owner, self.heard = owner, False
         products = products_of(owner)
         beyond = repeat(functional.scaled_dot_product_attention)
         self.next = cycle(products) if _one_by_one.get() else chain(products, beyond)
@@ -157,15 +157,21 @@ class _Intercept(TorchFunctionMode):
         if func not in _HEARD or _computing.get():
             return func(*args, **(kwargs or {}))
         if func in _BY_HAND:
-            raise ModelError(
-                f"The {type(self.owner).__name__} computes attention by hand, where nothing is quantized; give it "
-                "back the processor that it was calibrated with (pipe.disable_attention_slicing(), set_attn_processor)."
-            )
-        token = _computing.set(True)
+            raise _elsewhere(self.owner, "by hand")
+        self.heard, token = True, _computing.set(True)
         try:
             return next(self.next)(*args, **(kwargs or {}))
         finally:
             _computing.reset(token)
+
+
+def _elsewhere(owner: nn.Module, how: str) -> ModelError:
+    """What to say of a module that computes its attention where it is not quantized."""
+    return ModelError(
+        f"The {type(owner).__name__} computes attention {how}, where nothing is quantized; give it back the processor "
+        "and the backend that it was calibrated with (pipe.disable_attention_slicing(), set_attn_processor, "
+        "set_attention_backend), or use a pipeline that leaves it its own."
+    )
 
 
 _BY_HAND = (functional.softmax, torch.softmax, Tensor.softmax)
@@ -212,7 +218,16 @@ def _listening(cls: type[nn.Module]) -> Any:
         with _Intercept(self):
             return cls.__call__(self, *args, **kwargs)
 
-    return called_by(cls, call, _listening)
+    @wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # what a cache answers does not come here
+        out = cls.forward(self, *args, **kwargs)
+        mode = None if torch.compiler.is_compiling() else _get_current_function_mode()
+        replaceable = hasattr(self, "processor")  # others may have nothing to attend to in a call
+        if replaceable and isinstance(mode, _Intercept) and mode.owner is self and not mode.heard:
+            raise _elsewhere(self, "without scaled_dot_product_attention")
+        return out
+
+    return called_by(cls, call, _listening, forward=forward)
 
 
 def called_by(cls: type[nn.Module], call: Callable[..., Any], make: Callable[[Any], Any], **others: Any) -> Any:

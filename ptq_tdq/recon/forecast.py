@@ -38,12 +38,13 @@ RUNTIME_BYTES = 300 << 20  # what python and the libraries allocate as they go
 class Forecast:
     """What a run will take. Bytes, and seconds of this machine when it has nothing else to do.
 
-    ``recorded_bytes`` are those of ``rows`` recorded calls, ``stream_bytes`` what flows between units: in memory, or
-    on disk where ``streams_on_disk``. ``memory_bytes`` is the peak of what the process allocates, ``disk_bytes`` that
-    of what it writes. ``recording_seconds`` are the sampler's, ``measuring_seconds`` those of a comparison with full
-    precision at the end.
+    ``processes`` share the work. ``recorded_bytes`` are those of ``rows`` recorded calls, ``stream_bytes`` what flows
+    between units: in memory, or on disk where ``streams_on_disk``. ``memory_bytes`` is the peak of what the processes
+    of this machine allocate, ``disk_bytes`` that of what they write. ``recording_seconds`` are the sampler's,
+    ``measuring_seconds`` those of a comparison with full precision at the end: one process does either.
     """
 
+    processes: int
     units: int
     layers: int
     rows: int
@@ -61,24 +62,28 @@ class Forecast:
 
 
 def make_forecast(
-    quantized: QuantizedModel, call: Calls, config: Config, *, rows: int, sampled: int, budget: int, measured: int = 0
-) -> Forecast:
+    quantized: QuantizedModel, call: Calls, config: Config, *, rows: int, sampled: int, budget: int, measured: int = 0,
+    processes: int = 1, here: int = 1,
+) -> Forecast:  # fmt: skip
     """The forecast for ``rows`` calls like ``call``, which take the sampler ``sampled`` of them to record.
 
     At the end the model is compared with full precision in ``measured`` calls, and so it is with static intervals.
+    Calls and work are shared by so many ``processes``, ``here`` of them on this machine.
     """
     call = call.to(quantized.device)
     sizes = unit_sizes(quantized, call.inputs(slice(0, 1)))
     paces = unit_paces(quantized, call, sizes, config)
-    streams, rates = stream_bytes(sizes, rows), Rates.measured(config)
+    own_rows, rates = -(-rows // processes), Rates.measured(config)
+    streams = here * stream_bytes(sizes, own_rows)
+    on_disk = streams > here * budget
     layers, memory, seconds = quantized.layers(), 0, 0.0
     of_unit: dict[str, list[QuantLayer]] = {name: [] for name in quantized.units()}
     for layer in layers.values():
         of_unit[layer.record.unit].append(layer)
     for name, own in of_unit.items():
         size = sizes.get(name, UnitSize())
-        memory = max(memory, _unit_bytes(size, own, config, rows, streams > budget))
-        seconds += sum(unit_seconds(own, size, paces.get(name, Pace()), rates, config, rows))
+        memory = max(memory, _unit_bytes(size, own, config, own_rows, on_disk))
+        seconds += sum(unit_seconds(own, size, paces.get(name, Pace()), rates, config, rows, processes))
     plain, behind = (sum(getattr(pace, of) for pace in paces.values()) for of in ("plain", "quantized"))
     recording, measuring = sampled * plain, measured * (plain + 4 * behind)  # own and full precision's trajectories
     weights = sum(layer.weight.numel() for layer in layers.values())
@@ -88,12 +93,12 @@ def make_forecast(
     floating = kept - 4 * weights
     recorded = rows * _bytes(call) // len(call)
     finished = 4 * weights + floating + 2 * (packed + floating)  # the new weights, and the file as it is written
-    memory = own_bytes() + weights + max(memory, finished) + RUNTIME_BYTES + recorded
+    memory = here * (own_bytes() + weights + max(memory, finished) + RUNTIME_BYTES + recorded)
     # two files of each unit, with a byte for a weight; then the artifact beside them
     tables = 8 * call.axis.length * len(quantized.quantizers()) + DOCUMENT_BYTES * len(quantized.plan)
-    disk = 2 * recorded + 2 * (weights + tables) + max(streams if streams > budget else 0, packed + floating + tables)
+    disk = 2 * recorded + 2 * (weights + tables) + max(streams if on_disk else 0, packed + floating + tables)
     times = recording, seconds, measuring
-    return Forecast(len(of_unit), len(layers), rows, recorded, streams, streams > budget, memory, disk, *times)
+    return Forecast(processes, len(of_unit), len(layers), rows, recorded, streams, on_disk, memory, disk, *times)
 
 
 def check_room(found: Forecast, folder: Path) -> None:
@@ -166,9 +171,9 @@ def _shape(layer: QuantLayer, size: UnitSize, samples: int) -> tuple[int, int, i
 
 
 def unit_seconds(
-    layers: Sequence[QuantLayer], size: UnitSize, pace: Pace, rates: Rates, config: Config, rows: int
+    layers: Sequence[QuantLayer], size: UnitSize, pace: Pace, rates: Rates, config: Config, rows: int, processes: int
 ) -> tuple[float, float]:
-    """What one unit takes with ``rows`` samples in phase W and in phase A."""
+    """What one unit takes with ``rows`` samples in phase W and in phase A, shared by so many processes."""
     closed = config.weights.rounding in ("gptq", "learned")
     again = closed and config.weights.round_again
     judged = (1 + _following(config)) * (1 + (config.activations.activation_iterations > 0))
@@ -185,9 +190,9 @@ def unit_seconds(
     if config.weights.rounding == "learned":
         second += pace.quantized / JUDGES * CHECKS
     starts = pace.quantizers * rates.start * (1.5 if config.method == "auto" else 1.0)  # as many as will follow t again
-    step, steps = config.learning.batch_size * pace.learned, _steps(layers, config, rows)
-    rounding = _rounding_seconds(layers, size, rates, config, rows)
-    return rows * first + step * steps[0] + rounding, rows * second + starts + step * steps[1] + again * rounding
+    steps, rounding = _steps(layers, config, rows), _rounding_seconds(layers, size, rates, config, rows, processes)
+    step, own = config.learning.batch_size / processes * pace.learned, rows / processes
+    return own * first + step * steps[0] + rounding, own * second + starts + step * steps[1] + again * rounding
 
 
 def _steps(layers: Sequence[QuantLayer], config: Config, rows: int) -> tuple[float, float]:
@@ -207,10 +212,10 @@ def _following(config: Config) -> float:
 
 
 def _rounding_seconds(
-    layers: Sequence[QuantLayer], size: UnitSize, rates: Rates, config: Config, samples: int
+    layers: Sequence[QuantLayer], size: UnitSize, rates: Rates, config: Config, samples: int, processes: int
 ) -> float:
     """Intervals of the weights, and closed-form rounding: what :mod:`ptq_tdq.recon.closed_form` does, operation by
-    operation.
+    operation. Rows of inputs and of weights are shared by the processes, a factorization is not.
     """
     found = 0.0
     for layer in layers:
@@ -225,9 +230,10 @@ def _rounding_seconds(
         # moments of the inputs, about half of them; what is lost, and its moments, in later blocks of two kinds
         products = 1.125 * block + 2 * outputs * (2 + 3 * later)
         factors = len(FACTORS) / blocks + later
-        solved = 2 / 3 * block**2 + outputs * block * (4 + 2 * later + factors)
-        found += groups * rows * columns * (pick + rates.product * products)
-        found += groups * columns * (TRIANGULAR * rates.double * solved + rates.rounding * factors * outputs)
+        solved = 2 / 3 * block**2 + outputs / processes * block * (4 + 2 * later + factors)
+        found += groups * rows / processes * columns * (pick + rates.product * products)
+        rounding = rates.rounding * factors * outputs / processes
+        found += groups * columns * (TRIANGULAR * rates.double * solved + rounding)
     return found
 
 

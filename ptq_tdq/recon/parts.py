@@ -199,7 +199,9 @@ def _own(leaf: Any, place: Place | None, samples: int) -> Place | None:
     if leaf.shape[place.dim] != samples * place.each + place.more:
         raise ModelError(
             f"A block of the model gets a tensor of the shape {list(leaf.shape)} for {samples} samples, in which their "
-            "rows cannot be told apart; record calls of one size (prompts padded to one length)."
+            "rows cannot be told apart; record calls of one size (prompts padded to one length). Where values decide "
+            "how many rows there are (of tokens sent to experts), name the class of the module around the block in the "
+            "model's _no_split_modules, or skip the layers inside."
         )
     return place
 

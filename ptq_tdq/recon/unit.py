@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import add
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ptq_tdq import processes
 from ptq_tdq.config import Config
-from ptq_tdq.errors import NonFiniteError
+from ptq_tdq.errors import ModelError, NonFiniteError
 from ptq_tdq.fused import power_sum
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.processor import products_in
@@ -219,11 +219,29 @@ class Unit:
             last = number == len(pieces)
             shares = [penalty * (len(own) / len(index)) for penalty in penalties] if last else []
             # what the pieces share, soft weights, is kept until the last one; the rest goes with its loss
-            sum(shares, loss).backward(retain_graph=not last)
+            backward(sum(shares, loss), self.t[some], retain_graph=not last)
 
     def _loss(self, call: UnitCall, output: Any, target: Parts, power: float, index: slice | Tensor) -> Tensor:
         part = call.output(output, index)
         return reconstruction_loss(part.real(slice(0, len(self.t[index]))), target.real(index), power)
+
+
+def backward(loss: Tensor, t: Tensor | None, *, retain_graph: bool = False) -> None:
+    """Gradients of the loss of a call at ``t``, at which checkpoints compute again; None where it has no single t.
+
+    Raises :class:`ModelError` for checkpoints that ask for the gradients of what does not learn.
+    """
+    try:
+        known = nullcontext() if t is None else at(t.to(loss.device))
+        with known, torch.autograd.set_multithreading_enabled(False):  # in this thread, which knows t
+            loss.backward(retain_graph=retain_graph)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise ModelError(
+            "The model computes gradients by itself (in checkpoints of its own, say), also those of weights that do "
+            "not learn; turn that off, or let it call torch.utils.checkpoint."
+        ) from error
 
 
 def as_slice(index: Tensor) -> slice | Tensor:

@@ -62,7 +62,7 @@ class _Described(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeUnsupportedError(
             "The model computes with the weight of a quantized layer outside of that layer's call, which the integer "
-            'backend cannot; use backend="simulated".'
+            'backend cannot: use backend="simulated", or, where layers are fused, fuse them before calibration.'
         )
 
 

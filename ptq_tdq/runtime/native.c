@@ -8,6 +8,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 /* e^x within 2 ulp, without branches: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for e^r (Cephes expf). */
 static inline float exponential(float x) {
@@ -90,6 +93,39 @@ typedef int32_t lanes __attribute__((vector_size(LANES * sizeof(int32_t))));
 #else
 #define EXCHANGED(y, bit) __builtin_shuffle(y, (lanes){OTHER(bit)})
 #endif
+
+static inline float sum_of(vec v) {
+#if defined(__AVX512F__)
+    v += EXCHANGED(v, 8);
+#endif
+    v += EXCHANGED(v, 4);
+    v += EXCHANGED(v, 2);
+    v += EXCHANGED(v, 1);
+    return v[0];
+}
+
+/* a > b ? a : b, which compilers make many instructions of. */
+static inline vec greater(vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    const lanes more = a > b;
+    return (vec)((more & (lanes)a) | (~more & (lanes)b));
+#endif
+}
+
+static inline float greatest(vec v) {
+#if defined(__AVX512F__)
+    v = greater(EXCHANGED(v, 8), v);
+#endif
+    v = greater(EXCHANGED(v, 4), v);
+    v = greater(EXCHANGED(v, 2), v);
+    v = greater(EXCHANGED(v, 1), v);
+    return v[0];
+}
+
 enum { RUN = LANES }; /* vectors that are transformed in registers */
 
 /* The Hadamard transform of `count` vectors of y. */
@@ -340,38 +376,49 @@ int norm_quantize(const Frame *f, const float *x, const float *shift, const floa
     return failed;
 }
 
-static float dot(const float *a, const float *b, int64_t count) {
-    vec sums[4] = {0};
-    float sum = 0;
+/* sums [rows] of x [rows, channels] times codes [channels], each of which becomes a float once for all rows: 1 or 4. */
+static inline __attribute__((always_inline)) void dots(const float *x, const int8_t *codes, int64_t channels, int rows,
+                                                       float *sums) {
+    const int apart = 4 / rows; /* vectors of a row that are added up each for itself: four chains of sums in all */
+    vec part[4] = {0};
     int64_t i = 0;
-    for (; i + 4 * LANES <= count; i += 4 * LANES)
+    for (; i + 4 * LANES <= channels; i += 4 * LANES) {
+        float weights[4 * LANES];
+        for (int l = 0; l < 4 * LANES; l++) weights[l] = codes[i + l];
 #pragma GCC unroll 4
-        for (int l = 0; l < 4; l++) sums[l] += *(const vec *)(a + i + l * LANES) * *(const vec *)(b + i + l * LANES);
-    for (; i < count; i++) sum += a[i] * b[i];
-    sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    for (int l = 0; l < LANES; l++) sum += sums[0][l];
-    return sum;
+        for (int k = 0; k < 4; k++)
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                const vec values = *(const vec *)(x + r * channels + i + k * LANES);
+                part[r * apart + k % apart] += values * *(const vec *)(weights + k * LANES);
+            }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+        vec all = part[r * apart];
+        for (int k = 1; k < apart; k++) all += part[r * apart + k];
+        sums[r] = sum_of(all);
+        for (int64_t j = i; j < channels; j++) sums[r] += x[r * channels + j] * (float)codes[j];
+    }
 }
 
-/* out [rows, outputs] = (x [rows, channels] times codes [outputs, channels]) scale + bias (or NULL). Returns 0, or 1
- * without memory. */
-int weight_only(const float *x, const int8_t *codes, const float *scale, const float *bias, int64_t rows,
-                int64_t channels, int64_t outputs, float *out) {
-    int failed = 0;
-#pragma omp parallel reduction(| : failed)
-    {
-        float *weights = malloc((size_t)channels * sizeof(float)); /* of one output */
-        failed = !weights;
-#pragma omp for schedule(static)
-        for (int64_t o = 0; o < outputs; o++) {
-            if (!weights) continue;
-            for (int64_t c = 0; c < channels; c++) weights[c] = codes[o * channels + c];
-            for (int64_t row = 0; row < rows; row++)
-                out[row * outputs + o] = dot(x + row * channels, weights, channels) * scale[o] + (bias ? bias[o] : 0.0f);
+/* out [rows, outputs] = (x [rows, channels] times codes [outputs, channels]) scale + bias (or NULL). */
+void weight_only(const float *x, const int8_t *codes, const float *scale, const float *bias, int64_t rows,
+                 int64_t channels, int64_t outputs, float *out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t o = 0; o < outputs; o++) {
+        const int8_t *of_output = codes + o * channels;
+        for (int64_t row = 0, some; row < rows; row += some) {
+            float sums[4];
+            some = rows - row < 4 ? 1 : 4;
+            if (some == 4)
+                dots(x + row * channels, of_output, channels, 4, sums);
+            else
+                dots(x + row * channels, of_output, channels, 1, sums);
+            for (int64_t r = 0; r < some; r++)
+                out[(row + r) * outputs + o] = sums[r] * scale[o] + (bias ? bias[o] : 0.0f);
         }
-        free(weights);
     }
-    return failed;
 }
 
 /* A convolution of padded codes [batch, in_height, in_width, channels], channels a multiple of 4, with weights
@@ -405,7 +452,6 @@ static inline int64_t offset(const Convolution *c, int64_t kh, int64_t kw) {
 /* tile, once for each kind of processor: the sums of BLOCK outputs at PIXELS pixels, whose codes begin at[pixel]; what
  * codes beside weights of 8 bits are kept in there. */
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#include <immintrin.h>
 #define INSTRUCTIONS "AVX512-VNNI"
 
 enum { PIXELS = 8, BLOCK = 32, NIBBLE_GROUP = 4, BYTE_GROUP = 4, UNPACK = 0, WIDEN = 0 };
@@ -465,7 +511,6 @@ static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXEL
 }
 
 #elif defined(__AVX2__)
-#include <immintrin.h>
 #define INSTRUCTIONS "AVX2"
 
 enum { PIXELS = 6, BLOCK = 16, NIBBLE_GROUP = 4, BYTE_GROUP = 2, UNPACK = 1, WIDEN = 1 };
@@ -681,34 +726,46 @@ static void product(const Wide *a, int32_t za, const Packed *b, int32_t zb, int6
     }
 }
 
-/* One row of scores [keys] -> codes of its softmax; mask is NULL or added. */
-static void softmax_codes(float *restrict row, const float *mask, int64_t keys, float gain, float scale,
-                          float zero_point, float qmax, Wide *restrict out) {
-    if (mask) {
-        for (int64_t j = 0; j < keys; j++) row[j] = row[j] * gain + mask[j];
-        gain = 1;
-    }
+/* The greatest of the scores [keys], once they are what the softmax is of. */
+static float greatest_score(float *row, const float *mask, int64_t keys, float gain) {
+    for (int64_t j = 0; mask && j < keys; j++) row[j] = row[j] * gain + mask[j];
     const int64_t vectors = keys / LANES * LANES;
-    float most = row[0], total = 0;
+    float most = row[0];
     vec part = {0};
     part += most;
-    for (int64_t j = 0; j < vectors; j += LANES) {
-        const vec x = *(const vec *)(row + j);
-        const lanes more = x > part;
-        part = (vec)((more & (lanes)x) | (~more & (lanes)part));
-    }
+    for (int64_t j = 0; j < vectors; j += LANES) part = greater(*(const vec *)(row + j), part);
+    most = greatest(part);
     for (int64_t j = vectors; j < keys; j++) most = row[j] > most ? row[j] : most;
-    for (int i = 0; i < LANES; i++) most = part[i] > most ? part[i] : most;
-    if (most == -INFINITY) { /* a row that may look at nothing gives zeros */
-        for (int64_t j = 0; j < keys; j++) out[j] = (Wide)zero_point;
-        return;
-    }
-    for (int64_t j = 0; j < keys; j++) row[j] = exponential((row[j] - most) * gain);
-    part = (vec){0};
-    for (int64_t j = 0; j < vectors; j += LANES) part += *(const vec *)(row + j);
-    for (int64_t j = vectors; j < keys; j++) total += row[j];
-    for (int i = 0; i < LANES; i++) total += part[i];
-    for (int64_t j = 0; j < keys; j++) out[j] = code(row[j] / total, scale, zero_point, qmax);
+    return most;
+}
+
+static float sum_of_row(const float *row, int64_t keys) {
+    vec part = {0};
+    int64_t j = 0;
+    for (; j + LANES <= keys; j += LANES) part += *(const vec *)(row + j);
+    float total = sum_of(part);
+    for (; j < keys; j++) total += row[j];
+    return total;
+}
+
+/* Scores [rows, keys], `pitch` apart -> codes of their softmax, `step` apart; mask is NULL or added, its rows `mask_row`
+ * apart. One thing after the other for all rows, so that none waits for its own sums. */
+static void softmax_codes(float *restrict scores, int64_t rows, int64_t keys, int64_t pitch, const float *mask,
+                          int64_t mask_row, float gain, float scale, float zero_point, float qmax, int64_t step,
+                          Wide *restrict out) {
+    float most[PIXELS], total[PIXELS];
+    for (int64_t r = 0; r < rows; r++)
+        most[r] = greatest_score(scores + r * pitch, mask ? mask + r * mask_row : NULL, keys, gain);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; most[r] > -INFINITY && j < keys; j++)
+            scores[r * pitch + j] = exponential((scores[r * pitch + j] - most[r]) * (mask ? 1.0f : gain));
+    for (int64_t r = 0; r < rows; r++) total[r] = sum_of_row(scores + r * pitch, keys);
+    for (int64_t r = 0; r < rows; r++)
+        if (most[r] == -INFINITY) /* a row that may look at nothing gives zeros */
+            for (int64_t j = 0; j < keys; j++) out[r * step + j] = (Wide)zero_point;
+        else
+            for (int64_t j = 0; j < keys; j++)
+                out[r * step + j] = code(scores[r * pitch + j], total[r] * scale, zero_point, qmax);
 }
 
 /* What one head of one sample needs: bytes, of which each part begins at a line of the cache. */
@@ -766,10 +823,8 @@ static void attend(const Attention *a, const Head *h, const float *q, const floa
     for (int64_t row = 0; row < a->queries; row += PIXELS) {
         const int64_t rows = a->queries - row < PIXELS ? a->queries - row : PIXELS;
         product(h->queries + row * h->keys.inner, z[0], &h->keys, z[1], depth, h->scores);
-        for (int64_t r = 0; r < rows; r++)
-            softmax_codes(h->scores + r * h->keys.outputs, mask ? mask + (row + r) * a->mask_row : NULL, keys,
-                          s[0] * s[1] * a->factor, s[3], (float)z[3], a->qmax[3],
-                          h->probabilities + r * h->values.inner);
+        softmax_codes(h->scores, rows, keys, h->keys.outputs, mask ? mask + row * a->mask_row : NULL, a->mask_row,
+                      s[0] * s[1] * a->factor, s[3], (float)z[3], a->qmax[3], h->values.inner, h->probabilities);
         product(h->probabilities, z[3], &h->values, z[2], keys, h->result);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t c = 0; c < values_depth; c++)
@@ -979,14 +1034,13 @@ static void token_affine(const TokenNorm *n, const float *scale, const float *sh
 /* The mean of (x - mean)^power, power being 1 or 2. */
 static inline __attribute__((always_inline)) float moment(const float *x, int64_t count, float mean, int power) {
     vec sums = {0};
-    float sum = 0;
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
         const vec d = *(const vec *)(x + i) - mean;
         sums += power == 2 ? d * d : d;
     }
+    float sum = sum_of(sums);
     for (; i < count; i++) sum += power == 2 ? (x[i] - mean) * (x[i] - mean) : x[i] - mean;
-    for (int l = 0; l < LANES; l++) sum += sums[l];
     return sum / (float)count;
 }
 
@@ -1031,10 +1085,10 @@ static int weigh(const Weights *w, const float *x, const float *onto, float *out
     float *work = w->silu ? malloc((size_t)count * sizeof(float)) : NULL;
     if (w->silu && !work) return 1;
     if (work) activate(SILU, x, NULL, count, work);
-    const int failed = weight_only(work ? work : x, w->codes, w->scale, w->bias, w->rows, w->channels, w->outputs, out);
-    for (int64_t i = 0; onto && !failed && i < w->rows * w->outputs; i++) out[i] += onto[i];
+    weight_only(work ? work : x, w->codes, w->scale, w->bias, w->rows, w->channels, w->outputs, out);
+    for (int64_t i = 0; onto && i < w->rows * w->outputs; i++) out[i] += onto[i];
     free(work);
-    return failed;
+    return 0;
 }
 
 /* A plan is passes over tokens or pixels, one after the other. What they read and write has a place: bytes from one of the call's

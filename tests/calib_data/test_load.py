@@ -281,6 +281,19 @@ def test_another_scheduler_keeps_the_noise_schedule_of_the_model() -> None:
         with_scheduler(model, "UNet2DModel")
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("SchedulerMixin", "no scheduler named 'SchedulerMixin'"),
+        ("EDMEulerScheduler", "of different kinds.*save the pipeline with that scheduler"),
+        ("FlowMatchEulerDiscreteScheduler", "of different kinds"),
+    ],
+)
+def test_a_scheduler_that_does_not_fit_is_one_sentence(name: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        with_scheduler(load_model(), name)
+
+
 def test_a_hub_id_without_the_hub_says_to_pass_a_folder(tmp_path: Path) -> None:
     """In a process of its own, because the hub's client reads HF_HUB_OFFLINE once, when it is imported."""
     script = (

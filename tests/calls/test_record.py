@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import QUICK
 from torch import Tensor, nn
 
-from ptq_tdq import Calls, record
+from ptq_tdq import Calls, calibrate, record
 from ptq_tdq.calls import Recorder, main_argument, prediction
 from ptq_tdq.calls.arguments import split_rows
 from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
@@ -192,11 +193,13 @@ FORMS: list[Callable[[Tensor], Any]] = [
     lambda x: (None, {"logits": None, "sample": [x, 2 * x]}),
     lambda x: Output(None, x),
     lambda x: {"none": [], "sample": list(x)},
+    lambda x: (torch.zeros(()), x),
+    lambda x: {"loss": [torch.zeros(()), torch.ones(())], "sample": x},
 ]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_prediction_is_the_first_tensor_of_any_output(form: Callable[[Tensor], Any]) -> None:
+def test_the_prediction_is_the_first_tensor_with_rows_of_any_output(form: Callable[[Tensor], Any]) -> None:
     x = torch.randn(3, 4)
     assert torch.equal(prediction(form(x)), torch.stack([x, 2 * x]) if form is FORMS[1] else x)
 
@@ -241,7 +244,7 @@ def test_a_time_argument_that_was_named_is_known_from_then_on() -> None:
     with record(model, time="log_snr") as calls:
         for value in (-15.0, -3.0, 2.0, 15.0):
             model(torch.ones(2, 4), torch.full((2,), value))
-    assert calls.t[[0, 2, 4, 6]].tolist() == pytest.approx([0, 400, 17000 / 30, 1000])
+    assert calls.t[[0, 2, 4, 6]].tolist() == pytest.approx([100, 420, 1660 / 3, 900])
     inputs = calls.inputs(slice(2, 4))
     assert torch.equal(TimedModel(model, calls.axis)(**inputs), model(**inputs))
 
@@ -267,6 +270,44 @@ def test_a_model_that_differentiates_itself_is_refused(on: bool) -> None:
         model(torch.randn(2, 4), torch.tensor([3, 5]))
 
 
+class Guided(Conditioned):
+    """Has guidance in another method, which calls ``forward``."""
+
+    def guided(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return 2 * self.forward(sample, timestep)[0] - self.forward(-sample, timestep)[0]
+
+
+def test_calls_of_forward_that_nothing_hears_are_one_sentence() -> None:
+    model, given = Guided(), (torch.randn(B, 4), torch.tensor([3, 5]))
+    with pytest.raises(ModelError, match=r"No call of Guided was heard, .* call the model itself"), record(model):
+        model.guided(*given)
+    with record(model) as calls:
+        model.mix(given[0])  # a part alone
+        model(*given)
+    assert len(calls) == B
+    assert not model.mix._forward_pre_hooks
+
+
+class Inferring(Conditioned):
+    """Runs in inference mode, whoever calls it."""
+
+    @torch.inference_mode()
+    def forward(self, sample: Tensor, timestep: Any, extra: Any = None, **more: Any) -> tuple[Tensor]:
+        return super().forward(sample, timestep, extra, **more)
+
+
+def test_a_model_that_turns_inference_mode_on_is_refused() -> None:
+    with record(model := Inferring()), pytest.raises(ModelError, match="Inferring turns inference mode on"):
+        loop(model)
+
+
+@pytest.mark.parametrize("name", ["sample", "extra"])
+def test_an_argument_that_is_no_tree_of_tensors_is_refused(name: str, model: Conditioned) -> None:
+    given = {"sample": torch.randn(B, 4), "timestep": torch.tensor([3, 5]), name: Output(None, torch.randn(B, 4))}
+    with record(model), pytest.raises(CalibrationSetError, match=r"an argument of type Output, .* in dicts, lists"):
+        model(**given)
+
+
 class Pair(nn.Module):
     def forward(self, inputs: tuple[Tensor, Tensor], timestep: Tensor) -> Tensor:
         """Points [B, N, 3] and features [B, 3]."""
@@ -282,3 +323,22 @@ def test_what_is_denoised_may_be_a_tuple() -> None:
     points, features = calls.inputs(torch.tensor([1, 3]))["inputs"]
     assert len(calls) == 4
     assert torch.equal(points, given[0][[1, 3]]) and torch.equal(features, given[1][[1, 3]])
+
+
+@pytest.mark.parametrize(("values", "shared"), [((80.0, 1.0, 0.3, 0.03, 0.02, 0.01), 2), ((80.0, 60.5, 30.0), 0)])
+def test_steps_that_share_intervals_are_said(values: tuple[float, ...], shared: int) -> None:
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x) * sigma[:, None])
+            return y
+
+    model = Denoiser().requires_grad_(False)
+    with record(model) as calls:
+        for value in values:
+            model(torch.ones(2, 4), torch.full((2,), value))
+    said = [notice for notice in calibrate(model, QUICK, calls).notices if "share entries" in notice]
+    assert [notice[:6] for notice in said] == ([f"{shared} of {len(values)}"] if shared else [])

@@ -238,6 +238,10 @@ def test_an_artifact_of_a_class_that_commands_cannot_build(cli: Any, tmp_path: P
         result = cli(command[0], tmp_path / "own", *command[1:])
         assert result.code != 0
         assert "which diffusers does not have; use it in Python" in result.err
+    result = cli("report", tmp_path / "own", "--output-dir", tmp_path / "report")  # of what the artifact holds
+    assert result.code == 0
+    assert "missing from the page. The artifact is of a 'Net', which diffusers does not have" in result.err
+    assert "--model" not in result.err
 
 
 def test_samples_that_are_no_images(

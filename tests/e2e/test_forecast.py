@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import launched
 
 from ptq_tdq import Calls
 from ptq_tdq.artifacts import CONFIG_FILE
@@ -34,6 +35,19 @@ def test_the_counts_are_those_of_the_run(
     assert unmeasured["measuring_seconds"] == 0 < found["measuring_seconds"]
     shown = cli(*run, "--dry-run")
     assert shown.code == 0 and f"{found['rows']} rows" in shown.out and "at the peak" in shown.out
+
+
+def test_two_processes_are_foretold_together(cli: Any, small: Any, pipeline: Path, tmp_path: Path) -> None:
+    """The streams of both are those of one; each holds the model and the recorded calls."""
+    run = ("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small, "--dry-run", "--json")
+    alone = json.loads(cli(*run).out)
+    with launched(2, *run) as (first, second):
+        (code, out, err), other = first.end(), second.end()
+    assert (code, err) == (0, "") and other == (0, "", "") and list(tmp_path.iterdir()) == []
+    both = json.loads(out)
+    assert (alone["processes"], both["processes"]) == (1, 2)
+    assert all(both[key] == alone[key] for key in ("units", "layers", "rows", "recorded_bytes", "stream_bytes"))
+    assert alone["memory_bytes"] < both["memory_bytes"] < 2.5 * alone["memory_bytes"]
 
 
 def test_a_budget_changes_no_byte(

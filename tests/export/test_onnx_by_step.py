@@ -12,8 +12,10 @@ import torch
 from diffusers import DDIMScheduler
 from own_denoiser import Own
 from processors import needs_wide_sums
+from recorded import calls_of
 from torch import nn
 
+from ptq_tdq import calibrate, preset
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calib_data.loop import LoopSampler
 from ptq_tdq.calls import Calls, record
@@ -104,6 +106,18 @@ def test_static_intervals_need_one_graph(tmp_path: Path, quantize_model: Callabl
     (steps,) = export_onnx_steps(artifact, tmp_path / "graphs", calls, model=model)
     assert len(steps) == STEPS
     assert len(list((tmp_path / "graphs").glob("*.onnx"))) == 1
+
+
+def test_weights_alone_need_one_graph(tmp_path: Path) -> None:
+    model, x, t = Own().requires_grad_(False), torch.randn(STEPS, 3, 4), torch.linspace(0, 1000, STEPS)
+    calls = calls_of(model, x, t, num_train_timesteps=1000)
+    weights = {"weight_only_layers": ("first", "time_embedding"), "skip": ("last",)}
+    config = preset("default", rounding="nearest", activation_iterations=0, **weights)
+    quantized = calibrate(model, config, calls)
+    (steps,) = export_onnx_steps(quantized.to_artifact(), tmp_path / "graphs", calls, model=model)
+    assert len(steps) == STEPS
+    with torch.no_grad():
+        assert sqnr_db(quantized(x, t), OnnxDenoiser(tmp_path / "graphs", threads=1)(x, t)) > 60
 
 
 def test_intervals_of_tensors_are_refused(

@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -306,6 +306,43 @@ def test_ranges_of_a_transposed_convolution_and_a_bare_tensor_in_the_place_of_a_
     for got in (graph(x, t).sample, graph(x, t)[0], graph(x, t, return_dict=False)):
         assert got.shape == (3, 2, 8, 8)
         assert sqnr_db(expected, got) > 30
+
+
+class Shift(NamedTuple):
+    """Arguments of one name."""
+
+    by: Tensor
+    times: float
+
+
+class LabelsFirst(nn.Module):
+    """Its first argument holds whole numbers, its last one is a tuple whose items have names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, label: Tensor, sample: Tensor, timestep: Tensor, shift: Shift) -> tuple[Tensor, Tensor]:
+        """sample [B, N, 4]."""
+        y = self.first(sample + shift.by * shift.times) + (label + timestep / 1000)[:, None, None]
+        return self.last(y.tanh()), label + 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_real_results_have_the_dtype_of_real_arguments(
+    dtype: torch.dtype, tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(0)
+    given = {"label": torch.tensor([1, 2]), "sample": torch.randn(2, 3, 4), "timestep": torch.tensor([900.0, 100.0])}
+    given["shift"] = Shift(torch.randn(2, 3, 4), 0.5)  # type: ignore[assignment]
+    artifact, calls = quantize_model(LabelsFirst(), **given)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=LabelsFirst())
+    graph, simulated = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, LabelsFirst())
+    expected, found = simulated(**given), graph(**{**given, "sample": given["sample"].to(dtype)})
+    assert sqnr_db(expected[0], found[0]) > 40
+    assert found[0].dtype == dtype
+    assert torch.equal(expected[1], found[1])
 
 
 @torch.no_grad()

@@ -28,6 +28,33 @@ def test_each_value_is_repeated_as_torch_does_it(dim: int | None) -> None:
             assert torch.equal(torch.repeat_interleave(x, repeats, dim=dim, output_size=None), expected)
 
 
+class OwnConvolutions(nn.Module):
+    """Convolutions by functions, with one number for both dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.time, self.last = nn.Conv2d(2, 4, 1), nn.Linear(1, 4), nn.Conv2d(4, 2, 1)
+        self.down, self.up = nn.Parameter(torch.randn(4, 4, 3, 3)), nn.Parameter(torch.randn(4, 4, 4, 4))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, 2, H, W]."""
+        y = self.first(sample) + self.time(timestep[:, None] / 1000)[:, :, None, None]
+        y = nn.functional.conv2d(y.tanh(), self.down, None, (2,), padding=(1,), dilation=[1])
+        result: Tensor = self.last(nn.functional.conv_transpose2d(y.tanh(), self.up, stride=(2,), padding=(1,)).tanh())
+        return result
+
+
+@torch.no_grad()
+def test_convolutions_may_be_given_one_number_for_all_dimensions(
+    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(0)
+    model, x, t = OwnConvolutions(), torch.randn(2, 2, 8, 8), torch.tensor([900.0, 100.0])
+    artifact, calls = quantize_model(model, sample=x, timestep=t)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=model)
+    assert sqnr_db(build_quantized(artifact, model)(x, t), OnnxDenoiser(tmp_path / "model.onnx", threads=1)(x, t)) > 40
+
+
 class Frames(nn.Module):
     """Repeats the embedding of t for each frame, of which there may be any number, as video models do."""
 

@@ -12,6 +12,7 @@ import torch
 from recorded import images
 from small_denoiser import SmallDenoiser
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ptq_tdq import Calls, FinetuneConfig, QuantizedModel, calibrate, finetune, load_quantized, preset, record
 from ptq_tdq.artifacts import read_artifact
@@ -20,6 +21,7 @@ from ptq_tdq.finetuning import IterationReport
 from ptq_tdq.finetuning.data import RecordedCalls
 from ptq_tdq.finetuning.sources import begin_sources
 from ptq_tdq.finetuning.student import Student
+from ptq_tdq.identity import model_sha256
 from ptq_tdq.load import build_quantized
 
 Calibrated = Callable[..., QuantizedModel]
@@ -248,6 +250,97 @@ def test_calls_of_another_model_are_one_sentence(denoiser: nn.Module, calibrated
             other(images(8), torch.full((8,), t))
     with pytest.raises(ModelError, match=r"SmallDenoiser cannot be called .* unexpected keyword argument 'latents'"):
         finetune(denoiser, calibrated(), choose(), calls)
+
+
+class Checkpointed(SmallDenoiser):
+    """Computes its middle once more where gradients are needed, or keeps it."""
+
+    keeps = False
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        shift = self.time((timestep.float() / 1000).view(-1, 1)).view(-1, 8, 1, 1)
+        h = nn.functional.silu(self.first(sample) + shift)
+        result: Tensor = self.last(self.inside(h) if self.keeps else checkpoint(self.inside, h, use_reentrant=False))
+        return result
+
+    def inside(self, h: Tensor) -> Tensor:
+        return torch.tanh(self.middle(h))
+
+
+def test_checkpoints_change_nothing(calls: Calls, choose: Choose) -> None:
+    """What they compute again has the time steps of the call that it is of."""
+    config, found = preset("default", scheme="W3A4", method="S_2", compute_dtype="float32"), []
+    few = calls.select(torch.arange(0, len(calls), 4))
+    for keeps in (True, False):
+        torch.manual_seed(0)
+        model = Checkpointed().eval().requires_grad_(False)
+        model.keeps = keeps
+        quantized = calibrate(model, config.changed({"activation_iterations": 2}), few)
+        tuned = finetune(model, quantized, choose(iterations=3, method="tdq-thin"), few)
+        with torch.no_grad():
+            found.append(torch.stack([quantized(X, T), tuned(X, T)]))
+    assert torch.equal(*found)
+
+
+class Greedy(torch.autograd.Function):
+    """A checkpoint that asks for the gradients of all parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, x: Tensor, *parameters: Tensor) -> Any:
+        ctx.layer, ctx.x, ctx.parameters = layer, x, parameters
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.layer(x)
+        return None, *torch.autograd.grad(y, (x, *ctx.parameters), gradients, allow_unused=True)
+
+
+class OwnCheckpoints(SmallDenoiser):
+    """Has checkpoints of its own."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        y = super().forward(sample, timestep)
+        result: Tensor = Greedy.apply(self.last, self.first(y), *self.last.parameters())
+        return result
+
+
+class Ungraded(SmallDenoiser):
+    """Turns gradients off by itself."""
+
+    @torch.no_grad()
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(sample, timestep)
+
+
+class Mixing(SmallDenoiser):
+    """Has a product that torch leaves in the dtypes that it meets."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        y = super().forward(sample, timestep)
+        return torch.tensordot(y, torch.eye(y.shape[-1]), dims=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "said"),
+    [
+        (Ungraded, "float32", "no gradients to learn from"),
+        (OwnCheckpoints, "float32", r"let it call torch\.utils\.checkpoint"),
+        (Mixing, "bfloat16", r"does not compute in torch\.bfloat16 .* choose float32 as compute_dtype"),
+    ],
+)
+def test_a_forward_that_cannot_learn_is_one_sentence(
+    kind: type[SmallDenoiser], dtype: str, said: str, denoiser: nn.Module, calls: Calls, calibrated: Calibrated,
+    choose: Choose,
+) -> None:  # fmt: skip
+    model = kind().eval().requires_grad_(False)
+    model.load_state_dict(denoiser.state_dict())
+    artifact = calibrated().to_artifact()
+    artifact.config["base_model"]["sha256"] = model_sha256(model)
+    with pytest.raises(ModelError, match=said):
+        finetune(model, artifact, choose(iterations=1, compute_dtype=dtype), calls)
 
 
 def test_a_caller_without_gradients_changes_nothing(

@@ -158,6 +158,14 @@ def test_a_model_is_not_calibrated_while_it_is_loaded(stable_diffusion: Calibrat
     pipe.unet = UNet2DConditionModel.from_pretrained(saved / "unet")
     with pytest.raises(ModelError, match="quantized already"):
         calibrate(pipe, QUICK, prompts=["A red fox"])
+    with pytest.raises(ModelError, match="The unet is quantized already"):
+        calibrate(stable_diffusion.quantized(), QUICK, prompts=["A red fox"])
+
+
+def test_a_model_that_is_no_component_says_how_it_becomes_one(stable_diffusion: Calibrated) -> None:
+    said = repr(load_quantized(stable_diffusion.artifact))
+    assert said.startswith("<QuantizedModel of UNet2DConditionModel, W8A8 step-table; ") and "as_diffusers" in said
+    assert len(said) < 200
 
 
 def test_a_quantized_model_is_no_source_for_calibration(stable_diffusion: Calibrated, saved: Path) -> None:

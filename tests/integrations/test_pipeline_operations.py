@@ -6,6 +6,8 @@ to and from an accelerator.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from accelerate import cpu_offload
 from calibrated import QUICK, Calibrated
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from peft import LoraConfig
 from recorded import calls_of
 from torch import Tensor, nn
 
@@ -176,10 +179,63 @@ def test_a_lora_beside_quantized_layers(native: Any, stable_diffusion: Calibrate
     assert torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # PEFT's word on several adapters
+def test_a_pipeline_that_looks_at_the_shapes_of_weights_loads_several_loras(
+    calibrated: Callable[[str], Calibrated],
+) -> None:
+    flux = calibrated("FluxPipeline")
+    full, native = flux.pipe(), flux.quantized()
+    native.transformer = as_diffusers(native.transformer)
+    weights = {f"transformer.{key[5:]}": 2 * value for key, value in lora(full.transformer).items()}
+    for pipe in (full, native):
+        for name in ("one", "two"):
+            pipe.load_lora_weights(dict(weights), adapter_name=name)
+        pipe.set_adapters(["one", "two"])
+    expected, drawn = flux.draw(full), flux.draw(native)
+    assert sqnr_db(flux.drawn, expected) + 3 < sqnr_db(expected, drawn)
+    native.unload_lora_weights()
+    assert torch.equal(flux.draw(native), flux.drawn)
+
+
+def test_a_new_adapter_goes_beside_quantized_layers(native: Any, stable_diffusion: Calibrated) -> None:
+    native.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+    assert not torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
+    native.unet.disable_adapters()
+    assert torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
+
+
+def test_a_state_dict_is_copied_and_written_as_any_other(native: Any, tmp_path: Path) -> None:
+    state = native.unet.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    for other in (copy.deepcopy(state), copy.copy(state), state.copy(), torch.load(tmp_path / "state.pt")):
+        assert list(other) == list(state) and all(torch.equal(other[key], value) for key, value in state.items())
+
+
+def test_projections_are_fused_before_calibration(native: Any, stable_diffusion: Calibrated) -> None:
+    """A fused layer would be one that nothing has calibrated."""
+    for backend in ("simulated", "integer"):
+        pipe = stable_diffusion.pipe()
+        pipe.unet = load_quantized(stable_diffusion.artifact, backend=backend)
+        with pytest.raises(ModelError, match="calibrate that"):
+            pipe.fuse_qkv_projections()
+    with pytest.raises(ModelError, match="calibrate that"):
+        native.fuse_qkv_projections()
+    assert torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
+
+
 def test_a_lora_on_a_module_of_ours_says_how(stable_diffusion: Calibrated) -> None:
     pipe = stable_diffusion.quantized()
-    with pytest.raises(ModelError, match="as_diffusers"):
-        pipe.load_lora_weights(lora(stable_diffusion.pipe().unet))
+    for add in (pipe.load_lora_weights, pipe.unet.add_adapter):
+        with pytest.raises(ModelError, match="as_diffusers"):
+            add(lora(stable_diffusion.pipe().unet))
+
+
+def test_its_own_dtype_is_asked_for_in_any_way(native: Any) -> None:
+    native.to(torch.float32)
+    for unet in (native.unet.to("cpu", torch.float32), native.unet.to(torch.float32)):
+        assert unet.dtype == torch.float32
+    with pytest.raises(ValueError, match="Casting a quantized model"):
+        native.unet.to(torch.bfloat16)
 
 
 def test_a_lora_is_fused_before_calibration(stable_diffusion: Calibrated) -> None:

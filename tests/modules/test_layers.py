@@ -161,6 +161,46 @@ def test_a_layer_in_half_precision_stays_in_it(dtype: torch.dtype) -> None:
     assert layer.weight.dtype == dtype and torch.equal(quantized(x), before)
 
 
+@pytest.mark.parametrize("channels", [6, 8])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_weight_of_a_finished_layer_is_what_meets_its_input(channels: int, rotated: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(channels, 4)
+    original = layer.weight.detach().clone()
+    record = LayerRecord(
+        "layer", "linear", "layer", (0, channels), 8, (QuantizerRecord("layer", 8, "static", "mse"),), rotated=rotated
+    )
+    quantized = QuantLayer(layer, record)
+    if not rotated:
+        quantized.equalize(2.0 ** (torch.arange(channels) % 3))
+    assign(quantized, bits=8)
+    quantized.weights_enabled = True
+    quantized.finalize()
+    x = torch.randn(5, channels)
+    torch.testing.assert_close(functional.linear(x, quantized.weight, quantized.bias), quantized(x))
+    assert (quantized.weight - original).abs().max() < 0.02
+    quantized.double()
+    assert quantized.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_buffer_of_a_layer_is_empty(bias: bool) -> None:
+    quantized = wrapped(nn.Linear(6, 4, bias=bias))
+    assign(quantized)
+    assert None not in [x for module in quantized.modules() for x in module._buffers.values()]
+    quantized.equalize(torch.ones(6))
+    assert "divisor" in dict(quantized.named_buffers()) and "divisor" not in quantized.state_dict()
+
+
+def test_a_finished_layer_whose_weight_is_stored_in_8_bits_is_cast_by_its_hook() -> None:
+    quantized = wrapped(nn.Linear(6, 4))
+    assign(quantized)
+    quantized.finalize()
+    layer, x = quantized.layer, torch.randn(5, 6)
+    layer.to(torch.float8_e4m3fn).register_forward_pre_hook(lambda module, args: module.float() and None)
+    assert quantized(x).dtype == torch.float32
+
+
 def test_layers_of_other_kinds_have_no_quantized_form() -> None:
     assert layer_kind(nn.GroupNorm(1, 2)) is None and layer_kind(nn.Embedding(2, 2)) is None
     with pytest.raises(TypeError, match="Bilinear"):

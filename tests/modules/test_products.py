@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Jo
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ptq_tdq.errors import ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.intervals import IntervalSource, Observed, source_class
 from ptq_tdq.intervals.dynamic import Dynamic
@@ -252,6 +253,32 @@ def test_a_module_that_goes_through_its_samples_one_by_one_begins_again() -> Non
     quantize(owner, 2)
     names = ["a.products.0", "a.products.1"]
     assert calls_of(owner, lambda: owner(torch.randn(3, 1, 3, 4))) == names * 3
+
+
+def test_attention_that_is_not_heard_is_an_error_but_not_what_a_cache_answers() -> None:
+    class Elsewhere(nn.Module):
+        processor = None  # what a pipeline may exchange
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT).relu() @ x
+
+    owner, x = Elsewhere(), torch.randn(1, 1, 3, 4)
+    attach(owner, QuantProduct(record("a.products.0")))
+    with pytest.raises(ModelError, match="computes attention without scaled_dot_product_attention"):
+        owner(x)
+    assert not torch.overrides._get_current_function_mode_stack()
+    owner.forward = lambda x: x  # type: ignore[method-assign]
+    assert owner(x) is x
+
+
+def test_a_module_without_a_processor_may_have_nothing_to_attend_to() -> None:
+    class Sometimes(nn.Module):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            return x if context is None else functional.scaled_dot_product_attention(x, context, context)
+
+    owner, x = Sometimes(), torch.randn(1, 1, 3, 4)
+    attach(owner, QuantProduct(record("a.products.0")))
+    assert owner(x) is x and owner(x, x).shape == x.shape
 
 
 def test_an_error_inside_leaves_nothing_behind() -> None:

@@ -12,8 +12,9 @@ from ptq_tdq import Calls, QuantizedModel
 from ptq_tdq.config import Config
 from ptq_tdq.modules import products
 from ptq_tdq.recon import size
-from ptq_tdq.recon.pace import _quantizing, unit_paces
-from ptq_tdq.recon.size import unit_sizes
+from ptq_tdq.recon.forecast import unit_seconds
+from ptq_tdq.recon.pace import Pace, Rates, _quantizing, unit_paces
+from ptq_tdq.recon.size import UnitSize, unit_sizes
 
 Wrap = Callable[[Config], QuantizedModel]
 
@@ -53,3 +54,20 @@ def test_no_more_is_kept_for_gradients_than_was_counted(
     with _quantizing(quantized.model), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         quantized(**arguments)
     assert 0 < sum(kept.values()) <= counted
+
+
+def test_processes_share_samples_and_rows_but_each_starts_all_sources(
+    wrap: Wrap, choose: Callable[..., Config], calls: Calls
+) -> None:
+    layers, config = list(wrap(choose()).layers().values()), choose(rounding="gptq", method="tdq")
+
+    def taken(processes: int, **rates: float) -> float:
+        pace = Pace(1.0, 1.0, 1.0, 0.5, len(layers))
+        found = Rates(
+            **dict.fromkeys(("product", "double", "search", "pick", "pick_linear", "rounding", "start"), 0.0) | rates
+        )
+        return sum(unit_seconds(layers, UnitSize(), pace, found, config, 128, processes))
+
+    assert taken(4) == taken(1) / 4
+    assert taken(4, product=1.0, rounding=1.0) == pytest.approx(taken(1, product=1.0, rounding=1.0) / 4)
+    assert taken(4, start=1.0) - taken(4) == taken(1, start=1.0) - taken(1) > 0

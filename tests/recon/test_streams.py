@@ -191,6 +191,53 @@ def test_samples_that_take_different_ways_are_an_error() -> None:
         sweep(model, ["a", "b"], chunks, Store(False), lambda full, mine: (full.arguments, mine.arguments))
 
 
+class Experts(nn.Module):
+    """Sends each token to one of its experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(4, 2), nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, y = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+        for number, expert in enumerate(self.experts):
+            mine = (self.router(flat).argmax(1) == number).nonzero().flatten()
+            y = y.index_add(0, mine, expert(flat[mine]))
+        return y.view_as(x)
+
+
+class Routed(nn.Module):
+    """Tokens through experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.middle = nn.Linear(4, 4), Experts()
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, N, 4]."""
+        result: Tensor = self.middle(self.first(sample) * timestep[:, None, None] / 500)
+        return result
+
+
+@pytest.mark.parametrize("helped", ["", "_no_split_modules", "skip"])
+def test_experts_are_reconstructed_together_or_left_out(helped: str) -> None:
+    model = Routed().eval()
+    if helped == "_no_split_modules":
+        model._no_split_modules = ["Experts"]  # type: ignore[assignment]
+    with record(model) as calls, torch.no_grad():
+        for t in (900.0, 500.0, 100.0):
+            model(torch.randn(12, 31, 4), torch.full((12,), t))
+    skip = ("middle.experts.*",) if helped == "skip" else ()
+    config = preset("default", method="static", activation_iterations=1, compute_dtype="float32", skip=skip)
+    if not helped:
+        with pytest.raises(ModelError, match=r"class of the module .* model's _no_split_modules, or skip the layers"):
+            calibrate(model, config, calls)
+    else:
+        units = calibrate(model, config, calls).units()
+        assert units == (["first", "middle.router"] if helped == "skip" else ["first", "middle"])
+
+
 def test_function_modes_around_a_run_stay_in_force(calls: Calls, unet: nn.Module) -> None:
     """A default device is such a mode."""
     config = preset("default", method="static", rounding="nearest", activation_iterations=0, round_again=False)

@@ -72,8 +72,10 @@ def groups_of_steps(artifact: Artifact, steps: list[float]) -> list[list[float]]
     found: dict[bytes, list[float]] = {}
     for t in steps:
         tables = frozen(artifact, t).tables.values()
-        numbers = [v[:1].double() for table in tables for v in (table.scale, table.zero_point) if v is not None]
-        found.setdefault(torch.cat(numbers).numpy().tobytes(), []).append(t)
+        numbers = [
+            v[:1].numpy().tobytes() for table in tables for v in (table.scale, table.zero_point) if v is not None
+        ]
+        found.setdefault(b"".join(numbers), []).append(t)
     return list(found.values())
 
 

@@ -105,8 +105,7 @@ class OnnxDenoiser(nn.Module):
         self.axis.t(arguments.get(self.call.time))  # refuses what is no time step, and what the tables do not cover
         feed: Feed = {}
         self._fill(self.call.arguments, _repeated(self.call.arguments, arguments, self.call.main), "", feed)
-        main = pytree.tree_leaves(arguments[self.call.main])[0]
-        results = [torch.from_numpy(result).to(main.device, main.dtype) for result in self._rows(feed)]
+        results = [self._as_given(torch.from_numpy(result), arguments) for result in self._rows(feed)]
         return self._returned(results, len(arguments[self.call.main]), bool(return_dict))
 
     def __getattr__(self, name: str) -> Any:
@@ -190,6 +189,13 @@ class OnnxDenoiser(nn.Module):
         if rows is not None and not ((array >= 0) & (array < rows)).all():
             raise ModelError(f"The graph takes {name} from 0 to {rows - 1}. Got {array.min()} to {array.max()}.")
         return array
+
+    def _as_given(self, result: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """A result where the arguments are; real numbers in the dtype of the first of them that are real, beside t."""
+        values = [value for name, value in arguments.items() if name != self.call.time]
+        tensors = [x for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
+        real = next((x.dtype for x in tensors if x.is_floating_point()), self.dtype)
+        return result.to(tensors[0].device, real if result.is_floating_point() else result.dtype)
 
     def _rows(self, feed: Feed) -> list[NDArray[Any]]:
         """The outputs for all samples: at once, or as many at a time as the graph is of, or as share a time step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,26 @@ def repeat_interleave(x: Tensor, repeats: Any, dim: int | None = None, *, output
     return x.unsqueeze(axis + 1).expand(*x.shape[: axis + 1], repeats, *x.shape[axis + 1 :]).flatten(axis, axis + 1)
 
 
-_WORDS = {torch.repeat_interleave: repeat_interleave, Tensor.repeat_interleave: repeat_interleave}
+def _in_each(dimensions: int, convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A convolution whose strides, paddings and the like may be lists of one number for all dimensions.
+
+    The exporter writes such lists as they are, which ONNX does not know.
+    """
+
+    def each(value: Any) -> Any:
+        return [*value] * dimensions if isinstance(value, list | tuple) and len(value) == 1 else value
+
+    return lambda *args, **kwargs: convolution(*map(each, args), **{key: each(x) for key, x in kwargs.items()})
+
+
+_WORDS: dict[Any, Callable[..., Tensor]] = {
+    torch.repeat_interleave: repeat_interleave,
+    Tensor.repeat_interleave: repeat_interleave,
+    torch.conv2d: _in_each(2, torch.conv2d),
+    torch.conv3d: _in_each(3, torch.conv3d),
+    torch.conv_transpose2d: _in_each(2, torch.conv_transpose2d),
+    torch.conv_transpose3d: _in_each(3, torch.conv_transpose3d),
+}
 
 
 class InOtherWords(TorchFunctionMode):

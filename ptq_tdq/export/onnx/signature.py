@@ -217,7 +217,8 @@ def _named(value: Any, name: str, group: Group) -> Any:
     if isinstance(value, dict):
         return {key: _named(item, f"{name}.{key}", group) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_named(item, f"{name}.{i}", group) for i, item in enumerate(value))
+        items = [_named(item, f"{name}.{i}", group) for i, item in enumerate(value)]
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)  # a tuple whose items have names
     if isinstance(value, Place):
         rows = group.rows[value.index]
         if isinstance(rows, Each):
