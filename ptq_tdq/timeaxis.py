@@ -174,31 +174,38 @@ def find_axis(
     given = [*schedule, *reach]
     largest = max(seen, default=1.0)
     length = total or (USUAL_LENGTH if largest <= USUAL_LENGTH else math.ceil(largest))
-    loose = LOOSE * max((abs(t) / 8 for t in schedule), default=0.0)
     forms = [TimeAxis(argument, length, *form) for form in ((1.0, 0.0), (length, 0.0), (-length, length))]
     if schedule and min(schedule) >= 0 and max(schedule) <= length and max(given) >= FINE * length:
         for axis in forms:
-            if all(_on(schedule, loose, axis, value) for value in seen):
+            if _all_on(schedule, axis, seen):
                 return axis
-    if schedule and all(_on(schedule, loose, forms[0], value) for value in seen):
+    if schedule and _all_on(schedule, forms[0], seen):
         seen = given  # the model gets what the scheduler gives
     low, high = min(seen, default=0.0), max(seen, default=1.0)
-    if low >= 0 and high <= length:
-        if high <= 1 + LOOSE and not _whole(seen):
-            return forms[1]
-        told_apart = len({round(value) for value in seen}) == len(set(seen))  # each by an entry of a table
-        if _whole(seen) or told_apart or high >= FINE * length or (total and not schedule):
-            return forms[0]
+    if low >= 0 and high <= 1 + LOOSE and not _whole(seen):
+        return forms[1]
+    if low >= 0 and high <= length and (_are_steps(seen, length) or (total and not schedule)):
+        return forms[0]
     room = ROOM * ((high - low) or max(abs(high), 1.0))
     stretch = length / (high - low + 2 * room)
     return TimeAxis(argument, length, stretch, (room - low) * stretch)
 
 
-def _on(schedule: Sequence[float], loose: float, axis: TimeAxis, value: float) -> bool:
-    """Whether a time value is one of a scheduler's steps, as exactly as bfloat16 holds the value, or to ``loose``."""
-    t = axis.scale * value + axis.offset
-    error = max(LOOSE * abs(axis.scale * value), loose)
-    return any(abs(t - step) <= error for step in schedule)
+def _all_on(schedule: Sequence[float], axis: TimeAxis, values: Iterable[float]) -> bool:
+    """Whether all time values are steps of a scheduler's, as exactly as bfloat16 holds them."""
+    least = max(map(abs, schedule)) / 8
+
+    def on(value: float) -> bool:
+        scaled = axis.scale * value
+        return any(abs(scaled + axis.offset - step) <= LOOSE * max(abs(scaled), least) for step in schedule)
+
+    return all(map(on, values))
+
+
+def _are_steps(values: Collection[float], length: int) -> bool:
+    """Whether values, which are on the axis, may be training steps: entries of a table tell them apart."""
+    apart = len(set(map(round, values))) == len(set(values))
+    return apart or _whole(values) or max(values, default=length) >= FINE * length
 
 
 def _whole(values: Collection[float]) -> bool:
