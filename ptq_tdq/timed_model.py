@@ -123,7 +123,13 @@ class TimedModel(Delegating):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        """The model's own word, which leaves out what diffusers keeps in float32, or that of its first numbers."""
+        own = getattr(self.model, "dtype", None)
+        return (
+            own
+            if isinstance(own, torch.dtype)
+            else next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        )
 
     @property
     def device(self) -> torch.device:

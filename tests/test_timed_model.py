@@ -1,0 +1,38 @@
+"""A module around a denoiser: in which dtype it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptq_tdq.timeaxis import TimeAxis
+from ptq_tdq.timed_model import TimedModel
+
+
+class Mixed(nn.Module):
+    """A table in float32 before all else, which is in bfloat16, as diffusers loads many transformers."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Parameter(torch.zeros(4)), nn.Linear(4, 4, dtype=self.dtype)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layer(x) + self.table.to(x.dtype)
+
+
+def test_a_model_is_given_inputs_of_the_dtype_that_it_names() -> None:
+    model = Mixed()
+    timed, x, t = TimedModel(model, TimeAxis("t")), torch.randn(2, 4, dtype=torch.bfloat16), torch.tensor([5])
+    assert timed.dtype == torch.bfloat16
+    assert torch.equal(timed(x, t), model(x, t))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_float32_model_takes_inputs_of_any_floating_dtype(dtype: torch.dtype) -> None:
+    model = Mixed().float()
+    timed, x = TimedModel(model, TimeAxis("t")), torch.randn(2, 4, dtype=dtype)
+    timed.model.dtype = torch.float32  # type: ignore[assignment]
+    assert torch.equal(timed(x, torch.tensor([5])), model(x.float(), torch.tensor([5])))
