@@ -55,6 +55,7 @@ class Config(Choices):
 
     @property
     def parsed_scheme(self) -> Scheme:
+        """The scheme as two numbers of bits."""
         return Scheme.parse(self.scheme)
 
     @property
