@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
 HOME = "README.md"
 INNER = "    options:\n      heading_level: 3"
+FIELDS = f"{INNER}\n      show_if_no_docstring: true\n      filters: ['!^_']"
 GIVEN = (  # what public functions give or take, made by no user
     "ptq_tdq.calib_data.load.LoadedModel",
     "ptq_tdq.recon.engine.UnitReport",
@@ -166,7 +167,7 @@ def api() -> str:
     for module in map(import_module, re.findall(r"`(ptq_tdq[\w.]*)`", text)):
         if module.__name__ != "ptq_tdq.errors":
             parts += [f"## {module.__name__}", *(f"::: {home(module, name)}\n{INNER}" for name in module.__all__)]
-    parts += ["## What these give and take", *(f"::: {name}\n{INNER}" for name in GIVEN)]
+    parts += ["## What these give and take", *(f"::: {name}\n{FIELDS}" for name in GIVEN)]
     return "\n\n".join([*parts, ""])
 
 
