@@ -37,8 +37,8 @@ class LoadedModel:
     """A full-precision model, ready to sample.
 
     ``denoiser`` is in evaluation mode and without gradients, ``component`` its name in the pipeline (None for a bare
-    one). ``sampler`` samples with it and has all that is around it. ``sha256`` covers its weights (as float32) and its
-    configuration. ``notices`` are sentences that the user should see.
+    one). ``sha256`` covers its weights (as float32) and its configuration. ``notices`` are sentences that the user
+    should see.
     """
 
     denoiser: Any  # a module of diffusers, or any with its call signature, `config`, `device` and `dtype`
@@ -50,7 +50,6 @@ class LoadedModel:
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler of diffusers that the sampler runs by."""
         return self.sampler.scheduler
 
 
