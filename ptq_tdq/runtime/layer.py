@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import Any, Self
 
@@ -319,7 +318,7 @@ class TransposedLayer(CodedLayer):
     def forward(self, input: Tensor) -> Tensor:
         x = input
         channel = (1, -1, *(1,) * (x.ndim - 2))
-        ranges = zip(self.record.inputs, self.codes, self.scales, pairwise(self.record.splits), strict=True)
+        ranges = zip(self.record.inputs, self.codes, self.scales, self.record.ranges, strict=True)
         y: Tensor | float = 0.0 if self.bias is None else self.bias.view(channel)
         for quantizer, codes, scale, channels in ranges:
             part = x[:, slice(*channels)]

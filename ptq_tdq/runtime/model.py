@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from ctypes import CDLL
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -165,7 +165,7 @@ class _Engine:
     def layer(self, layer: nn.Module, record: LayerRecord, artifact: Artifact, step: Step) -> nn.Module:
         """The integer form of one layer."""
         name, outputs = record.name, len(artifact.weight_codes[record.name])
-        ranges = list(pairwise(record.splits))
+        ranges = record.ranges
         bias = artifact.float_state.get(f"{name}.bias")
         bias = None if bias is None else bias.float()
         scales, zero_points = (
