@@ -115,14 +115,14 @@ def _reach(unit: nn.Module, run: Callable[[], Any]) -> float:
     """The sum of the parts of a run that come before each tensor which layers are given."""
     inputs, found = list[Tensor | None](), list[float]()
 
-    def hear(layer: nn.Module, args: Any, kwargs: Any) -> None:
+    def on_call(layer: nn.Module, args: Any, kwargs: Any) -> None:
         x = layer_input(args, kwargs)
         if not inputs or inputs[-1] is not x:
             inputs.append(x)
             found.append(time.process_time())
 
     layers = [module for module in unit.modules() if isinstance(module, QuantLayer)]
-    with hooked(layer.register_forward_pre_hook(hear, with_kwargs=True) for layer in layers):
+    with hooked(layer.register_forward_pre_hook(on_call, with_kwargs=True) for layer in layers):
         began = time.process_time()
         run()
         taken = time.process_time() - began

@@ -37,7 +37,7 @@ from ptq_tdq.runtime.step import Step
 
 
 @dataclass(frozen=True)
-class Part:
+class ChannelRange:
     """One channel range of a layer: its quantizer, and the products with its weights (of a Conv3d: at each depth)."""
 
     quantizer: QuantizerRecord
@@ -143,7 +143,7 @@ class IntegerLayer(CodedLayer):
         self,
         layer: nn.Module,
         record: LayerRecord,
-        parts: Sequence[Part],
+        parts: Sequence[ChannelRange],
         scale: Tensor,
         bias: Tensor | None,
         step: Step,
