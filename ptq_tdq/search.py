@@ -37,17 +37,17 @@ def _symmetric(lo: Tensor, hi: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:
     return scale, torch.full_like(scale, middle, dtype=torch.int32)
 
 
-def weight_qparams(rows: Tensor, qtype: QType, *, method: str = "mse", symmetric: bool = False) -> QParams:
-    """Intervals of a weight given as ``rows`` [G, n] (G = output channels, or 1 for per tensor); result [G].
+def row_qparams(rows: Tensor, qtype: QType, *, method: str = "mse", symmetric: bool = False) -> QParams:
+    """Intervals of ``rows`` [G, n], each of its own (a weight's output channels, or 1 for per tensor); result [G].
 
     ``method`` is "minmax" or "mse". ``symmetric`` fixes the zero point at the middle code.
     """
     pieces = rows.split(max(1, PIECE // max(1, rows.shape[1])))  # which stay in the processor's cache
-    found = [_row_qparams(piece, qtype, method, symmetric) for piece in pieces]
+    found = [_piece_qparams(piece, qtype, method, symmetric) for piece in pieces]
     return QParams(torch.cat([f.scale for f in found]), torch.cat([f.zero_point for f in found]))
 
 
-def _row_qparams(rows: Tensor, qtype: QType, method: str, symmetric: bool) -> QParams:
+def _piece_qparams(rows: Tensor, qtype: QType, method: str, symmetric: bool) -> QParams:
     lo, hi = rows.amin(1), rows.amax(1)
     place = _symmetric if symmetric else choose_qparams
     best_scale, best_zero = place(lo, hi, qtype)

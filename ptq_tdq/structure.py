@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ptq_tdq.ambient import FLOAT32_DEFAULT
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError, first_line
 from ptq_tdq.fit import check_fit
 from ptq_tdq.identity import state_of
-from ptq_tdq.processor import FLOAT32_DEFAULT
 from ptq_tdq.wrap import fold, folded_copy
 
 LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ptq_tdq.ambient import products_in, undisturbed
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.gptq import gptq, solve_order
@@ -23,14 +24,13 @@ from ptq_tdq.intervals.static import BinnedIntervals
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import layer_input
 from ptq_tdq.observe import Observer
-from ptq_tdq.processor import products_in, undisturbed
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.moments import Inputs
 from ptq_tdq.recon.size import UnitSize, at_once
 from ptq_tdq.recon.unit import reconstruction_loss
 from ptq_tdq.recon.windows import picker
 from ptq_tdq.scheme import QType
-from ptq_tdq.search import weight_qparams
+from ptq_tdq.search import row_qparams
 from ptq_tdq.wrap import switched
 
 SEVERAL = 16  # samples that are timed at once, at most
@@ -172,7 +172,7 @@ class Rates:
         return cls(
             product=seconds(lambda: a @ a) / (2 * size**3),
             double=seconds(lambda: double @ double) / (2 * size**3),
-            search=seconds(lambda: weight_qparams(weight[:64], QType(4)), 2) / weight[:64].numel(),
+            search=seconds(lambda: row_qparams(weight[:64], QType(4)), 2) / weight[:64].numel(),
             pick=_picked(nn.Conv2d(64, 1, 3, padding=1), torch.randn(1, 64, 16, 16), generator),
             pick_linear=_picked(nn.Linear(512, 1), torch.randn(1, 256, 512), generator),
             rounding=seconds(lambda: gptq(weight, solve, scale, zero_point, QType(4)), 2) / scale.numel(),
