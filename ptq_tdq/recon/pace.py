@@ -98,7 +98,7 @@ class _Clock:
 
     def pace(self, unit: nn.Module, run: Callable[[], Any]) -> Pace:
         reach, plain = _reach(unit, run), seconds(run, self.times)
-        with _quantizing(unit) as quantizers:
+        with quantizing(unit) as quantizers:
             behind, learned = (seconds(of, self.times) for of in (run, partial(self.learn, unit, run)))
         return Pace(plain / self.count, behind / self.count, learned / self.count, reach, quantizers)
 
@@ -130,7 +130,7 @@ def _reach(unit: nn.Module, run: Callable[[], Any]) -> float:
 
 
 @contextmanager
-def _quantizing(unit: nn.Module) -> Iterator[int]:
+def quantizing(unit: nn.Module) -> Iterator[int]:
     """While open, the unit's activations pass through quantizers with an interval that is learned; their number."""
     quantizers = [module for module in unit.modules() if isinstance(module, ActivationQuantizer)]
     for quantizer in quantizers:

@@ -27,10 +27,10 @@ def run_study(
     source: str | None,
     given: Mapping[str, Any],
     command: str,
-    count: int = 1,
-    grids: Path | None = None,
-    on_line: Callable[[Line], None] = lambda line: None,
-    on_say: OnSay = lambda worker, cell, text: None,
+    count: int,
+    grids: Path | None,
+    on_line: Callable[[Line], None],
+    on_say: OnSay,
 ) -> None:
     """Run ``cells`` in ``count`` processes (in this one for 1) and append their lines to ``results``.
 
