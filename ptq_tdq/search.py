@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq_tdq.affine import choose_qparams, fake_quantize
+from ptq_tdq.affine import choose_qparams, end_scales, fake_quantize
 from ptq_tdq.scheme import QType
 
 SHRINK_FACTORS = tuple(1 - 0.01 * i for i in range(80))
@@ -148,10 +148,8 @@ def activation_qparams(
     def place(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if zero_point is None:
             return choose_qparams(lo * low, hi * high, qtype)
-        # a side without codes cannot be covered and does not count
-        up = hi / (qtype.qmax - zero_point) * high if zero_point < qtype.qmax else torch.zeros_like(hi)
-        down = -lo / (zero_point - qtype.qmin) * low if zero_point > qtype.qmin else torch.zeros_like(lo)
-        scale = torch.maximum(up, down).clamp(min=torch.finfo(torch.float32).tiny)
+        down, up = end_scales(lo, hi, zero_point, qtype)  # a side without codes cannot be covered and does not count
+        scale = torch.maximum(down * low, up * high).clamp(min=torch.finfo(torch.float32).tiny)
         return scale, zero_point.to(torch.int32).expand_as(scale)
 
     x, best, size = histogram.centres, torch.full_like(lo, torch.inf), _size(lo, hi)
