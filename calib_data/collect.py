@@ -27,7 +27,7 @@ from ptq_tdq.identity import dtype_name
 from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
-CACHED = 2  # the form of what the cache holds; the first one had other time axes
+CACHED = 2  # the form of what the cache holds; raised when what the cache holds changes
 Progress = Callable[[int, int], None]
 
 

@@ -31,7 +31,7 @@ from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
 from ptq_tdq.errors import UsageError
 from ptq_tdq.evaluate import inception
-from ptq_tdq.evaluate.baseline import Baseline, Measured, make_baseline
+from ptq_tdq.evaluate.baseline import Baseline, Evaluation, make_baseline
 from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
 from ptq_tdq.evaluate.names import METRICS, Metric
 from ptq_tdq.evaluate.ptqd import CorrectionName, corrected
@@ -229,7 +229,9 @@ def _show(document: dict[str, Any]) -> None:
         console.print(note)
 
 
-def _write(output_dir: Path, document: dict[str, Any], baseline: Baseline, measured: Measured, overwrite: bool) -> None:
+def _write(
+    output_dir: Path, document: dict[str, Any], baseline: Baseline, measured: Evaluation, overwrite: bool
+) -> None:
     lines = [f"# {_headline(document)}", "", "| | full precision | quantized | difference |", "|---|---:|---:|---:|"]
     lines += [f"| {_title(metric)} | {' | '.join(cells)} |" for metric, *cells in _rows(document)]
     lines += ["", *(f"- {note}" for note in document["compared_with"]), ""]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ptq_tdq import processes
+from ptq_tdq.ambient import undisturbed
 from ptq_tdq.artifacts import check_draft
 from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
 from ptq_tdq.calls import Calls
@@ -24,7 +25,6 @@ from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFini
 from ptq_tdq.identity import base_config, first_nonfinite, model_name, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
-from ptq_tdq.processor import undisturbed
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
 from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
 from ptq_tdq.wrap import folded_copy

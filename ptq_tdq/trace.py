@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import Calls, Each, Group, Place, main_argument, prediction
-from ptq_tdq.calls.arguments import REFUSALS, without_gradients
+from ptq_tdq.calls.arguments import REFUSALS
+from ptq_tdq.calls.gradients import without_gradients
 from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.modules.layers import layer_kind
 from ptq_tdq.watch import Print, Run, Source, TracedLayer, Watcher

@@ -66,9 +66,9 @@ class Config(Choices):
     @property
     def weight_choices(self) -> dict[str, Any]:
         """What phase W depends on, by name: transforms of inputs on the bits and kind of their intervals too."""
-        groups = ("calibration", "layers", "weights", "learning")
+        phase = ("calibration", "layers", "weights", "learning")
         every, known = ungrouped(self.to_dict()), described(Config)
-        found = {name: every[name] for name in known if known[name].group in groups and name not in PHASE_A}
+        found = {name: every[name] for name in known if known[name].group in phase and name not in PHASE_A}
         found["seed"] = self.seed
         if self.weights.equalize == "none" and self.weights.rotate != "auto":
             return {**found, "scheme": f"W{self.parsed_scheme.weight_bits}"}

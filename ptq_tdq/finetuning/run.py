@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ptq_tdq import processes
+from ptq_tdq.ambient import undisturbed
 from ptq_tdq.artifacts import CONFIG_FILE, Artifact, check_base_model, encode_artifact
 from ptq_tdq.calib_data import LoadedModel, collect, from_pipeline
 from ptq_tdq.calls import Calls
@@ -25,7 +26,6 @@ from ptq_tdq.finetuning.student import Student
 from ptq_tdq.finetuning.train import IterationReport, Training, segments
 from ptq_tdq.identity import model_sha256
 from ptq_tdq.load import build_quantized, find_artifact
-from ptq_tdq.processor import undisturbed
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import RunDirectory
 from ptq_tdq.trace import require_rows

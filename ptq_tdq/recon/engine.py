@@ -19,10 +19,10 @@ from ptq_tdq.plan import Special
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import observe, reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
-from ptq_tdq.recon.equalize import equalize_unit
 from ptq_tdq.recon.parts import Parts, Store
 from ptq_tdq.recon.size import UnitSize, at_once, stream_bytes, unit_sizes
 from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, sweep
+from ptq_tdq.recon.transform import transform_unit
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
 from ptq_tdq.records import LayerRecord
@@ -216,7 +216,7 @@ class _Engine:
             torch.manual_seed(seed)
             if phase == "weights":
                 if self.config.weights.equalize == "channels" or self.config.weights.rotate == "auto":
-                    equalize_unit(unit, mine, self.config, generator)
+                    transform_unit(unit, mine, self.config, generator)
                 losses = reconstruct_weights(unit, full, mine, target, config, generator)
             else:
                 seen = mine if self.config.activations.activation_inputs == "quantized" else full

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq import processes
+from ptq_tdq.ambient import products_in
 from ptq_tdq.config import Config
 from ptq_tdq.errors import ModelError, NonFiniteError
 from ptq_tdq.fused import power_sum
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
-from ptq_tdq.processor import products_in
 from ptq_tdq.recon.parts import Part, Parts, Store
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.timeaxis import at

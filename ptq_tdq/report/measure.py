@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ptq_tdq.calib_data.collect import Progress
 from ptq_tdq.calls import Calls, main_argument, prediction
-from ptq_tdq.evaluate.trajectories import Progress, Reference
+from ptq_tdq.evaluate.trajectories import Reference
 from ptq_tdq.hooks import hooked
 from ptq_tdq.observe import Observer
 from ptq_tdq.quantized_model import QuantizedModel

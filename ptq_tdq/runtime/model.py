@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from ctypes import CDLL
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -31,7 +31,7 @@ from ptq_tdq.runtime.kernels import (
     reference_quantize,
     reference_weight_only,
 )
-from ptq_tdq.runtime.layer import FORMS, CodedLayer, IntegerLayer, Part, TransposedLayer, WeightOnlyLayer
+from ptq_tdq.runtime.layer import FORMS, ChannelRange, CodedLayer, IntegerLayer, TransposedLayer, WeightOnlyLayer
 from ptq_tdq.runtime.native import native_quantize, native_rotate, native_weight_only, open_library
 from ptq_tdq.runtime.native_layer import NativeLayer
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights, narrow
@@ -165,7 +165,7 @@ class _Engine:
     def layer(self, layer: nn.Module, record: LayerRecord, artifact: Artifact, step: Step) -> nn.Module:
         """The integer form of one layer."""
         name, outputs = record.name, len(artifact.weight_codes[record.name])
-        ranges = list(pairwise(record.splits))
+        ranges = record.ranges
         bias = artifact.float_state.get(f"{name}.bias")
         bias = None if bias is None else bias.float()
         scales, zero_points = (
@@ -182,7 +182,7 @@ class _Engine:
             return TransposedLayer(layer, record, signed, scales, bias, step)
         geometry = Geometry.of(layer)
         no_bias = torch.zeros(outputs, dtype=torch.float32)
-        parts: list[Part] = []
+        parts: list[ChannelRange] = []
         rest = no_bias if bias is None else bias  # is added once
         for index, channels in enumerate(ranges):
             products = []
@@ -193,7 +193,9 @@ class _Engine:
                 rest = no_bias
             pitch = weights.codes.shape[1] * geometry.groups
             grid = Grid(channels, pitch, record.inputs[index].bits, geometry.padding)
-            parts.append(Part(record.inputs[index], channels, pitch, tuple(products), self._whole(grid, products[0])))
+            parts.append(
+                ChannelRange(record.inputs[index], channels, pitch, tuple(products), self._whole(grid, products[0]))
+            )
         divisor = artifact.divisors.get(name)
         gain = None if divisor is None else divisor.reciprocal()
         return FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize, gain, self.rotate)

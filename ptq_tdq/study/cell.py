@@ -33,9 +33,7 @@ Say = Callable[[str], None]
 SHOWN = 30  # samples of a picture
 
 
-def run_cell(
-    model: LoadedModel, cell: Cell, work: Path, say: Say = lambda text: None, *, grids: Path | None = None
-) -> dict[str, Any]:
+def run_cell(model: LoadedModel, cell: Cell, work: Path, say: Say, *, grids: Path | None) -> dict[str, Any]:
     """What the cell's line says, but for the facts of the machine.
 
     ``work`` keeps what cells share (weights, full-precision samples) and the cell's own unfinished state; ``grids``

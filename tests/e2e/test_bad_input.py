@@ -1,4 +1,4 @@
-"""Each bad input ends in one clear line, the right exit code and nothing half-written (issue 2, "Bad input")."""
+"""Each bad input ends in one clear line, the right exit code and nothing half-written."""
 
 from __future__ import annotations
 
@@ -358,3 +358,15 @@ def test_a_traceback_only_on_request(flag: str, cli: Any, tmp_path: Path) -> Non
         told = cli(*command, flag)
         assert told.code == 1 and "Traceback (most recent call last)" in told.err
         assert told.err.splitlines()[-1].startswith("Error: ")
+
+
+@pytest.mark.parametrize("option", [["--calls", "x"], ["--height", "7"], ["--model", "y"], ["--device", "cpu"]])
+def test_a_table_takes_nothing_that_says_how_a_model_is_called(option: list[str], cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    option = [str(tmp_path / "x") if value == "x" else value for value in option]
+    result = cli("export", tmp_path, "--format", "csv", "--output", tmp_path / "t.csv", *option)
+    check_refusal(result, 2, f"--format csv calls no model; leave out {option[0]}")
+
+
+def test_samples_are_a_png(cli: Any, tmp_path: Path) -> None:
+    check_refusal(cli("sample", tmp_path, "--output", "s.jpg"), 2, "a name that ends in .png")

@@ -1,4 +1,4 @@
-"""Where each choice of a run comes from: preset, config file, flag, --set (issue 2, point 6)."""
+"""Where each choice of a run comes from: preset, config file, flag, --set."""
 
 from __future__ import annotations
 

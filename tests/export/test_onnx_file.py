@@ -140,9 +140,8 @@ def test_codes_are_recovered_from_the_annotated_float_weights(
         a.tensor_name: {p.key: p.value for p in a.quant_parameter_tensor_names} for a in graph.quantization_annotation
     }
     for layer in artifact.layers:
-        ranges = list(zip(layer.splits, layer.splits[1:], strict=False))
-        for i, (low, high) in enumerate(ranges):
-            name = f"{layer.name}.weight" if len(ranges) == 1 else f"{layer.name}.{i}.weight"
+        for i, (low, high) in enumerate(layer.ranges):
+            name = f"{layer.name}.weight" if len(layer.ranges) == 1 else f"{layer.name}.{i}.weight"
             weight = stored[name].T if layer.kind == "linear" else stored[name]
             shape = (-1,) + (1,) * (weight.ndim - 1)
             scale, zero_point = (stored[annotated[name][key]] for key in ("SCALE_TENSOR", "ZERO_POINT_TENSOR"))

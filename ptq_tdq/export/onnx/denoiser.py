@@ -25,7 +25,7 @@ from ptq_tdq.export.onnx.runtimes import QDQ, RUNTIMES, WEIGHTS
 from ptq_tdq.export.onnx.signature import RETURN_DICT, Leaf
 from ptq_tdq.export.onnx.skeleton import BATCH, METADATA
 from ptq_tdq.processor import instruction_set, sums_eight_bits
-from ptq_tdq.structure import Size, building, meta_model
+from ptq_tdq.structure import TensorCounts, building, meta_model
 from ptq_tdq.timeaxis import NEAR
 
 Feed = dict[str, NDArray[Any]]
@@ -263,11 +263,11 @@ def _tables(graph: onnx.GraphProto) -> dict[str, int]:
     return {value.name: found[value.name] for value in graph.input if value.name in found}
 
 
-def _size(graph: onnx.GraphProto) -> Size:
-    return Size(len(graph.initializer), sum(math.prod(tensor.dims) for tensor in graph.initializer))
+def _size(graph: onnx.GraphProto) -> TensorCounts:
+    return TensorCounts(len(graph.initializer), sum(math.prod(tensor.dims) for tensor in graph.initializer))
 
 
-def _structure(config: dict[str, Any], time: str, size: Size) -> nn.Module | None:
+def _structure(config: dict[str, Any], time: str, size: TensorCounts) -> nn.Module | None:
     """The model of a file without its weights, where it is one of diffusers."""
     with suppress(ArtifactMismatchError), building():
         return meta_model(config, time, size)
