@@ -178,7 +178,8 @@ def _find_denoiser(pipe: Any, component: str | None) -> Original:
     if not isinstance(denoiser, nn.Module):
         raise ModelError(f"{type(pipe).__name__} has no denoiser named {name!r}; it has {', '.join(known)}.")
     check_denoiser(denoiser)
-    return Original(denoiser, model_name(denoiser), model_sha256(denoiser), name)
+    source = getattr(pipe, "config", {}).get("_name_or_path") or model_name(denoiser)
+    return Original(denoiser, str(source), model_sha256(denoiser), name)
 
 
 def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:

@@ -228,7 +228,7 @@ def losses(reports: Iterable[UnitReport]) -> dict[str, list[dict[str, Any]]]:
 
 def provenance(model: Original, config: Config, calls: Calls, model_id: str | None = None) -> dict[str, Any]:
     """The artifact's config document: what the quantized model was made from, and with which choices."""
-    base = {"id": model_id or model.id, "sha256": model.sha256}
+    base = {"id": model_id or written_id(model.id), "sha256": model.sha256}
     base |= {} if model.component is None else {"component": model.component}
     return {
         "base_model": base,
@@ -243,6 +243,19 @@ def provenance(model: Original, config: Config, calls: Calls, model_id: str | No
         "versions": {name: version(name) for name in ("ptq-tdq", "torch", "diffusers", "numpy", "safetensors")}
         | {"python": platform.python_version()},
     }
+
+
+def written_id(name: str) -> str:
+    """A model's name in an artifact: a folder that could be taken for a hub id is written as the folder that it is.
+
+    Raises :class:`ConfigError` for a name that an artifact cannot hold.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("The name of the model's folder is not UTF-8; rename it.") from None
+    looks_like_a_hub_id = not name.startswith((".", "~", "/")) and Path(name).is_dir()
+    return f"./{name}" if looks_like_a_hub_id else name
 
 
 def identity(document: dict[str, Any]) -> dict[str, Any]:

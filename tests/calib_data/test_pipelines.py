@@ -109,6 +109,13 @@ def test_a_pipeline_in_memory_is_as_good_as_its_folder(saved_pipeline: Saved) ->
     assert collect(here, **FEW).sha256 == collect(there, **FEW).sha256
 
 
+def test_a_pipeline_in_memory_is_called_what_it_was_loaded_from(saved_pipeline: Saved) -> None:
+    folder = saved_pipeline("StableDiffusionPipeline")[1]
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert from_pipeline(pipe).id == str(folder) == load_model(str(folder)).id
+    assert from_pipeline(StableDiffusionPipeline(**pipe.components)).id == "unet"  # of nowhere: the denoiser's own
+
+
 def test_one_prompt_may_be_given_as_text(saved_pipeline: Saved) -> None:
     folder = saved_pipeline("StableDiffusionPipeline")[1]
     assert load_model(str(folder), prompts="A red fox").sampler.conditions(2) == ["A red fox"] * 2
