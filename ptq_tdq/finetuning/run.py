@@ -23,7 +23,7 @@ from ptq_tdq.finetuning.files import read_data
 from ptq_tdq.finetuning.sources import begin_sources, check_moving
 from ptq_tdq.finetuning.student import Student
 from ptq_tdq.finetuning.train import IterationReport, Training, segments
-from ptq_tdq.load import build_quantized, find_artifact
+from ptq_tdq.load import Given, as_artifact, build_quantized
 from ptq_tdq.processor import undisturbed
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import RunDirectory
@@ -39,7 +39,7 @@ PROBED = 4  # of the calls that judge, in which unknown intervals are observed
 @processes.together()
 def finetune(
     model: Any,
-    artifact: str | Path | Artifact | QuantizedModel,
+    artifact: Given,
     config: FinetuneConfig | None = None,
     data: Calls | str | Path | None = None,
     *,
@@ -79,7 +79,7 @@ def finetune(
             "data must be what ptq_tdq.record gives, or the path of images or of an npz file. "
             f"Got a {type(data).__name__} instead."
         )
-    found = _artifact(artifact)
+    found = as_artifact(artifact)
     component = None if isinstance(model, nn.Module | Original) else found.config["base_model"].get("component")
     told: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
     original = find_original(model, recorded=data is not None, component=component, **told)
@@ -147,18 +147,6 @@ def recipe(config: FinetuneConfig) -> dict[str, Any]:
         "thinning": thinning,
         "seed": config.seed,
     }
-
-
-def _artifact(given: str | Path | Artifact | QuantizedModel) -> Artifact:
-    if isinstance(given, QuantizedModel):
-        return given.to_artifact()
-    if isinstance(given, str | Path):
-        return find_artifact(given)
-    if not isinstance(given, Artifact):
-        raise ConfigError(
-            f"artifact must be a folder, a hub id, or what ptq_tdq.calibrate gives. Got {given!r} instead."
-        )
-    return given
 
 
 def _identity(artifact: Artifact, config: FinetuneConfig, data: Data) -> dict[str, Any]:
