@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ptq_tdq.artifacts import check_base_model, check_target, publish_directory, read_artifact
 from ptq_tdq.artifacts.atomic import write_file
-from ptq_tdq.calib_data import LoadedModel, collect_cached, with_scheduler
+from ptq_tdq.calib_data import LoadedModel, collect_cached, make_recipe, with_scheduler
 from ptq_tdq.cli.options import (
     FilePath,
     backend_option,
@@ -115,7 +115,7 @@ def evaluate_command(
     model = load_original(source, stored, **given)
     check_base_model(stored, model.sha256)
     quantized = load_quantized(artifact, backend=backend, device=given["device"])
-    denoiser = _corrected(correction, model, quantized, stored.config["choices"])
+    denoiser = _corrected(correction, model, quantized, stored.config)
     if scheduler:
         model = with_scheduler(model, scheduler)
     samples = samples or (PIPELINE_SAMPLES if model.sampler.batch < PIPELINE_SAMPLES else SAMPLES)
@@ -163,12 +163,25 @@ def evaluate_command(
             click.echo(f"Wrote {output_dir}")
 
 
-def _corrected(name: CorrectionName, model: LoadedModel, quantized: nn.Module, choices: dict[str, Any]) -> nn.Module:
-    """The model with its correction, estimated on the calibration set that its choices name."""
+def _corrected(name: CorrectionName, model: LoadedModel, quantized: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """The model with its correction, estimated on the artifact's calibration set.
+
+    Raises :class:`UsageError` where that cannot be sampled again: of recorded calls, or of another sampler.
+    """
     if name == "none":
         return quantized
-    calls = collect_cached(model, **choices["calibration"], seed=choices["seed"])
-    return corrected(name, model, quantized, calls)
+    choices, known = config["choices"], config["calibration_set"]
+    if known.get("scheduler") not in (None, type(model.scheduler).__name__):
+        model = with_scheduler(model, known["scheduler"])
+    asked = {**choices["calibration"], "seed": choices["seed"]}
+    other = next((key for key, value in make_recipe(model, **asked).items() if known.get(key) != value), None)
+    if other:
+        why = f"it differs in {other}" if known.get("sampler") else "its calls were recorded"
+        raise UsageError(
+            f"--correction {name} needs the artifact's calibration set, which cannot be sampled again here ({why}); "
+            "leave the correction out."
+        )
+    return corrected(name, model, quantized, collect_cached(model, **asked))
 
 
 def _real(network: Any, paths: list[Path], baseline: Baseline) -> tuple[Tensor, Tensor, Tensor] | None:
