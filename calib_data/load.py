@@ -316,8 +316,14 @@ def _class_of(folder: Path) -> Any:
     config = read_config(folder / "config.json")
     if config.get("quantization_config"):
         raise ModelError(f"The model in '{folder}' is quantized already; give the full-precision one.")
+    return _known_class(config, folder)
+
+
+def _known_class(
+    config: Mapping[str, Any], folder: Path, base: Literal["ModelMixin", "SchedulerMixin"] = "ModelMixin"
+) -> Any:
     name = config.get("_class_name")
-    cls = diffusers_class(name)
+    cls = diffusers_class(name, base)
     if cls is None:
         raise ModelError(
             f"The configuration in '{folder}' names the class {name!r}, which this diffusers does not have."
@@ -332,12 +338,7 @@ def _load_scheduler(parts: Parts) -> tuple[Any, tuple[str, ...]]:
 
         return DDPMScheduler(), (notice,)
     config = read_config(parts.scheduler / "scheduler_config.json")
-    cls = diffusers_class(config.get("_class_name"), "SchedulerMixin")
-    if cls is None:
-        raise ModelError(
-            f"The configuration in '{parts.scheduler}' names the class {config.get('_class_name')!r}, which this "
-            "diffusers does not have."
-        )
+    cls = _known_class(config, parts.scheduler, "SchedulerMixin")
     try:
         return cls.from_config(config), ()
     except (TypeError, ValueError, NotImplementedError) as error:

@@ -98,8 +98,8 @@ def calibrate_command(
     """Quantize the denoiser of a diffusion model and write its interval tables.
 
     Samples with the model's own pipeline for a calibration set, learns the rounding of the weights and the activation
-    intervals as a function of the time step, block by block, and writes an artifact directory. Flags go before the file
-    of --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the
+    intervals as a function of the time step, block by block, and writes an artifact directory. Flags override the file
+    of --config; --set overrides both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the
     first unfinished block. Started by torchrun or accelerate launch, processes share the calls and the work.
     """
     flags = {key: given.pop(key) for key in FLAGS}

@@ -106,8 +106,8 @@ def export_command(
         if calls_file is not None:
             calls = Calls.load(calls_file)
         else:
-            count = steps or stored.config["choices"]["calibration"]["num_inference_steps"]
-            calls = _record(stored, source, count if runtime == "qdq" else 1, given)
+            count = (steps or _steps_of(stored)) if runtime == "qdq" else 1
+            calls = _record(stored, source, count, given)
         if runtime == "qdq":
             onnx.export_onnx_steps(stored, output, calls)
         elif kind == "onnx":
@@ -127,6 +127,17 @@ def _refuse_model_options(kind: str) -> None:
         name = option.name or ""
         if name not in OWN and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--format {kind} calls no model; leave out {option.opts[0]}.")
+
+
+def _steps_of(stored: Artifact) -> int:
+    """Steps of the sampling run that the calibration set comes from."""
+    found = stored.config["calibration_set"].get("num_inference_steps")
+    if not isinstance(found, int):
+        raise UsageError(
+            "The artifact was calibrated on recorded calls, so the steps of a sampling run are not known; "
+            "give --steps, or the calls themselves (--calls)."
+        )
+    return found
 
 
 def _record(stored: Artifact, source: str | None, steps: int, given: dict[str, Any]) -> Calls:

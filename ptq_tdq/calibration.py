@@ -59,7 +59,7 @@ def calibrate(
 
     ``component`` names the denoiser of a pipeline that has several; ``prompts``, ``classes`` and ``call`` (further
     arguments such as guidance_scale) say what the pipeline samples for the calibration set, where there are no
-    ``calls``. ``model_id`` is the model's
+    ``calls``; beside these the choices of group ``calibration`` have no effect. ``model_id`` is the model's
     name in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
     stopped. With a ``weights_directory`` as well, phase W is kept there: runs that differ only in what phase A decides
     may share it, one after the other. Where more than ``cache_budget`` bytes flow between units, they lie in files that

@@ -37,7 +37,7 @@ def read_data(path: Path, model: LoadedModel, axis: TimeAxis, *, denoise: bool) 
     sampler = model.sampler
     if not isinstance(sampler, LoopSampler):
         raise ConfigError(
-            "Fine-tuning on files is for models of x, t and at most a class; leave out --data, and this model learns "
+            "Fine-tuning on files is for models of x, t and at most a class; leave data out, and this model learns "
             "from its own full-precision trajectories."
         )
     alphas, predicts = _prediction(model.scheduler)
@@ -65,8 +65,8 @@ def _prediction(scheduler: Any) -> tuple[Tensor | None, str]:
     predicts = getattr(scheduler.config, "prediction_type", "epsilon")
     if alphas is None or predicts not in ("epsilon", "v_prediction", "sample"):
         raise ConfigError(
-            f"What a model predicts under {type(scheduler).__name__} ({predicts}) has no training loss here; leave out "
-            "--data."
+            f"What a model predicts under {type(scheduler).__name__} ({predicts}) has no training loss here; leave "
+            "data out."
         )
     return alphas, predicts
 

@@ -98,7 +98,7 @@ def test_activations_that_overflow_in_calibration_name_layer_and_t(unet: Callabl
 
 def test_an_empty_calibration_set(cli: Any, pipeline: Path, tmp_path: Path) -> None:
     flags = ("--model", pipeline, "--output-dir", tmp_path / "out", "--samples-per-step", "0")
-    check_refusal(cli("calibrate", *flags), 2, "samples_per_step must be at least 1 and below 1048576. Got 0 instead.")
+    check_refusal(cli("calibrate", *flags), 2, "samples_per_step must be from 1 to 1048575. Got 0 instead.")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CalibrationSetError, match="empty"):
         calibrate(nn.Linear(1, 1), preset("default"), Calls(TimeAxis("timestep")))

@@ -361,7 +361,7 @@ def test_a_caller_without_gradients_changes_nothing(
         ({"method": "auto"}, "The method 'auto' chooses by what calibration compares"),
         ({"method": "fixed"}, "The method 'fixed' is that of x_t alone"),
         ({"iterations": 0}, "iterations must be at least 1"),
-        ({"iterations": 2**31 - 1}, "iterations must be at least 1 and below 10000001"),
+        ({"iterations": 2**31 - 1}, "iterations must be from 1 to 10000000"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1. Got 1.0"),
         ({"weight_lr": "nan"}, "weight_lr must be above 0 and finite. Got nan"),
         ({"batch_size": 6, "accumulation": 4}, "batch_size must be a multiple of accumulation"),
