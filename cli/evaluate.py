@@ -32,7 +32,7 @@ from ptq_tdq.cli.progress import Progress
 from ptq_tdq.errors import UsageError
 from ptq_tdq.evaluate import inception
 from ptq_tdq.evaluate.baseline import Baseline, Measured, make_baseline
-from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
+from ptq_tdq.evaluate.images import grid_png
 from ptq_tdq.evaluate.names import METRICS, Metric
 from ptq_tdq.evaluate.ptqd import CorrectionName, corrected
 from ptq_tdq.load import Backend, load_quantized
@@ -252,6 +252,5 @@ def _write(output_dir: Path, document: dict[str, Any], baseline: Baseline, measu
         write_file(folder / "evaluation.md", "\n".join(lines).encode())
         if baseline.images is not None and measured.images is not None:
             panels = {"full precision": baseline.images, document["scheme"]: measured.images}
-            conditions = baseline.reference.conditions
-            picture = grid_png(panels, count_classes(conditions), GRID_IMAGES, captions_of(conditions))
+            picture = grid_png(panels, baseline.reference.conditions, GRID_IMAGES)
             write_file(folder / "samples.png", picture)
