@@ -128,30 +128,24 @@ def evaluate_command(
         seed=seed,
         on_progress=lambda done, total: say.counting("Sampling with full precision", done, total),
     )
-    found = _real(network, real, baseline)
+    described = _real(network, real, baseline)
     measured = baseline.measure(
         denoiser,
         lambda done, total: say.counting("Sampling with the quantized model", done, total),
     )
-    full = baseline.quality() | _inception(network, baseline.images, found)
-    mine = measured.results | _inception(network, measured.images, found)
     document = {
         "artifact": str(artifact),
-        "model": {"id": model.id, "sha256": model.sha256},
-        "scheme": stored.config["scheme"],
-        "method": stored.config["method"],
-        "preset": stored.config["preset"],
+        **{key: stored.config[key] for key in ("scheme", "method", "preset")},
+        **_about(model),
         "backend": backend,
         "correction": correction,
         "samples": samples,
         "steps_compared_on": baseline.reference.recorded,
-        "sampling": model.sampler.recipe(),
         "num_inference_steps": num_inference_steps,
-        "scheduler": type(model.scheduler).__name__,
         "seed": seed,
         "compared_with": _notes(baseline, network),
-        "full_precision": full,
-        "quantized": mine,
+        "full_precision": baseline.quality() | _inception(network, baseline.images, described),
+        "quantized": measured.results | _inception(network, measured.images, described),
     }
     if output_dir:
         _write(output_dir, document, baseline, measured, overwrite)
@@ -161,6 +155,15 @@ def evaluate_command(
         _show(document)
         if output_dir:
             click.echo(f"Wrote {output_dir}")
+
+
+def _about(model: LoadedModel) -> dict[str, Any]:
+    """What full precision is, and how it samples."""
+    return {
+        "model": {"id": model.id, "sha256": model.sha256},
+        "sampling": model.sampler.recipe(),
+        "scheduler": type(model.scheduler).__name__,
+    }
 
 
 def _corrected(name: CorrectionName, model: LoadedModel, quantized: nn.Module, config: dict[str, Any]) -> nn.Module:

@@ -80,12 +80,7 @@ def export_command(
     Sizes that a graph fixes (of a latent, of a prompt) are those of the recorded call, so of --height, --width and the
     like.
     """
-    if kind in (*TABLES, COMPONENT):
-        _refuse_model_options(kind)
-    if runtime is not None and kind != "onnx":
-        raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
-    if steps is not None and (runtime != "qdq" or calls_file is not None):
-        raise UsageError("--steps goes with --runtime qdq and without --calls, which bring their own time steps.")
+    _check_together(kind, runtime, steps, calls_file)
     if runtime == "qdq" or kind == COMPONENT:
         check_target(output)
     elif output.is_dir():
@@ -118,6 +113,16 @@ def export_command(
         print_json({"written": [str(path) for path in written]})
     elif not quiet:
         click.echo(f"Wrote {' and '.join(map(str, written))}", err=True)
+
+
+def _check_together(kind: str, runtime: str | None, steps: int | None, calls_file: Path | None) -> None:
+    """Raise :class:`UsageError` for options that do not go together."""
+    if kind in (*TABLES, COMPONENT):
+        _refuse_model_options(kind)
+    if runtime is not None and kind != "onnx":
+        raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
+    if steps is not None and (runtime != "qdq" or calls_file is not None):
+        raise UsageError("--steps goes with --runtime qdq and without --calls, which bring their own time steps.")
 
 
 def _refuse_model_options(kind: str) -> None:

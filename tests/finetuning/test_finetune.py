@@ -360,7 +360,7 @@ def test_a_caller_without_gradients_changes_nothing(
         ({"method": "nothing"}, "The method must be one of"),
         ({"method": "auto"}, "The method 'auto' chooses by what calibration compares"),
         ({"method": "fixed"}, "The method 'fixed' is that of x_t alone"),
-        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"iterations": 0}, "iterations must be from 1 to"),
         ({"iterations": 2**31 - 1}, "iterations must be from 1 to 10000000"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1. Got 1.0"),
         ({"weight_lr": "nan"}, "weight_lr must be above 0 and finite. Got nan"),
