@@ -153,7 +153,7 @@ def find_original(
 def _refuse(given: Mapping[str, Any], why: str) -> None:
     named = [name for name, value in given.items() if value is not None]
     if named:
-        raise ConfigError(f"{' and '.join(named)} would have no effect: {why}")
+        raise ConfigError(f"{', '.join(named)} would have no effect: {why}")
 
 
 def _find_denoiser(pipe: Any, component: str | None) -> Original:
