@@ -150,8 +150,8 @@ def _denoiser(config: dict[str, Any], time: str) -> Any:
     cls = diffusers_class(name)
     if cls is None:
         raise ArtifactMismatchError(
-            f"The artifact is of a {name!r}, which this version of diffusers does not have; give the model whose "
-            "weights it replaces: load_quantized(path, model=...)."
+            f"The artifact is of a {name!r}, which this version of diffusers does not have; pass an instance of it as "
+            "model=..."
         )
     if time not in inspect.signature(cls.forward).parameters:
         raise ArtifactMismatchError(f"The artifact is of a {name!r}, which takes no time step and is no denoiser.")

@@ -177,8 +177,18 @@ def test_a_file_that_is_no_table_of_choices(file: str, text: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("given", "error"), [(("default",), "preset gives"), ((preset("default"), [1]), "record gives")]
+    ("given", "error"),
+    [
+        (("default",), "preset gives"),
+        (([[0.0] * 1000],), "preset gives"),
+        ((preset("default"), [[0.0] * 1000]), "record gives"),
+    ],
 )
 def test_calibrate_says_what_it_takes(given: tuple[Any, ...], error: str) -> None:
-    with pytest.raises(PtqTdqError, match=error):
+    with pytest.raises(PtqTdqError, match=error) as found:
         calibrate(nn.Linear(1, 1), *given)
+    assert len(str(found.value)) < 100  # names what was given and does not print it
+
+
+def test_the_preset_is_default_where_none_is_named() -> None:
+    assert preset() == preset("default")

@@ -52,6 +52,8 @@ class Config(Choices):
             raise ConfigError(f"Config has no choices of preset {self.preset!r} in it; call preset({self.preset!r}).")
         object.__setattr__(self, "scheme", str(Scheme.parse(self.scheme)))
         source_class(self.method)
+        if self.method == "fixed":
+            raise ConfigError("The method 'fixed' is that of the layers that fixed_layers names; choose another.")
 
     @property
     def parsed_scheme(self) -> Scheme:
@@ -139,7 +141,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def preset(name: str, **choices: Any) -> Config:
+def preset(name: str = "default", **choices: Any) -> Config:
     """The configuration of preset ``name`` with some choices replaced; raises :class:`ConfigError`."""
     if name not in list(PRESETS):  # a file may name it by a list, which has no hash
         raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}. Got {name!r} instead.")

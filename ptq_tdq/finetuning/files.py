@@ -38,8 +38,8 @@ def read_data(path: Path, model: LoadedModel, axis: TimeAxis, *, denoise: bool) 
     sampler = model.sampler
     if not isinstance(sampler, LoopSampler):
         raise ConfigError(
-            "Fine-tuning on files is for models that no pipeline samples, of x, t and at most a class; leave out "
-            "--data, and this model learns from its own full-precision trajectories."
+            "Fine-tuning on files is for models that no pipeline samples, of x, t and at most a class; leave data out, "
+            "and this model learns from its own full-precision trajectories."
         )
     alphas, predicts = _prediction(model.scheduler)
     found = _read_file(path) if path.is_file() else _read_folder(path, _image_shape(sampler), sampler.num_classes)
@@ -66,8 +66,8 @@ def _prediction(scheduler: Any) -> tuple[Tensor | None, str]:
     predicts = getattr(scheduler.config, "prediction_type", "epsilon")
     if alphas is None or predicts not in ("epsilon", "v_prediction", "sample"):
         raise ConfigError(
-            f"What a model predicts under {type(scheduler).__name__} ({predicts}) has no training loss here; leave out "
-            "--data."
+            f"What a model predicts under {type(scheduler).__name__} ({predicts}) has no training loss here; leave "
+            "data out."
         )
     return alphas, predicts
 

@@ -23,7 +23,7 @@ from torch import Tensor, ones
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls, Group, Place, prediction
-from ptq_tdq.errors import ArtifactMismatchError, MissingExtraError, ModelError, UsageError
+from ptq_tdq.errors import ArtifactError, ArtifactMismatchError, MissingExtraError, ModelError, UsageError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export import export_tables
 from ptq_tdq.export.onnx import FORMS, OnnxDenoiser, export_onnx, export_onnx_float
@@ -99,6 +99,15 @@ def test_weights_and_tables_are_stored_once_and_as_integers(
         names = [q.name for q in artifact.quantizers if len(artifact.tables[q.name].scale.unique()) > 1]
         table = numpy_helper.to_array(stored["scale_table"])
         np.testing.assert_array_equal(table, np.stack([artifact.tables[n].scale for n in names], 1))
+
+
+def test_a_folder_is_exported_as_its_artifact(artifact_of: Callable[[str], Artifact], tmp_path: Path) -> None:
+    build_quantized(artifact_of("W3A4-dynamic")).save_pretrained(tmp_path / "saved")
+    for given in (str(tmp_path / "saved"), build_quantized(artifact_of("W3A4-dynamic"))):
+        with pytest.raises(UsageError, match="is dynamic: its scale is found at run time"):
+            export_onnx_float(given, tmp_path / "model.onnx", NO_CALLS)
+    with pytest.raises(ArtifactError, match="nowhere"):
+        export_onnx(tmp_path / "nowhere", tmp_path / "model.onnx", "portable", NO_CALLS)
 
 
 def test_the_file_says_what_it_is(encode: Callable[[str, str], bytes]) -> None:

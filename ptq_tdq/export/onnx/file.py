@@ -23,16 +23,17 @@ from ptq_tdq.export.onnx.runtimes import QDQ
 from ptq_tdq.export.onnx.skeleton import METADATA, Skeleton, make_skeleton
 from ptq_tdq.export.onnx.trial import try_file, try_out
 from ptq_tdq.export.tables import export_tables, interval_frame
-from ptq_tdq.load import build_quantized
+from ptq_tdq.load import Given, as_artifact, build_quantized
 
 FORMS: dict[str, type[Portable]] = {"portable": Portable, "onnxruntime": OnnxRuntime, "openvino": OpenVINO}
 
 
 def export_onnx(
-    artifact: Artifact, file: str | Path, runtime: str, calls: Calls, *, model: nn.Module | None = None
+    artifact: Given, file: str | Path, runtime: str, calls: Calls, *, model: nn.Module | None = None
 ) -> None:
     """Write ``artifact`` as one ONNX graph for one of :data:`FORMS`.
 
+    ``artifact`` is a folder, a hub id, what :func:`~ptq_tdq.calibrate` gave, or an artifact in memory.
     ``model`` is an instance of a class that is not diffusers' own, as :func:`~ptq_tdq.load_quantized` takes it.
     ``calls`` are recorded calls of the model, of which one is enough: the graph's inputs are the tensors of its
     arguments, by name (``sample``, ``added_cond_kwargs.text_embeds``), in float32 where they are real; plain values
@@ -47,6 +48,7 @@ def export_onnx(
     """
     if runtime not in FORMS:
         raise UsageError(f"The runtime must be one of {', '.join(FORMS)}. Got {runtime!r} instead.")
+    artifact = as_artifact(artifact)
     for name in artifact.networks:
         raise ModelError(
             f"The quantizer '{name}' asks a network for its interval at run time, which has no ONNX form; "
@@ -62,7 +64,7 @@ def export_onnx(
     write_atomic(file, graph)
 
 
-def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls, *, model: nn.Module | None = None) -> Path:
+def export_onnx_float(artifact: Given, file: str | Path, calls: Calls, *, model: nn.Module | None = None) -> Path:
     """Write the graph in floating point, with the names of the interval table, and the table as CSV beside it.
 
     :mod:`ptq_tdq.export.onnx.floating` says how the two belong together. Returns the path of the table: that of
@@ -72,6 +74,7 @@ def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls, *, mod
     table = Path(file).with_suffix(".csv")
     if table == Path(file):
         raise UsageError(f"The interval table goes to '{table}'; name the graph '{table.stem}.onnx' instead.")
+    artifact = as_artifact(artifact)
     interval_frame(artifact)  # the cheap reason to refuse comes first
     graph = encode_onnx(artifact, Floating, make_skeleton(artifact, calls, model), "float")
     simulated = build_quantized(artifact, model)
@@ -84,13 +87,14 @@ def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls, *, mod
 
 
 def export_onnx_steps(
-    artifact: Artifact, folder: str | Path, calls: Calls, *, model: nn.Module | None = None, overwrite: bool = False
+    artifact: Given, folder: str | Path, calls: Calls, *, model: nn.Module | None = None, overwrite: bool = False
 ) -> list[list[float]]:
     """Write a folder of static graphs (``t0981.onnx``, ...) for the time steps of ``calls``, and their weights.
 
     :mod:`ptq_tdq.export.onnx.by_step` says what they are. Returns the steps of each graph. Raises :class:`ModelError`
     for dynamic quantizers, and as :func:`export_onnx` does.
     """
+    artifact = as_artifact(artifact)
     groups = groups_of_steps(artifact, [float(t) for t in calls.t.unique()])
     skeleton = make_skeleton(artifact, calls, model)
     with publish_directory(folder, overwrite) as target:
