@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import bind, main_argument_name
-from ptq_tdq.errors import ModelError, TimestepError
+from ptq_tdq.errors import ModelError, NonFiniteError, TimestepError
 from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.modules.products import one_by_one
 from ptq_tdq.timeaxis import TimeAxis, at
@@ -27,6 +27,12 @@ def in_float32(value: Any) -> Any:
         items = map(in_float32, value)
         return value._make(items) if hasattr(value, "_make") else type(value)(items)  # a tuple whose items have names
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise :class:`NonFiniteError` for NaN or Inf, but not for what is added to scores, to look nowhere else: 0 and -Inf."""
+    if x.is_floating_point() and not bool(x.float().isfinite().all()) and not bool(((x == 0) | (x == -torch.inf)).all()):
+        raise NonFiniteError("The model was given NaN or Inf, which integers have no codes for; give finite numbers.")
 
 
 def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
