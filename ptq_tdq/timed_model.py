@@ -30,9 +30,14 @@ def in_float32(value: Any) -> Any:
 
 
 def check_finite(x: Tensor) -> None:
-    """Raise :class:`NonFiniteError` for NaN or Inf, but not for what is added to scores, to look nowhere else: 0 and -Inf."""
-    if x.is_floating_point() and not bool(x.float().isfinite().all()) and not bool(((x == 0) | (x == -torch.inf)).all()):
-        raise NonFiniteError("The model was given NaN or Inf, which integers have no codes for; give finite numbers.")
+    """Raise :class:`NonFiniteError` for NaN or Inf, other than in a mask that is added to scores."""
+    if x.is_floating_point() and not bool(x.float().isfinite().all()) and not _is_mask(x):
+        raise NonFiniteError("The model was given NaN or Inf, for which there are no codes; give it finite numbers.")
+
+
+def _is_mask(x: Tensor) -> bool:
+    """Whether x is what is added to scores, to look nowhere else: 0 and -Inf."""
+    return bool(((x == 0) | (x == -torch.inf)).all())
 
 
 def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:

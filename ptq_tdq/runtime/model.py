@@ -77,8 +77,8 @@ class IntegerModel(TimedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward, in float32 whatever the dtype of its inputs and an autocast around it.
 
-        Raises :class:`~ptq_tdq.errors.NonFiniteError` for NaN or Inf, which codes cannot hold, and :class:`ModelError` for an empty
-        batch or a tensor that is not on the CPU.
+        Raises :class:`~ptq_tdq.errors.NonFiniteError` for NaN or Inf, which codes cannot hold, and :class:`ModelError`
+        for an empty batch or a tensor that is not on the CPU.
         """
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):

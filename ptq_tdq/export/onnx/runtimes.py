@@ -24,8 +24,8 @@ class NotRunError(ModelError):
     def __init__(self, runtime: str, error: Exception) -> None:
         self.reason = (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")[:200]
         super().__init__(
-            f"{runtime} does not run this graph, or not with such sizes ({self.reason}); call it with others, or run it "
-            "in another runtime."
+            f"{runtime} does not run this graph, or not with such sizes ({self.reason}); call it with others, or run "
+            "it in another runtime."
         )
 
 

@@ -85,7 +85,7 @@ def make_skeleton(
 def _exported(
     call: Call, rows: Rows, samples: list[int], fixed: Collection[str]
 ) -> tuple[ir.Model, dict[str, Tensor], set[str]]:
-    """The graph of any batch and size, of any batch, or else of ``samples``; its inputs, the names of its free sizes."""
+    """The graph of any batch and size, of any batch, or of ``samples``; its inputs, and the names of its free sizes."""
     signature = call.signature
     if all(leaf.kind != "each" for leaf in signature.tensors()) and not signature.held():
         inputs = rows([0, 1])

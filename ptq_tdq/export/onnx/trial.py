@@ -34,8 +34,9 @@ def try_out(graph: bytes, calls: Calls, simulated: Callable[..., Any]) -> set[st
 def try_file(file: Path, calls: Calls, simulated: Callable[..., Any]) -> set[str]:
     """Run a file on one of the recorded calls, alone and twice, where its runtime is right on this processor.
 
-    Returns the names of its free sizes that are none: at another one it is wrong, or does not run. Raises :class:`ModelError` for a graph that the runtime does not run, and for one that computes something else than
-    the ``simulated`` model.
+    Returns the names of its free sizes that are none: at another one it is wrong, or does not run. Raises
+    :class:`ModelError` for a graph that the runtime does not run, and for one that computes something else than the
+    ``simulated`` model.
     """
     try:
         denoiser = OnnxDenoiser(file)
