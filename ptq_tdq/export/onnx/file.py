@@ -41,10 +41,10 @@ def export_onnx(
     ``calls`` are recorded calls of the model, of which one is enough: the graph's inputs are the tensors of its
     arguments, by name (``sample``, ``added_cond_kwargs.text_embeds``), in float32 where they are real; plain values
     are part of the graph, and so are tensors whose values the model's code reads (a log message names them). The
-    batch may vary, and so may the size of images where the model takes others and the graph is right there; all other sizes (tokens of a prompt,
-    say) are those of ``calls``. The outputs are the tensors that the model returns, ``out_`` and the name of their
-    field. The tensor ``<quantizer>.codes`` holds the integers of each quantizer, ``<layer>`` the output of each
-    quantized layer.
+    batch may vary, and so may the size of images where the model takes others and the graph is right there; all other
+    sizes (tokens of a prompt, say) are those of ``calls``. The outputs are the tensors that the model returns, ``out_``
+    and the name of their field. The tensor ``<quantizer>.codes`` holds the integers of each quantizer, ``<layer>`` the
+    output of each quantized layer.
 
     Raises :class:`UsageError` for an unknown runtime, :class:`ModelError` for a model that cannot be expressed and
     :class:`~ptq_tdq.errors.OutputError` when the file cannot be written.
