@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import bind, main_argument_name
-from ptq_tdq.errors import ModelError, TimestepError
+from ptq_tdq.errors import ModelError, NonFiniteError, TimestepError
 from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.modules.products import one_by_one
 from ptq_tdq.timeaxis import TimeAxis, at
@@ -27,6 +27,17 @@ def in_float32(value: Any) -> Any:
         items = map(in_float32, value)
         return value._make(items) if hasattr(value, "_make") else type(value)(items)  # a tuple whose items have names
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise :class:`NonFiniteError` for NaN or Inf, other than in a mask that is added to scores."""
+    if x.is_floating_point() and not bool(x.float().isfinite().all()) and not _is_mask(x):
+        raise NonFiniteError("The model was given NaN or Inf, for which there are no codes; give it finite numbers.")
+
+
+def _is_mask(x: Tensor) -> bool:
+    """Whether x is what is added to scores, to look nowhere else: 0 and -Inf."""
+    return bool(((x == 0) | (x == -torch.inf)).all())
 
 
 def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.timeaxis import TimeAxis
-from ptq_tdq.timed_model import TimedModel
+from ptq_tdq.timed_model import TimedModel, check_finite
 
 
 class Mixed(nn.Module):
@@ -36,3 +39,11 @@ def test_a_float32_model_takes_inputs_of_any_floating_dtype(dtype: torch.dtype) 
     timed, x = TimedModel(model, TimeAxis("t")), torch.randn(2, 4, dtype=dtype)
     timed.model.dtype = torch.float32  # type: ignore[assignment]
     assert torch.equal(timed(x, torch.tensor([5])), model(x.float(), torch.tensor([5])))
+
+
+def test_finite_numbers_and_masks_of_scores_are_taken() -> None:
+    for taken in ([0.0, -1e4], [0.0, -math.inf], [-math.inf]):
+        check_finite(torch.tensor(taken))
+    for refused in ([0.0, math.nan], [0.0, math.inf], [0.5, -math.inf]):
+        with pytest.raises(NonFiniteError, match="given NaN or Inf"):
+            check_finite(torch.tensor(refused))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ModelError, NonFiniteError, RuntimeUnsupportedError
+from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.fit import check_fit
 from ptq_tdq.modules import layer_kind
 from ptq_tdq.modules.products import attach, owner_of
@@ -36,7 +36,7 @@ from ptq_tdq.runtime.native import native_quantize, native_rotate, native_weight
 from ptq_tdq.runtime.native_layer import NativeLayer
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights, narrow
 from ptq_tdq.runtime.step import Step
-from ptq_tdq.timed_model import TimedModel, in_float32
+from ptq_tdq.timed_model import TimedModel, check_finite, in_float32
 
 FEW = 64  # samples whose time steps are read one by one
 
@@ -77,8 +77,8 @@ class IntegerModel(TimedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward, in float32 whatever the dtype of its inputs and an autocast around it.
 
-        Raises :class:`NonFiniteError` for NaN or Inf, which codes cannot hold, and :class:`ModelError` for an empty
-        batch or a tensor that is not on the CPU.
+        Raises :class:`~ptq_tdq.errors.NonFiniteError` for NaN or Inf, which codes cannot hold, and :class:`ModelError`
+        for an empty batch or a tensor that is not on the CPU.
         """
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
@@ -271,13 +271,7 @@ def _check_input(x: Tensor) -> None:
         raise ModelError(f"The integer backend runs on the CPU. Got a tensor on {x.device}; move it there.")
     if x.ndim and not len(x):
         raise ModelError(f"The model was given an empty tensor {list(x.shape)}; pass at least one sample.")
-    if x.is_floating_point() and not bool(x.float().isfinite().all()) and not _is_mask(x):
-        raise NonFiniteError("The model was given NaN or Inf; the integer backend has no codes for them.")
-
-
-def _is_mask(x: Tensor) -> bool:
-    """Whether x is what is added to scores, to look nowhere else: 0 and -Inf."""
-    return bool(((x == 0) | (x == -torch.inf)).all())
+    check_finite(x)
 
 
 def _know_dtype(model: nn.Module) -> None:

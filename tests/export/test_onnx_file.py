@@ -236,7 +236,7 @@ def test_an_output_that_no_graph_can_give_is_refused() -> None:
             return SimpleNamespace(sample=super().forward(sample, timestep))
 
     calls = Calls(TimeAxis("timestep"), [Group({"sample": Place(0), "timestep": Place(1)}, list(ROWS.values()))])
-    with pytest.raises(ModelError, match="returns a SimpleNamespace, which no graph can give"):
+    with pytest.raises(ModelError, match="returns an object of type SimpleNamespace, which no graph can give"):
         describe(TimedModel(Output(), calls.axis), calls)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import onnx_ir as ir
@@ -25,6 +27,8 @@ from ptq_tdq.export.onnx.trial import try_file, try_out
 from ptq_tdq.export.tables import export_tables, interval_frame
 from ptq_tdq.load import Given, as_artifact, build_quantized
 
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 FORMS: dict[str, type[Portable]] = {"portable": Portable, "onnxruntime": OnnxRuntime, "openvino": OpenVINO}
 
 
@@ -38,10 +42,10 @@ def export_onnx(
     ``calls`` are recorded calls of the model, of which one is enough: the graph's inputs are the tensors of its
     arguments, by name (``sample``, ``added_cond_kwargs.text_embeds``), in float32 where they are real; plain values
     are part of the graph, and so are tensors whose values the model's code reads (a log message names them). The
-    batch may vary, and so may the size of images where the model takes others; all other sizes (tokens of a prompt,
-    say) are those of ``calls``. The outputs are the tensors that the model returns, ``out_`` and the name of their
-    field. The tensor ``<quantizer>.codes`` holds the integers of each quantizer, ``<layer>`` the output of each
-    quantized layer.
+    batch may vary, and so may the size of images where the model takes others and the graph is right there; all other
+    sizes (tokens of a prompt, say) are those of ``calls``. The outputs are the tensors that the model returns, ``out_``
+    and the name of their field. The tensor ``<quantizer>.codes`` holds the integers of each quantizer, ``<layer>`` the
+    output of each quantized layer.
 
     Raises :class:`UsageError` for an unknown runtime, :class:`ModelError` for a model that cannot be expressed and
     :class:`~ptq_tdq.errors.OutputError` when the file cannot be written.
@@ -59,8 +63,11 @@ def export_onnx(
             f"The quantizer '{name}' finds an interval for each token at run time, which has no ONNX form; "
             "choose an artifact with another method."
         )
-    graph = encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls, model), runtime)
-    try_out(graph, calls, build_quantized(artifact, model))
+    simulated = build_quantized(artifact, model)
+    graph = _of_right_sizes(
+        lambda fixed: encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls, model, fixed), runtime),
+        lambda graph: try_out(graph, calls, simulated),
+    )
     write_atomic(file, graph)
 
 
@@ -76,11 +83,13 @@ def export_onnx_float(artifact: Given, file: str | Path, calls: Calls, *, model:
         raise UsageError(f"The interval table goes to '{table}'; name the graph '{table.stem}.onnx' instead.")
     artifact = as_artifact(artifact)
     interval_frame(artifact)  # the cheap reason to refuse comes first
-    graph = encode_onnx(artifact, Floating, make_skeleton(artifact, calls, model), "float")
     simulated = build_quantized(artifact, model)
     for quantizer in simulated.quantizers().values():
         quantizer.enabled = False
-    try_out(graph, calls, simulated)
+    graph = _of_right_sizes(
+        lambda fixed: encode_onnx(artifact, Floating, make_skeleton(artifact, calls, model, fixed), "float"),
+        lambda graph: try_out(graph, calls, simulated),
+    )
     export_tables(artifact, table, "csv")
     write_atomic(file, graph)
     return table
@@ -96,11 +105,22 @@ def export_onnx_steps(
     """
     artifact = as_artifact(artifact)
     groups = groups_of_steps(artifact, [float(t) for t in calls.t.unique()])
-    skeleton = make_skeleton(artifact, calls, model)
+    simulated = build_quantized(artifact, model)
     with publish_directory(folder, overwrite) as target:
-        write_steps(artifact, target, skeleton, groups)
-        try_file(target, calls, build_quantized(artifact, model))
+        _of_right_sizes(
+            lambda fixed: write_steps(artifact, target, make_skeleton(artifact, calls, model, fixed), groups),
+            lambda _: try_file(target, calls, simulated),
+        )
     return groups
+
+
+def _of_right_sizes(make: Callable[[set[str]], T], wrong: Callable[[T], set[str]]) -> T:
+    """What ``make`` gives with so many fixed sizes that none of its free ones is ``wrong``."""
+    fixed: set[str] = set()
+    while found := wrong(made := make(fixed)):
+        _log.warning("The graph takes %s as in these calls alone: torch's export is of no other.", " and ".join(found))
+        fixed |= found
+    return made
 
 
 def write_steps(artifact: Artifact, folder: Path, skeleton: Skeleton, groups: list[list[float]]) -> None:

@@ -31,6 +31,7 @@ from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.records import QuantizerRecord
 from ptq_tdq.timeaxis import at
+from ptq_tdq.timed_model import in_float32
 
 DOMAIN = "ptq_tdq"
 OPSET = 21
@@ -87,7 +88,7 @@ class Call(nn.Module):
         answers = None if self._reads is None else Answers(self._reads, frozenset(self._holding))
         with InOtherWords(answers, self._seen):
             returned = self.model(**self.signature.fill(tensors | self._holding))
-        results = [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, Tensor)]
+        results = [in_float32(leaf) for leaf in pytree.tree_leaves(returned) if isinstance(leaf, Tensor)]
         if answers is not None and answers.checks:
             results.append(torch.cat(answers.checks).all().reshape(1))
         return tuple(results)
