@@ -95,7 +95,7 @@ def calibrate(
     run = _open_run(run_directory, weights_directory, config, quantized.provenance, on_notice)
     reports: list[UnitReport] = []
 
-    def hear(report: UnitReport) -> None:
+    def finished(report: UnitReport) -> None:
         reports.append(report)
         on_unit(report)
 
@@ -106,7 +106,7 @@ def calibrate(
         special=plan.special,
         run=run,
         budget=cache_budget,
-        on_unit=hear,
+        on_unit=finished,
     )
     quantized.metrics = {
         "reconstruction": losses(reports),

@@ -122,7 +122,7 @@ class Choices:
                 raise ConfigError(f"{key} is a group of choices; give a table of them, or each by its own name.")
             for name, inner in (value if grouped else {key: value}).items():
                 if name not in known:
-                    raise ConfigError(f"There is no choice named {name!r}; {_nearest(name, (*known, *tables))}.")
+                    raise ConfigError(f"There is no choice named {name!r}; {_nearest(name, (*known, *tables))}")
                 if grouped and known[name].group != key:
                     raise ConfigError(f"{name} is a choice of {known[name].group or 'no group'}, not of {key}.")
                 if name in found:
@@ -211,7 +211,7 @@ def _read(value: Any, kind: type) -> Any:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(str(name), known)
-    return f"the nearest are {', '.join(near)}" if near else "`ptq-tdq choices` lists them"
+    return f"did you mean {', '.join(near)}?" if near else "`ptq-tdq choices` lists them."
 
 
 def _bounds(kind: type, least: float, limit: float) -> str:

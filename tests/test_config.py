@@ -136,11 +136,11 @@ def test_what_both_records_share_is_declared_once() -> None:
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ({"roundin": "gptq"}, "There is no choice named 'roundin'; the nearest are rounding, round_again"),
+        ({"roundin": "gptq"}, "There is no choice named 'roundin'; did you mean rounding, round_again"),
         ({"colour": "red"}, "There is no choice named 'colour'; `ptq-tdq choices` lists them"),
-        ({"weight": {"rounding": "gptq"}}, "There is no choice named 'weight'; the nearest are weights, "),
+        ({"weight": {"rounding": "gptq"}}, "There is no choice named 'weight'; did you mean weights, "),
         ({"weights": 3}, "weights is a group of choices; give a table of them"),
-        ({"weights": {"roundin": "gptq"}}, "There is no choice named 'roundin'; the nearest are rounding"),
+        ({"weights": {"roundin": "gptq"}}, "There is no choice named 'roundin'; did you mean rounding"),
         ({"weights": {"skip": "a"}}, "skip is a choice of layers, not of weights."),
         ({"weights": {"seed": 1}}, "seed is a choice of no group, not of weights."),
         ({"weights": {"rounding": "gptq"}, "rounding": "gptq"}, "rounding is there twice, in its group and outside."),

@@ -67,7 +67,7 @@ def test_choices_lists_what_may_be_set(cli: Any) -> None:
     assert "from 2 to 8" in " ".join(cli("choices", "softmax-bits").out.split())
     assert " relu, silu, tanh. " in " ".join(cli("choices", "thin-activation").out.split())  # as --set takes them
     wrong = cli("choices", "roundin")
-    assert (wrong.code, wrong.out) == (2, "") and "the nearest are rounding, round_again" in wrong.err
+    assert (wrong.code, wrong.out) == (2, "") and "did you mean rounding, round_again" in wrong.err
 
 
 @pytest.mark.parametrize(
