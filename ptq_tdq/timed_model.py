@@ -82,7 +82,8 @@ class TimedModel(Delegating):
         if self.dtype == torch.float32:
             args, kwargs, arguments = in_float32(args), in_float32(kwargs), in_float32(arguments)
         if self.one_step and len(steps := t.unique()) > 1:
-            return merged([self._all_at(step, arguments) for step in steps], [t == step for step in steps])
+            chosen = [t == step for step in steps]
+            return merged([self._all_at(step, own, arguments) for step, own in zip(steps, chosen, strict=True)], chosen)
         with at(t), one_by_one(self.one_step):
             return self._call(*args, **kwargs)
 
@@ -98,10 +99,11 @@ class TimedModel(Delegating):
         """Whether rows inside the model cannot be told apart by sample, so that all must have one time step."""
         return bool(self.provenance.get("one_step"))
 
-    def _all_at(self, step: Tensor, arguments: dict[str, Any]) -> Any:
-        """The call with every sample at one time step."""
+    def _all_at(self, step: Tensor, own: Tensor, arguments: dict[str, Any]) -> Any:
+        """The call with every sample at one time step: those that are not at it (``own``, bool [B]) as the first is."""
         name = self.axis.argument
-        value = torch.full_like(arguments[name], self.axis.value(step).item())
+        value, own = arguments[name].clone(), own.to(arguments[name].device)
+        value[~own] = value[own][:1]
         with at(step[None]):
             return self._call(**{**arguments, name: value})
 
