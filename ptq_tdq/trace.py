@@ -212,12 +212,14 @@ def _other_rows(group: Group, tree: Any, value: Any) -> Any:
 
 def require_rows(model: nn.Module, calls: Calls) -> None:
     """Raise :class:`ModelError` for a model that does not take one time step per row."""
-    group = calls.groups[0]
-    try:
-        with torch.no_grad():
-            model(**group.arguments(torch.tensor([0, 0])))
-    except REFUSALS as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be called with two rows of the recorded calls at once "
-            f"({first_line(error)}); calibration needs batches."
-        ) from error
+    group, time = calls.groups[0], calls.axis.argument
+    for count in (2, 3):  # one of them is no number of its features, over which a time could be spread unnoticed
+        try:
+            with torch.no_grad():
+                model(**group.arguments(torch.zeros(count, dtype=torch.int64)))
+        except REFUSALS as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot be called with {count} rows of the recorded calls at once and "
+                f"{time} a tensor with one value for each ({first_line(error)}); calibration needs such batches: let "
+                f"the model spread {time} over the other dimensions, as {time}.view(-1, 1, 1, 1) does."
+            ) from error

@@ -661,5 +661,21 @@ def test_a_refusal_without_words_is_one_sentence() -> None:
     model = Alone()
     parts = [calls_of(model, torch.randn(1, 4), torch.tensor([t])) for t in (3, 5)]
     calls = Calls.join(parts, parts[0].axis)
-    with pytest.raises(ModelError, match=r"two rows .* at once \(AssertionError\)"):
+    with pytest.raises(ModelError, match=r"2 rows .* for each \(AssertionError\)"):
         make_plan(model, preset("default"), calls)
+
+
+@pytest.mark.parametrize("features", [2, 3, 4])
+def test_a_model_of_one_time_for_all_samples_is_told_to_take_one_for_each(features: int) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(features, features)
+
+        def forward(self, sample: Tensor, sigma: Tensor) -> Tensor:
+            result: Tensor = self.layer(sample / (sigma**2 + 0.25).sqrt())
+            return result
+
+    calls = calls_of(Scaled(), torch.randn(6, features), torch.tensor(3.0))
+    with pytest.raises(ModelError, match=r"sigma a tensor with one value for each \(The size.*sigma.view\(-1, 1"):
+        make_plan(Scaled(), preset("default"), calls)
