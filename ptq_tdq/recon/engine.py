@@ -13,7 +13,7 @@ import torch
 from ptq_tdq import processes
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
-from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.errors import CalibrationSetError, ModelError
 from ptq_tdq.intervals import Observed
 from ptq_tdq.plan import Special
 from ptq_tdq.quantized_model import QuantizedModel
@@ -168,6 +168,11 @@ class _Engine:
             return target, outputs
 
         sweep(self.quantized.model, self.units, self.chunks(), self.store, process)
+        if missed := [name for name in self.units if name not in done]:
+            raise ModelError(
+                f"{missed[0]} is reached by calls of one sample and by none of several with different time steps, as "
+                "the calibration's are; add it to the layers that are skipped."
+            )
 
     def observe(self, name: str) -> dict[str, Observed]:
         """What a unit's quantizers see in whole calls of the model."""

@@ -105,7 +105,7 @@ def measure_errors(quantized: QuantizedModel, reference: Reference, on_progress:
     layers, twins = (
         [model.model.get_submodule(record.name) for record in quantized.plan] for model in (full, quantized)
     )
-    as_taken: Callable[[Any], Any] = in_float32 if quantized.dtype == torch.float32 else lambda values: values
+    as_taken: Callable[[Any], Any] = in_float32 if quantized.all_float32 else lambda values: values
     steps = len(calls.t.unique())
     inputs, own, accumulated = (_Ratios(len(layers), steps) for _ in range(3))
     last = _Ratios(1, steps)

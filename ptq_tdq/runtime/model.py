@@ -36,7 +36,7 @@ from ptq_tdq.runtime.native import native_quantize, native_rotate, native_weight
 from ptq_tdq.runtime.native_layer import NativeLayer
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights, narrow
 from ptq_tdq.runtime.step import Step
-from ptq_tdq.timed_model import TimedModel, check_finite, in_float32
+from ptq_tdq.timed_model import TimedModel, check_finite, in_dtype
 
 FEW = 64  # samples whose time steps are read one by one
 
@@ -45,8 +45,9 @@ class IntegerModel(TimedModel):
     """Quantized convolutions and linears run as u8 x s8 products with int32 sums, and attention on codes.
 
     Scale and zero point come from the artifact's tables at the model's own time step. All else is float32, also where
-    the model was of half precision: floating inputs are cast, and outputs are cast back to the model's ``dtype``. Calls
-    of several threads do not disturb each other. ``facts`` says what runs. CPU only, inference only.
+    the model was of half precision: floating inputs are cast, and outputs are cast back to the model's ``dtype``, or to
+    that of x where it is lower. Calls of several threads do not disturb each other. ``facts`` says what runs. CPU only,
+    inference only.
     """
 
     def __init__(self, model: nn.Module, artifact: Artifact) -> None:
@@ -83,10 +84,9 @@ class IntegerModel(TimedModel):
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 _check_input(leaf)
-        args, kwargs = in_float32(args), in_float32(kwargs)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             output = super().forward(*args, **kwargs)
-        return output if self.dtype == torch.float32 else pytree.tree_map(self._as_outside, output)
+        return output if self.dtype == torch.float32 else in_dtype(output, self.dtype)
 
     def _t(self, value: Any) -> Tensor:
         """In numbers of Python's where few of them are whole ones: arithmetic of tensors takes as long as a layer."""
@@ -117,9 +117,6 @@ class IntegerModel(TimedModel):
             "The integer model is not pickled; in the other process, load_quantized(folder, backend='integer')."
         )
 
-    def _as_outside(self, leaf: Any) -> Any:
-        return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``to("cpu")`` and the like change nothing; another dtype or device would be another model."""
         moved = fn(torch.empty(0, dtype=torch.float32))
@@ -129,6 +126,10 @@ class IntegerModel(TimedModel):
                 'use backend="simulated" there.'
             )
         return self
+
+    @property
+    def all_float32(self) -> bool:
+        return True
 
     @property
     def dtype(self) -> torch.dtype:
