@@ -100,11 +100,11 @@ def collect(
         part = _read(parts, samples)
         if part is None:
 
-            def hear(step: int, done: int = number * num_inference_steps) -> None:
+            def stepped(step: int, done: int = number * num_inference_steps) -> None:
                 if on_progress is not None:
                     on_progress(done + min(step + 1, num_inference_steps), len(batches) * num_inference_steps)
 
-            part = _sampled(model, asked, samples, conditions[samples.start : samples.stop], hear)
+            part = _sampled(model, asked, samples, conditions[samples.start : samples.stop], stepped)
             if parts is not None:
                 part.save(_file(parts, samples))
         collected.append(part)

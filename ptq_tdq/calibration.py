@@ -81,8 +81,8 @@ def calibrate(
         raise ConfigError(f"config must be what ptq_tdq.preset gives. Got a {type(config).__name__} instead.")
     if not isinstance(calls, Calls | None):
         raise CalibrationSetError(f"calls must be what ptq_tdq.record gives. Got a {type(calls).__name__} instead.")
-    told: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
-    original = find_original(model, recorded=calls is not None, component=component, **told)
+    sampled: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
+    original = find_original(model, recorded=calls is not None, component=component, **sampled)
     _check_plain(original.denoiser)
     calls = _calls_of(original, config, calls)
     plan = _plan_of(original.denoiser, config, calls)

@@ -81,8 +81,8 @@ def finetune(
         )
     found = as_artifact(artifact)
     component = None if isinstance(model, nn.Module | Original) else found.config["base_model"].get("component")
-    told: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
-    original = find_original(model, recorded=data is not None, component=component, **told)
+    sampled: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
+    original = find_original(model, recorded=data is not None, component=component, **sampled)
     check_start(original, found, config, data)
     source = read(original, found, config, data)
     denoiser = original.denoiser

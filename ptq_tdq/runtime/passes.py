@@ -114,14 +114,14 @@ class Plan:
         self._step, self._samples, self._each = step, samples, each
         self._given: list[tuple[str, tuple[int, ...]]] = []
         self._passes: list[_Pass] = []
-        self._told: ctypes.Array[_Pass] | None = None
+        self._list: ctypes.Array[_Pass] | None = None
         self._next = self._scratch = 0  # bytes of memory between passes: where what comes next begins, and of all
         self._alive: list[object] = []  # what C is told the addresses of
 
     def __call__(self, *tensors: Tensor) -> None:
         """Raises :class:`RuntimeUnsupportedError` for tensors other than those announced."""
-        if self._told is None:
-            self._told = (_Pass * len(self._passes))(*self._passes)
+        if self._list is None:
+            self._list = (_Pass * len(self._passes))(*self._passes)
         intervals = self._step.together(self._samples)
         shape = (len(intervals.scale), *([self._samples] if self._each else []))
         found = zip(self._given, tensors, strict=True)
@@ -132,7 +132,7 @@ class Plan:
             *(address(what, x, torch.float32, shape) for (what, shape), x in found),
         )
         given = (ctypes.c_void_p * len(pointers))(*pointers)
-        if self._function(self._told, len(self._told), self._scratch, given):
+        if self._function(self._list, len(self._list), self._scratch, given):
             raise MemoryError
 
     def given(self, what: str, shape: Sequence[int]) -> Place:
@@ -294,9 +294,9 @@ class Plan:
         if place is not None and (place.shape[1:] != (channels,) or place.shape[0] not in (1, self._samples)):
             raise RuntimeUnsupportedError(f"{list(place.shape)} are no rows of {channels} for {self._samples} samples.")
 
-    def _add(self, kind: int, source: Sequence[Place | None], target: Place, **told: int | ctypes.Structure) -> None:
+    def _add(self, kind: int, source: Sequence[Place | None], target: Place, **numbers: int | ctypes.Structure) -> None:
         made = _Pass(kind)
-        for name, value in told.items():
+        for name, value in numbers.items():
             setattr(made, name, value if isinstance(value, int) else ctypes.addressof(value))
         for index in range(len(made.source)):
             place = source[index] if index < len(source) else None
