@@ -118,7 +118,9 @@ def _of_right_sizes(make: Callable[[set[str]], T], wrong: Callable[[T], set[str]
     """What ``make`` gives with so many fixed sizes that none of its free ones is ``wrong``."""
     fixed: set[str] = set()
     while found := wrong(made := make(fixed)):
-        _log.warning("The graph takes %s as in these calls alone: torch's export is of no other.", " and ".join(found))
+        _log.warning(
+            "The graph takes %s as in these calls alone: torch's export is of no other.", " and ".join(sorted(found))
+        )
         fixed |= found
     return made
 

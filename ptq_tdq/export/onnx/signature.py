@@ -274,10 +274,10 @@ def _outputs(
     fields: tuple[str, ...] = ()
     as_tuple = {RETURN_DICT: False} if return_dict else {}
     if return_dict:
-        whole = model(**{**one, RETURN_DICT: True})
+        whole = model(**one | {RETURN_DICT: True})
         plain = isinstance(whole, Tensor | list | tuple)
         fields = getattr(whole, "_fields", ()) if plain else tuple(getattr(whole, "keys", lambda: vars(whole))())
-    returned = model(**one, **as_tuple)
+    returned = model(**one | as_tuple)
     leaves, spec = pytree.tree_flatten(returned)
     tensors = sum(isinstance(leaf, Tensor) for leaf in leaves)
     if not tensors:
@@ -287,7 +287,7 @@ def _outputs(
         )
     names = iter(fields if len(fields) == tensors else map(str, range(tensors)))
     try:
-        of_two, other = pytree.tree_flatten(model(**two, **as_tuple))
+        of_two, other = pytree.tree_flatten(model(**two | as_tuple))
     except REFUSALS:  # a model of one sample
         other = None
     pairs = zip(leaves, of_two if other == spec else leaves, strict=True)
