@@ -144,7 +144,7 @@ def find_original(
     _refuse({"component": component, **sampled}, "they are a pipeline's; leave them out, or pass the model's pipeline.")
     if not recorded:
         raise CalibrationSetError(
-            f"A {type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
+            f"{type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
             "pass them, or pass its pipeline."
         )
     return Original(model, model_name(model), model_sha256(model))
@@ -158,7 +158,7 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 
 def _find_denoiser(pipe: Any, component: str | None) -> Original:
     if not hasattr(pipe, "components"):
-        raise ModelError(f"A {type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
+        raise ModelError(f"{type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
     quantized = [name for name, value in pipe.components.items() if isinstance(value, TimedModel)]
     known = [
         name

@@ -129,10 +129,12 @@ def step_through(
         predicted = predict(scaled, t)
         try:
             x = schedule.step(predicted, t, x, return_dict=False, **options)[0]
+        except torch.OutOfMemoryError:
+            raise
         except REFUSALS as error:
             raise ConfigError(
                 f"{type(schedule).__name__} does not step from t = {float(t):g} by the model's prediction alone "
-                f"({first_line(error)}); sample with another one, such as DDIMScheduler, or record calls of the model."
+                f"({first_line(error)}); sample with another scheduler, or record calls of the model."
             ) from error
     return x
 

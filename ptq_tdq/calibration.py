@@ -73,7 +73,8 @@ def calibrate(
 
     Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
     :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model,
-    :class:`~ptq_tdq.errors.ConfigError` for what an artifact cannot say (a ``model_id`` that is no text) and
+    :class:`~ptq_tdq.errors.ConfigError` for what an artifact cannot say (a ``model_id`` that is no text), and for
+    ``component``, ``prompts``, ``classes`` or ``call`` where they would have no effect,
     :class:`~ptq_tdq.errors.ResumeError` (another run in the directory); at any time
     :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
     """

@@ -29,9 +29,9 @@ def in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def real_dtypes(tree: Any) -> set[torch.dtype]:
+def real_dtypes(tree: Any) -> list[torch.dtype]:
     """Of the floating tensors in a tree."""
-    return {x.dtype for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()}
+    return [x.dtype for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def in_dtype(output: Any, dtype: torch.dtype) -> Any:
@@ -104,7 +104,7 @@ class TimedModel(Delegating):
             raise TimestepError(
                 f"The model was called with {len(t)} values of {name} for {len(x)} samples; pass one, or one for each."
             )
-        cast = not real_dtypes(arguments) <= {torch.float32} and self.all_float32
+        cast = any(dtype != torch.float32 for dtype in real_dtypes(arguments)) and self.all_float32
         lower = [dtype for dtype in real_dtypes(x) if dtype.itemsize < torch.float32.itemsize] if cast else []
         if cast:
             args, kwargs, arguments = in_float32(args), in_float32(kwargs), in_float32(arguments)

@@ -221,6 +221,6 @@ def require_rows(model: nn.Module, calls: Calls) -> None:
         except REFUSALS as error:
             raise ModelError(
                 f"{type(model).__name__} cannot be called with {count} rows of the recorded calls at once and "
-                f"{time} a tensor with one value for each ({first_line(error)}); calibration needs such batches: let "
-                f"the model spread {time} over the other dimensions, as {time}.view(-1, 1, 1, 1) does."
+                f"{time} a tensor with one value for each ({first_line(error)}); calibration needs such batches. "
+                f"Where {time} is what does not fit, spread it over the other dimensions: {time}.view(-1, 1, 1, 1)."
             ) from error

@@ -93,7 +93,7 @@ class RecordedCalls(Data):
         return self._batches(self.rows[numbers[part]])
 
     def judges(self) -> list[Batch]:
-        count = -(-len(self._judges) // PIECE)  # each piece has rows of all time steps, in the order of which they are
+        count = -(-len(self._judges) // PIECE)  # pieces that span all time steps, in whose order the rows are
         return [batch for first in range(count) for batch in self._batches(self._judges[first::count])]
 
     @property

@@ -80,7 +80,7 @@ def finetune(
             f"Got a {type(data).__name__} instead."
         )
     found = as_artifact(artifact)
-    component = None if isinstance(model, nn.Module | Original) else found.config["base_model"].get("component")
+    component = None if isinstance(model, nn.Module | LoadedModel) else found.config["base_model"].get("component")
     sampled: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
     original = find_original(model, recorded=data is not None, component=component, **sampled)
     check_start(original, found, config, data)

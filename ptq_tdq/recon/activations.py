@@ -124,12 +124,9 @@ def reconstruct_activations(
         before = _start(unit, follow, observed, best, before)
         if _learn(unit, call, target, config, generator):
             best.consider()
-    if math.isnan(best.loss):
-        raise NonFiniteError(
-            f"{unit.name} gives NaN or Inf for quantized activations, as float16 does where they come near its largest "
-            "value (65504); calibrate the model in bfloat16 or float32."
-        )
     best.restore()
+    if not math.isfinite(best.loss):
+        unit.require_finite(call)
     for quantizer in follow:
         if quantizer.record.gain_db is not None and not isinstance(quantizer.source, ModuleInterval):
             quantizer.record = replace(quantizer.record, method=SIMPLE)  # on all samples it has not paid

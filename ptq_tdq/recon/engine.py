@@ -171,7 +171,7 @@ class _Engine:
         if missed := [name for name in self.units if name not in done]:
             raise ModelError(
                 f"{missed[0]} is reached by calls of one sample and by none of several with different time steps, as "
-                "the calibration's are; add it to the layers that are skipped."
+                "the calibration's are; skip it (choice 'skip')."
             )
 
     def observe(self, name: str) -> dict[str, Observed]:

@@ -123,9 +123,9 @@ def measure_errors(quantized: QuantizedModel, reference: Reference, on_progress:
                 accumulated.add(i, k, outputs[i].popleft(), output)
 
         with torch.no_grad():
-            with _heard(layers, in_full):
+            with _listened(layers, in_full):
                 expected = prediction(full(**arguments))
-            with _heard(twins, in_quantized):
+            with _listened(twins, in_quantized):
                 last.add(0, k, expected, prediction(quantized(**arguments)))
         outputs.clear()
     return LayerErrors(inputs.db(), own.db(), accumulated.db(), last.db()[0])
@@ -172,11 +172,11 @@ def _full_precision(layers: Sequence[LayerRecord], reference: Reference, calls: 
 
 
 @contextmanager
-def _heard(modules: Sequence[nn.Module], hear: Callable[[int, Any, Any, Tensor], None]) -> Iterator[None]:
-    """Call ``hear(i, args, kwargs, output)`` whenever module i has run."""
+def _listened(modules: Sequence[nn.Module], on_output: Callable[[int, Any, Any, Tensor], None]) -> Iterator[None]:
+    """Call ``on_output(i, args, kwargs, output)`` whenever module i has run."""
 
     def hook(i: int) -> Callable[..., None]:
-        return lambda module, args, kwargs, output: hear(i, args, kwargs, output)
+        return lambda module, args, kwargs, output: on_output(i, args, kwargs, output)
 
     with hooked(module.register_forward_hook(hook(i), with_kwargs=True) for i, module in enumerate(modules)):
         yield

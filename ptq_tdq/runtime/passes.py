@@ -116,7 +116,7 @@ class Plan:
         self._passes: list[_Pass] = []
         self._list: ctypes.Array[_Pass] | None = None
         self._next = self._scratch = 0  # bytes of memory between passes: where what comes next begins, and of all
-        self._alive: list[object] = []  # what C is told the addresses of
+        self._alive: list[object] = []  # whose addresses C has
 
     def __call__(self, *tensors: Tensor) -> None:
         """Raises :class:`RuntimeUnsupportedError` for tensors other than those announced."""

@@ -225,7 +225,7 @@ def test_a_learned_variance_is_read_by_schedulers_that_do(scheduler: Any, varian
 @pytest.mark.parametrize("scheduler", [SCMScheduler(), DDPMWuerstchenScheduler()])
 def test_a_scheduler_whose_steps_need_more_says_so(unet: UNet2DModel, scheduler: Any) -> None:
     sampler = LoopSampler(unet, scheduler)
-    with pytest.raises(ConfigError, match=r"does not step from t = \d.*sample with another one"):
+    with pytest.raises(ConfigError, match=r"does not step from t = \d.*sample with another scheduler"):
         sampler.run(unet, [None], generators(1), 2, new_schedule(sampler))
 
 

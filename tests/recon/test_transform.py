@@ -1,4 +1,4 @@
-"""Channel equalization: what it leaves as it was, and what it gains where a few channels are large."""
+"""Inputs equalized or rotated: what that leaves as it was, and what it gains where a few channels are large."""
 
 from __future__ import annotations
 

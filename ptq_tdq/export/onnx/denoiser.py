@@ -88,7 +88,7 @@ class OnnxDenoiser(nn.Module):
         self.config = Attributes(facts.model_config)
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.call, self.axis, self._signature = facts.call, facts.axis, facts.parameters
-        self._structure = cache(partial(_structure, self.config, self.call.time, _size(graph)))
+        self._structure = cache(partial(_structure, self.config, self.call.time, _counts(graph)))
         self._inputs = {value.name: value.type.tensor_type for value in graph.input}
         self._tables = _tables(graph)
         self._one_step, self._any_batch = facts.one_step or facts.steps is not None, BATCH in facts.free_sizes
@@ -271,14 +271,14 @@ def _tables(graph: onnx.GraphProto) -> dict[str, int]:
     return {value.name: found[value.name] for value in graph.input if value.name in found}
 
 
-def _size(graph: onnx.GraphProto) -> TensorCounts:
+def _counts(graph: onnx.GraphProto) -> TensorCounts:
     return TensorCounts(len(graph.initializer), sum(math.prod(tensor.dims) for tensor in graph.initializer))
 
 
-def _structure(config: dict[str, Any], time: str, size: TensorCounts) -> nn.Module | None:
+def _structure(config: dict[str, Any], time: str, counts: TensorCounts) -> nn.Module | None:
     """The model of a file without its weights, where it is one of diffusers."""
     with suppress(ArtifactMismatchError), building():
-        return meta_model(config, time, size)
+        return meta_model(config, time, counts)
     return None
 
 

@@ -26,6 +26,7 @@ from ptq_tdq.export.onnx.skeleton import METADATA, Skeleton, make_skeleton
 from ptq_tdq.export.onnx.trial import try_file, try_out
 from ptq_tdq.export.tables import export_tables, interval_frame
 from ptq_tdq.load import Given, as_artifact, build_quantized
+from ptq_tdq.quantized_model import QuantizedModel
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -63,10 +64,9 @@ def export_onnx(
             f"The quantizer '{name}' finds an interval for each token at run time, which has no ONNX form; "
             "choose an artifact with another method."
         )
-    simulated = build_quantized(artifact, model)
     graph = _of_right_sizes(
         lambda fixed: encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls, model, fixed), runtime),
-        lambda graph: try_out(graph, calls, simulated),
+        lambda graph: try_out(graph, calls, build_quantized(artifact, model)),
     )
     write_atomic(file, graph)
 
@@ -83,12 +83,9 @@ def export_onnx_float(artifact: Given, file: str | Path, calls: Calls, *, model:
         raise UsageError(f"The interval table goes to '{table}'; name the graph '{table.stem}.onnx' instead.")
     artifact = as_artifact(artifact)
     interval_frame(artifact)  # the cheap reason to refuse comes first
-    simulated = build_quantized(artifact, model)
-    for quantizer in simulated.quantizers().values():
-        quantizer.enabled = False
     graph = _of_right_sizes(
         lambda fixed: encode_onnx(artifact, Floating, make_skeleton(artifact, calls, model, fixed), "float"),
-        lambda graph: try_out(graph, calls, simulated),
+        lambda graph: try_out(graph, calls, _weights_alone(artifact, model)),
     )
     export_tables(artifact, table, "csv")
     write_atomic(file, graph)
@@ -105,13 +102,16 @@ def export_onnx_steps(
     """
     artifact = as_artifact(artifact)
     groups = groups_of_steps(artifact, [float(t) for t in calls.t.unique()])
-    simulated = build_quantized(artifact, model)
     with publish_directory(folder, overwrite) as target:
         _of_right_sizes(
             lambda fixed: write_steps(artifact, target, make_skeleton(artifact, calls, model, fixed), groups),
-            lambda _: try_file(target, calls, simulated),
+            lambda _: try_file(target, calls, build_quantized(artifact, model)),
         )
     return groups
+
+
+def _weights_alone(artifact: Artifact, model: nn.Module | None) -> QuantizedModel:
+    return build_quantized(artifact, model).quantize(activations=False)
 
 
 def _of_right_sizes(make: Callable[[set[str]], T], wrong: Callable[[T], set[str]]) -> T:

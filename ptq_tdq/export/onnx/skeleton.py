@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Set
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,11 +92,15 @@ def _exported(
             spatial = [name for name in _spatial(signature, inputs) if name not in fixed]
             takes = tuple(name for name in spatial if _accepts(call, signature, rows, name))
         for sizes in dict.fromkeys((takes, ())):
-            with suppress(ModelError):  # code that looks up sizes may take a fixed one
+            try:
                 exported = call.export(inputs, _axes(signature, inputs, sizes))
                 free = {name for name in (BATCH, *sizes) if _accepts(exported.module(), signature, rows, name)}
                 if BATCH in free:
                     return convert(exported).model, inputs, free
+            except ReadsValuesError:
+                break
+            except ModelError:  # code that looks up sizes may take a fixed one
+                continue
     inputs = {leaf.name: rows(samples)[leaf.name] for leaf in signature.leaves()}
     return convert(call.export(inputs, {})).model, inputs, set()
 
