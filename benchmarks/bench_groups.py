@@ -25,7 +25,7 @@ from ptq_tdq.gptq import gptq, layer_error, solve_order
 from ptq_tdq.hooks import hooked
 from ptq_tdq.rotate import rotated
 from ptq_tdq.scheme import QType
-from ptq_tdq.search import weight_qparams
+from ptq_tdq.search import row_qparams
 
 RESULTS = Path(__file__).parent / "results" / "groups.jsonl"
 FRESH_SEED = 12345
@@ -55,7 +55,7 @@ def moments(model: LoadedModel, seed: int, trajectories: int) -> dict[str, Tenso
 def rounded(weight: Tensor, hessian: Tensor, bits: int, group: int) -> Tensor:
     """``weight`` [O, K] as its codes stand for it, with a scale for each ``group`` input channels of a row."""
     qtype = QType(bits)
-    first = weight_qparams(weight.reshape(-1, group), qtype)
+    first = row_qparams(weight.reshape(-1, group), qtype)
     scale, zero = (x.view(len(weight), -1).repeat_interleave(group, 1) for x in (first.scale, first.zero_point))
     codes, _ = gptq(weight, solve_order(hessian), scale[None], zero, qtype)
     return (codes[0] - zero) * scale

@@ -32,7 +32,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "outputs of units": ((Unit, "outputs"),),
     "observing": ((activations, "observe"),),
     "what follows t, tokens": ((activations, "choose"), (activations, "choose_tokens")),
-    "equalization, rotation": ((engine, "equalize_unit"),),
+    "equalization, rotation": ((engine, "transform_unit"),),
     "intervals of weights": ((weights, "initialize"),),
     "rows of the layers' inputs": ((closed_form, "inputs"), (Inputs, "close")),
     "second moments": ((Inputs, "moments"), (Inputs, "solved")),

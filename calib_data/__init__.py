@@ -7,7 +7,9 @@ from ptq_tdq.calib_data.embedded import EMBEDDED
 from ptq_tdq.calib_data.finite import finite_outputs
 from ptq_tdq.calib_data.load import (
     LoadedModel,
+    Original,
     check_denoiser,
+    find_original,
     from_pipeline,
     is_embedded,
     load_model,
@@ -23,6 +25,7 @@ __all__ = [
     "EMBEDDED",
     "LoadedModel",
     "LoopSampler",
+    "Original",
     "PipelineSampler",
     "Sampled",
     "Sampler",
@@ -31,6 +34,7 @@ __all__ = [
     "choose_steps",
     "collect",
     "collect_cached",
+    "find_original",
     "finite_outputs",
     "first_call",
     "from_pipeline",

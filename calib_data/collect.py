@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,30 @@ from ptq_tdq.identity import dtype_name
 from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
-CACHED = 2  # the form of what the cache holds; the first one had other time axes
+CACHED = 2  # the form of what the cache holds; raised when what the cache holds changes
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What :func:`collect` is asked for. Raises :class:`ConfigError` for the impossible."""
+
+    samples_per_step: int
+    calibration_steps: int
+    num_inference_steps: int
+    step_distribution: StepDistribution = "uniform"
+    thinning: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_step", "calibration_steps", "num_inference_steps", "thinning"):
+            _check_count(name, getattr(self, name))
+        if self.calibration_steps > self.num_inference_steps:
+            raise ConfigError(
+                f"The {self.calibration_steps} calibration steps must be among the {self.num_inference_steps} "
+                "inference steps; ask for fewer calibration steps or more inference steps."
+            )
+        object.__setattr__(self, "thinning", min(self.thinning, self.calibration_steps))
 
 
 def collect(
@@ -60,40 +83,8 @@ def collect(
     the denoiser gives NaN or Inf.
     """
     size = model.sampler.batch if batch_size is None else batch_size
-    _check_request(samples_per_step, calibration_steps, num_inference_steps, thinning, size)
-    thinning = min(thinning, calibration_steps)
-    trajectories = samples_per_step * thinning
-    conditions = drawn(model.sampler, trajectories, seed)
-    collected, total = [], num_inference_steps * -(-trajectories // size)
-    for number, start in enumerate(range(0, trajectories, size)):
-        samples = range(start, min(start + size, trajectories))
-        part = _read(parts, samples)
-        if part is None:
-            recorder = Recorder(model.denoiser)
-            schedule = new_schedule(model.sampler)
-            choices = [sample_generator("steps", seed, i) for i in samples]
-            given = [slice(-i % thinning, None, thinning) for i in samples]
-            wanted = _Wanted(schedule, calibration_steps, step_distribution, choices, given)
-
-            def count(step: int, done: int = number * num_inference_steps) -> None:
-                if on_progress is not None:
-                    on_progress(done + min(step + 1, num_inference_steps), total)
-
-            recorder.begin(samples.start, len(samples), wanted, count)
-            with recorder.listening(), finite_outputs(model.denoiser):
-                model.sampler.run(
-                    model.denoiser,
-                    conditions[start : samples.stop],
-                    [sample_generator(PURPOSE, seed, i) for i in samples],
-                    num_inference_steps,
-                    schedule,
-                )
-            part = recorder.calls(axis_of(recorder, schedule))
-            if parts is not None:
-                part.save(_file(parts, samples))
-        collected.append(part)
-    recipe = make_recipe(
-        model,
+    _check_count("batch_size", size)
+    asked = Request(
         samples_per_step=samples_per_step,
         calibration_steps=calibration_steps,
         num_inference_steps=num_inference_steps,
@@ -101,7 +92,43 @@ def collect(
         thinning=thinning,
         seed=seed,
     )
-    return Calls.join(collected, collected[0].axis, recipe)
+    count = samples_per_step * asked.thinning
+    conditions = drawn(model.sampler, count, seed)
+    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    collected = []
+    for number, samples in enumerate(batches):
+        part = _read(parts, samples)
+        if part is None:
+
+            def stepped(step: int, done: int = number * num_inference_steps) -> None:
+                if on_progress is not None:
+                    on_progress(done + min(step + 1, num_inference_steps), len(batches) * num_inference_steps)
+
+            part = _sampled(model, asked, samples, conditions[samples.start : samples.stop], stepped)
+            if parts is not None:
+                part.save(_file(parts, samples))
+        collected.append(part)
+    return Calls.join(collected, collected[0].axis, make_recipe(model, **vars(asked)))
+
+
+def _sampled(
+    model: LoadedModel, asked: Request, samples: range, conditions: list[Any], on_step: Callable[[int], None]
+) -> Calls:
+    """The calls of the trajectories ``samples``, which run at once."""
+    recorder, schedule = Recorder(model.denoiser), new_schedule(model.sampler)
+    choices = [sample_generator("steps", asked.seed, i) for i in samples]
+    given = [slice(-i % asked.thinning, None, asked.thinning) for i in samples]
+    wanted = _Wanted(schedule, asked.calibration_steps, asked.step_distribution, choices, given)
+    recorder.begin(samples.start, len(samples), wanted, on_step)
+    with recorder.listening(), finite_outputs(model.denoiser):
+        model.sampler.run(
+            model.denoiser,
+            conditions,
+            [sample_generator(PURPOSE, asked.seed, i) for i in samples],
+            asked.num_inference_steps,
+            schedule,
+        )
+    return recorder.calls(axis_of(recorder, schedule))
 
 
 def drawn(sampler: Sampler, count: int, seed: int) -> list[Any]:
@@ -157,29 +184,15 @@ def axis_of(recorder: Recorder, schedule: Any) -> TimeAxis:
     return find_axis(recorder.argument, recorder.seen, steps, total, reach)
 
 
-def make_recipe(
-    model: LoadedModel,
-    *,
-    samples_per_step: int,
-    calibration_steps: int,
-    num_inference_steps: int,
-    step_distribution: StepDistribution = "uniform",
-    thinning: int = 1,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Name all that a calibration set depends on, as plain JSON values; the keys are those of :func:`collect`."""
+def make_recipe(model: LoadedModel, **asked: Any) -> dict[str, Any]:
+    """Name all that a calibration set depends on, as plain JSON values; ``asked`` is a :class:`Request`."""
     scheduler = json.dumps(dict(model.scheduler.config), sort_keys=True, default=str)
     return {
         "model_sha256": model.sha256,
         "dtype": dtype_name(model.denoiser.dtype),
         "scheduler": type(model.scheduler).__name__,
         "scheduler_sha256": hashlib.sha256(scheduler.encode()).hexdigest(),
-        "samples_per_step": samples_per_step,
-        "calibration_steps": calibration_steps,
-        "num_inference_steps": num_inference_steps,
-        "step_distribution": step_distribution,
-        "thinning": thinning,
-        "seed": seed,
+        **vars(Request(**asked)),
         "conditions": "drawn",  # all in turn, each round in an order of its own
         **model.sampler.recipe(),
     }
@@ -274,21 +287,6 @@ def _read(parts: Path | None, samples: range) -> Calls | None:
         return None
 
 
-def _check_request(
-    samples_per_step: int, calibration_steps: int, num_inference_steps: int, thinning: int, batch_size: int
-) -> None:
-    counts = {
-        "samples_per_step": samples_per_step,
-        "calibration_steps": calibration_steps,
-        "num_inference_steps": num_inference_steps,
-        "thinning": thinning,
-        "batch_size": batch_size,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"The '{name}' of a calibration set must be at least 1. Got {count} instead.")
-    if calibration_steps > num_inference_steps:
-        raise ConfigError(
-            f"The {calibration_steps} calibration steps must be among the {num_inference_steps} inference steps; "
-            "ask for fewer calibration steps or more inference steps."
-        )
+def _check_count(name: str, count: int) -> None:
+    if count < 1:
+        raise ConfigError(f"The '{name}' of a calibration set must be at least 1. Got {count} instead.")

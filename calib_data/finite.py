@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from ptq_tdq.calls import bind, tensors_of
 from ptq_tdq.errors import NonFiniteError
-from ptq_tdq.hooks import hooked
+from ptq_tdq.hooks import first_where
 from ptq_tdq.timeaxis import time_argument, time_values
 
 
@@ -46,18 +45,3 @@ def _first_layer(model: nn.Module, args: Any, kwargs: Any) -> str:
     leaves = [(name, m) for name, m in model.named_modules() if name and not any(m.children())]
     found = first_where(leaves, lambda output: not _finite(output), lambda: model(*args, **kwargs))
     return f", first in {found}" if found else ""
-
-
-def first_where(
-    modules: Iterable[tuple[str, nn.Module]], bad: Callable[[Any], bool], run: Callable[[], Any]
-) -> str | None:
-    """The name of the first module whose output is ``bad`` in a run, if there is one."""
-    found: list[str] = []
-
-    def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if bad(output):
-            found.append(name)
-
-    with torch.no_grad(), hooked(module.register_forward_hook(partial(look, name)) for name, module in modules):
-        run()
-    return found[0] if found else None

@@ -22,7 +22,7 @@ from ptq_tdq.calib_data.pipeline import PipelineSampler
 from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
-from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError, first_line
+from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError, first_line
 from ptq_tdq.identity import first_nonfinite, model_name, model_sha256
 from ptq_tdq.processor import check_device
 from ptq_tdq.structure import diffusers_class
@@ -33,19 +33,28 @@ _ACCELERATE = find_spec("accelerate") is not None  # loads in less memory; some 
 
 
 @dataclass(frozen=True, eq=False)
-class LoadedModel:
-    """A full-precision model, ready to sample.
+class Original:
+    """A full-precision model, of which calls are recorded.
 
-    ``denoiser`` is in evaluation mode and without gradients, ``component`` its name in the pipeline (None for a bare
-    one). ``sha256`` covers its weights (as float32) and its configuration. ``notices`` are sentences that the user
-    should see.
+    ``component`` is the denoiser's name in its pipeline (None for a bare one). ``sha256`` covers its weights (as
+    float32) and its configuration.
     """
 
-    denoiser: Any  # a module of diffusers, or any with its call signature, `config`, `device` and `dtype`
-    sampler: Sampler
+    denoiser: Any  # a module of diffusers, or any with its call signature
     id: str
     sha256: str
     component: str | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoadedModel(Original):
+    """A full-precision model, ready to sample.
+
+    ``denoiser`` has `config`, `device` and `dtype` as diffusers' own have; of :func:`load_model` it is in evaluation
+    mode and without gradients. ``notices`` are sentences that the user should see.
+    """
+
+    sampler: Sampler
     notices: tuple[str, ...] = ()
 
     @property
@@ -59,15 +68,15 @@ def load_model(
     component: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     classes: Sequence[int] | None = None,
     call: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Load an embedded model (:data:`EMBEDDED`; "reference" is the default), a local diffusers folder or a hub id.
 
     A folder holds a pipeline, or a bare denoiser whose scheduler may be in it or beside it. ``component`` names the
-    denoiser of a pipeline that has several. What is sampled, for calibration and evaluation, are ``prompts`` or
-    ``classes``; ``call`` are further arguments of the pipeline (guidance_scale, height, width, ...).
+    denoiser of a pipeline that has several. What is sampled, for calibration and evaluation, are ``prompts`` (or one
+    alone, a str) or ``classes``; ``call`` are further arguments of the pipeline (guidance_scale, height, width, ...).
 
     Raises :class:`ModelError` for a source that does not exist, cannot be reached, is damaged, quantized already or has
     no denoiser,
@@ -92,20 +101,64 @@ def load_model(
             _move(denoiser, sampler, torch.device(device), dtype)
     except RuntimeError as error:  # too little memory, a dtype that it does not have
         raise ConfigError(f"The device '{device}' cannot be used here ({error}); choose another.") from error
-    return LoadedModel(denoiser, sampler, name, sha256, parts.component, notices)
+    return LoadedModel(denoiser, name, sha256, parts.component, sampler=sampler, notices=notices)
 
 
 def from_pipeline(
     pipe: Any,
     *,
     component: str | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     classes: Sequence[int] | None = None,
     call: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """A pipeline of diffusers that is already in memory; the arguments are those of :func:`load_model`."""
+    found = _find_denoiser(pipe, component)
+    sampler = PipelineSampler(pipe, str(found.component), prompts, classes, call)
+    return LoadedModel(**vars(found), sampler=sampler)
+
+
+def find_original(
+    model: Any,
+    *,
+    recorded: bool,
+    component: str | None = None,
+    prompts: str | Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+    call: Mapping[str, Any] | None = None,
+) -> Original:
+    """What a user gives as the full-precision model: a pipeline, what :func:`load_model` gives, or any module.
+
+    ``recorded`` says whether there are data already; without them it is a :class:`LoadedModel`. The other arguments are
+    those of :func:`load_model`. Raises :class:`ConfigError` for one of them that would have no effect,
+    :class:`CalibrationSetError` for a module that nothing was recorded of, and as :func:`load_model` does.
+    """
+    sampled: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
+    if isinstance(model, LoadedModel):
+        _refuse({"component": component, **sampled}, "the model is loaded already; give them to load_model.")
+        return model
+    if recorded:
+        _refuse(sampled, "nothing is sampled, since there are data already; leave them out.")
+    if not isinstance(model, nn.Module):
+        return _find_denoiser(model, component) if recorded else from_pipeline(model, component=component, **sampled)
+    _refuse({"component": component, **sampled}, "they are a pipeline's; leave them out, or pass the model's pipeline.")
+    if not recorded:
+        raise CalibrationSetError(
+            f"{type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
+            "pass them, or pass its pipeline."
+        )
+    return Original(model, model_name(model), model_sha256(model))
+
+
+def _refuse(given: Mapping[str, Any], why: str) -> None:
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        raise ConfigError(f"{', '.join(named)} would have no effect: {why}")
+
+
+def _find_denoiser(pipe: Any, component: str | None) -> Original:
     if not hasattr(pipe, "components"):
-        raise ModelError(f"A {type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
+        raise ModelError(f"{type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
     quantized = [name for name, value in pipe.components.items() if isinstance(value, TimedModel)]
     known = [
         name
@@ -125,8 +178,8 @@ def from_pipeline(
     if not isinstance(denoiser, nn.Module):
         raise ModelError(f"{type(pipe).__name__} has no denoiser named {name!r}; it has {', '.join(known)}.")
     check_denoiser(denoiser)
-    sampler = PipelineSampler(pipe, name, prompts, classes, call)
-    return LoadedModel(denoiser, sampler, model_name(denoiser), model_sha256(denoiser), name)
+    source = getattr(pipe, "config", {}).get("_name_or_path") or model_name(denoiser)
+    return Original(denoiser, str(source), model_sha256(denoiser), name)
 
 
 def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
@@ -263,8 +316,14 @@ def _class_of(folder: Path) -> Any:
     config = read_config(folder / "config.json")
     if config.get("quantization_config"):
         raise ModelError(f"The model in '{folder}' is quantized already; give the full-precision one.")
+    return _known_class(config, folder)
+
+
+def _known_class(
+    config: Mapping[str, Any], folder: Path, base: Literal["ModelMixin", "SchedulerMixin"] = "ModelMixin"
+) -> Any:
     name = config.get("_class_name")
-    cls = diffusers_class(name)
+    cls = diffusers_class(name, base)
     if cls is None:
         raise ModelError(
             f"The configuration in '{folder}' names the class {name!r}, which this diffusers does not have."
@@ -279,12 +338,7 @@ def _load_scheduler(parts: Parts) -> tuple[Any, tuple[str, ...]]:
 
         return DDPMScheduler(), (notice,)
     config = read_config(parts.scheduler / "scheduler_config.json")
-    cls = diffusers_class(config.get("_class_name"), "SchedulerMixin")
-    if cls is None:
-        raise ModelError(
-            f"The configuration in '{parts.scheduler}' names the class {config.get('_class_name')!r}, which this "
-            "diffusers does not have."
-        )
+    cls = _known_class(config, parts.scheduler, "SchedulerMixin")
     try:
         return cls.from_config(config), ()
     except (TypeError, ValueError, NotImplementedError) as error:

@@ -67,8 +67,9 @@ class LoopSampler(Sampler):
         start_schedule(schedule, num_inference_steps, device)
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
         labels = {} if conditions[0] is None else {LABELS: torch.tensor(conditions, device=device)}
+        channels = None if _reads_variance(schedule) else self.shape[0]
         latents = step_through(
-            lambda x, t: self._predict(denoiser, x.to(dtype), t, labels),
+            lambda x, t: self._predict(denoiser, x.to(dtype), t, labels)[:, :channels],
             noise.to(device),
             schedule,
             generators,
@@ -82,7 +83,7 @@ class LoopSampler(Sampler):
         # a 0-dim t serves U-Nets, transformers of the field want one t per sample
         arguments = {main: x, time: t.expand(len(x)).to(x.device), **labels}
         try:
-            return prediction(denoiser(**arguments)).float()[:, : x.shape[1]]  # without a learned variance
+            return prediction(denoiser(**arguments)).float()
         except (ConfigError, ModelError, NonFiniteError):
             raise
         except REFUSALS as error:
@@ -114,7 +115,7 @@ def step_through(
     ``predict(x, t)`` is the denoiser, x scaled as the schedule wants it, t a scalar. x itself stays float32: steps are
     small. ``generators``, one per sample, feed schedules that add noise; DDIM does so for ``eta`` above 0.
 
-    Raises :class:`ConfigError` for an ``eta`` that the schedule does not take.
+    Raises :class:`ConfigError` for an ``eta`` that the schedule does not take, and for steps that it cannot do.
     """
     parameters = inspect.signature(schedule.step).parameters
     if eta and "eta" not in parameters:
@@ -125,8 +126,24 @@ def step_through(
     x = noise * getattr(schedule, "init_noise_sigma", 1.0)
     for t in schedule.timesteps:
         scaled = schedule.scale_model_input(x, t) if hasattr(schedule, "scale_model_input") else x
-        x = schedule.step(predict(scaled, t), t, x, return_dict=False, **options)[0]
+        predicted = predict(scaled, t)
+        try:
+            x = schedule.step(predicted, t, x, return_dict=False, **options)[0]
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS as error:
+            raise ConfigError(
+                f"{type(schedule).__name__} does not step from t = {float(t):g} by the model's prediction alone "
+                f"({first_line(error)}); sample with another scheduler, or record calls of the model."
+            ) from error
     return x
+
+
+def _reads_variance(schedule: Any) -> bool:
+    """Whether the scheduler's steps read a variance that the model predicts beside all else."""
+    learned = str(getattr(getattr(schedule, "config", None), "variance_type", "")).startswith("learned")
+    function = getattr(schedule, "_get_variance", None)
+    return learned and function is not None and "predicted_variance" in inspect.signature(function).parameters
 
 
 def start_schedule(schedule: Any, num_inference_steps: int, device: torch.device | str = "cpu") -> None:

@@ -33,7 +33,7 @@ class PipelineSampler(Sampler):
         self,
         pipe: Any,
         component: str,
-        prompts: Sequence[str] | None = None,
+        prompts: str | Sequence[str] | None = None,
         classes: Sequence[int] | None = None,
         call: Mapping[str, Any] | None = None,
     ) -> None:
@@ -43,8 +43,8 @@ class PipelineSampler(Sampler):
         self.condition = next((key for key in (PROMPT, LABELS) if takes(pipe.__call__, key)), None)
         _check_call(pipe, self.call, self.condition)
         if prompts is not None and self.condition != PROMPT:
-            raise ConfigError(f"{type(pipe).__name__} takes no prompts; leave out --prompts.")
-        self.prompts = list(DEFAULT_PROMPTS if prompts is None else prompts)
+            raise ConfigError(f"{type(pipe).__name__} takes no prompts; leave them out.")
+        self.prompts = [prompts] if isinstance(prompts, str) else list(DEFAULT_PROMPTS if prompts is None else prompts)
         if not self.prompts:
             raise ConfigError("There is no prompt; give at least one.")
         if self.condition == LABELS:

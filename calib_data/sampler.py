@@ -49,7 +49,7 @@ class Sampler(ABC):
         """Sample these classes (None: all); raises :class:`ConfigError` for those that the model does not have."""
         wrong = [c for c in classes or () if not 0 <= c < self.num_classes]
         if classes is not None and not self.num_classes:
-            raise ConfigError("The model takes no classes; leave out --classes.")
+            raise ConfigError("The model takes no classes; leave classes out.")
         if wrong or (classes is not None and not classes):
             raise ConfigError(
                 f"The classes must be numbers from 0 to {self.num_classes - 1}. Got {wrong[0] if wrong else 'none'}."

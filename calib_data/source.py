@@ -117,7 +117,7 @@ def _of_pipeline(folder: Path, component: str | None) -> Parts:
     if component is None and len(denoisers) > 1:
         raise ModelError(
             f"The pipeline in '{folder}' has several denoisers ({', '.join(denoisers)}); "
-            "name one with --component and quantize them one at a time."
+            "name one as component and quantize them one at a time."
         )
     name = component or denoisers[0]
     place = folder / name if (folder / name).is_dir() else folder  # older ones keep it at the top level

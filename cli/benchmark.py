@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from ptq_tdq.artifacts import alone, check_folder, write_atomic
-from ptq_tdq.calib_data import is_embedded, load_model
+from ptq_tdq.calib_data import LoadedModel, is_embedded, load_model
 from ptq_tdq.cli.cells import CellBars
 from ptq_tdq.cli.options import (
     FilePath,
@@ -174,11 +174,7 @@ def benchmark_command(
     methods are compared with S_1 (Q-Diffusion), or what --against names, on the same seed. With the integer backend the
     samples come from integer arithmetic; methods without tables (dynamic) stay simulated, as their lines say.
     """
-    metrics = None if flags is None else [find_metric(flag) for flag in _names(flags)]
-    if metrics == []:
-        raise UsageError("--metric names no metric; give one, for example fd-c10.")
-    if form == "csv" and metrics and len(metrics) > 1:
-        raise UsageError("--format csv takes one --metric; give one, or choose another format.")
+    metrics = None if flags is None else _metrics(flags, form)
     if render:
         if grids:
             raise UsageError("--render runs no cells, so there are no pictures for --grids; leave one of them out.")
@@ -196,9 +192,7 @@ def benchmark_command(
     lines = read_lines(results)
     model = load_model(source, **given)
     left = unfinished(cells, lines, model.sha256, sampling_sha256(model))
-    for metric in metrics or []:
-        if metric.key in INCEPTION or ("c10" in metric.key and not is_embedded(model)):
-            raise UsageError(f"A study of this model has no {metric.flag}; choose another --metric.")
+    _check_measured(metrics or [], model)
     require_comparable([*lines, *planned], against)
     if grids:
         check_folder(grids)
@@ -213,6 +207,23 @@ def benchmark_command(
             on_line=bars.finished, on_say=bars.now,
         )  # fmt: skip
     _give(results, [] if shard else metrics, against, form, output, as_json=as_json, quiet=quiet)
+
+
+def _metrics(flags: str, form: str) -> list[Metric]:
+    """The metrics of ``--metric``, as many as the form of the table takes."""
+    metrics = [find_metric(flag) for flag in _names(flags)]
+    if not metrics:
+        raise UsageError("--metric names no metric; give one, for example fd-c10.")
+    if form == "csv" and len(metrics) > 1:
+        raise UsageError("--format csv takes one --metric; give one, or choose another format.")
+    return metrics
+
+
+def _check_measured(metrics: Sequence[Metric], model: LoadedModel) -> None:
+    """Raise :class:`UsageError` for what a study of this model does not measure."""
+    for metric in metrics:
+        if metric.key in INCEPTION or ("c10" in metric.key and not is_embedded(model)):
+            raise UsageError(f"A study of this model has no {metric.flag}; choose another --metric.")
 
 
 def _give(

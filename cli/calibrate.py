@@ -11,7 +11,7 @@ import click
 
 from ptq_tdq import processes
 from ptq_tdq.calib_data import LoadedModel, collect_cached, load_model, with_scheduler
-from ptq_tdq.calibration import calibrate, foresee
+from ptq_tdq.calibration import calibrate, foresee, written_id
 from ptq_tdq.cli.options import (
     FilePath,
     Size,
@@ -98,8 +98,8 @@ def calibrate_command(
     """Quantize the denoiser of a diffusion model and write its interval tables.
 
     Samples with the model's own pipeline for a calibration set, learns the rounding of the weights and the activation
-    intervals as a function of the time step, block by block, and writes an artifact directory. Flags go before the file
-    of --config, --set before both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the
+    intervals as a function of the time step, block by block, and writes an artifact directory. Flags override the file
+    of --config; --set overrides both. An interrupted run is kept in OUTPUT_DIR.partial; the same command goes on at the
     first unfinished block. Started by torchrun or accelerate launch, processes share the calls and the work.
     """
     flags = {key: given.pop(key) for key in FLAGS}
@@ -131,7 +131,6 @@ def calibrate_command(
             model,
             config,
             calls,
-            model_id=_id(model.id),
             run_directory=run.folder,
             cache_budget=cache_budget,
             on_unit=say.unit,
@@ -152,7 +151,7 @@ def _load(source: str | None, scheduler: str | None, say: Progress, **given: Any
     model = load_model(source, **given)
     if scheduler is not None:
         model = with_scheduler(model, scheduler)
-    _id(model.id)
+    written_id(model.id)
     for notice in model.notices:
         say.notice(notice)
     return model
@@ -176,19 +175,6 @@ def _measure(
         "static": static.to_dict(),
     }
     return learned, static
-
-
-def _id(source: str) -> str:
-    """A folder that could be taken for a hub id is written as the folder that it is.
-
-    Raises :class:`ConfigError` for a name that an artifact cannot hold.
-    """
-    try:
-        source.encode()
-    except UnicodeEncodeError:
-        raise ConfigError("The name of the model's folder is not UTF-8; rename it.") from None
-    looks_like_a_hub_id = not source.startswith((".", "~", "/")) and Path(source).is_dir()
-    return f"./{source}" if looks_like_a_hub_id else source
 
 
 def _resolve(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from inspect import cleandoc
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import click
 
@@ -51,10 +51,12 @@ def _named(record: type[Choices], names: Iterable[str]) -> list[Choice]:
 
 def _text(about: Choice, presets: Mapping[str, Mapping[str, Any]]) -> str:
     """The help of a choice, with its default and the presets that have another value."""
-    values = "" if about.alternatives or not about.values else f"  {about.values.capitalize()}."
+    listed = get_origin(about.kind) is Literal  # names, which are written as they are given
+    values = f"  {about.values if listed else about.values.capitalize()}."
+    values = "" if about.alternatives or not about.values else values
     others = {name: choices[about.name] for name, choices in presets.items() if about.name in choices}
-    listed = "; ".join(f"{name}: {shown(value)}" for name, value in {"default": about.default, **others}.items())
-    return f"{about.text}{values}  [{listed}]"
+    sources = "; ".join(f"{name}: {shown(value)}" for name, value in {"default": about.default, **others}.items())
+    return f"{about.text}{values}  [{sources}]"
 
 
 def _plain(about: Choice) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ptq_tdq.artifacts import check_base_model, check_target, publish_directory, read_artifact
 from ptq_tdq.artifacts.atomic import write_file
-from ptq_tdq.calib_data import LoadedModel, collect_cached, with_scheduler
+from ptq_tdq.calib_data import LoadedModel, collect_cached, make_recipe, with_scheduler
 from ptq_tdq.cli.options import (
     FilePath,
     backend_option,
@@ -31,8 +31,8 @@ from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
 from ptq_tdq.errors import UsageError
 from ptq_tdq.evaluate import inception
-from ptq_tdq.evaluate.baseline import Baseline, Measured, make_baseline
-from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
+from ptq_tdq.evaluate.baseline import Baseline, Evaluation, make_baseline
+from ptq_tdq.evaluate.images import grid_png
 from ptq_tdq.evaluate.names import METRICS, Metric
 from ptq_tdq.evaluate.ptqd import CorrectionName, corrected
 from ptq_tdq.load import Backend, load_quantized
@@ -115,7 +115,7 @@ def evaluate_command(
     model = load_original(source, stored, **given)
     check_base_model(stored, model.sha256)
     quantized = load_quantized(artifact, backend=backend, device=given["device"])
-    denoiser = _corrected(correction, model, quantized, stored.config["choices"])
+    denoiser = _corrected(correction, model, quantized, stored.config)
     if scheduler:
         model = with_scheduler(model, scheduler)
     samples = samples or (PIPELINE_SAMPLES if model.sampler.batch < PIPELINE_SAMPLES else SAMPLES)
@@ -128,30 +128,24 @@ def evaluate_command(
         seed=seed,
         on_progress=lambda done, total: say.counting("Sampling with full precision", done, total),
     )
-    found = _real(network, real, baseline)
+    described = _real(network, real, baseline)
     measured = baseline.measure(
         denoiser,
         lambda done, total: say.counting("Sampling with the quantized model", done, total),
     )
-    full = baseline.quality() | _inception(network, baseline.images, found)
-    mine = measured.results | _inception(network, measured.images, found)
     document = {
         "artifact": str(artifact),
-        "model": {"id": model.id, "sha256": model.sha256},
-        "scheme": stored.config["scheme"],
-        "method": stored.config["method"],
-        "preset": stored.config["preset"],
+        **{key: stored.config[key] for key in ("scheme", "method", "preset")},
+        **_about(model),
         "backend": backend,
         "correction": correction,
         "samples": samples,
         "steps_compared_on": baseline.reference.recorded,
-        "sampling": model.sampler.recipe(),
         "num_inference_steps": num_inference_steps,
-        "scheduler": type(model.scheduler).__name__,
         "seed": seed,
         "compared_with": _notes(baseline, network),
-        "full_precision": full,
-        "quantized": mine,
+        "full_precision": baseline.quality() | _inception(network, baseline.images, described),
+        "quantized": measured.results | _inception(network, measured.images, described),
     }
     if output_dir:
         _write(output_dir, document, baseline, measured, overwrite)
@@ -163,12 +157,34 @@ def evaluate_command(
             click.echo(f"Wrote {output_dir}")
 
 
-def _corrected(name: CorrectionName, model: LoadedModel, quantized: nn.Module, choices: dict[str, Any]) -> nn.Module:
-    """The model with its correction, estimated on the calibration set that its choices name."""
+def _about(model: LoadedModel) -> dict[str, Any]:
+    """What full precision is, and how it samples."""
+    return {
+        "model": {"id": model.id, "sha256": model.sha256},
+        "sampling": model.sampler.recipe(),
+        "scheduler": type(model.scheduler).__name__,
+    }
+
+
+def _corrected(name: CorrectionName, model: LoadedModel, quantized: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """The model with its correction, estimated on the artifact's calibration set.
+
+    Raises :class:`UsageError` where that cannot be sampled again: of recorded calls, or of another sampler.
+    """
     if name == "none":
         return quantized
-    calls = collect_cached(model, **choices["calibration"], seed=choices["seed"])
-    return corrected(name, model, quantized, calls)
+    choices, known = config["choices"], config["calibration_set"]
+    if known.get("scheduler") not in (None, type(model.scheduler).__name__):
+        model = with_scheduler(model, known["scheduler"])
+    asked = {**choices["calibration"], "seed": choices["seed"]}
+    other = next((key for key, value in make_recipe(model, **asked).items() if known.get(key) != value), None)
+    if other:
+        why = f"it differs in {other}" if known.get("sampler") else "its calls were recorded"
+        raise UsageError(
+            f"--correction {name} needs the artifact's calibration set, which cannot be sampled again here ({why}); "
+            "leave the correction out."
+        )
+    return corrected(name, model, quantized, collect_cached(model, **asked))
 
 
 def _real(network: Any, paths: list[Path], baseline: Baseline) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -229,7 +245,9 @@ def _show(document: dict[str, Any]) -> None:
         console.print(note)
 
 
-def _write(output_dir: Path, document: dict[str, Any], baseline: Baseline, measured: Measured, overwrite: bool) -> None:
+def _write(
+    output_dir: Path, document: dict[str, Any], baseline: Baseline, measured: Evaluation, overwrite: bool
+) -> None:
     lines = [f"# {_headline(document)}", "", "| | full precision | quantized | difference |", "|---|---:|---:|---:|"]
     lines += [f"| {_title(metric)} | {' | '.join(cells)} |" for metric, *cells in _rows(document)]
     lines += ["", *(f"- {note}" for note in document["compared_with"]), ""]
@@ -239,6 +257,5 @@ def _write(output_dir: Path, document: dict[str, Any], baseline: Baseline, measu
         write_file(folder / "evaluation.md", "\n".join(lines).encode())
         if baseline.images is not None and measured.images is not None:
             panels = {"full precision": baseline.images, document["scheme"]: measured.images}
-            conditions = baseline.reference.conditions
-            picture = grid_png(panels, count_classes(conditions), GRID_IMAGES, captions_of(conditions))
+            picture = grid_png(panels, baseline.reference.conditions, GRID_IMAGES)
             write_file(folder / "samples.png", picture)

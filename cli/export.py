@@ -80,12 +80,7 @@ def export_command(
     Sizes that a graph fixes (of a latent, of a prompt) are those of the recorded call, so of --height, --width and the
     like.
     """
-    if kind in (*TABLES, COMPONENT):
-        _refuse_model_options(kind)
-    if runtime is not None and kind != "onnx":
-        raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
-    if steps is not None and (runtime != "qdq" or calls_file is not None):
-        raise UsageError("--steps goes with --runtime qdq and without --calls, which bring their own time steps.")
+    _check_together(kind, runtime, steps, calls_file)
     if runtime == "qdq" or kind == COMPONENT:
         check_target(output)
     elif output.is_dir():
@@ -106,8 +101,8 @@ def export_command(
         if calls_file is not None:
             calls = Calls.load(calls_file)
         else:
-            count = steps or stored.config["choices"]["calibration"]["num_inference_steps"]
-            calls = _record(stored, source, count if runtime == "qdq" else 1, given)
+            count = (steps or _steps_of(stored)) if runtime == "qdq" else 1
+            calls = _record(stored, source, count, given)
         if runtime == "qdq":
             onnx.export_onnx_steps(stored, output, calls)
         elif kind == "onnx":
@@ -120,6 +115,16 @@ def export_command(
         click.echo(f"Wrote {' and '.join(map(str, written))}", err=True)
 
 
+def _check_together(kind: str, runtime: str | None, steps: int | None, calls_file: Path | None) -> None:
+    """Raise :class:`UsageError` for options that do not go together."""
+    if kind in (*TABLES, COMPONENT):
+        _refuse_model_options(kind)
+    if runtime is not None and kind != "onnx":
+        raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
+    if steps is not None and (runtime != "qdq" or calls_file is not None):
+        raise UsageError("--steps goes with --runtime qdq and without --calls, which bring their own time steps.")
+
+
 def _refuse_model_options(kind: str) -> None:
     """Raise :class:`UsageError` for what says how the model is called, where it is not."""
     context = click.get_current_context()
@@ -127,6 +132,17 @@ def _refuse_model_options(kind: str) -> None:
         name = option.name or ""
         if name not in OWN and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--format {kind} calls no model; leave out {option.opts[0]}.")
+
+
+def _steps_of(stored: Artifact) -> int:
+    """Steps of the sampling run that the calibration set comes from."""
+    found = stored.config["calibration_set"].get("num_inference_steps")
+    if not isinstance(found, int):
+        raise UsageError(
+            "The artifact was calibrated on recorded calls, so the steps of a sampling run are not known; "
+            "give --steps, or the calls themselves (--calls)."
+        )
+    return found
 
 
 def _record(stored: Artifact, source: str | None, steps: int, given: dict[str, Any]) -> Calls:

@@ -29,7 +29,7 @@ from ptq_tdq.cli.options import (
 from ptq_tdq.cli.original import load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
 from ptq_tdq.errors import UsageError
-from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
+from ptq_tdq.evaluate.images import grid_png
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import finite, run
 from ptq_tdq.load import Backend, load_quantized
@@ -111,7 +111,7 @@ def sample_command(
             panels[title] = mine.images
     if panels and full.images is not None:
         shown = {"full precision": full.images, **panels}
-        write_atomic(output, grid_png(shown, count_classes(conditions), captions=captions_of(conditions)))
+        write_atomic(output, grid_png(shown, conditions))
     facts: dict[str, Any] = {
         "output": str(output) if panels else None,
         "num_images": count,

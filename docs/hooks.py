@@ -34,6 +34,16 @@ ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
 HOME = "README.md"
 INNER = "    options:\n      heading_level: 3"
+FIELDS = f"{INNER}\n      show_if_no_docstring: true\n      filters: ['!^_']"
+GIVEN = (  # what public functions give or take, made by no user
+    "ptq_tdq.calib_data.load.Original",
+    "ptq_tdq.calib_data.load.LoadedModel",
+    "ptq_tdq.recon.engine.UnitReport",
+    "ptq_tdq.finetuning.train.IterationReport",
+    "ptq_tdq.timeaxis.TimeAxis",
+    "ptq_tdq.search.Histogram",
+    "ptq_tdq.search.QParams",
+)
 
 
 @event_priority(100)  # before mkdocstrings looks for it
@@ -152,12 +162,13 @@ def artifact() -> str:
 
 
 def api() -> str:
-    """The public names of each public module, where they live; errors have a page of their own."""
+    """The public names of each public module, where they live, and what they give; errors have a page of their own."""
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("\n## Public\n")[1].split("\n## ")[0]
     parts = ["# Python", text.strip()]
     for module in map(import_module, re.findall(r"`(ptq_tdq[\w.]*)`", text)):
         if module.__name__ != "ptq_tdq.errors":
             parts += [f"## {module.__name__}", *(f"::: {home(module, name)}\n{INNER}" for name in module.__all__)]
+    parts += ["## What these give and take", *(f"::: {name}\n{FIELDS}" for name in GIVEN)]
     return "\n\n".join([*parts, ""])
 
 

@@ -1,9 +1,11 @@
 """Sample pictures with an exported ONNX file in the place of a pipeline's denoiser.
 
-    ptq-tdq export out --format onnx --output denoiser.onnx
+    ptq-tdq export out --format onnx --runtime onnxruntime --output denoiser.onnx
     python examples/onnx_pipeline.py denoiser.onnx FOLDER_OR_HUB_ID --call num_inference_steps=25 --output-dir samples
 
-``--call KEY=VALUE`` is an argument of the pipeline's call (``prompt="a red fox"``, ``batch_size=4``).
+``--call KEY=VALUE`` is an argument of the pipeline's call (``prompt="a red fox"``, ``batch_size=4``). The folder is a
+saved pipeline, with a ``model_index.json``; the models that come with ptq-tdq are denoisers alone. On processors
+without VNNI take ``--runtime portable``.
 """
 
 from __future__ import annotations

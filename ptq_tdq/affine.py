@@ -29,6 +29,16 @@ def choose_qparams(lo: Tensor, hi: Tensor, qtype: QType) -> tuple[Tensor, Tensor
     return scale, zero_point.to(torch.int32)
 
 
+def end_scales(lo: Tensor, hi: Tensor, zero_point: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:
+    """The least scales at which codes reach ``lo``, and ``hi``, from a given zero point; 0 on a side without codes."""
+    # dividing by infinity asks the device nothing, unlike a condition
+    down, up = (
+        end.to(torch.float32) / torch.where(codes > 0, codes.to(torch.float32), torch.inf)
+        for end, codes in ((-lo, zero_point - qtype.qmin), (hi, qtype.qmax - zero_point))
+    )
+    return down, up
+
+
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
     """Integer codes of ``x`` (int32, the shape of x)."""
     u = x.to(scale.dtype) / scale  # a 0-dim scale alone would not promote a low-precision x

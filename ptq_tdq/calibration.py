@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from ptq_tdq import processes
+from ptq_tdq.ambient import undisturbed
 from ptq_tdq.artifacts import check_draft
-from ptq_tdq.calib_data import LoadedModel, collect, first_call, from_pipeline
+from ptq_tdq.calib_data import LoadedModel, Original, collect, find_original, first_call
 from ptq_tdq.calls import Calls
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Config
 from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError
-from ptq_tdq.identity import base_config, first_nonfinite, model_name, model_sha256
+from ptq_tdq.identity import base_config, first_nonfinite
 from ptq_tdq.modules import QuantLayer
-from ptq_tdq.plan import make_plan
-from ptq_tdq.processor import undisturbed
+from ptq_tdq.plan import Plan, make_plan
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
 from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
 from ptq_tdq.wrap import folded_copy
@@ -40,7 +40,7 @@ def calibrate(
     calls: Calls | None = None,
     *,
     component: str | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     classes: Sequence[int] | None = None,
     call: Mapping[str, Any] | None = None,
     model_id: str | None = None,
@@ -58,7 +58,8 @@ def calibrate(
         pipe.transformer = calibrate(pipe, preset("default", scheme="W4A8"), prompts=["A red fox", ...])
 
     ``component`` names the denoiser of a pipeline that has several; ``prompts``, ``classes`` and ``call`` (further
-    arguments such as guidance_scale) say what the pipeline samples for the calibration set. ``model_id`` is the model's
+    arguments such as guidance_scale) say what the pipeline samples for the calibration set, where there are no
+    ``calls``; beside these the choices of group ``calibration`` have no effect. ``model_id`` is the model's
     name in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
     stopped. With a ``weights_directory`` as well, phase W is kept there: runs that differ only in what phase A decides
     may share it, one after the other. Where more than ``cache_budget`` bytes flow between units, they lie in files that
@@ -72,34 +73,22 @@ def calibrate(
 
     Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
     :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model,
-    :class:`~ptq_tdq.errors.ConfigError` for what an artifact cannot say (a ``model_id`` that is no text) and
+    :class:`~ptq_tdq.errors.ConfigError` for what an artifact cannot say (a ``model_id`` that is no text), and for
+    ``component``, ``prompts``, ``classes`` or ``call`` where they would have no effect,
     :class:`~ptq_tdq.errors.ResumeError` (another run in the directory); at any time
     :class:`~ptq_tdq.errors.NonFiniteError` (NaN or Inf; names the layer and t).
     """
     if not isinstance(config, Config):
-        raise ConfigError(f"config must be what ptq_tdq.preset gives. Got {config!r} instead.")
+        raise ConfigError(f"config must be what ptq_tdq.preset gives. Got a {type(config).__name__} instead.")
     if not isinstance(calls, Calls | None):
         raise CalibrationSetError(f"calls must be what ptq_tdq.record gives. Got a {type(calls).__name__} instead.")
-    if not isinstance(model, nn.Module | LoadedModel):
-        model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
-    denoiser: nn.Module = model.denoiser if isinstance(model, LoadedModel) else model
-    _check_plain(denoiser)
-    if calls is None and isinstance(model, LoadedModel):
-        calls = processes.of_first(partial(collect, model, **config.recipe))
-    elif calls is None:
-        raise CalibrationSetError(
-            f"A {type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
-            "pass them, or pass its pipeline."
-        )
-    calls.check()
-    calls = calls.to(next(denoiser.parameters()).device)
-    folded = folded_copy(denoiser)
-    plan = make_plan(folded, config, calls)
-    if name := first_nonfinite(folded):  # also one that no call of the set reaches
-        raise NonFiniteError(f"'{name}' has NaN or Inf; repair the model before quantizing it.")
-    quantized = QuantizedModel.copy_of(denoiser, calls.axis, plan.layers)
-    del folded  # weights that it has computed take memory
-    quantized.provenance = provenance(model, config, calls, model_id)
+    sampled: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
+    original = find_original(model, recorded=calls is not None, component=component, **sampled)
+    _check_plain(original.denoiser)
+    calls = _calls_of(original, config, calls)
+    plan = _plan_of(original.denoiser, config, calls)
+    quantized = QuantizedModel.copy_of(original.denoiser, calls.axis, plan.layers)
+    quantized.provenance = provenance(original, config, calls, model_id)
     quantized.provenance |= {"one_step": bool(plan.special.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = (*plan.notices, *_close_steps(calls))
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
@@ -107,7 +96,7 @@ def calibrate(
     run = _open_run(run_directory, weights_directory, config, quantized.provenance, on_notice)
     reports: list[UnitReport] = []
 
-    def hear(report: UnitReport) -> None:
+    def finished(report: UnitReport) -> None:
         reports.append(report)
         on_unit(report)
 
@@ -118,7 +107,7 @@ def calibrate(
         special=plan.special,
         run=run,
         budget=cache_budget,
-        on_unit=hear,
+        on_unit=finished,
     )
     quantized.metrics = {
         "reconstruction": losses(reports),
@@ -127,6 +116,23 @@ def calibrate(
         "notices": list(quantized.notices),
     }
     return quantized.finalize()
+
+
+def _calls_of(original: Original, config: Config, calls: Calls | None) -> Calls:
+    """The calibration set where the model is: the ``calls`` that there are, else those that the model samples."""
+    if calls is None:
+        assert isinstance(original, LoadedModel)
+        calls = processes.of_first(partial(collect, original, **config.recipe))
+    calls.check()
+    return calls.to(next(original.denoiser.parameters()).device)
+
+
+def _plan_of(denoiser: nn.Module, config: Config, calls: Calls) -> Plan:
+    folded = folded_copy(denoiser)  # for as long as it is needed: weights that it has computed take memory
+    plan = make_plan(folded, config, calls)
+    if name := first_nonfinite(folded):  # also one that no call of the set reaches
+        raise NonFiniteError(f"'{name}' has NaN or Inf; repair the model before quantizing it.")
+    return plan
 
 
 def foresee(
@@ -221,18 +227,13 @@ def losses(reports: Iterable[UnitReport]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def provenance(
-    model: LoadedModel | nn.Module, config: Config, calls: Calls, model_id: str | None = None
-) -> dict[str, Any]:
+def provenance(model: Original, config: Config, calls: Calls, model_id: str | None = None) -> dict[str, Any]:
     """The artifact's config document: what the quantized model was made from, and with which choices."""
-    if isinstance(model, LoadedModel):  # whose hash is that of the weights as they were loaded, in any dtype
-        base = {"id": model_id or model.id, "sha256": model.sha256}
-        base |= {} if model.component is None else {"component": model.component}
-    else:
-        base = {"id": model_id or model_name(model), "sha256": model_sha256(model)}
+    base = {"id": model_id or written_id(model.id), "sha256": model.sha256}
+    base |= {} if model.component is None else {"component": model.component}
     return {
         "base_model": base,
-        "model_config": base_config(model.denoiser if isinstance(model, LoadedModel) else model),
+        "model_config": base_config(model.denoiser),
         "scheme": config.scheme,
         "method": config.method,
         "preset": config.preset,
@@ -243,6 +244,19 @@ def provenance(
         "versions": {name: version(name) for name in ("ptq-tdq", "torch", "diffusers", "numpy", "safetensors")}
         | {"python": platform.python_version()},
     }
+
+
+def written_id(name: str) -> str:
+    """A model's name in an artifact: a folder that could be taken for a hub id is written as the folder that it is.
+
+    Raises :class:`ConfigError` for a name that an artifact cannot hold.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("The name of the model's folder is not UTF-8; rename it.") from None
+    looks_like_a_hub_id = not name.startswith((".", "~", "/")) and Path(name).is_dir()
+    return f"./{name}" if looks_like_a_hub_id else name
 
 
 def identity(document: dict[str, Any]) -> dict[str, Any]:

@@ -65,13 +65,13 @@ class Choice:
         """``value`` in the form that is stored, read from text where needed. Raises :class:`ConfigError`."""
         found = _checked(self.name, value, self.kind)
         if self.bounds and not self.bounds[0] <= found < self.bounds[1]:
-            raise ConfigError(f"{self.name} must be {_bounds(*self.bounds)}. Got {found} instead.")
+            raise ConfigError(f"{self.name} must be {_bounds(self.kind, *self.bounds)}. Got {found} instead.")
         return found
 
     @property
     def values(self) -> str:
         """What it may be, with its unit."""
-        parts = _values(self.kind), self.unit and f"({self.unit})", self.bounds and _bounds(*self.bounds)
+        parts = _values(self.kind), self.unit and f"({self.unit})", self.bounds and _bounds(self.kind, *self.bounds)
         return " ".join(part for part in parts if part)
 
     @property
@@ -122,7 +122,7 @@ class Choices:
                 raise ConfigError(f"{key} is a group of choices; give a table of them, or each by its own name.")
             for name, inner in (value if grouped else {key: value}).items():
                 if name not in known:
-                    raise ConfigError(f"There is no choice named {name!r}; {_nearest(name, (*known, *tables))}.")
+                    raise ConfigError(f"There is no choice named {name!r}; {_nearest(name, (*known, *tables))}")
                 if grouped and known[name].group != key:
                     raise ConfigError(f"{name} is a choice of {known[name].group or 'no group'}, not of {key}.")
                 if name in found:
@@ -211,10 +211,12 @@ def _read(value: Any, kind: type) -> Any:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = get_close_matches(str(name), known)
-    return f"the nearest are {', '.join(near)}" if near else "`ptq-tdq choices` lists them"
+    return f"did you mean {', '.join(near)}?" if near else "`ptq-tdq choices` lists them."
 
 
-def _bounds(least: float, limit: float) -> str:
+def _bounds(kind: type, least: float, limit: float) -> str:
+    if kind is int and limit < inf:
+        return f"from {least} to {int(limit) - 1}"
     if limit < inf:
         return f"at least {least} and below {limit}"
     return f"at least {least} and finite" if least in (0, 1) else "above 0 and finite"

@@ -45,7 +45,7 @@ __all__ = [
 class PtqTdqError(Exception):
     """Base of all errors raised on purpose; its text is one sentence for the user."""
 
-    told = False  # to the other processes of a run
+    reported = False  # to the other processes of a run
 
 
 class UsageError(PtqTdqError):

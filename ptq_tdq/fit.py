@@ -66,7 +66,7 @@ def _check_layer(record: LayerRecord, module: nn.Module, codes: Tensor | None) -
     shape, expected = list(codes.shape), list(own.shape)
     _require(shape == expected, record, f"has codes of the shape {shape}, its weight in the model is {expected}")
     groups = weight_groups(module)
-    channels, ranges = own.shape[1] * groups, len(record.splits) - 1
+    channels, ranges = own.shape[1] * groups, len(record.ranges)
     _require(
         ranges >= 1 and record.splits[-1] == channels,
         record,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # it knows diffusers' blocks, whose import takes seconds
     from ptq_tdq.runtime import IntegerModel
 
 Backend = Literal["simulated", "integer"]
+Given = str | Path | Artifact | QuantizedModel
+"""What a function takes as an artifact."""
 
 
 @overload
@@ -94,6 +96,23 @@ def build_quantized(artifact: Artifact, model: nn.Module | None = None) -> Quant
 def find_artifact(source: str | Path) -> Artifact:
     """The artifact in a folder, or of a hub id; raises what :func:`~ptq_tdq.artifacts.read_artifact` raises."""
     return read_artifact(_folder(source))
+
+
+def as_artifact(given: Given) -> Artifact:
+    """The artifact of a folder, of a hub id, or of what :func:`~ptq_tdq.calibrate` gave, or itself.
+
+    Raises :class:`ConfigError` for anything else, and what :func:`find_artifact` raises.
+    """
+    if isinstance(given, QuantizedModel):
+        return given.to_artifact()
+    if isinstance(given, str | Path):
+        return find_artifact(given)
+    if not isinstance(given, Artifact):
+        raise ConfigError(
+            "artifact must be a folder, a hub id, or what ptq_tdq.calibrate gives. "
+            f"Got a {type(given).__name__} instead."
+        )
+    return given
 
 
 def _folder(source: str | Path) -> Path:

@@ -62,7 +62,7 @@ def together() -> Iterator[None]:
         yield
         _meet()
     except PtqTdqError as error:
-        if not error.told:
+        if not error.reported:
             _meet(error)
         raise
 
@@ -180,7 +180,7 @@ def _meet(error: PtqTdqError | None = None) -> None:
     if count() == 1:
         return
     if error is not None:
-        error.told = True
+        error.reported = True
     failed = torch.tensor([int(error is not None)], device=_place())
     with _others():
         distributed.all_reduce(failed)
@@ -189,7 +189,7 @@ def _meet(error: PtqTdqError | None = None) -> None:
         found: list[PtqTdqError | None] = [None] * count()
         distributed.all_gather_object(found, error)
     first = next(other for other in found if other is not None)
-    first.told = True
+    first.reported = True
     if error is None:
         raise first
 
@@ -207,5 +207,5 @@ def _others() -> Iterator[None]:
         yield
     except RuntimeError as error:
         gone = WorkerError("Another process of the run has ended too early; start the run again, and it goes on.")
-        gone.told = True
+        gone.reported = True
         raise gone from error

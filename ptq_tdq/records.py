@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 NAMED = 3  # names in a sentence; the others are counted
@@ -66,6 +67,11 @@ class LayerRecord:
     inputs: tuple[QuantizerRecord, ...]
     dtype: str = "float32"
     rotated: bool = False
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The channel ranges of its input: the first channel of each, and the one behind its last."""
+        return tuple(pairwise(self.splits))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq_tdq.affine import choose_qparams, fake_quantize
+from ptq_tdq.affine import choose_qparams, end_scales, fake_quantize
 from ptq_tdq.scheme import QType
 
 SHRINK_FACTORS = tuple(1 - 0.01 * i for i in range(80))
@@ -37,17 +37,17 @@ def _symmetric(lo: Tensor, hi: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:
     return scale, torch.full_like(scale, middle, dtype=torch.int32)
 
 
-def weight_qparams(rows: Tensor, qtype: QType, *, method: str = "mse", symmetric: bool = False) -> QParams:
-    """Intervals of a weight given as ``rows`` [G, n] (G = output channels, or 1 for per tensor); result [G].
+def row_qparams(rows: Tensor, qtype: QType, *, method: str = "mse", symmetric: bool = False) -> QParams:
+    """Intervals of ``rows`` [G, n], each of its own (a weight's output channels, or 1 for per tensor); result [G].
 
     ``method`` is "minmax" or "mse". ``symmetric`` fixes the zero point at the middle code.
     """
     pieces = rows.split(max(1, PIECE // max(1, rows.shape[1])))  # which stay in the processor's cache
-    found = [_row_qparams(piece, qtype, method, symmetric) for piece in pieces]
+    found = [_piece_qparams(piece, qtype, method, symmetric) for piece in pieces]
     return QParams(torch.cat([f.scale for f in found]), torch.cat([f.zero_point for f in found]))
 
 
-def _row_qparams(rows: Tensor, qtype: QType, method: str, symmetric: bool) -> QParams:
+def _piece_qparams(rows: Tensor, qtype: QType, method: str, symmetric: bool) -> QParams:
     lo, hi = rows.amin(1), rows.amax(1)
     place = _symmetric if symmetric else choose_qparams
     best_scale, best_zero = place(lo, hi, qtype)
@@ -148,10 +148,8 @@ def activation_qparams(
     def place(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if zero_point is None:
             return choose_qparams(lo * low, hi * high, qtype)
-        # a side without codes cannot be covered and does not count
-        up = hi / (qtype.qmax - zero_point) * high if zero_point < qtype.qmax else torch.zeros_like(hi)
-        down = -lo / (zero_point - qtype.qmin) * low if zero_point > qtype.qmin else torch.zeros_like(lo)
-        scale = torch.maximum(up, down).clamp(min=torch.finfo(torch.float32).tiny)
+        down, up = end_scales(lo, hi, zero_point, qtype)  # a side without codes cannot be covered and does not count
+        scale = torch.maximum(down * low, up * high).clamp(min=torch.finfo(torch.float32).tiny)
         return scale, zero_point.to(torch.int32).expand_as(scale)
 
     x, best, size = histogram.centres, torch.full_like(lo, torch.inf), _size(lo, hi)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ptq_tdq.ambient import FLOAT32_DEFAULT
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError, first_line
 from ptq_tdq.fit import check_fit
 from ptq_tdq.identity import state_of
-from ptq_tdq.processor import FLOAT32_DEFAULT
 from ptq_tdq.wrap import fold, folded_copy
 
 LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small
@@ -63,29 +63,29 @@ def building() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Size:
+class TensorCounts:
     """How many tensors a file holds for a model, and how many values they have in all."""
 
     tensors: int
     values: int
 
     @classmethod
-    def of(cls, artifact: Artifact) -> Size:
+    def of(cls, artifact: Artifact) -> TensorCounts:
         tensors = (*artifact.weight_codes.values(), *artifact.float_state.values())
         return cls(len(tensors), sum(tensor.numel() for tensor in tensors))
 
 
-def meta_model(config: dict[str, Any], time: str, size: Size) -> nn.Module:
+def meta_model(config: dict[str, Any], time: str, counts: TensorCounts) -> nn.Module:
     """The structure of a denoiser on the meta device, which holds shapes and no values.
 
     ``config`` is its configuration, ``time`` its time argument. Raises :class:`ArtifactMismatchError` for a class that
     is no denoiser of this diffusers, and for a configuration that the class does not take or that asks for far more
-    than the file's ``size``.
+    than the file's ``counts``.
     """
     cls = _denoiser(config, time)
-    _check_integers(config, size)
+    _check_integers(config, counts)
     _check_types(cls, config)
-    with torch.device("meta"), _Limit(size):
+    with torch.device("meta"), _Limit(counts):
         structure = cls.from_config(config)
     assert isinstance(structure, nn.Module)
     _check_counts(structure)
@@ -105,7 +105,7 @@ def hollow_model(artifact: Artifact, model: nn.Module | None = None) -> nn.Modul
         hollow = _hollow_copy(model)
         check_fit(hollow, artifact)
         return hollow
-    structure = meta_model(artifact.config["model_config"], artifact.time_axis.argument, Size.of(artifact))
+    structure = meta_model(artifact.config["model_config"], artifact.time_axis.argument, TensorCounts.of(artifact))
     check_fit(structure, artifact)
     cls: Any = type(structure)
     with _PATCHING, torch.device("cpu"), _hollow_parameters():
@@ -150,17 +150,17 @@ def _denoiser(config: dict[str, Any], time: str) -> Any:
     cls = diffusers_class(name)
     if cls is None:
         raise ArtifactMismatchError(
-            f"The artifact is of a {name!r}, which this version of diffusers does not have; give the model whose "
-            "weights it replaces: load_quantized(path, model=...)."
+            f"The artifact is of a {name!r}, which this version of diffusers does not have; pass an instance of it as "
+            "model=..."
         )
     if time not in inspect.signature(cls.forward).parameters:
         raise ArtifactMismatchError(f"The artifact is of a {name!r}, which takes no time step and is no denoiser.")
     return cls
 
 
-def _check_integers(config: dict[str, Any], size: Size) -> None:
+def _check_integers(config: dict[str, Any], counts: TensorCounts) -> None:
     """Refuse integers beyond all reason: constructors make lists and loops of them, which no device can limit."""
-    largest = max(LARGEST_INTEGER, size.values)
+    largest = max(LARGEST_INTEGER, counts.values)
     rest: list[Any] = [config]
     while rest:
         value = rest.pop()
@@ -224,10 +224,10 @@ def _fits(value: Any, declared: Any) -> bool:
 class _Limit(TorchFunctionMode):
     """Ends a construction that makes more tensors, or larger ones, than the artifact's own tensors account for."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, counts: TensorCounts) -> None:
         super().__init__()
-        self._calls = SPARE_CALLS + CALLS_PER_TENSOR * size.tensors
-        self._values = SPARE_VALUES + VALUES_PER_VALUE * size.values
+        self._calls = SPARE_CALLS + CALLS_PER_TENSOR * counts.tensors
+        self._values = SPARE_VALUES + VALUES_PER_VALUE * counts.values
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from inspect import Parameter, Signature
+from itertools import pairwise
 from reprlib import repr as shortened
 from types import FunctionType, MappingProxyType, MethodType
 from typing import Any
@@ -30,6 +31,8 @@ LARGEST = 1 << 53  # of its numbers: floating point has all integers so far
 NEAR = 2e-3  # a t so close to a whole number is that number: t / 1000 * 1000 in float32 is not exact
 LOOSE = 4e-3  # relative error of a time value in bfloat16
 FINE = 1 / 8  # of the axis: values that are no whole numbers and stay below tell too few entries of a table apart
+APART = 2  # training steps, at least, between such values of a run that began late
+FEW = 32  # training steps, below which values that lie between them need entries of their own
 ROOM = 1 / 8  # of the values' range: what a stretched axis has at each end for runs with other numbers of steps
 
 
@@ -169,8 +172,21 @@ def find_axis(
     ``schedule`` are the scheduler's time steps of the same run, ``reach`` those of a run of all training steps,
     ``total`` is their number T. Where the scheduler counts in training steps, the usual forms are tried: t itself,
     t / T (sigma), 1 - t / T. Else values that never exceed 1 are parts of T, and those of another kind (sigma, its
-    logarithm) are stretched over [0, T], with some room at both ends.
+    logarithm) are stretched over [0, T], with some room at both ends. There T is at least the usual one, and so it is
+    where a scheduler has few training steps and values lie between them: a table of two entries follows nothing.
     """
+    axis = _find_form(argument, seen, schedule, total, reach)
+    t = [axis.scale * value + axis.offset for value in seen]
+    if axis.num_train_timesteps >= FEW or all(abs(each - round(each)) < NEAR for each in t):
+        return axis
+    more = USUAL_LENGTH // axis.num_train_timesteps
+    return TimeAxis(argument, more * axis.num_train_timesteps, more * axis.scale, more * axis.offset)
+
+
+def _find_form(
+    argument: str, seen: Collection[float], schedule: Sequence[float], total: int | None, reach: Sequence[float]
+) -> TimeAxis:
+    """The axis of a model as :func:`find_axis` says, however small T is."""
     given = [*schedule, *reach]
     largest = max(seen, default=1.0)
     length = total or (USUAL_LENGTH if largest <= USUAL_LENGTH else math.ceil(largest))
@@ -184,8 +200,9 @@ def find_axis(
     low, high = min(seen, default=0.0), max(seen, default=1.0)
     if low >= 0 and high <= 1 + LOOSE and not _whole(seen):
         return forms[1]
-    if low >= 0 and high <= length and (_are_steps(seen, length) or (total and not schedule)):
+    if low >= 0 and high <= length and _are_steps(seen, length):
         return forms[0]
+    length = max(length, USUAL_LENGTH)
     room = ROOM * ((high - low) or max(abs(high), 1.0))
     stretch = length / (high - low + 2 * room)
     return TimeAxis(argument, length, stretch, (room - low) * stretch)
@@ -204,7 +221,7 @@ def _all_on(schedule: Sequence[float], axis: TimeAxis, values: Iterable[float]) 
 
 def _are_steps(values: Collection[float], length: int) -> bool:
     """Whether values, which are on the axis, may be training steps: entries of a table tell them apart."""
-    apart = len(set(map(round, values))) == len(set(values))
+    apart = all(after - before >= APART for before, after in pairwise(sorted({0.0, *values})))
     return apart or _whole(values) or max(values, default=length) >= FINE * length
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import bind, main_argument_name
-from ptq_tdq.errors import ModelError, TimestepError
+from ptq_tdq.errors import ModelError, NonFiniteError, TimestepError
 from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.modules.products import one_by_one
 from ptq_tdq.timeaxis import TimeAxis, at
@@ -27,6 +27,30 @@ def in_float32(value: Any) -> Any:
         items = map(in_float32, value)
         return value._make(items) if hasattr(value, "_make") else type(value)(items)  # a tuple whose items have names
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def real_dtypes(tree: Any) -> list[torch.dtype]:
+    """Of the floating tensors in a tree."""
+    return [x.dtype for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def in_dtype(output: Any, dtype: torch.dtype) -> Any:
+    """A model's output with its floating tensors in ``dtype``."""
+    kind = type(output)
+    if is_dataclass(kind) and not issubclass(kind, dict):  # a tree knows diffusers' own alone
+        return replace(output, **{f.name: in_dtype(getattr(output, f.name), dtype) for f in fields(kind)})
+    return pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, output)
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise :class:`NonFiniteError` for NaN or Inf, other than in a mask that is added to scores."""
+    if x.is_floating_point() and not bool(x.float().isfinite().all()) and not _is_mask(x):
+        raise NonFiniteError("The model was given NaN or Inf, for which there are no codes; give it finite numbers.")
+
+
+def _is_mask(x: Tensor) -> bool:
+    """Whether x is what is added to scores, to look nowhere else: 0 and -Inf."""
+    return bool(((x == 0) | (x == -torch.inf)).all())
 
 
 def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
@@ -69,7 +93,8 @@ class TimedModel(Delegating):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward; raises :class:`~ptq_tdq.errors.TimestepError` for t outside the tables.
 
-        A float32 model takes inputs of any floating dtype, as they come where torch's default dtype is another.
+        A float32 model takes inputs of any floating dtype, as they come where torch's default dtype is another, and
+        gives back x of a lower one as it was given: a pipeline in half precision goes on with that.
         """
         name = self.axis.argument
         arguments = bind(self.model, args, kwargs)
@@ -79,10 +104,17 @@ class TimedModel(Delegating):
             raise TimestepError(
                 f"The model was called with {len(t)} values of {name} for {len(x)} samples; pass one, or one for each."
             )
-        if self.dtype == torch.float32:
+        cast = any(dtype != torch.float32 for dtype in real_dtypes(arguments)) and self.all_float32
+        lower = [dtype for dtype in real_dtypes(x) if dtype.itemsize < torch.float32.itemsize] if cast else []
+        if cast:
             args, kwargs, arguments = in_float32(args), in_float32(kwargs), in_float32(arguments)
+        output = self._at(t, args, kwargs, arguments)
+        return in_dtype(output, lower[0]) if lower else output
+
+    def _at(self, t: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
         if self.one_step and len(steps := t.unique()) > 1:
-            return merged([self._all_at(step, arguments) for step in steps], [t == step for step in steps])
+            chosen = [t == step for step in steps]
+            return merged([self._all_at(step, own, arguments) for step, own in zip(steps, chosen, strict=True)], chosen)
         with at(t), one_by_one(self.one_step):
             return self._call(*args, **kwargs)
 
@@ -98,10 +130,11 @@ class TimedModel(Delegating):
         """Whether rows inside the model cannot be told apart by sample, so that all must have one time step."""
         return bool(self.provenance.get("one_step"))
 
-    def _all_at(self, step: Tensor, arguments: dict[str, Any]) -> Any:
-        """The call with every sample at one time step."""
+    def _all_at(self, step: Tensor, own: Tensor, arguments: dict[str, Any]) -> Any:
+        """The call with every sample at one time step: those that are not at it (``own``, bool [B]) as the first is."""
         name = self.axis.argument
-        value = torch.full_like(arguments[name], self.axis.value(step).item())
+        value, own = arguments[name].clone(), own.to(arguments[name].device)
+        value[~own] = value[own][:1]
         with at(step[None]):
             return self._call(**{**arguments, name: value})
 
@@ -122,8 +155,19 @@ class TimedModel(Delegating):
         )
 
     @property
+    def all_float32(self) -> bool:
+        """Whether the model computes in float32 alone, and not in what its own code casts to."""
+        return all(p.dtype == torch.float32 for p in self.model.parameters() if p.is_floating_point())
+
+    @property
     def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        """The model's own word, which leaves out what diffusers keeps in float32, or that of its first numbers."""
+        own = getattr(self.model, "dtype", None)
+        return (
+            own
+            if isinstance(own, torch.dtype)
+            else next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        )
 
     @property
     def device(self) -> torch.device:

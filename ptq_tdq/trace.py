@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import Calls, Each, Group, Place, main_argument, prediction
-from ptq_tdq.calls.arguments import REFUSALS, without_gradients
+from ptq_tdq.calls.arguments import REFUSALS
+from ptq_tdq.calls.gradients import without_gradients
 from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.modules.layers import layer_kind
 from ptq_tdq.watch import Print, Run, Source, TracedLayer, Watcher
@@ -67,7 +68,7 @@ class Trace:
 def trace(model: nn.Module, calls: Calls) -> Trace:
     """Watch ``model`` on rows of ``calls``; raises :class:`ModelError` where it refuses one or two rows of them."""
     group = calls.groups[0]
-    pair = torch.tensor([0, 1 if len(group) > 1 else 0])
+    pair = _pair(group, calls.axis.argument)
     one, two = (group.arguments(index) for index in (pair[:1], pair))
     watcher = Watcher(model)
     try:
@@ -79,6 +80,8 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
         raise ModelError(f"{type(model).__name__} refuses the recorded calls ({said}); record its own.") from error
     for name, layer in watcher.layers.items():
         layer.rows = _rows(alone.inputs[name], together.inputs.get(name, []))
+    for name in [name for name in watcher.layers if name not in together.inputs]:  # chosen by the t of all samples
+        watcher.elsewhere[name] = watcher.layers.pop(name)
     mixed = {name for name, of in alone.products.items() if _rows(of, together.products.get(name, [])) is None}
     varied: list[Run] = []
     for source, changed in _variations(calls, group, one, watcher.output).items():
@@ -98,7 +101,7 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
     return Trace(
         watcher.layers,
         watcher.called,
-        {name: len(of) for name, of in alone.products.items()},
+        {name: len(of) for name, of in alone.products.items() if name in together.products},
         mixed,
         matmuls,
         loose,
@@ -106,6 +109,16 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
         watcher.elsewhere,
         [name for name in unused if not watcher.saw(name, watcher.modules[name])],
     )
+
+
+def _pair(group: Group, time: str) -> Tensor:
+    """The numbers of the first row and of another one, as far from it in time as any."""
+    leaf = group.leaf(time)
+    return torch.tensor([0, int(_distances(leaf, leaf[:1]).argmax()) or len(leaf) - 1])
+
+
+def _distances(rows: Tensor, row: Tensor) -> Tensor:
+    return (rows.double() - row.to(rows.device)).abs().reshape(len(rows), -1).sum(1)
 
 
 def _others(alone: Run, varied: list[Run]) -> tuple[Counter[str], Counter[str]]:
@@ -170,9 +183,8 @@ def _other_values(leaf: Any) -> Any:
 
 
 def _other_time(group: Group, name: str, value: Tensor) -> Tensor:
-    leaf = group.rows[group.tree[name].index]
-    assert isinstance(leaf, Tensor)
-    distance = (leaf.double() - value.to(leaf.device)).abs().reshape(len(leaf), -1).sum(1)
+    leaf = group.leaf(name)
+    distance = _distances(leaf, value)
     if bool(distance.any()):
         return leaf[distance.argmax()][None].to(value.device)
     return value / 2 if value.is_floating_point() else value // 2 + (value < 2)
@@ -201,12 +213,14 @@ def _other_rows(group: Group, tree: Any, value: Any) -> Any:
 
 def require_rows(model: nn.Module, calls: Calls) -> None:
     """Raise :class:`ModelError` for a model that does not take one time step per row."""
-    group = calls.groups[0]
-    try:
-        with torch.no_grad():
-            model(**group.arguments(torch.tensor([0, 0])))
-    except REFUSALS as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be called with two rows of the recorded calls at once "
-            f"({first_line(error)}); calibration needs batches."
-        ) from error
+    group, time = calls.groups[0], calls.axis.argument
+    for count in (2, 3):  # one of them is no number of its features, over which a time could be spread unnoticed
+        try:
+            with torch.no_grad():
+                model(**group.arguments(torch.zeros(count, dtype=torch.int64)))
+        except REFUSALS as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot be called with {count} rows of the recorded calls at once and "
+                f"{time} a tensor with one value for each ({first_line(error)}); calibration needs such batches. "
+                f"Where {time} is what does not fit, spread it over the other dimensions: {time}.view(-1, 1, 1, 1)."
+            ) from error

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq_tdq.affine import choose_qparams, dequantize, fake_quantize, quantize
+from ptq_tdq.affine import choose_qparams, dequantize, end_scales, fake_quantize, quantize
 from ptq_tdq.scheme import QType
 
 
@@ -21,6 +21,18 @@ def off_ties(x: Tensor, scale: Tensor, margin: float = 0.05) -> Tensor:
 
 
 QTYPES = [QType(8), QType(4), QType(2), QType(8, signed=True), QType(4, signed=True)]
+
+
+@pytest.mark.parametrize("qtype", QTYPES, ids=str)
+def test_the_scales_of_the_ends_have_the_outermost_codes_there(qtype: QType) -> None:
+    lo, hi = torch.tensor([-3.0, -0.5]), torch.tensor([1.0, 2.0])
+    for code in (qtype.qmin, qtype.qmin + 1, qtype.qmax):
+        zero_point = torch.tensor(code, dtype=torch.int32)
+        for end, outermost, scale in zip(
+            (lo, hi), (qtype.qmin, qtype.qmax), end_scales(lo, hi, zero_point, qtype), strict=True
+        ):
+            expected = torch.zeros(2) if code == outermost else end
+            torch.testing.assert_close((outermost - zero_point) * scale, expected)
 
 
 @pytest.mark.parametrize("qtype", QTYPES, ids=str)

@@ -136,11 +136,11 @@ def test_what_both_records_share_is_declared_once() -> None:
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ({"roundin": "gptq"}, "There is no choice named 'roundin'; the nearest are rounding, round_again"),
+        ({"roundin": "gptq"}, "There is no choice named 'roundin'; did you mean rounding, round_again"),
         ({"colour": "red"}, "There is no choice named 'colour'; `ptq-tdq choices` lists them"),
-        ({"weight": {"rounding": "gptq"}}, "There is no choice named 'weight'; the nearest are weights, "),
+        ({"weight": {"rounding": "gptq"}}, "There is no choice named 'weight'; did you mean weights, "),
         ({"weights": 3}, "weights is a group of choices; give a table of them"),
-        ({"weights": {"roundin": "gptq"}}, "There is no choice named 'roundin'; the nearest are rounding"),
+        ({"weights": {"roundin": "gptq"}}, "There is no choice named 'roundin'; did you mean rounding"),
         ({"weights": {"skip": "a"}}, "skip is a choice of layers, not of weights."),
         ({"weights": {"seed": 1}}, "seed is a choice of no group, not of weights."),
         ({"weights": {"rounding": "gptq"}, "rounding": "gptq"}, "rounding is there twice, in its group and outside."),
@@ -177,8 +177,18 @@ def test_a_file_that_is_no_table_of_choices(file: str, text: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("given", "error"), [(("default",), "preset gives"), ((preset("default"), [1]), "record gives")]
+    ("given", "error"),
+    [
+        (("default",), "preset gives"),
+        (([[0.0] * 1000],), "preset gives"),
+        ((preset("default"), [[0.0] * 1000]), "record gives"),
+    ],
 )
 def test_calibrate_says_what_it_takes(given: tuple[Any, ...], error: str) -> None:
-    with pytest.raises(PtqTdqError, match=error):
+    with pytest.raises(PtqTdqError, match=error) as found:
         calibrate(nn.Linear(1, 1), *given)
+    assert len(str(found.value)) < 100  # names what was given and does not print it
+
+
+def test_the_preset_is_default_where_none_is_named() -> None:
+    assert preset() == preset("default")

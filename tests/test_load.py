@@ -82,7 +82,7 @@ def test_a_class_of_ones_own_is_loaded_with_an_instance_whose_weights_do_not_mat
 def test_without_an_instance_the_error_says_what_is_needed(own: Any) -> None:
     for backend in ("simulated", "integer"):
         with pytest.raises(
-            ArtifactMismatchError, match=r"is of a 'Own', which .* load_quantized\(path, model=\.\.\.\)"
+            ArtifactMismatchError, match=r"is of a 'Own', which .* pass an instance of it as model=\.\.\."
         ):
             load_quantized(own[0], backend=backend)
 

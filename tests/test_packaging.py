@@ -42,12 +42,6 @@ def test_every_listed_package_imports(project: dict[str, Any]) -> None:
         importlib.import_module(package)
 
 
-def test_the_top_level_folders_do_not_become_top_level_packages() -> None:
-    for name in ("cli", "calib_data"):
-        module = importlib.import_module(f"ptq_tdq.{name}")
-        assert module.__name__ == f"ptq_tdq.{name}"
-
-
 def test_the_command_is_installed_under_its_name() -> None:
     (command,) = entry_points(group="console_scripts", name="ptq-tdq")
     assert callable(command.load())

@@ -506,6 +506,31 @@ def test_layers_of_other_calls_than_the_first_are_named_and_counted() -> None:
     assert "late, extra (50.0% of the multiply-accumulates), since only some calls" in plan.notices[0]
 
 
+class ByAll(Experts):
+    """An expert is chosen by the t of all samples, at a mean above ``least``."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.least = least
+
+    def forward(self, sample: Tensor, timestep: Tensor, extra: Tensor | None = None) -> Tensor:
+        late = timestep.float().mean() > self.least
+        return super().forward(sample, torch.where(late, 900, 100).expand(len(sample)))
+
+
+def test_experts_of_all_samples_of_a_call_stay_in_floating_point() -> None:
+    model, x, t = ByAll(500).requires_grad_(False), torch.randn(3, 4), torch.tensor([900.0, 900.0, 0.0])
+    plan = make_plan(model, preset("qdiff", scheme="W4A4"), calls_of(model, x, t))
+    assert [record.name for record in plan.layers] == ["first"]
+    assert "late, early (66.7% of the multiply-accumulates), since only some calls" in plan.notices[0]
+
+
+def test_experts_that_no_call_of_many_samples_reaches_are_one_sentence() -> None:
+    model, x, t = ByAll(400).requires_grad_(False), torch.randn(4, 4), torch.tensor([900.0, 0.0, 0.0, 0.0])
+    with pytest.raises(ModelError, match="early is reached by calls of one sample and by none of several"):
+        calibrate(model, preset("default", scheme="W8A8", activation_iterations=1), calls_of(model, x, t))
+
+
 class OfTokens(nn.Module):
     """Discrete diffusion: x are numbers of tokens."""
 
@@ -636,5 +661,21 @@ def test_a_refusal_without_words_is_one_sentence() -> None:
     model = Alone()
     parts = [calls_of(model, torch.randn(1, 4), torch.tensor([t])) for t in (3, 5)]
     calls = Calls.join(parts, parts[0].axis)
-    with pytest.raises(ModelError, match=r"two rows .* at once \(AssertionError\)"):
+    with pytest.raises(ModelError, match=r"2 rows .* for each \(AssertionError\)"):
         make_plan(model, preset("default"), calls)
+
+
+@pytest.mark.parametrize("features", [2, 3, 4])
+def test_a_model_of_one_time_for_all_samples_is_told_to_take_one_for_each(features: int) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(features, features)
+
+        def forward(self, sample: Tensor, sigma: Tensor) -> Tensor:
+            result: Tensor = self.layer(sample / (sigma**2 + 0.25).sqrt())
+            return result
+
+    calls = calls_of(Scaled(), torch.randn(6, features), torch.tensor(3.0))
+    with pytest.raises(ModelError, match=r"sigma a tensor with one value for each \(The size.*sigma.view\(-1, 1"):
+        make_plan(Scaled(), preset("default"), calls)

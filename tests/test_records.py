@@ -41,6 +41,10 @@ def test_records_are_hashable_values(record: LayerRecord) -> None:
         record.name = "another"  # type: ignore[misc]
 
 
+def test_a_split_shortcut_has_two_channel_ranges() -> None:
+    assert LayerRecord.from_dict(split_shortcut()).ranges == ((0, 128), (128, 192))
+
+
 def split_shortcut() -> dict[str, object]:
     inputs = tuple(QuantizerRecord(f"up.0.shortcut.{i}", 8, "tdq", "mse") for i in range(2))
     return LayerRecord("up.0.shortcut", "conv2d", "up.0", (0, 128, 192), 4, inputs).to_dict()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptq_tdq.observe import Observer
 from ptq_tdq.scheme import QType
-from ptq_tdq.search import Histogram, activation_qparams, weight_qparams
+from ptq_tdq.search import Histogram, activation_qparams, row_qparams
 
 Array = NDArray[np.float64]
 
@@ -64,7 +64,7 @@ def data(kind: str, rows: int, columns: int) -> Tensor:
 def test_weights_get_the_best_of_the_grid_and_nearly_the_best_of_all(kind: str, bits: int, symmetric: bool) -> None:
     qtype = QType(bits)
     rows = data(kind, 3, 600)
-    found = weight_qparams(rows, qtype, symmetric=symmetric)
+    found = row_qparams(rows, qtype, symmetric=symmetric)
     assert found.scale.shape == found.zero_point.shape == (3,)
     for row, scale, zero in zip(rows.double().numpy(), found.scale.tolist(), found.zero_point.tolist(), strict=True):
         place = affine(row, qtype)
@@ -82,15 +82,15 @@ def test_weights_get_the_best_of_the_grid_and_nearly_the_best_of_all(kind: str, 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_each_channel_is_searched_as_if_alone(bits: int) -> None:
     rows = data("heavy", 4, 200)
-    together = weight_qparams(rows, QType(bits))
+    together = row_qparams(rows, QType(bits))
     for i, row in enumerate(rows):
-        alone = weight_qparams(row[None], QType(bits))
+        alone = row_qparams(row[None], QType(bits))
         assert alone.scale[0] == together.scale[i] and alone.zero_point[0] == together.zero_point[i]
 
 
 def test_min_max_covers_the_range() -> None:
     rows = data("skewed", 3, 500)
-    found = weight_qparams(rows, QType(4), method="minmax")
+    found = row_qparams(rows, QType(4), method="minmax")
     width = rows.amax(1).clamp(min=0) - rows.amin(1).clamp(max=0)
     torch.testing.assert_close(found.scale, width / 15)
 
@@ -175,7 +175,7 @@ def test_a_given_zero_point_is_kept_and_its_scale_is_the_best_of_the_grid(zero: 
 def test_constant_zero_gives_a_finite_positive_scale() -> None:
     found = activation_qparams(histogram(torch.zeros(1, 50), torch.tensor([0.0])), QType(8))
     assert torch.isfinite(found.scale).all() and (found.scale > 0).all()
-    found = weight_qparams(torch.zeros(2, 50), QType(4))
+    found = row_qparams(torch.zeros(2, 50), QType(4))
     assert torch.isfinite(found.scale).all() and (found.scale > 0).all()
 
 
@@ -206,7 +206,7 @@ def test_the_unit_of_the_values_does_not_matter(power: int) -> None:
     x, unit = data("skewed", 3, 500), 2.0**power
     for method in ("mse", "mse-ends"):
         if method == "mse":
-            plain, scaled = weight_qparams(x, QType(4)), weight_qparams(x * unit, QType(4))
+            plain, scaled = row_qparams(x, QType(4)), row_qparams(x * unit, QType(4))
             assert torch.equal(plain.scale * unit, scaled.scale) and torch.equal(plain.zero_point, scaled.zero_point)
         steps = [activation_qparams(histogram(x * u, torch.arange(3.0)), QType(4), method=method) for u in (1.0, unit)]
         assert torch.equal(steps[0].scale * unit, steps[1].scale)

@@ -11,10 +11,8 @@ from recorded import calls_of
 from torch import Tensor, nn
 
 from ptq_tdq import calibrate, preset
-from ptq_tdq.cli.export import export_command
 from ptq_tdq.cli.inspect import inspect_command
-from ptq_tdq.cli.sample import sample_command
-from ptq_tdq.errors import UsageError, printable
+from ptq_tdq.errors import printable
 
 
 class Odd(nn.Module):
@@ -54,16 +52,3 @@ def test_names_are_shown_as_they_are_and_without_what_a_terminal_obeys(name: str
 
 def test_plain_data_is_printable_at_any_depth() -> None:
     assert printable({"a\n": ["é\x9b", 1, None, {"x": "\ud800"}]}) == {r"a\n": ["é\\x9b", 1, None, {"x": r"\ud800"}]}
-
-
-@pytest.mark.parametrize("option", [["--calls", "x"], ["--height", "7"], ["--model", "y"], ["--device", "cpu"]])
-def test_a_table_takes_nothing_that_says_how_a_model_is_called(option: list[str], tmp_path: Path) -> None:
-    Path(tmp_path / "x").touch()
-    arguments = [str(tmp_path), "--format", "csv", "--output", str(tmp_path / "t.csv"), *option]
-    with pytest.raises(UsageError, match=f"--format csv calls no model; leave out {option[0]}"):
-        CliRunner().invoke(export_command, arguments, catch_exceptions=False)
-
-
-def test_samples_are_a_png(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"a name that ends in \.png"):
-        CliRunner().invoke(sample_command, [str(tmp_path), "--output", "s.jpg"], catch_exceptions=False)

@@ -170,7 +170,7 @@ def test_an_axis_from_few_steps_has_all_that_the_scheduler_gives(name: str, step
     few, many, reach = (schedule_of(UNUSUAL[name], count) for count in (steps, 40, total))
     axis = find_axis("timestep", few, few, total, reach)
     t = axis.t(torch.tensor(many))
-    assert t.amax() - t.amin() > total / 2 and len(t.round().unique()) > 20
+    assert t.amax() - t.amin() > T / 2 and len(t.round().unique()) > 20
 
 
 @pytest.mark.parametrize("scheduler", [IPNDMScheduler(), DDPMWuerstchenScheduler()], ids=["IPNDM", "Wuerstchen"])
@@ -178,6 +178,29 @@ def test_an_axis_from_few_steps_has_all_that_the_scheduler_gives(name: str, step
 def test_a_schedule_that_never_exceeds_1_counts_in_parts_of_the_axis(scheduler: Any, steps: int) -> None:
     schedule, reach = schedule_of(scheduler, steps), schedule_of(scheduler, T)
     assert find_axis("t", schedule[:steps], schedule, T, reach).scale == 1000
+
+
+PARTS = [k / 8 for k in range(8, 0, -1)]
+SHORT = {
+    "a run from 1 to 0": (PARTS, PARTS, 1, [1.0]),
+    "the same by its calls": (PARTS, [], 1, []),
+    "few steps": ([10 * t for t in PARTS], [], 10, []),
+    "angles of SCM": ([1.57, 1.3], [1.57, 1.3, 0.0], 1000, []),
+    "the same angles by their calls": ([1.57, 1.3], [], 1000, []),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_table_has_entries_enough_for_values_that_are_no_training_steps(name: str) -> None:
+    seen, schedule, total, reach = SHORT[name]
+    t = find_axis("t", seen, schedule, total, reach).t(torch.tensor(seen))
+    assert float((t[:-1] - t[1:]).min()) > 50
+
+
+@pytest.mark.parametrize("total", [1, 4, 40])
+def test_few_training_steps_are_an_axis_as_they_are(total: int) -> None:
+    steps = [float(t) for t in range(total)]
+    assert find_axis("t", steps, steps, total, steps) == TimeAxis("t", total)
 
 
 @pytest.mark.parametrize("change", [{"scale": 0.0}, {"num_train_timesteps": 0}, {"offset": math.nan}, {"argument": 3}])

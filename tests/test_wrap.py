@@ -261,6 +261,22 @@ def test_samples_at_several_time_steps_are_right_also_where_rows_are_of_no_sampl
         assert torch.equal(together.sample[i], alone[i]) and torch.equal(together.rows[i], alone[i])
 
 
+def test_times_per_token_stay_those_of_their_sample_where_rows_are_of_no_sample() -> None:
+    class Timed(Mixed):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Output:
+            return super().forward(sample + timestep[..., None] / 1000, timestep)
+
+    model = Timed().requires_grad_(False)
+    inputs = {"sample": torch.randn(3, 2, 4), "timestep": torch.tensor([[0.0, 999.0], [999.0, 500.0], [7.0, 0.0]])}
+    quantized = wrap(model, inputs)
+    quantized.provenance = {"one_step": True}
+    calibrate(quantized, inputs, torch.linspace(0.3, 9, T + 1))
+    together = quantized(**inputs).sample
+    for i in range(3):
+        alone = quantized(**{name: x[i : i + 1] for name, x in inputs.items()}).sample
+        torch.testing.assert_close(together[i], alone[0])
+
+
 def test_layers_that_share_a_weight_are_quantized_apart() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

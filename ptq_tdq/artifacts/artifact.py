@@ -160,14 +160,14 @@ def _check_table(quantizer: QuantizerRecord, table: IntervalTable, steps: int) -
 
 
 def _check_weight(layer: LayerRecord, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-    what, bits, ranges = f"The weight of '{layer.name}'", layer.weight_bits or 0, len(layer.splits) - 1
+    what, bits, ranges = f"The weight of '{layer.name}'", layer.weight_bits or 0, len(layer.ranges)
     _require(codes.dtype == torch.uint8, f"{what} has {codes.dtype} codes, not uint8")
     _require(
         codes.ndim == _WEIGHT_DIMS.get(layer.kind) and codes.numel() > 0,
         f"{what} has the shape {list(codes.shape)}, which no {layer.kind} has",
     )
     _require(int(codes.max()) <= QType(bits).qmax, f"{what} has codes above {QType(bits).qmax} at {bits} bits")
-    increasing = all(low < high for low, high in zip(layer.splits, layer.splits[1:], strict=False))
+    increasing = all(low < high for low, high in layer.ranges)
     _require(ranges >= 1 and layer.splits[0] == 0 and increasing, f"{what} has the channel ranges {layer.splits}")
     _require(ranges == 1 or layer.splits[-1] == codes.shape[1], f"{what} does not have {layer.splits[-1]} channels")
     shape = (1 if scale.shape[:1] == (1,) else codes.shape[0], ranges)

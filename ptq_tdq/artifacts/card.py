@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # and not a folder on somebody's disk, or a class
 _TEXT = """\
 ---
 {front_matter}
@@ -22,10 +23,10 @@ The denoising model of `{model}`, quantized after training with ptq-tdq: {weight
 ```python
 from ptq_tdq import load_quantized
 
-pipe.unet = load_quantized("path/to/this/folder")
+{use}
 ```
 
-`pipe` is the diffusers pipeline of the original model. The weights are stored as integers. The default PyTorch path
+{place} The weights are stored as integers. The default PyTorch path
 **simulates** integer arithmetic in floating point: it shows what quantization does to the images, and it is not faster
 than the original model.
 
@@ -65,8 +66,12 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         "calibration set (SHA-256)": config["calibration_set"]["sha256"],
         **{f"{name} version": version for name, version in sorted(config["versions"].items())},
     }
+    own = "_diffusers_version" not in config["model_config"]  # a class that only its user has
+    use, place = _use(config, own)
     return _TEXT.format(
-        front_matter=_front_matter(None if _is_path(identifier) else identifier, scheme),
+        front_matter=_front_matter(identifier if _HUB_ID.fullmatch(identifier) else None, scheme, own),
+        use=use,
+        place=place,
         title=f"{model} {scheme}",
         model=model,
         weight_bits=weight_bits,
@@ -80,7 +85,19 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any]) -> str:
 
 def public_name(identifier: str) -> str:
     """A model id without the folders of the machine that it was read on."""
-    return re.split(r"[/\\]", identifier.rstrip("/\\"))[-1] if _is_path(identifier) else identifier
+    return identifier if _HUB_ID.fullmatch(identifier) else re.split(r"[/\\]", identifier.rstrip("/\\"))[-1]
+
+
+def _use(config: dict[str, Any], own: bool) -> tuple[str, str]:
+    """The line that loads the model, and what it takes the place of."""
+    component = config["base_model"].get("component")
+    if component is not None:
+        line = f'pipe.{component} = load_quantized("path/to/this/folder")'
+        return line, "`pipe` is the diffusers pipeline of the original model."
+    given = f", model={config['model_config'].get('_class_name')}(...)" if own else ""
+    line = f'model = load_quantized("path/to/this/folder"{given})'
+    of_class = ", an instance of whose class is passed with any weights" if own else ""
+    return line, f"It is called as the original model is{of_class}."
 
 
 def _training(about: Any) -> dict[str, str]:
@@ -91,18 +108,14 @@ def _training(about: Any) -> dict[str, str]:
     return {"fine-tuned": f"{choices.get('iterations')} iterations, quantizer {choices.get('quantizer')}"}
 
 
-def _front_matter(base_model: str | None, scheme: str) -> str:
+def _front_matter(base_model: str | None, scheme: str, own: bool) -> str:
     """YAML; every value is written as JSON, which YAML includes, so no value can break it."""
     fields: dict[str, Any] = {"library_name": "ptq-tdq"}
     if base_model is not None:
         fields |= {"base_model": base_model, "base_model_relation": "quantized"}
-    fields["tags"] = ["diffusion", "diffusers", "quantization", "post-training-quantization", "ptq-tdq", scheme.lower()]
+    kinds = ["diffusion"] if own else ["diffusion", "diffusers"]
+    fields["tags"] = [*kinds, "quantization", "post-training-quantization", "ptq-tdq", scheme.lower()]
     return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
-
-
-def _is_path(identifier: str) -> bool:
-    """Whether the model id is a folder on somebody's disk and not a Hub id such as ``google/ddpm-cifar10-32``."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", identifier) is None
 
 
 def _numbers(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

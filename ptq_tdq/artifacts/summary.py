@@ -101,5 +101,5 @@ def _weight_row(artifact: Artifact, layer: LayerRecord) -> dict[str, Any]:
         "shape": list(artifact.weight_codes[layer.name].shape),
         "bits": layer.weight_bits,
         "granularity": "per_tensor" if channels == 1 else "per_channel",
-        "channel_ranges": len(layer.splits) - 1,
+        "channel_ranges": len(layer.ranges),
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ptq_tdq.calls.gradients import without_gradients
 from ptq_tdq.calls.outputs import last_row
-from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
-from ptq_tdq.hooks import hooked
-from ptq_tdq.modules.layers import layer_kind
+from ptq_tdq.errors import CalibrationSetError, TimestepError
 from ptq_tdq.timeaxis import signature_of, time_argument
 
 Rows = slice | Tensor
@@ -245,37 +243,6 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
             if max(errors) < SAME:
                 return odd
     return works[0] if works else frozenset()
-
-
-@contextmanager
-def without_gradients(model: nn.Module) -> Iterator[None]:
-    """Calls of ``model`` compute no gradients.
-
-    Raises :class:`ModelError` for a model that differentiates itself, or turns on inference mode in its forward.
-    """
-    inference = torch.is_inference_mode_enabled()
-    refusal = ModelError(
-        f"{type(model).__name__} differentiates itself in its forward, and quantized layers have no such gradients; "
-        "quantize a model that computes its prediction directly."
-    )
-
-    def refuse(*_: Any) -> None:
-        if torch.is_grad_enabled():
-            raise refusal
-        if torch.is_inference_mode_enabled() and not inference:
-            raise ModelError(
-                f"{type(model).__name__} turns inference mode on in its forward, and nothing learns from its tensors; "
-                "take torch.inference_mode out of the model and put it around the calls."
-            )
-
-    layers = [module for module in model.modules() if layer_kind(module)]
-    try:
-        with torch.no_grad(), hooked(layer.register_forward_pre_hook(refuse) for layer in layers):
-            yield
-    except RuntimeError as error:
-        if "does not require grad" in str(error):
-            raise refusal from error
-        raise
 
 
 def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:

@@ -52,9 +52,12 @@ class Config(Choices):
             raise ConfigError(f"Config has no choices of preset {self.preset!r} in it; call preset({self.preset!r}).")
         object.__setattr__(self, "scheme", str(Scheme.parse(self.scheme)))
         source_class(self.method)
+        if self.method == "fixed":
+            raise ConfigError("The method 'fixed' is that of the layers that fixed_layers names; choose another.")
 
     @property
     def parsed_scheme(self) -> Scheme:
+        """The scheme as two numbers of bits."""
         return Scheme.parse(self.scheme)
 
     @property
@@ -65,9 +68,9 @@ class Config(Choices):
     @property
     def weight_choices(self) -> dict[str, Any]:
         """What phase W depends on, by name: transforms of inputs on the bits and kind of their intervals too."""
-        groups = ("calibration", "layers", "weights", "learning")
+        phase = ("calibration", "layers", "weights", "learning")
         every, known = ungrouped(self.to_dict()), described(Config)
-        found = {name: every[name] for name in known if known[name].group in groups and name not in PHASE_A}
+        found = {name: every[name] for name in known if known[name].group in phase and name not in PHASE_A}
         found["seed"] = self.seed
         if self.weights.equalize == "none" and self.weights.rotate != "auto":
             return {**found, "scheme": f"W{self.parsed_scheme.weight_bits}"}
@@ -138,7 +141,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def preset(name: str, **choices: Any) -> Config:
+def preset(name: str = "default", **choices: Any) -> Config:
     """The configuration of preset ``name`` with some choices replaced; raises :class:`ConfigError`."""
     if name not in list(PRESETS):  # a file may name it by a list, which has no hash
         raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}. Got {name!r} instead.")

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ptq_tdq.artifacts import write_atomic
 from ptq_tdq.calib_data import LoadedModel, is_embedded
+from ptq_tdq.calib_data.collect import Progress
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import CalibrationSetError
 from ptq_tdq.evaluate import c10, quality
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
-from ptq_tdq.evaluate.trajectories import Progress, Reference, compare, finite, make_reference, run
+from ptq_tdq.evaluate.trajectories import Reference, compare, finite, make_reference
 from ptq_tdq.files import check_tensors
 
 RECORDED = 50
@@ -29,7 +30,7 @@ CALLS, TENSORS = "calls.safetensors", "samples.safetensors"  # files of a saved 
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class Evaluation:
     """``results`` by name, JSON-ready (None stands for an infinite ratio), and the images [N, C, H, W] or None."""
 
     results: dict[str, Any]
@@ -55,19 +56,19 @@ class Baseline:
         """The full-precision samples against the data, in the classifiers' features; empty without classifiers."""
         return self._against_data(self.described)
 
-    def measure(self, denoiser: nn.Module, on_progress: Progress | None = None) -> Measured:
+    def measure(self, denoiser: nn.Module, on_progress: Progress | None = None) -> Evaluation:
         """``denoiser`` against full precision from the same noise and, with classifiers, against the data."""
         full = self.reference
-        sampled = run(denoiser, full.model, full.conditions, full.num_inference_steps, full.seed, on_progress)
+        sampled = full.sample(denoiser, on_progress)
         results: dict[str, Any] = compare(full, denoiser, sampled).to_dict()
         if full.images is None or sampled.images is None:
-            return Measured(results, None)
+            return Evaluation(results, None)
         results["image_sqnr_db"] = finite(sqnr_db(full.images, sampled.images))
         results["image_psnr_db"] = finite(psnr_db(full.images, sampled.images, peak=2.0))
         if self.classifiers is not None and self.described is not None:
             found = c10.describe(self.classifiers, sampled.images)
             results |= c10.against_full_precision(self.described, found) | self._against_data(found)
-        return Measured(results, sampled.images)
+        return Evaluation(results, sampled.images)
 
     def _against_data(self, found: c10.Described | None) -> dict[str, float]:
         if found is None:

@@ -32,14 +32,12 @@ def count_classes(conditions: Sequence[Any]) -> int:
     return len({condition for condition in conditions if isinstance(condition, int)})
 
 
-def grid_png(
-    panels: dict[str, Tensor], num_classes: int, most: int | None = None, captions: Sequence[str] = ()
-) -> bytes:
-    """The file of a :func:`grid` of the first ``most`` images of each panel, or of all."""
+def grid_png(panels: dict[str, Tensor], conditions: Sequence[Any], most: int | None = None) -> bytes:
+    """The file of a :func:`grid` of the first ``most`` images of each panel, or of all, which show ``conditions``."""
     shown = {title: images[:most] for title, images in panels.items()}
     buffer = io.BytesIO()
-    columns = columns_for(max(map(len, shown.values())), num_classes)
-    grid(shown, columns, captions=captions).save(buffer, format="PNG")
+    columns = columns_for(max(map(len, shown.values())), count_classes(conditions))
+    grid(shown, columns, captions=captions_of(conditions)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calib_data import LoadedModel, Sampled, finite_outputs, new_schedule, sample_generator
-from ptq_tdq.calib_data.collect import axis_of
+from ptq_tdq.calib_data.collect import Progress, axis_of
 from ptq_tdq.calls import Calls, Recorder, prediction
 from ptq_tdq.correction import Corrected
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.metrics import ratio_db, sqnr_db
 
 PURPOSE = "evaluation"  # of the noise, which calibration never sees
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +45,10 @@ class Reference:
     def recorded(self) -> int:
         """R, the samples whose calls were kept."""
         return len(self.calls.trajectory.unique())
+
+    def sample(self, denoiser: nn.Module, on_progress: Progress | None = None) -> Sampled:
+        """:func:`run` ``denoiser`` as the full-precision one was run."""
+        return run(denoiser, self.model, self.conditions, self.num_inference_steps, self.seed, on_progress)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def run(
 
 
 def compare(reference: Reference, denoiser: nn.Module, sampled: Sampled | None = None) -> Comparison:
-    """Measure ``denoiser`` against the reference; ``sampled`` is what :func:`run` gave for it, where that is known.
+    """Measure ``denoiser`` against the reference; ``sampled`` is its :meth:`Reference.sample`, where known.
 
     t is that of the denoiser's interval tables: an axis that is stretched over values differs from run to run.
     """
@@ -147,7 +149,7 @@ def compare(reference: Reference, denoiser: nn.Module, sampled: Sampled | None =
         for total, values in zip(sums, (expected.double(), expected.double() - mine.double()), strict=True):
             total.index_add_(0, rows[span], values.square().flatten(1).sum(1))
     if sampled is None:
-        sampled = run(denoiser, model, reference.conditions, reference.num_inference_steps, reference.seed)
+        sampled = reference.sample(denoiser)
     # samplers go down from t = T: the order of sampling, also where a step is visited twice
     ratios = [ratio_db(*total) for total in sums.T.flip(0).tolist()]
     return Comparison(tuple(steps.flip(0).tolist()), tuple(ratios), sqnr_db(reference.latents, sampled.latents))

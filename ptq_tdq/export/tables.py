@@ -11,23 +11,25 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ptq_tdq.artifacts.artifact import Artifact
 from ptq_tdq.artifacts.atomic import write_atomic
 from ptq_tdq.errors import UsageError
+from ptq_tdq.load import Given, as_artifact
 from ptq_tdq.scheme import QType
 
 COLUMNS = ("layer", "t", "scale", "zero_point", "qmin", "qmax", "lo", "hi")
 
 
-def interval_frame(artifact: Artifact) -> pd.DataFrame:
+def interval_frame(artifact: Given) -> pd.DataFrame:
     """One row per quantizer and t, in execution order; ``layer`` is the quantizer's name.
 
+    ``artifact`` is a folder, a hub id, what :func:`~ptq_tdq.calibrate` gave, or an artifact in memory.
     ``scale``, ``lo`` = scale * (qmin - zero_point) and ``hi`` = scale * (qmax - zero_point) are float32, the others
     int32. Raises :class:`UsageError` for dynamic quantizers, which have no table.
     """
     columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-    for quantizer in artifact.quantizers:
-        table, qtype = artifact.tables[quantizer.name], QType(quantizer.bits)
+    found = as_artifact(artifact)
+    for quantizer in found.quantizers:
+        table, qtype = found.tables[quantizer.name], QType(quantizer.bits)
         if table.scale is None:
             raise UsageError(
                 f"The quantizer '{quantizer.name}' is dynamic: its scale is found at run time and it has no table; "
@@ -49,7 +51,7 @@ def interval_frame(artifact: Artifact) -> pd.DataFrame:
     return pd.DataFrame({name: np.concatenate(parts) if parts else [] for name, parts in columns.items()})
 
 
-def export_tables(artifact: Artifact, file: str | Path, format: str) -> None:
+def export_tables(artifact: Given, file: str | Path, format: str) -> None:
     """Write :func:`interval_frame` to ``file`` as "csv", "json" (an object of columns) or "npz" (an array per column).
 
     Decimals are the shortest that give the float32 back exactly; the same tables give the same bytes. Raises

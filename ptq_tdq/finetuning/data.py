@@ -93,7 +93,8 @@ class RecordedCalls(Data):
         return self._batches(self.rows[numbers[part]])
 
     def judges(self) -> list[Batch]:
-        return [batch for rows in self._judges.split(PIECE) for batch in self._batches(rows)]
+        count = -(-len(self._judges) // PIECE)  # pieces that span all time steps, in whose order the rows are
+        return [batch for first in range(count) for batch in self._batches(self._judges[first::count])]
 
     @property
     def identity(self) -> str:

@@ -28,8 +28,9 @@ ENCODED = 64  # images at once
 def read_data(path: Path, model: LoadedModel, axis: TimeAxis, *, denoise: bool) -> NoisedSamples:
     """Images in a folder (one sub-folder per class for a model with classes) or an npz file, ready to be noised.
 
-    The file has ``images`` uint8 [N, H, W, 3] or ``latents`` [N, C, H, W] and, for a model with classes, ``labels``
-    [N]. Images of a latent model pass its VAE once. Images in folders are cropped and resized.
+    The file has ``images`` uint8 [N, H, W, C] (or [N, H, W]) or ``latents`` [N, C, H, W] and, for a model with classes,
+    ``labels`` [N]. Images of a latent model pass its VAE once. Images in folders are cropped and resized, and turned
+    grey for a model of one channel.
 
     Raises :class:`ConfigError` for a model with another condition, and for predictions that have no name here;
     :class:`CalibrationSetError` for files that cannot be read or do not fit the model.
@@ -37,11 +38,11 @@ def read_data(path: Path, model: LoadedModel, axis: TimeAxis, *, denoise: bool) 
     sampler = model.sampler
     if not isinstance(sampler, LoopSampler):
         raise ConfigError(
-            "Fine-tuning on files is for models of x, t and at most a class; leave out --data, and this model learns "
-            "from its own full-precision trajectories."
+            "Fine-tuning on files is for models that no pipeline samples, of x, t and at most a class; leave data out, "
+            "and this model learns from its own full-precision trajectories."
         )
     alphas, predicts = _prediction(model.scheduler)
-    found = _read_file(path) if path.is_file() else _read_folder(path, _image_size(sampler), sampler.num_classes)
+    found = _read_file(path) if path.is_file() else _read_folder(path, _image_shape(sampler), sampler.num_classes)
     clean = _latents(found["latents"]) if "latents" in found else _clean(found["images"], sampler)
     if tuple(clean.shape[1:]) != tuple(sampler.shape):
         raise CalibrationSetError(
@@ -65,8 +66,8 @@ def _prediction(scheduler: Any) -> tuple[Tensor | None, str]:
     predicts = getattr(scheduler.config, "prediction_type", "epsilon")
     if alphas is None or predicts not in ("epsilon", "v_prediction", "sample"):
         raise ConfigError(
-            f"What a model predicts under {type(scheduler).__name__} ({predicts}) has no training loss here; leave out "
-            "--data."
+            f"What a model predicts under {type(scheduler).__name__} ({predicts}) has no training loss here; leave "
+            "data out."
         )
     return alphas, predicts
 
@@ -103,14 +104,17 @@ def _array(file: ZipFile, info: ZipInfo) -> np.ndarray:
         if info.file_size != member.tell() + dtype.itemsize * math.prod(shape):
             raise ValueError(f"'{info.filename}' is not as long as its shape says")
         if info.file_size > MOST_PACKED * max(info.compress_size, 1 << 10):
-            raise ValueError(f"'{info.filename}' would be more than {MOST_PACKED} times as long as in the file")
+            raise ValueError(
+                f"'{info.filename}' would be more than {MOST_PACKED} times as long as in the file; save it without "
+                "compression"
+            )
     with file.open(info.filename) as member:
         found: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
     return np.ascontiguousarray(found, found.dtype.newbyteorder("="))
 
 
-def _read_folder(folder: Path, size: tuple[int, int], classes: int) -> Mapping[str, np.ndarray]:
-    """Images uint8 [N, H, W, 3] in the order of their names, and the numbers of their sub-folders."""
+def _read_folder(folder: Path, shape: tuple[int, int, int], classes: int) -> Mapping[str, np.ndarray]:
+    """Images uint8 [N, H, W, C] in the order of their names, and the numbers of their sub-folders."""
     if not folder.exists():
         raise CalibrationSetError(f"There is no file or folder '{folder}'; give images or an npz file.")
     if not folder.is_dir():
@@ -126,7 +130,7 @@ def _read_folder(folder: Path, size: tuple[int, int], classes: int) -> Mapping[s
     images, labels = [], []
     for number, part in enumerate(parts):
         for path in find_images(part):
-            images.append(_read_image(path, size))
+            images.append(_read_image(path, shape))
             labels.append(number)
     if not images:
         where = "its sub-folders, one per class," if classes else "it"
@@ -135,21 +139,25 @@ def _read_folder(folder: Path, size: tuple[int, int], classes: int) -> Mapping[s
     return {"images": np.stack(images), **({"labels": np.array(labels)} if classes else {})}
 
 
-def _read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """One image, uint8 [H, W, 3], cropped and resized."""
+def _read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """One image, uint8 [H, W, C], cropped and resized."""
     from PIL import ImageOps
 
+    channels, height, width = shape
     try:
-        return np.asarray(ImageOps.fit(read_image(path), size[::-1]))
+        image = ImageOps.fit(read_image(path), (width, height))
     except OSError as error:
         raise CalibrationSetError(f"'{path}' is no image that can be read ({reason(error)}).") from None
+    return np.asarray(image) if channels > 1 else np.asarray(image.convert("L"))[..., None]
 
 
-def _image_size(sampler: LoopSampler) -> tuple[int, int]:
-    """Height and width of the images that the model's samples are made of."""
-    height, width = (*sampler.shape, 1, 1)[1:3]
-    factor = 1 if sampler.vae is None else 2 ** (len(sampler.vae.config.block_out_channels) - 1)
-    return height * factor, width * factor
+def _image_shape(sampler: LoopSampler) -> tuple[int, int, int]:
+    """Channels, height and width of the images that the model's samples are made of."""
+    channels, height, width = (*sampler.shape, 1, 1)[:3]
+    if sampler.vae is None:
+        return channels, height, width
+    factor = 2 ** (len(sampler.vae.config.block_out_channels) - 1)
+    return sampler.vae.config.in_channels, height * factor, width * factor
 
 
 def _latents(latents: np.ndarray) -> Tensor:
@@ -161,10 +169,11 @@ def _latents(latents: np.ndarray) -> Tensor:
 
 
 def _clean(images: np.ndarray, sampler: LoopSampler) -> Tensor:
-    """x0 of images uint8 [N, H, W, 3]."""
+    """x0 of images uint8 [N, H, W, C] or [N, H, W]."""
+    images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
         raise CalibrationSetError(
-            f"Images must be uint8 [N, H, W, 3]. Got {images.dtype} {list(images.shape)} instead; convert them."
+            f"Images must be uint8 [N, H, W, 1 or 3]. Got {images.dtype} {list(images.shape)} instead; convert them."
         )
     unit = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     if sampler.vae is None:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ptq_tdq import processes
+from ptq_tdq.ambient import undisturbed
 from ptq_tdq.artifacts import CONFIG_FILE, Artifact, check_base_model, encode_artifact
-from ptq_tdq.calib_data import LoadedModel, collect, from_pipeline
+from ptq_tdq.calib_data import LoadedModel, Original, collect, find_original
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import CalibrationSetError, ConfigError
 from ptq_tdq.finetuning.config import KEEP, FinetuneConfig
@@ -23,9 +24,7 @@ from ptq_tdq.finetuning.files import read_data
 from ptq_tdq.finetuning.sources import begin_sources, check_moving
 from ptq_tdq.finetuning.student import Student
 from ptq_tdq.finetuning.train import IterationReport, Training, segments
-from ptq_tdq.identity import model_sha256
-from ptq_tdq.load import build_quantized, find_artifact
-from ptq_tdq.processor import undisturbed
+from ptq_tdq.load import Given, as_artifact, build_quantized
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import RunDirectory
 from ptq_tdq.trace import require_rows
@@ -40,11 +39,11 @@ PROBED = 4  # of the calls that judge, in which unknown intervals are observed
 @processes.together()
 def finetune(
     model: Any,
-    artifact: str | Path | Artifact | QuantizedModel,
+    artifact: Given,
     config: FinetuneConfig | None = None,
     data: Calls | str | Path | None = None,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     classes: Sequence[int] | None = None,
     call: Mapping[str, Any] | None = None,
     run_directory: str | Path | None = None,
@@ -74,19 +73,19 @@ def finetune(
     """
     config = FinetuneConfig() if config is None else config
     if not isinstance(config, FinetuneConfig):
-        raise ConfigError(f"config must be a FinetuneConfig. Got {config!r} instead.")
+        raise ConfigError(f"config must be a FinetuneConfig. Got a {type(config).__name__} instead.")
     if not isinstance(data, Calls | str | Path | None):
         raise CalibrationSetError(
             "data must be what ptq_tdq.record gives, or the path of images or of an npz file. "
             f"Got a {type(data).__name__} instead."
         )
-    found = _artifact(artifact)
-    if not isinstance(model, nn.Module | LoadedModel):
-        component = found.config["base_model"].get("component")
-        model = from_pipeline(model, component=component, prompts=prompts, classes=classes, call=call)
-    check_start(model, found, config, data)
-    source = read(model, found, config, data)
-    denoiser = model.denoiser if isinstance(model, LoadedModel) else model
+    found = as_artifact(artifact)
+    component = None if isinstance(model, nn.Module | LoadedModel) else found.config["base_model"].get("component")
+    sampled: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
+    original = find_original(model, recorded=data is not None, component=component, **sampled)
+    check_start(original, found, config, data)
+    source = read(original, found, config, data)
+    denoiser = original.denoiser
     device = next(denoiser.parameters()).device
     teacher, quantized = folded_copy(denoiser), build_quantized(found, denoiser).to(device)
     begin_sources(quantized, config, source.steps, [batch.arguments for batch in source.judges()[:PROBED]])
@@ -108,45 +107,34 @@ def finetune(
     return finished
 
 
-def check_start(
-    model: LoadedModel | nn.Module, artifact: Artifact, config: FinetuneConfig, data: Calls | str | Path | None
-) -> None:
+def check_start(model: Original, artifact: Artifact, config: FinetuneConfig, data: Calls | str | Path | None) -> None:
     """Raise what :func:`finetune` would for a model, choices and kind of data that do not fit together."""
-    denoiser = model.denoiser if isinstance(model, LoadedModel) else model
     shares = processes.count() * config.accumulation
     if config.batch_size % shares:
         raise ConfigError(
             f"batch_size must be a multiple of accumulation times the number of processes ({shares}). "
             f"Got {config.batch_size} instead."
         )
-    if config.cuda_graph and next(denoiser.parameters()).device.type != "cuda":
+    if config.cuda_graph and next(model.denoiser.parameters()).device.type != "cuda":
         raise ConfigError("cuda_graph is for a model on a GPU; move it there (--device cuda), or leave it out.")
     check_moving(artifact.layers, config)
-    check_base_model(artifact, model.sha256 if isinstance(model, LoadedModel) else model_sha256(model))
+    check_base_model(artifact, model.sha256)
     if not isinstance(data, str | Path) and config.loss == "denoising":
         raise ConfigError("The loss 'denoising' needs images or latents (data); leave out the loss, or give data.")
-    if data is None and not isinstance(model, LoadedModel):
-        raise CalibrationSetError(
-            f"A {type(denoiser).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) "
-            "and pass them as data, or pass its pipeline."
-        )
 
 
-def read(
-    model: LoadedModel | nn.Module, artifact: Artifact, config: FinetuneConfig, data: Calls | str | Path | None
-) -> Data:
+def read(model: Original, artifact: Artifact, config: FinetuneConfig, data: Calls | str | Path | None) -> Data:
     """The data of a run."""
     if isinstance(data, str | Path):
         if not isinstance(model, LoadedModel):
-            raise ConfigError("Fine-tuning on files needs the model's scheduler; pass its pipeline, or load_model's.")
+            raise ConfigError("Fine-tuning on files needs the model's scheduler; pass what load_model gives.")
         return read_data(Path(data), model, artifact.time_axis, denoise=config.loss != "distillation")
     if data is None:
         assert isinstance(model, LoadedModel)
         data = collect(model, **recipe(config))
     data.check()
-    denoiser = model.denoiser if isinstance(model, LoadedModel) else model
-    require_rows(folded_copy(denoiser), data)
-    return RecordedCalls(replace(data.to(next(denoiser.parameters()).device), axis=artifact.time_axis))
+    require_rows(folded_copy(model.denoiser), data)
+    return RecordedCalls(replace(data.to(next(model.denoiser.parameters()).device), axis=artifact.time_axis))
 
 
 def recipe(config: FinetuneConfig) -> dict[str, Any]:
@@ -159,18 +147,6 @@ def recipe(config: FinetuneConfig) -> dict[str, Any]:
         "thinning": thinning,
         "seed": config.seed,
     }
-
-
-def _artifact(given: str | Path | Artifact | QuantizedModel) -> Artifact:
-    if isinstance(given, QuantizedModel):
-        return given.to_artifact()
-    if isinstance(given, str | Path):
-        return find_artifact(given)
-    if not isinstance(given, Artifact):
-        raise ConfigError(
-            f"artifact must be a folder, a hub id, or what ptq_tdq.calibrate gives. Got {given!r} instead."
-        )
-    return given
 
 
 def _identity(artifact: Artifact, config: FinetuneConfig, data: Data) -> dict[str, Any]:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.affine import fake_quantize
-from ptq_tdq.calib_data.finite import first_where
+from ptq_tdq.ambient import products_in
 from ptq_tdq.calls import prediction, tensors_of
 from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.quantizers import Quantizer, quantizer_class
 from ptq_tdq.finetuning.sources import is_held
+from ptq_tdq.hooks import first_where
 from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.intervals.mlp import ModuleInterval
 from ptq_tdq.intervals.together import join
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import outputs_first, own_weight
-from ptq_tdq.processor import products_in
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import activations
 from ptq_tdq.rotate import rotated

@@ -37,6 +37,7 @@ class Observed:
     ratios: Histogram | None = None  # errors [K, F] with ratios [F] of tokens' own ranges
 
     def search(self, histogram: Histogram, zero_point: Tensor | None = None) -> QParams:
+        """The best interval of each row of a histogram, with any zero point or, where it is given, with that one."""
         return activation_qparams(
             histogram, self.qtype, method=self.range_method, from_zero=self.from_zero, zero_point=zero_point
         )
@@ -89,9 +90,13 @@ class IntervalSource(Float32Module, ABC):
     """Scale and zero_point of one activation quantizer as a function of t (of dynamic ones, of the tensor too)."""
 
     pattern: ClassVar[str]
-    timed: ClassVar[bool] = True  # a function of t alone, so a table can hold it
-    by_token: ClassVar[bool] = False  # an interval for each token; see ``dynamic_token.py``
-    by_sample: ClassVar[bool] = False  # an interval from all values of each sample
+    """A regular expression: the names of methods that this source is for."""
+    timed: ClassVar[bool] = True
+    """Whether it is a function of t alone, so that a table can hold it."""
+    by_token: ClassVar[bool] = False
+    """Whether it gives an interval for each token; see ``dynamic_token.py``."""
+    by_sample: ClassVar[bool] = False
+    """Whether it gives an interval from all values of each sample."""
     registry: ClassVar[dict[str, type[IntervalSource]]] = {}
 
     def __init_subclass__(cls) -> None:

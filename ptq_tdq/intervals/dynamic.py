@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq_tdq.affine import end_scales
 from ptq_tdq.errors import ModelError
 from ptq_tdq.intervals.base import IntervalSource, Observed, source_class
 from ptq_tdq.scheme import QType
@@ -61,13 +62,8 @@ class Dynamic(IntervalSource):
 
     def forward(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.flatten(1)
-        above, below = self.qtype.qmax - self.zero_point, self.zero_point - self.qtype.qmin
-        # a side without codes is clipped; dividing by infinity asks the device nothing, unlike a condition
-        up, down = (
-            extreme.to(torch.float32) / torch.where(codes > 0, codes.to(torch.float32), torch.inf)
-            for extreme, codes in ((rows.amax(1), above), (-rows.amin(1), below))
-        )
-        scale = torch.maximum(up, down).clamp(min=torch.finfo(torch.float32).tiny)
+        down, up = end_scales(rows.amin(1), rows.amax(1), self.zero_point, self.qtype)
+        scale = torch.maximum(down, up).clamp(min=torch.finfo(torch.float32).tiny)
         return scale, self.zero_point.expand(len(rows))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -146,7 +145,7 @@ class QuantLayer(Delegating):
         self.kind = kind
         assert record.weight_bits is not None
         self.layer, self.record = layer, record
-        self.ranges = tuple(pairwise(record.splits))
+        self.ranges = record.ranges
         self.weights = nn.ModuleList(WeightQuantizer(record.weight_bits) for _ in self.ranges)
         self.inputs = nn.ModuleList(ActivationQuantizer(q, kind.tokens_along) for q in record.inputs)
         self.weights_enabled = False

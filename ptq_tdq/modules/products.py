@@ -51,7 +51,7 @@ class QuantProduct(nn.Module):
         self.record = record
         self.inputs = nn.ModuleList(map(ActivationQuantizer, record.inputs, ALONG))
 
-    def quantizers(self) -> list[ActivationQuantizer]:
+    def activation_quantizers(self) -> list[ActivationQuantizer]:
         return [q for q in self.inputs if isinstance(q, ActivationQuantizer)]
 
     def forward(
@@ -66,7 +66,7 @@ class QuantProduct(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         """As ``torch.nn.functional.scaled_dot_product_attention``: query [B, heads, N, d], key and value [.., M, d]."""
-        quantizers = self.quantizers()
+        quantizers = self.activation_quantizers()
         if not any(q.enabled or q.observer for q in quantizers):
             return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -98,7 +98,7 @@ class QuantProduct(nn.Module):
 
         Gradients compute a block again, so none of the N x M scores and probabilities is kept.
         """
-        softmax = self.quantizers()[-1]
+        softmax = self.activation_quantizers()[-1]
         assert softmax.source is not None
         # once, since a network in it may drop units at random
         own = () if softmax.source.by_token else softmax.interval(q)

@@ -125,6 +125,8 @@ def reconstruct_activations(
         if _learn(unit, call, target, config, generator):
             best.consider()
     best.restore()
+    if not math.isfinite(best.loss):
+        unit.require_finite(call)
     for quantizer in follow:
         if quantizer.record.gain_db is not None and not isinstance(quantizer.source, ModuleInterval):
             quantizer.record = replace(quantizer.record, method=SIMPLE)  # on all samples it has not paid
@@ -244,7 +246,7 @@ def _learn(unit: Unit, call: UnitCall, target: Parts, config: Config, generator:
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     sources.train()
-    chances = None if phase.loss_weights == "uniform" else _chances(unit, target, phase.loss_power)
+    chances = None if phase.loss_weights == "uniform" else sample_chances(unit, target, phase.loss_power)
     with unit.learning():
         for _ in range(iterations):
             index = unit.draw(config.learning.batch_size, generator, chances)
@@ -255,7 +257,7 @@ def _learn(unit: Unit, call: UnitCall, target: Parts, config: Config, generator:
     return True
 
 
-def _chances(unit: Unit, target: Parts, power: float) -> Tensor:
+def sample_chances(unit: Unit, target: Parts, power: float) -> Tensor:
     """One over the mean size of the targets at each sample's time step [N], but for a common factor."""
     tiny = torch.finfo(torch.float32).tiny
     batches = list(unit.batches())

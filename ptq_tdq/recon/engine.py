@@ -13,16 +13,16 @@ import torch
 from ptq_tdq import processes
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
-from ptq_tdq.errors import CalibrationSetError
+from ptq_tdq.errors import CalibrationSetError, ModelError
 from ptq_tdq.intervals import Observed
 from ptq_tdq.plan import Special
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.activations import observe, reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
-from ptq_tdq.recon.equalize import equalize_unit
 from ptq_tdq.recon.parts import Parts, Store
 from ptq_tdq.recon.size import UnitSize, at_once, stream_bytes, unit_sizes
 from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, sweep
+from ptq_tdq.recon.transform import transform_unit
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
 from ptq_tdq.records import LayerRecord
@@ -168,6 +168,11 @@ class _Engine:
             return target, outputs
 
         sweep(self.quantized.model, self.units, self.chunks(), self.store, process)
+        if missed := [name for name in self.units if name not in done]:
+            raise ModelError(
+                f"{missed[0]} is reached by calls of one sample and by none of several with different time steps, as "
+                "the calibration's are; skip it (choice 'skip')."
+            )
 
     def observe(self, name: str) -> dict[str, Observed]:
         """What a unit's quantizers see in whole calls of the model."""
@@ -216,7 +221,7 @@ class _Engine:
             torch.manual_seed(seed)
             if phase == "weights":
                 if self.config.weights.equalize == "channels" or self.config.weights.rotate == "auto":
-                    equalize_unit(unit, mine, self.config, generator)
+                    transform_unit(unit, mine, self.config, generator)
                 losses = reconstruct_weights(unit, full, mine, target, config, generator)
             else:
                 seen = mine if self.config.activations.activation_inputs == "quantized" else full

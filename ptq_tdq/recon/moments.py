@@ -115,12 +115,12 @@ def same_input(unit: Unit, call: UnitCall) -> list[list[QuantLayer]]:
     """The unit's layers in order, those that are given the very same tensor together (q, k and v)."""
     layers, seen = unit.layers(), dict[QuantLayer, tuple[Tensor, int]]()
 
-    def hear(layer: nn.Module, args: Any, kwargs: Any) -> None:
+    def on_call(layer: nn.Module, args: Any, kwargs: Any) -> None:
         x = layer_input(args, kwargs)
         assert x is not None and isinstance(layer, QuantLayer)
         seen.setdefault(layer, (x, x._version))
 
-    with torch.no_grad(), hooked(layer.register_forward_pre_hook(hear, with_kwargs=True) for layer in layers):
+    with torch.no_grad(), hooked(layer.register_forward_pre_hook(on_call, with_kwargs=True) for layer in layers):
         unit.run(call, call.arguments.first())
     groups: list[list[int]] = []  # of their numbers
     for number, layer in enumerate(layers):

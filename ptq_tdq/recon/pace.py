@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ptq_tdq.ambient import products_in, undisturbed
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.gptq import gptq, solve_order
@@ -23,14 +24,13 @@ from ptq_tdq.intervals.static import BinnedIntervals
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import layer_input
 from ptq_tdq.observe import Observer
-from ptq_tdq.processor import products_in, undisturbed
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon.moments import Inputs
 from ptq_tdq.recon.size import UnitSize, at_once
 from ptq_tdq.recon.unit import reconstruction_loss
 from ptq_tdq.recon.windows import picker
 from ptq_tdq.scheme import QType
-from ptq_tdq.search import weight_qparams
+from ptq_tdq.search import row_qparams
 from ptq_tdq.wrap import switched
 
 SEVERAL = 16  # samples that are timed at once, at most
@@ -98,7 +98,7 @@ class _Clock:
 
     def pace(self, unit: nn.Module, run: Callable[[], Any]) -> Pace:
         reach, plain = _reach(unit, run), seconds(run, self.times)
-        with _quantizing(unit) as quantizers:
+        with quantizing(unit) as quantizers:
             behind, learned = (seconds(of, self.times) for of in (run, partial(self.learn, unit, run)))
         return Pace(plain / self.count, behind / self.count, learned / self.count, reach, quantizers)
 
@@ -115,14 +115,14 @@ def _reach(unit: nn.Module, run: Callable[[], Any]) -> float:
     """The sum of the parts of a run that come before each tensor which layers are given."""
     inputs, found = list[Tensor | None](), list[float]()
 
-    def hear(layer: nn.Module, args: Any, kwargs: Any) -> None:
+    def on_call(layer: nn.Module, args: Any, kwargs: Any) -> None:
         x = layer_input(args, kwargs)
         if not inputs or inputs[-1] is not x:
             inputs.append(x)
             found.append(time.process_time())
 
     layers = [module for module in unit.modules() if isinstance(module, QuantLayer)]
-    with hooked(layer.register_forward_pre_hook(hear, with_kwargs=True) for layer in layers):
+    with hooked(layer.register_forward_pre_hook(on_call, with_kwargs=True) for layer in layers):
         began = time.process_time()
         run()
         taken = time.process_time() - began
@@ -130,7 +130,7 @@ def _reach(unit: nn.Module, run: Callable[[], Any]) -> float:
 
 
 @contextmanager
-def _quantizing(unit: nn.Module) -> Iterator[int]:
+def quantizing(unit: nn.Module) -> Iterator[int]:
     """While open, the unit's activations pass through quantizers with an interval that is learned; their number."""
     quantizers = [module for module in unit.modules() if isinstance(module, ActivationQuantizer)]
     for quantizer in quantizers:
@@ -172,7 +172,7 @@ class Rates:
         return cls(
             product=seconds(lambda: a @ a) / (2 * size**3),
             double=seconds(lambda: double @ double) / (2 * size**3),
-            search=seconds(lambda: weight_qparams(weight[:64], QType(4)), 2) / weight[:64].numel(),
+            search=seconds(lambda: row_qparams(weight[:64], QType(4)), 2) / weight[:64].numel(),
             pick=_picked(nn.Conv2d(64, 1, 3, padding=1), torch.randn(1, 64, 16, 16), generator),
             pick_linear=_picked(nn.Linear(512, 1), torch.randn(1, 256, 512), generator),
             rounding=seconds(lambda: gptq(weight, solve, scale, zero_point, QType(4)), 2) / scale.numel(),

@@ -53,11 +53,11 @@ def _shapes(
     def of(tree: Any) -> Shapes:
         return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(tree)]
 
-    def hear(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
+    def on_call(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
         found.setdefault(name, []).append((of((args, kwargs)), of(output)))
 
     handles = (
-        model.get_submodule(name).register_forward_hook(partial(hear, name=name), with_kwargs=True) for name in units
+        model.get_submodule(name).register_forward_hook(partial(on_call, name=name), with_kwargs=True) for name in units
     )
     with hooked(handles), torch.no_grad():
         model(**arguments)

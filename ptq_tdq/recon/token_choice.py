@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ptq_tdq.config import Config
 from ptq_tdq.intervals.auto import TOKEN
-from ptq_tdq.intervals.base import source_class
+from ptq_tdq.intervals.dynamic_token import DynamicToken
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.recon.choice import believed, ratio_db
 from ptq_tdq.recon.parts import Parts
@@ -31,7 +31,7 @@ def choose_tokens(
     def losses(chosen: list[ActivationQuantizer]) -> Tensor:
         kept = [quantizer.source for quantizer in chosen]
         for quantizer in chosen:
-            quantizer.source = source_class(TOKEN).of(quantizer.qtype).to(unit.device)  # type: ignore[attr-defined]
+            quantizer.source = DynamicToken.of(quantizer.qtype).to(unit.device)
         try:
             return judge.losses(call, target, config.activations.loss_power)
         finally:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq import processes
+from ptq_tdq.ambient import products_in
 from ptq_tdq.config import Config
 from ptq_tdq.errors import ModelError, NonFiniteError
 from ptq_tdq.fused import power_sum
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
-from ptq_tdq.processor import products_in
 from ptq_tdq.recon.parts import Part, Parts, Store
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.timeaxis import at
@@ -144,6 +144,12 @@ class Unit:
                 whole[span.start].put(batch, part)
         return Parts(tuple(whole[start] for start in sorted(whole)))
 
+    def require_finite(self, call: UnitCall) -> None:
+        """Raise :class:`NonFiniteError` unless all outputs are finite, as the quantizers now stand."""
+        with torch.no_grad():
+            for batch in self.batches():
+                self.check(call.output(self.run(call, batch), batch), batch)
+
     def check(self, part: Part, batch: slice | Tensor) -> None:
         """Raise :class:`NonFiniteError` unless all outputs are finite."""
         for leaf in part.real(slice(0, len(self.t[batch]))):
@@ -254,7 +260,9 @@ def check_finite(values: Tensor, t: Tensor, what: str) -> None:
     """Raise :class:`NonFiniteError`, "<what> NaN or Inf at t = ...", unless all ``values`` [n, ...] are finite."""
     if not bool(torch.isfinite(values).all()):
         wrong = ~torch.isfinite(values).reshape(len(t), -1).all(1).cpu()
-        raise NonFiniteError(f"{what} NaN or Inf at t = {t[wrong][0].item():g}; the run stops there.")
+        half = values.dtype == torch.float16
+        help = "float16 ends at 65504: calibrate the model in bfloat16 or float32" if half else "the run stops there"
+        raise NonFiniteError(f"{what} NaN or Inf at t = {t[wrong][0].item():g}; {help}.")
 
 
 def reconstruction_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], power: float) -> Tensor:

@@ -15,7 +15,7 @@ from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.rounding import AdaRound, LearnedCodes, annealed_b
 from ptq_tdq.scheme import MAX_BITS
-from ptq_tdq.search import weight_qparams
+from ptq_tdq.search import row_qparams
 
 LOSS_POWER = 2.0
 CHECKS = 8  # times that learning is judged on held-out samples
@@ -33,7 +33,7 @@ def initialize(layer: QuantLayer, config: Config) -> None:
         weight = layer.part(index)
         rows = weight.flatten(1) if config.weights.weight_granularity == "per_channel" else weight.reshape(1, -1)
         symmetric = config.symmetric_weights(quantizer.qtype.bits)
-        found = weight_qparams(rows, quantizer.qtype, method=config.weights.weight_range, symmetric=symmetric)
+        found = row_qparams(rows, quantizer.qtype, method=config.weights.weight_range, symmetric=symmetric)
         if not bool(torch.isfinite(2 * quantizer.qtype.qmax * found.scale).all()):  # twice, because scales may grow
             raise NonFiniteError(f"{layer.record.name} has weights that are too large for an interval in float32.")
         shape = (-1,) + (1,) * (weight.ndim - 1)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ptq_tdq.calib_data.collect import Progress
 from ptq_tdq.calls import Calls, main_argument, prediction
-from ptq_tdq.evaluate.trajectories import Progress, Reference
+from ptq_tdq.evaluate.trajectories import Reference
 from ptq_tdq.hooks import hooked
 from ptq_tdq.observe import Observer
 from ptq_tdq.quantized_model import QuantizedModel
@@ -104,7 +105,7 @@ def measure_errors(quantized: QuantizedModel, reference: Reference, on_progress:
     layers, twins = (
         [model.model.get_submodule(record.name) for record in quantized.plan] for model in (full, quantized)
     )
-    as_taken: Callable[[Any], Any] = in_float32 if quantized.dtype == torch.float32 else lambda values: values
+    as_taken: Callable[[Any], Any] = in_float32 if quantized.all_float32 else lambda values: values
     steps = len(calls.t.unique())
     inputs, own, accumulated = (_Ratios(len(layers), steps) for _ in range(3))
     last = _Ratios(1, steps)
@@ -122,9 +123,9 @@ def measure_errors(quantized: QuantizedModel, reference: Reference, on_progress:
                 accumulated.add(i, k, outputs[i].popleft(), output)
 
         with torch.no_grad():
-            with _heard(layers, in_full):
+            with _listened(layers, in_full):
                 expected = prediction(full(**arguments))
-            with _heard(twins, in_quantized):
+            with _listened(twins, in_quantized):
                 last.add(0, k, expected, prediction(quantized(**arguments)))
         outputs.clear()
     return LayerErrors(inputs.db(), own.db(), accumulated.db(), last.db()[0])
@@ -171,11 +172,11 @@ def _full_precision(layers: Sequence[LayerRecord], reference: Reference, calls: 
 
 
 @contextmanager
-def _heard(modules: Sequence[nn.Module], hear: Callable[[int, Any, Any, Tensor], None]) -> Iterator[None]:
-    """Call ``hear(i, args, kwargs, output)`` whenever module i has run."""
+def _listened(modules: Sequence[nn.Module], on_output: Callable[[int, Any, Any, Tensor], None]) -> Iterator[None]:
+    """Call ``on_output(i, args, kwargs, output)`` whenever module i has run."""
 
     def hook(i: int) -> Callable[..., None]:
-        return lambda module, args, kwargs, output: hear(i, args, kwargs, output)
+        return lambda module, args, kwargs, output: on_output(i, args, kwargs, output)
 
     with hooked(module.register_forward_hook(hook(i), with_kwargs=True) for i, module in enumerate(modules)):
         yield

@@ -14,11 +14,12 @@ from torch.nn import functional
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calib_data import LoadedModel
+from ptq_tdq.calib_data.collect import Progress
 from ptq_tdq.config import Role
 from ptq_tdq.errors import ArtifactMismatchError
 from ptq_tdq.evaluate.images import CAPTION_HEIGHT, captions_of, columns_for, count_classes, grid
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
-from ptq_tdq.evaluate.trajectories import Progress, Reference, make_reference, run
+from ptq_tdq.evaluate.trajectories import Reference, make_reference
 from ptq_tdq.load import load_quantized
 from ptq_tdq.plan import find_roles
 from ptq_tdq.report.measure import Activation, LayerErrors, measure_errors, observe_activations
@@ -106,7 +107,7 @@ def _measure(
 ) -> Subject:
     quantized = load_quantized(subject.folder, device=reference.model.denoiser.device)
     errors = measure_errors(quantized, reference, on_progress)
-    found = run(quantized, reference.model, reference.conditions, reference.num_inference_steps, reference.seed)
+    found = reference.sample(quantized)
     full, mine = reference.images, found.images
     psnr = None if full is None or mine is None else psnr_db(full, mine, peak=2.0)
     latent_sqnr_db = sqnr_db(reference.latents, found.latents)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ptq_tdq.artifacts import publish_directory
 from ptq_tdq.errors import OutputError
-from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
+from ptq_tdq.evaluate.images import grid_png
 from ptq_tdq.report.data import report_data
 from ptq_tdq.report.figures import draw_figures
 from ptq_tdq.report.page import render_page
@@ -41,7 +41,7 @@ def write_report(found: Survey, folder: Path, *, overwrite: bool = False) -> lis
     files = {PAGE: render_page(data, pictures).encode("utf-8")}
     files |= {f"{FIGURES}/{name}": content for name, content in draw_figures(data)}
     if samples:
-        files[f"{FIGURES}/samples.png"] = grid_png(samples, count_classes(conditions), captions=captions_of(conditions))
+        files[f"{FIGURES}/samples.png"] = grid_png(samples, conditions)
     with publish_directory(folder, overwrite) as target:
         (target / FIGURES).mkdir()
         for name, content in files.items():

@@ -148,18 +148,6 @@ def normalized(x: Tensor, norm: Norm, shift: Tensor | None) -> Tensor:
     return functional.group_norm(x, norm.groups, norm.weight, norm.bias, norm.epsilon)
 
 
-def normalized_tokens(x: Tensor, norm: TokenNorm, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """x [B, N, C] behind a norm, times ``1 + scale`` plus ``shift`` (both [B, C])."""
-    weight, bias, size = norm.weight, norm.bias, x.shape[-1:]
-    if norm.centered:
-        y = functional.layer_norm(x, size, weight, bias, norm.epsilon)
-    else:
-        y = functional.rms_norm(x, size, weight, norm.epsilon)
-        y = y if bias is None else y + bias
-    y = y if scale is None else y * (1 + scale.unsqueeze(1))
-    return y if shift is None else y + shift.unsqueeze(1)
-
-
 def reference_quantize(x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, before: Before = NOTHING) -> Tensor:
     """:class:`Quantize` in torch operations."""
     grid.check(x.shape[1], before)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import Any, Self
 
@@ -38,7 +37,7 @@ from ptq_tdq.runtime.step import Step
 
 
 @dataclass(frozen=True)
-class Part:
+class ChannelRange:
     """One channel range of a layer: its quantizer, and the products with its weights (of a Conv3d: at each depth)."""
 
     quantizer: QuantizerRecord
@@ -144,7 +143,7 @@ class IntegerLayer(CodedLayer):
         self,
         layer: nn.Module,
         record: LayerRecord,
-        parts: Sequence[Part],
+        parts: Sequence[ChannelRange],
         scale: Tensor,
         bias: Tensor | None,
         step: Step,
@@ -319,7 +318,7 @@ class TransposedLayer(CodedLayer):
     def forward(self, input: Tensor) -> Tensor:
         x = input
         channel = (1, -1, *(1,) * (x.ndim - 2))
-        ranges = zip(self.record.inputs, self.codes, self.scales, pairwise(self.record.splits), strict=True)
+        ranges = zip(self.record.inputs, self.codes, self.scales, self.record.ranges, strict=True)
         y: Tensor | float = 0.0 if self.bias is None else self.bias.view(channel)
         for quantizer, codes, scale, channels in ranges:
             part = x[:, slice(*channels)]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from ctypes import CDLL
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ModelError, NonFiniteError, RuntimeUnsupportedError
+from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.fit import check_fit
 from ptq_tdq.modules import layer_kind
 from ptq_tdq.modules.products import attach, owner_of
@@ -31,12 +31,12 @@ from ptq_tdq.runtime.kernels import (
     reference_quantize,
     reference_weight_only,
 )
-from ptq_tdq.runtime.layer import FORMS, CodedLayer, IntegerLayer, Part, TransposedLayer, WeightOnlyLayer
+from ptq_tdq.runtime.layer import FORMS, ChannelRange, CodedLayer, IntegerLayer, TransposedLayer, WeightOnlyLayer
 from ptq_tdq.runtime.native import native_quantize, native_rotate, native_weight_only, open_library
 from ptq_tdq.runtime.native_layer import NativeLayer
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights, narrow
 from ptq_tdq.runtime.step import Step
-from ptq_tdq.timed_model import TimedModel, in_float32
+from ptq_tdq.timed_model import TimedModel, check_finite, in_dtype
 
 FEW = 64  # samples whose time steps are read one by one
 
@@ -45,8 +45,9 @@ class IntegerModel(TimedModel):
     """Quantized convolutions and linears run as u8 x s8 products with int32 sums, and attention on codes.
 
     Scale and zero point come from the artifact's tables at the model's own time step. All else is float32, also where
-    the model was of half precision: floating inputs are cast, and outputs are cast back to the model's ``dtype``. Calls
-    of several threads do not disturb each other. ``facts`` says what runs. CPU only, inference only.
+    the model was of half precision: floating inputs are cast, and outputs are cast back to the model's ``dtype``, or to
+    that of x where it is lower. Calls of several threads do not disturb each other. ``facts`` says what runs. CPU only,
+    inference only.
     """
 
     def __init__(self, model: nn.Module, artifact: Artifact) -> None:
@@ -77,16 +78,15 @@ class IntegerModel(TimedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward, in float32 whatever the dtype of its inputs and an autocast around it.
 
-        Raises :class:`NonFiniteError` for NaN or Inf, which codes cannot hold, and :class:`ModelError` for an empty
-        batch or a tensor that is not on the CPU.
+        Raises :class:`~ptq_tdq.errors.NonFiniteError` for NaN or Inf, which codes cannot hold, and :class:`ModelError`
+        for an empty batch or a tensor that is not on the CPU.
         """
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 _check_input(leaf)
-        args, kwargs = in_float32(args), in_float32(kwargs)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             output = super().forward(*args, **kwargs)
-        return output if self.dtype == torch.float32 else pytree.tree_map(self._as_outside, output)
+        return output if self.dtype == torch.float32 else in_dtype(output, self.dtype)
 
     def _t(self, value: Any) -> Tensor:
         """In numbers of Python's where few of them are whole ones: arithmetic of tensors takes as long as a layer."""
@@ -117,9 +117,6 @@ class IntegerModel(TimedModel):
             "The integer model is not pickled; in the other process, load_quantized(folder, backend='integer')."
         )
 
-    def _as_outside(self, leaf: Any) -> Any:
-        return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``to("cpu")`` and the like change nothing; another dtype or device would be another model."""
         moved = fn(torch.empty(0, dtype=torch.float32))
@@ -129,6 +126,10 @@ class IntegerModel(TimedModel):
                 'use backend="simulated" there.'
             )
         return self
+
+    @property
+    def all_float32(self) -> bool:
+        return True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,7 +166,7 @@ class _Engine:
     def layer(self, layer: nn.Module, record: LayerRecord, artifact: Artifact, step: Step) -> nn.Module:
         """The integer form of one layer."""
         name, outputs = record.name, len(artifact.weight_codes[record.name])
-        ranges = list(pairwise(record.splits))
+        ranges = record.ranges
         bias = artifact.float_state.get(f"{name}.bias")
         bias = None if bias is None else bias.float()
         scales, zero_points = (
@@ -182,7 +183,7 @@ class _Engine:
             return TransposedLayer(layer, record, signed, scales, bias, step)
         geometry = Geometry.of(layer)
         no_bias = torch.zeros(outputs, dtype=torch.float32)
-        parts: list[Part] = []
+        parts: list[ChannelRange] = []
         rest = no_bias if bias is None else bias  # is added once
         for index, channels in enumerate(ranges):
             products = []
@@ -193,7 +194,9 @@ class _Engine:
                 rest = no_bias
             pitch = weights.codes.shape[1] * geometry.groups
             grid = Grid(channels, pitch, record.inputs[index].bits, geometry.padding)
-            parts.append(Part(record.inputs[index], channels, pitch, tuple(products), self._whole(grid, products[0])))
+            parts.append(
+                ChannelRange(record.inputs[index], channels, pitch, tuple(products), self._whole(grid, products[0]))
+            )
         divisor = artifact.divisors.get(name)
         gain = None if divisor is None else divisor.reciprocal()
         return FORMS[record.kind](layer, record, parts, scales[0], bias, step, self.quantize, gain, self.rotate)
@@ -269,13 +272,7 @@ def _check_input(x: Tensor) -> None:
         raise ModelError(f"The integer backend runs on the CPU. Got a tensor on {x.device}; move it there.")
     if x.ndim and not len(x):
         raise ModelError(f"The model was given an empty tensor {list(x.shape)}; pass at least one sample.")
-    if x.is_floating_point() and not bool(x.float().isfinite().all()) and not _is_mask(x):
-        raise NonFiniteError("The model was given NaN or Inf; the integer backend has no codes for them.")
-
-
-def _is_mask(x: Tensor) -> bool:
-    """Whether x is what is added to scores, to look nowhere else: 0 and -Inf."""
-    return bool(((x == 0) | (x == -torch.inf)).all())
+    check_finite(x)
 
 
 def _know_dtype(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from ptq_tdq.runtime.step import kept
 
 
 class Conditions(NamedTuple):
-    """What a block is told beside its ``batch`` of tokens."""
+    """What a block is given beside its ``batch`` of tokens."""
 
     batch: int
     timestep: Any
@@ -78,7 +78,7 @@ class Modulations:
     def __init__(self, block: Any) -> None:
         self.block = block
 
-    def given(self, told: Conditions) -> list[Tensor]:
+    def given(self, call: Conditions) -> list[Tensor]:
         """What a call gives to the plan: modulations [B or 1, K, C], or conditions [B or 1, E] to make them of."""
         return []
 
@@ -90,8 +90,8 @@ class Modulations:
 class _Single(Modulations):
     """One projection of t for all blocks, to which each adds a table (PixArt-alpha, arXiv 2310.00426)."""
 
-    def given(self, told: Conditions) -> list[Tensor]:
-        return [self.block.scale_shift_table[None] + told.timestep.reshape(told.batch, 6, -1)]
+    def given(self, call: Conditions) -> list[Tensor]:
+        return [self.block.scale_shift_table[None] + call.timestep.reshape(call.batch, 6, -1)]
 
 
 class _Projected(Modulations):
@@ -105,12 +105,12 @@ class _Projected(Modulations):
         self.linears: list[Any] = [norm.linear for norm in norms]
         self.planned = all(map(in_plans, self.linears))
 
-    def conditions(self, told: Conditions) -> list[Tensor]:
+    def conditions(self, call: Conditions) -> list[Tensor]:
         """One for each linear, [B, E]."""
         raise NotImplementedError
 
-    def given(self, told: Conditions) -> list[Tensor]:
-        conditions = self.conditions(told)
+    def given(self, call: Conditions) -> list[Tensor]:
+        conditions = self.conditions(call)
         if self.planned and all(map(are_few, conditions)):
             return conditions
         return [self._computed(*pair) for pair in zip(self.linears, conditions, strict=True)]
@@ -132,16 +132,16 @@ class _Projected(Modulations):
 class _OfEmbedding(_Projected):
     """AdaLayerNorm: an embedding of the number of the step, one for all samples."""
 
-    def conditions(self, told: Conditions) -> list[Tensor]:
+    def conditions(self, call: Conditions) -> list[Tensor]:
         norms = [norm for norm in (self.block.norm1, self.block.norm2) if norm is not None]
-        return [norm.emb(told.timestep).view(1, -1) for norm in norms]
+        return [norm.emb(call.timestep).view(1, -1) for norm in norms]
 
 
 class _OfText(_Projected):
     """AdaLayerNormContinuous: of a pooled text."""
 
-    def conditions(self, told: Conditions) -> list[Tensor]:
-        return [told.added["pooled_text_emb"]] * len(self.linears)
+    def conditions(self, call: Conditions) -> list[Tensor]:
+        return [call.added["pooled_text_emb"]] * len(self.linears)
 
 
 class _OfTimeAndLabel(_Projected):
@@ -164,14 +164,14 @@ class _OfTimeAndLabel(_Projected):
     def _are_in_plans(self) -> bool:
         return in_plans(self.embedder.linear_1) and in_plans(self.embedder.linear_2)
 
-    def conditions(self, told: Conditions) -> list[Tensor]:
-        return [self.embedding(told.timestep, told.class_labels, hidden_dtype=torch.float32)]
+    def conditions(self, call: Conditions) -> list[Tensor]:
+        return [self.embedding(call.timestep, call.class_labels, hidden_dtype=torch.float32)]
 
-    def given(self, told: Conditions) -> list[Tensor]:
+    def given(self, call: Conditions) -> list[Tensor]:
         if not self.embeds:
-            return super().given(told)
-        t, label = sinusoids(self.embedding.time_proj, told.timestep), self.embedding.class_embedder(told.class_labels)
-        return [t, label] if are_few(t) and label.shape[:-1] == t.shape[:-1] else super().given(told)
+            return super().given(call)
+        t, label = sinusoids(self.embedding.time_proj, call.timestep), self.embedding.class_embedder(call.class_labels)
+        return [t, label] if are_few(t) and label.shape[:-1] == t.shape[:-1] else super().given(call)
 
     def plan(self, plan: Plan, given: Sequence[Place]) -> list[Place]:
         if len(given) == 1:

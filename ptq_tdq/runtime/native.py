@@ -122,7 +122,7 @@ def frame_of(
     activation: Activation | None,
     rotated: bool,
 ) -> tuple[Frame, Tensor | None]:
-    """What C is told, and a tensor that has to live as long."""
+    """What C is given, and a tensor that has to live as long."""
     lo, hi = grid.channels
     if height == 1 and grid.up == 1 and not any(grid.padding):  # threads share rows
         height, width = width, 1

@@ -26,10 +26,10 @@ class _Layer(ctypes.Structure):
     ]
 
 
-class Told(NamedTuple):
-    """What C is told of inputs of one shape, the shape of the result, and what has to live as long."""
+class NativeCall(NamedTuple):
+    """The addresses that C is given for inputs of one shape, the shape of the result, and what has to live as long."""
 
-    told: tuple[int, int, int]
+    addresses: tuple[int, int, int]
     shape: tuple[int, int, int, int]
     alive: tuple[_Layer, Frame, Convolution, Before, Tensor | None]
 
@@ -40,7 +40,7 @@ class NativeLayer:
     def __init__(self, library: ctypes.CDLL, grid: Grid, products: NativeProducts) -> None:
         self.library, self._function, self._grid, self._products = library, library.layer, grid, products
         self._function.argtypes, self._function.restype = [ctypes.c_void_p] * 9, ctypes.c_int
-        self._calls: dict[tuple[object, ...], Told] = {}
+        self._calls: dict[tuple[object, ...], NativeCall] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> NativeLayer:
         """Itself: nothing in it ever changes."""
@@ -54,7 +54,7 @@ class NativeLayer:
         x = x.float().contiguous(memory_format=torch.channels_last)
         *found, each = per_sample("a quantizer", interval.scale, interval.zero_point, len(x))
         batch, channels, height, width = x.shape
-        call = self.told(batch, channels, height, width, each, up, before)
+        call = self.call_of(batch, channels, height, width, each, up, before)
         shift = None if before.shift is None else before.shift.float().contiguous()
         moved = None if shift is None else address("a shift", shift, torch.float32, x.shape[:2])
         if onto is None:
@@ -64,7 +64,7 @@ class NativeLayer:
             out = onto.contiguous(memory_format=torch.channels_last)
             there = out.data_ptr()
         values = address("x", x, torch.float32, x.shape, torch.channels_last)
-        if self._function(*call.told, values, moved, *found, there, out.data_ptr()):
+        if self._function(*call.addresses, values, moved, *found, there, out.data_ptr()):
             raise MemoryError
         return out
 
@@ -73,14 +73,16 @@ class NativeLayer:
         x = x.float().contiguous()
         *found, each = per_sample("a quantizer", interval.scale, interval.zero_point, len(x))
         samples, channels = len(x) if each else 1, x.shape[-1]
-        call = self.told(samples, channels, x.numel() // (samples * channels), 1, each, 1, before)
+        call = self.call_of(samples, channels, x.numel() // (samples * channels), 1, each, 1, before)
         out = torch.empty(*x.shape[:-1], call.shape[1], dtype=torch.float32)
-        if self._function(*call.told, address("x", x, torch.float32, x.shape), None, *found, None, out.data_ptr()):
+        if self._function(*call.addresses, address("x", x, torch.float32, x.shape), None, *found, None, out.data_ptr()):
             raise MemoryError
         return out
 
-    def told(self, batch: int, channels: int, height: int, width: int, each: bool, up: int, before: Before) -> Told:
-        """What C is told of x [B, C, H, W]; described once."""
+    def call_of(
+        self, batch: int, channels: int, height: int, width: int, each: bool, up: int, before: Before
+    ) -> NativeCall:
+        """The call for x [B, C, H, W]; described once."""
         done = id(before.norm), id(before.gain), before.rotate is None
         key = batch, channels, height, width, each, up, before.activation, *done
         found = self._calls.get(key)
@@ -90,7 +92,7 @@ class NativeLayer:
 
     def _described(
         self, batch: int, channels: int, height: int, width: int, each: bool, up: int, before: Before
-    ) -> Told:
+    ) -> NativeCall:
         grid, norm = self._grid._replace(up=up), before.norm
         grid.check(channels, before)
         frame, signs = frame_of(
@@ -109,5 +111,5 @@ class NativeLayer:
             own = (before.channels(channels),)
             layer.gain = address("gains of channels", before.gain, torch.float32, own) + 4 * grid.channels[0]
         alive = layer, frame, convolution
-        told = ctypes.addressof(layer), ctypes.addressof(frame), ctypes.addressof(convolution)
-        return Told(told, shape, (*alive, before._replace(shift=None), signs))
+        addresses = ctypes.addressof(layer), ctypes.addressof(frame), ctypes.addressof(convolution)
+        return NativeCall(addresses, shape, (*alive, before._replace(shift=None), signs))

@@ -20,8 +20,8 @@ from ptq_tdq.rotate import signs
 from ptq_tdq.runtime.address import address
 from ptq_tdq.runtime.attention import AttentionSizes, IntegerProduct, tops
 from ptq_tdq.runtime.kernels import Activation, Norm, TokenNorm
-from ptq_tdq.runtime.layer import IntegerLayer, IntegerLinear, Part, WeightOnlyLayer
-from ptq_tdq.runtime.native_layer import Told
+from ptq_tdq.runtime.layer import ChannelRange, IntegerLayer, IntegerLinear, WeightOnlyLayer
+from ptq_tdq.runtime.native_layer import NativeCall
 from ptq_tdq.runtime.step import Step
 
 FLOAT_BYTES = 4
@@ -114,14 +114,14 @@ class Plan:
         self._step, self._samples, self._each = step, samples, each
         self._given: list[tuple[str, tuple[int, ...]]] = []
         self._passes: list[_Pass] = []
-        self._told: ctypes.Array[_Pass] | None = None
+        self._list: ctypes.Array[_Pass] | None = None
         self._next = self._scratch = 0  # bytes of memory between passes: where what comes next begins, and of all
-        self._alive: list[object] = []  # what C is told the addresses of
+        self._alive: list[object] = []  # whose addresses C has
 
     def __call__(self, *tensors: Tensor) -> None:
         """Raises :class:`RuntimeUnsupportedError` for tensors other than those announced."""
-        if self._told is None:
-            self._told = (_Pass * len(self._passes))(*self._passes)
+        if self._list is None:
+            self._list = (_Pass * len(self._passes))(*self._passes)
         intervals = self._step.together(self._samples)
         shape = (len(intervals.scale), *([self._samples] if self._each else []))
         found = zip(self._given, tensors, strict=True)
@@ -132,7 +132,7 @@ class Plan:
             *(address(what, x, torch.float32, shape) for (what, shape), x in found),
         )
         given = (ctypes.c_void_p * len(pointers))(*pointers)
-        if self._function(self._told, len(self._told), self._scratch, given):
+        if self._function(self._list, len(self._list), self._scratch, given):
             raise MemoryError
 
     def given(self, what: str, shape: Sequence[int]) -> Place:
@@ -189,10 +189,10 @@ class Plan:
         assert part.native is not None
         # one interval for all: one long row of pixels, which the kernel likes better than many short ones
         rows = samples if self._each else 1
-        told = part.native.told(rows, channels, samples * tokens // rows, 1, self._each, 1, before)
-        shape = (samples, tokens, told.shape[1])
+        call = part.native.call_of(rows, channels, samples * tokens // rows, 1, self._each, 1, before)
+        shape = (samples, tokens, call.shape[1])
         self._check_rows(gate, shape[-1])
-        return self._products(part, told, shape, [x, onto, gate], to)
+        return self._products(part, call, shape, [x, onto, gate], to)
 
     def convolve(
         self,
@@ -212,9 +212,9 @@ class Plan:
         before = layer.before(activation, norm)
         for part in layer.parts:  # a range of channels; the sums of all add up
             assert part.native is not None
-            told = part.native.told(samples, channels, height, width, self._each, 1, before)
-            _, outputs, *size = told.shape
-            onto = to = self._products(part, told, (samples, *size, outputs), [x, onto, None, shift], to)
+            call = part.native.call_of(samples, channels, height, width, self._each, 1, before)
+            _, outputs, *size = call.shape
+            onto = to = self._products(part, call, (samples, *size, outputs), [x, onto, None, shift], to)
         assert to is not None
         return to
 
@@ -258,7 +258,12 @@ class Plan:
         return out
 
     def _products(
-        self, part: Part, told: Told, shape: tuple[int, ...], source: Sequence[Place | None], to: Place | None
+        self,
+        part: ChannelRange,
+        call: NativeCall,
+        shape: tuple[int, ...],
+        source: Sequence[Place | None],
+        to: Place | None,
     ) -> Place:
         """Those of a layer's range; ``source`` is x, what they are added to, a gate and a shift."""
         onto, gate = source[1:3]
@@ -267,7 +272,7 @@ class Plan:
             raise RuntimeUnsupportedError(f"Products of the shape {list(shape)} do not fit {onto} and {out}.")
         columns = self._step.columns([part.quantizer])
         assert columns is not None
-        self._alive += [told, part.native]
+        self._alive += [call, part.native]
         self._add(
             LAYER,
             source,
@@ -275,9 +280,9 @@ class Plan:
             interval=self._interval(columns),
             span=prod(shape[1:-1]) if gate is None or gate.step else prod(shape[:-1]),
             step=0 if gate is None else gate.step,
-            what=told.alive[0],
-            frame=told.alive[1],
-            convolution=told.alive[2],
+            what=call.alive[0],
+            frame=call.alive[1],
+            convolution=call.alive[2],
         )
         return out
 
@@ -289,9 +294,9 @@ class Plan:
         if place is not None and (place.shape[1:] != (channels,) or place.shape[0] not in (1, self._samples)):
             raise RuntimeUnsupportedError(f"{list(place.shape)} are no rows of {channels} for {self._samples} samples.")
 
-    def _add(self, kind: int, source: Sequence[Place | None], target: Place, **told: int | ctypes.Structure) -> None:
+    def _add(self, kind: int, source: Sequence[Place | None], target: Place, **numbers: int | ctypes.Structure) -> None:
         made = _Pass(kind)
-        for name, value in told.items():
+        for name, value in numbers.items():
             setattr(made, name, value if isinstance(value, int) else ctypes.addressof(value))
         for index in range(len(made.source)):
             place = source[index] if index < len(source) else None

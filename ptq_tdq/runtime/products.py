@@ -278,7 +278,7 @@ class NativeProducts:
         return self._geometry.shape(codes, self._shape)
 
     def described(self, batch: int, height: int, width: int, each: int) -> list[Convolution]:
-        """What C is told of the products of padded codes of these sizes: they add up."""
+        """What C needs to know of the products of padded codes of these sizes: they add up."""
         if height == width == 1 and self._geometry.stride == (1, 1):  # one image of all pixels: several at a time
             batch, width, each = 1, batch, 2 * each
         calls = self._calls.get((batch, height, width, each))

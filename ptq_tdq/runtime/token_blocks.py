@@ -179,11 +179,11 @@ class FusedTransformer(Fused):
         masks = [attend.mask(mask, x, other) for (attend, mask), other in zip(self.pairs(masks), keys, strict=True)]
         given = [tensor.float().contiguous() for tensor in given]
         out = torch.empty_like(x)
-        told = *others, *masks, *given
+        tensors = *others, *masks, *given
         each = not self.step.alike(x.shape[0])
-        key = *x.shape[:2], each, *(None if tensor is None else tensor.shape for tensor in told)
+        key = *x.shape[:2], each, *(None if tensor is None else tensor.shape for tensor in tensors)
         plan = self.plans.find(key, lambda: self.plan(x, others, masks, given, each=each))
-        plan(x, out, *(tensor for tensor in told if tensor is not None))
+        plan(x, out, *(tensor for tensor in tensors if tensor is not None))
         return out
 
     def plan(

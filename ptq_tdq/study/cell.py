@@ -20,7 +20,7 @@ from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.evaluate.baseline import Baseline, load_baseline, make_baseline, save_baseline
-from ptq_tdq.evaluate.images import captions_of, count_classes, grid_png
+from ptq_tdq.evaluate.images import grid_png
 from ptq_tdq.evaluate.ptqd import corrected
 from ptq_tdq.load import load_quantized
 from ptq_tdq.plan import make_plan
@@ -33,9 +33,7 @@ Say = Callable[[str], None]
 SHOWN = 30  # samples of a picture
 
 
-def run_cell(
-    model: LoadedModel, cell: Cell, work: Path, say: Say = lambda text: None, *, grids: Path | None = None
-) -> dict[str, Any]:
+def run_cell(model: LoadedModel, cell: Cell, work: Path, say: Say, *, grids: Path | None) -> dict[str, Any]:
     """What the cell's line says, but for the facts of the machine.
 
     ``work`` keeps what cells share (weights, full-precision samples) and the cell's own unfinished state; ``grids``
@@ -121,8 +119,7 @@ def _measure(
     seconds["evaluation"] = time.perf_counter() - began
     if grids and measured.images is not None and baseline.images is not None:
         panels = {"full precision": baseline.images, f"{cell.preset} {cell.scheme} {cell.method}": measured.images}
-        conditions = baseline.reference.conditions
-        picture = grid_png(panels, count_classes(conditions), SHOWN, captions_of(conditions))
+        picture = grid_png(panels, baseline.reference.conditions, SHOWN)
         write_atomic(grids / f"{_file_name(cell)}.png", picture)
     shutil.rmtree(own, ignore_errors=True)
     size = {"mean_bits": quantized.metrics["mean_bits"], "bytes": summarize(quantized.to_artifact())["bytes"]}

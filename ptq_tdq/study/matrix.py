@@ -90,9 +90,9 @@ def make_cells(
     schemes: Sequence[str],
     methods: Sequence[str],
     seeds: Sequence[int],
-    settings: Sequence[str] = (),
-    samples: int = 1000,
-    backend: Backend = "simulated",
+    settings: Sequence[str],
+    samples: int,
+    backend: Backend,
 ) -> list[Cell]:
     """All cells, full precision first, seed by seed: a study that is stopped early has whole seeds.
 

@@ -110,8 +110,10 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
     Raises :class:`UsageError` where no line has the metric, where one preset and scheme is measured on several numbers
     of samples or steps, and where the method to compare with is missing or was measured on others than a line.
     """
+    if all(line["method"] == FULL_PRECISION for line in lines):
+        raise UsageError("The results have no finished cell of a quantized model; run the study first.")
     if not any(metric.key in line["results"] for line in lines):
-        raise UsageError(f"No line has the metric {metric.flag}; run the study first or choose another metric.")
+        raise UsageError(f"No line has the metric {metric.flag}; choose another metric.")
     home, base = require_comparable(lines, against)
     cells = dict.fromkeys((line["preset"], line["scheme"]) for line in lines if line["method"] != FULL_PRECISION)
     rows = {row: _entries(lines, row, metric) for row in cells}

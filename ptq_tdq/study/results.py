@@ -33,7 +33,9 @@ def read_lines(path: Path) -> list[Line]:
         try:
             lines += [_checked(json.loads(line))] if line.strip() else []
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UsageError(f"Line {number} of '{path}' is no result of a study; choose another file.") from None
+            raise UsageError(
+                f"Line {number} of '{path}' is no result of a study; take it out, or choose another file."
+            ) from None
     return lines
 
 

@@ -12,7 +12,7 @@ from ptq_tdq.study.matrix import Cell
 from ptq_tdq.study.results import Line, append_line
 from ptq_tdq.study.workers import Job, Runner, events, run_here, workers
 
-Heard = Callable[[int, Cell, str], None]  # worker, cell, what it does now
+OnSay = Callable[[int, Cell, str], None]  # worker, cell, what it does now
 
 
 def work_folder(results: Path) -> Path:
@@ -27,10 +27,10 @@ def run_study(
     source: str | None,
     given: Mapping[str, Any],
     command: str,
-    count: int = 1,
-    grids: Path | None = None,
-    on_line: Callable[[Line], None] = lambda line: None,
-    on_say: Heard = lambda worker, cell, text: None,
+    count: int,
+    grids: Path | None,
+    on_line: Callable[[Line], None],
+    on_say: OnSay,
 ) -> None:
     """Run ``cells`` in ``count`` processes (in this one for 1) and append their lines to ``results``.
 
@@ -44,7 +44,7 @@ def run_study(
     shutil.rmtree(job.work, ignore_errors=True)
 
 
-def _here(job: Job, cells: Sequence[Cell], on_say: Heard) -> Iterator[Line]:
+def _here(job: Job, cells: Sequence[Cell], on_say: OnSay) -> Iterator[Line]:
     current = iter(cells)
     cell = next(current, None)
 
@@ -57,7 +57,7 @@ def _here(job: Job, cells: Sequence[Cell], on_say: Heard) -> Iterator[Line]:
         yield line
 
 
-def _apart(job: Job, cells: Sequence[Cell], count: int, on_say: Heard) -> Iterator[Line]:
+def _apart(job: Job, cells: Sequence[Cell], count: int, on_say: OnSay) -> Iterator[Line]:
     waiting = list(cells)
     made: set[str] = set()
     with workers(job, min(count, max(1, len(cells)))) as runners:

@@ -33,7 +33,7 @@ class Job:
     given: Mapping[str, Any]
     work: Path
     command: str
-    grids: Path | None = None
+    grids: Path | None
 
 
 class Runner:

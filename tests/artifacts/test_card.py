@@ -26,8 +26,30 @@ def test_the_front_matter_is_yaml(artifact: Artifact) -> None:
     assert yaml.safe_load(artifact.card.split("---\n", 2)[1]) == front_matter(artifact.card)
 
 
-def test_usage_measurements_and_the_plain_word_about_simulation(artifact: Artifact) -> None:
-    assert 'pipe.unet = load_quantized("path/to/this/folder")' in artifact.card
+FOLDER = '"path/to/this/folder"'
+DIFFUSERS = {"_class_name": "UNet2DModel", "_diffusers_version": "0.39.0"}
+
+
+@pytest.mark.parametrize(
+    ("base_model", "model_config", "line"),
+    [
+        ({"id": "a/b", "component": "transformer"}, DIFFUSERS, f"pipe.transformer = load_quantized({FOLDER})"),
+        ({"id": "a/b"}, DIFFUSERS, f"model = load_quantized({FOLDER})"),
+        ({"id": "Own"}, {"_class_name": "Own"}, f"model = load_quantized({FOLDER}, model=Own(...))"),
+    ],
+)
+def test_usage_is_that_of_the_kind_of_model(
+    artifact: Artifact, base_model: dict[str, str], model_config: dict[str, str], line: str
+) -> None:
+    about = {"base_model": {**base_model, "sha256": "a" * 64}, "model_config": model_config}
+    card = model_card({**artifact.config, **about}, {})
+    assert f"\n{line}\n" in card and ("diffusers pipeline" in card) == ("component" in base_model)
+    fields = front_matter(card)
+    assert ("diffusers" in fields["tags"]) == (model_config is DIFFUSERS)
+    assert fields.get("base_model") == (base_model["id"] if "/" in base_model["id"] else None)
+
+
+def test_measurements_and_the_plain_word_about_simulation(artifact: Artifact) -> None:
     assert "| final.sqnr_db | 21.25 |" in artifact.card
     assert "**simulates** integer arithmetic" in artifact.card
 

@@ -38,7 +38,7 @@ def make_unet(num_class_embeds: int | None = None) -> UNet2DModel:
 
 
 def loaded(unet: UNet2DModel, scheduler: Any) -> LoadedModel:
-    return LoadedModel(unet, LoopSampler(unet, scheduler), "tiny", model_sha256(unet))
+    return LoadedModel(unet, "tiny", model_sha256(unet), sampler=LoopSampler(unet, scheduler))
 
 
 @pytest.fixture

@@ -207,6 +207,14 @@ def test_a_run_leaves_the_parts_of_another_alone(model: LoadedModel, tmp_path: P
     assert sorted(tmp_path.iterdir()) == sorted([path, theirs])
 
 
+def test_the_cache_is_reused_where_trajectories_have_fewer_steps_than_thinning(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    first = collect_cached(model, tmp_path, **SMALL, thinning=99)
+    again = collect_cached(model, tmp_path, **SMALL, thinning=99, on_progress=lambda done, total: pytest.fail("ran"))
+    assert again.sha256 == first.sha256
+
+
 def test_a_damaged_cache_is_mended(model: LoadedModel, tmp_path: Path) -> None:
     first = collect_cached(model, tmp_path, **SMALL)
     (path,) = tmp_path.iterdir()

@@ -188,7 +188,7 @@ def test_a_folder_without_a_denoiser_says_what_it_holds(tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_pipeline_is_none() -> None:
-    with pytest.raises(ModelError, match=r"A str is no pipeline .* load_model\(\) reads folders"):
+    with pytest.raises(ModelError, match=r"str is no pipeline .* load_model\(\) reads folders"):
         from_pipeline("reference")
 
 

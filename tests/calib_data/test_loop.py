@@ -13,11 +13,14 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
+    SCMScheduler,
+    UnCLIPScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -191,6 +194,38 @@ def test_a_denoiser_that_needs_more_says_so() -> None:
     )  # fmt: skip
     sampler = LoopSampler(unet, DDIMScheduler())
     with pytest.raises(ModelError, match=r"encoder_hidden_states.*pass the folder of its pipeline"):
+        sampler.run(unet, [None], generators(1), 2, new_schedule(sampler))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "variance"),
+    [
+        (DDPMScheduler(variance_type="learned_range"), True),
+        (UnCLIPScheduler(variance_type="learned_range"), True),
+        (DPMSolverMultistepScheduler(variance_type="learned_range", algorithm_type="sde-dpmsolver++"), False),
+        (DDPMScheduler(), False),
+    ],
+)
+def test_a_learned_variance_is_read_by_schedulers_that_do(scheduler: Any, variance: bool) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, out_channels=6, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    sampler = LoopSampler(unet, scheduler)
+
+    def latents() -> Tensor:
+        return sampler.run(unet, [None], generators(1), 4, new_schedule(sampler)).latents
+
+    before = latents()
+    unet.conv_out.bias.data[3:] += 10
+    assert bool(before.isfinite().all()) and torch.equal(before, latents()) == (not variance)
+
+
+@pytest.mark.parametrize("scheduler", [SCMScheduler(), DDPMWuerstchenScheduler()])
+def test_a_scheduler_whose_steps_need_more_says_so(unet: UNet2DModel, scheduler: Any) -> None:
+    sampler = LoopSampler(unet, scheduler)
+    with pytest.raises(ConfigError, match=r"does not step from t = \d.*sample with another scheduler"):
         sampler.run(unet, [None], generators(1), 2, new_schedule(sampler))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from pipelines import PIPELINES, SmallPipeline
 
 from ptq_tdq.calib_data import (
@@ -17,6 +17,7 @@ from ptq_tdq.calib_data import (
     LoopSampler,
     PipelineSampler,
     collect,
+    find_original,
     from_pipeline,
     load_model,
     new_schedule,
@@ -108,6 +109,41 @@ def test_a_pipeline_in_memory_is_as_good_as_its_folder(saved_pipeline: Saved) ->
     assert collect(here, **FEW).sha256 == collect(there, **FEW).sha256
 
 
+def test_a_pipeline_in_memory_is_called_what_it_was_loaded_from(saved_pipeline: Saved) -> None:
+    folder = saved_pipeline("StableDiffusionPipeline")[1]
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert from_pipeline(pipe).id == str(folder) == load_model(str(folder)).id
+    assert from_pipeline(StableDiffusionPipeline(**pipe.components)).id == "unet"  # of nowhere: the denoiser's own
+
+
+def test_one_prompt_may_be_given_as_text(saved_pipeline: Saved) -> None:
+    folder = saved_pipeline("StableDiffusionPipeline")[1]
+    assert load_model(str(folder), prompts="A red fox").sampler.conditions(2) == ["A red fox"] * 2
+
+
+TOLD: dict[str, Any] = {"component": "unet", "prompts": "A red fox", "classes": [1], "call": {"guidance_scale": 1.0}}
+
+
+@pytest.mark.parametrize("key", TOLD)
+@pytest.mark.parametrize("given", ["loaded", "module", "pipeline"])
+def test_what_would_have_no_effect_is_refused(saved_pipeline: Saved, given: str, key: str) -> None:
+    pipe = DiffusionPipeline.from_pretrained(saved_pipeline("StableDiffusionPipeline")[1])
+    model = {"loaded": lambda: from_pipeline(pipe), "module": lambda: pipe.unet, "pipeline": lambda: pipe}[given]()
+    if (given, key) == ("pipeline", "component"):
+        assert find_original(model, recorded=True, component="unet").denoiser is pipe.unet
+        return
+    with pytest.raises(ConfigError, match=f"^{key} would have no effect: "):
+        find_original(model, recorded=True, **{key: TOLD[key]})
+
+
+def test_recorded_calls_serve_a_pipeline_that_needs_more_than_a_prompt(saved_pipeline: Saved) -> None:
+    class Needing(StableDiffusionPipeline):
+        def __call__(self, image: Any) -> None: ...  # type: ignore[override]
+
+    pipe = Needing.from_pretrained(saved_pipeline("StableDiffusionPipeline")[1])
+    assert find_original(pipe, recorded=True).denoiser is pipe.unet
+
+
 def test_an_unconditional_pipeline_runs_in_the_plain_loop(saved_pipeline: Saved) -> None:
     assert isinstance(load(saved_pipeline, "DDPMPipeline").sampler, LoopSampler)
     assert isinstance(load(saved_pipeline, "DiTPipeline").sampler, PipelineSampler)
@@ -134,7 +170,7 @@ def test_another_scheduler_takes_the_place_of_the_pipelines_own(saved_pipeline: 
         ),
         ("StableDiffusionPipeline", {"call": {"guidance_scale": math.nan}}, "'guidance_scale' is nan, which no recipe"),
         ("StableDiffusionPipeline", {"component": "text_encoder"}, "no denoiser named 'text_encoder'; it has unet"),
-        ("WanPipeline", {}, r"several denoisers \(transformer, transformer_2\); name one with --component"),
+        ("WanPipeline", {}, r"several denoisers \(transformer, transformer_2\); name one as component"),
         ("DDPMPipeline", {"prompts": ["A fox"]}, "takes no prompts"),
         ("DDPMPipeline", {"call": {"height": 16}}, "takes no argument 'height'"),
         ("DDPMPipeline", {"classes": [0]}, "takes no classes"),

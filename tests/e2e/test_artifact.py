@@ -1,4 +1,4 @@
-"""What is saved is what was calibrated, bit for bit; and it samples wherever the original did (issue 2, points 5-7)."""
+"""What is saved is what was calibrated, bit for bit; and it samples wherever the original did."""
 
 from __future__ import annotations
 

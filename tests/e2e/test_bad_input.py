@@ -1,4 +1,4 @@
-"""Each bad input ends in one clear line, the right exit code and nothing half-written (issue 2, "Bad input")."""
+"""Each bad input ends in one clear line, the right exit code and nothing half-written."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_activations_that_overflow_in_calibration_name_layer_and_t(unet: Callabl
 
 def test_an_empty_calibration_set(cli: Any, pipeline: Path, tmp_path: Path) -> None:
     flags = ("--model", pipeline, "--output-dir", tmp_path / "out", "--samples-per-step", "0")
-    check_refusal(cli("calibrate", *flags), 2, "samples_per_step must be at least 1 and below 1048576. Got 0 instead.")
+    check_refusal(cli("calibrate", *flags), 2, "samples_per_step must be from 1 to 1048575. Got 0 instead.")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CalibrationSetError, match="empty"):
         calibrate(nn.Linear(1, 1), preset("default"), Calls(TimeAxis("timestep")))
@@ -203,7 +203,7 @@ def test_a_model_of_zeros_is_calibrated_and_measured(
         (("--threads", "0"), "0 is not in the range 1<=x<=1024"),
         (("--calibration-steps", "9", "--num-inference-steps", "8"), "calibration_steps must not exceed"),
         (("--num-inference-steps", "5000"), "cannot run 5000 inference steps"),
-        (("--num-inference-steps", "0"), "num_inference_steps must be at least 1"),
+        (("--num-inference-steps", "0"), "num_inference_steps must be from 1 to"),
         (("--num-inference-steps", "10", "--set", "calibration_steps=11"), "Got 11 instead."),
         (("--scheme", "W٤A٨"), "for example W4A8. Got 'W٤A٨' instead."),
         (("--method", "TDQ"), "tdq-thin. Got 'TDQ' instead."),
@@ -358,3 +358,15 @@ def test_a_traceback_only_on_request(flag: str, cli: Any, tmp_path: Path) -> Non
         told = cli(*command, flag)
         assert told.code == 1 and "Traceback (most recent call last)" in told.err
         assert told.err.splitlines()[-1].startswith("Error: ")
+
+
+@pytest.mark.parametrize("option", [["--calls", "x"], ["--height", "7"], ["--model", "y"], ["--device", "cpu"]])
+def test_a_table_takes_nothing_that_says_how_a_model_is_called(option: list[str], cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    option = [str(tmp_path / "x") if value == "x" else value for value in option]
+    result = cli("export", tmp_path, "--format", "csv", "--output", tmp_path / "t.csv", *option)
+    check_refusal(result, 2, f"--format csv calls no model; leave out {option[0]}")
+
+
+def test_samples_are_a_png(cli: Any, tmp_path: Path) -> None:
+    check_refusal(cli("sample", tmp_path, "--output", "s.jpg"), 2, "a name that ends in .png")

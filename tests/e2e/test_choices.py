@@ -1,4 +1,4 @@
-"""Where each choice of a run comes from: preset, config file, flag, --set (issue 2, point 6)."""
+"""Where each choice of a run comes from: preset, config file, flag, --set."""
 
 from __future__ import annotations
 
@@ -64,8 +64,10 @@ def test_choices_lists_what_may_be_set(cli: Any) -> None:
     assert (rounding["group"], rounding["default"]) == ("weights", "learned") and len(rounding["alternatives"]) == 4
     text = " ".join(cli("choices", "weight-lr", "calibration").out.split())
     assert "[default: 0.003; qdiff: 0.001; paper: 0.001]" in text and "thinning" in text and "rotate" not in text
+    assert "from 2 to 8" in " ".join(cli("choices", "softmax-bits").out.split())
+    assert " relu, silu, tanh. " in " ".join(cli("choices", "thin-activation").out.split())  # as --set takes them
     wrong = cli("choices", "roundin")
-    assert (wrong.code, wrong.out) == (2, "") and "the nearest are rounding, round_again" in wrong.err
+    assert (wrong.code, wrong.out) == (2, "") and "did you mean rounding, round_again" in wrong.err
 
 
 @pytest.mark.parametrize(
@@ -74,14 +76,15 @@ def test_choices_lists_what_may_be_set(cli: Any) -> None:
         ("colour=red", "There is no choice named 'colour'"),
         ("weight_iterations=many", "weight_iterations must be of type int. Got 'many' instead."),
         ("weight_iterations=2.5", "weight_iterations must be of type int. Got '2.5' instead."),
-        ("weight_iterations=-1", "weight_iterations must be at least 0 and below 2147483648. Got -1 instead."),
+        ("weight_iterations=-1", "weight_iterations must be from 0 to 2147483647. Got -1 instead."),
         ("weight_lr=0", "weight_lr must be above 0 and finite. Got 0.0 instead."),
         ("weight_lr=nan", "weight_lr must be above 0 and finite. Got nan instead."),
         ("attention=maybe", "attention must be of type bool. Got 'maybe' instead."),
         ("rounding=up", "rounding must be one of learned, gptq, adaround, nearest. Got 'up' instead."),
         ("weight_symmetric=true", "weight_symmetric must be one of never, 8-bit, always. Got 'true' instead."),
-        ("softmax_bits=99", "softmax_bits must be at least 2 and below 9. Got 99 instead."),
-        ("seed=-1", "seed must be at least 0 and below 4294967296. Got -1 instead."),
+        ("softmax_bits=99", "softmax_bits must be from 2 to 8. Got 99 instead."),
+        ("seed=-1", "seed must be from 0 to 4294967295. Got -1 instead."),
+        ("method=fixed", "The method 'fixed' is that of the layers that fixed_layers names; choose another."),
         ("seed", "--set takes KEY=VALUE. Got 'seed' instead."),
         ("eight_bit_layers=first,middle", "eight_bit_layers must be one of first, last"),
         ("preset=paper", "The preset is named by --preset."),

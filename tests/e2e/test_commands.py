@@ -1,4 +1,4 @@
-"""``export``, ``inspect``, ``sample``, and what every command prints where (issue 2, point 8)."""
+"""``export``, ``inspect``, ``sample``, and what every command prints where."""
 
 from __future__ import annotations
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from ptq_tdq import calibrate, preset
+from ptq_tdq.calib_data import collect, load_model
 
 FLAGS = ("--samples", "8", "--num-inference-steps", "2", "--threads", "1")
 
@@ -63,6 +67,21 @@ def test_what_is_sampled_is_as_in_calibration_unless_it_is_named(
     )
     assert [document["sampling"]["classes"] for document in (first, same, other)] == [[2], [2], [0, 1]]
     assert first["quantized"] == same["quantized"] != other["quantized"]
+    found = cli("evaluate", tmp_path / "out", *FLAGS, "--classes", "0,1", "--correction", "ptqd")
+    assert found.code == 2 and "cannot be sampled again here (it differs in classes)" in found.err
+
+
+def test_a_correction_is_estimated_on_the_set_of_calibration_or_not_at_all(
+    cli: Any, pipeline: Path, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    given = ("--scheduler", "EulerDiscreteScheduler", "--output-dir", tmp_path / "other")
+    assert cli("calibrate", "--model", pipeline, *given, *small).code == 0
+    assert cli("evaluate", tmp_path / "other", *FLAGS, "--correction", "ptqd").code == 0
+    model, config = load_model(str(pipeline)), preset("default", scheme="W8A8", activation_iterations=0, seed=0)
+    calls = replace(collect(model, samples_per_step=2, calibration_steps=2, num_inference_steps=2), recipe={})
+    calibrate(model, config, calls).save_pretrained(tmp_path / "recorded")
+    found = cli("evaluate", tmp_path / "recorded", *FLAGS, "--correction", "ptqd")
+    assert found.code == 2 and "cannot be sampled again here (its calls were recorded)" in found.err
 
 
 def test_bad_requests_are_one_line(

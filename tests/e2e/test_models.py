@@ -1,4 +1,4 @@
-"""``ptq-tdq calibrate`` on the layouts in which users have their models (issue 2, points 1, 2 and 7)."""
+"""``ptq-tdq calibrate`` on the layouts in which users have their models."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from pipelines import PIPELINES
 
-from ptq_tdq import load_quantized
+from ptq_tdq import calibrate, load_quantized, preset
 from ptq_tdq.calib_data import collect, load_model
 from ptq_tdq.cli.export import RUNTIMES
 from ptq_tdq.evaluate.metrics import sqnr_db
@@ -80,6 +81,18 @@ def test_a_prompt_and_guidance_reach_the_file(cli: Callable[..., Any], tmp_path:
     pipe(prompt=["A red fox", "A boat"], **entry.call, generator=torch.Generator().manual_seed(0))
     assert len(ratios) == entry.call["num_inference_steps"]
     assert min(ratios) > 25
+
+
+def test_graphs_of_each_step_of_recorded_calls_need_a_number(
+    cli: Callable[..., Any], pipeline: Path, tmp_path: Path
+) -> None:
+    model = load_model(str(pipeline))
+    calls = replace(collect(model, samples_per_step=1, calibration_steps=2, num_inference_steps=2), recipe={})
+    config = preset(scheme="W8A8", activation_iterations=0, rounding="nearest")
+    calibrate(model, config, calls).save_pretrained(tmp_path / "artifact")
+    given = (tmp_path / "artifact", "--format", "onnx", "--runtime", "qdq", "--output", tmp_path / "graphs")
+    found = cli("export", *given)
+    assert found.code == 2 and "give --steps, or the calls themselves" in found.err
 
 
 def test_the_command_knows_all_runtimes() -> None:

@@ -1,4 +1,4 @@
-"""A run that is killed goes on at the first unfinished block and ends with the same bytes (issue 2, point 9)."""
+"""A run that is killed goes on at the first unfinished block and ends with the same bytes."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def tiny(tiny_unet: Callable[..., UNet2DModel]) -> Callable[..., LoadedModel]:
                          out_channels=channels)  # fmt: skip
         sampler = LoopSampler(unet, scheduler or DDIMScheduler())
         sampler.batch = batch
-        return LoadedModel(unet, sampler, "tiny", model_sha256(unet))
+        return LoadedModel(unet, "tiny", model_sha256(unet), sampler=sampler)
 
     return make
 

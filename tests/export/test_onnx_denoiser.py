@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from fuzzing import changed_json
+from own_denoiser import Own
 from processors import needs_wide_sums
 from recorded import calls_of
 from torch import Tensor, nn
@@ -23,7 +26,14 @@ from torch import Tensor, nn
 from ptq_tdq import calibrate, preset
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls
-from ptq_tdq.errors import ModelError, PtqTdqError, RuntimeUnsupportedError, TimestepError, UsageError
+from ptq_tdq.errors import (
+    ModelError,
+    NonFiniteError,
+    PtqTdqError,
+    RuntimeUnsupportedError,
+    TimestepError,
+    UsageError,
+)
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export.onnx import OnnxDenoiser, export_onnx
 from ptq_tdq.export.onnx.skeleton import METADATA
@@ -179,6 +189,39 @@ def test_arguments_that_the_model_refuses_are_refused(
     assert torch.equal(unet(x, mixed, one).sample, unet(x, mixed, one.expand(2)).sample)
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_size_that_the_model_does_not_take_is_one_sentence(
+    runtime: str,
+    file_of: Callable[[str, str], Path],
+    feed: Callable[..., dict[str, Tensor]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    unet = OnnxDenoiser(file_of("W4A6", "portable"), runtime=runtime, threads=1)
+    with pytest.raises(ModelError, match="does not run this graph, or not with such sizes") as caught:
+        unet(**feed(2, (9, 8)))
+    assert len(str(caught.value).splitlines()) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_codes_cannot_hold_are_refused(
+    bad: float, file_of: Callable[[str, str], Path], feed: Callable[..., dict[str, Tensor]]
+) -> None:
+    given = feed(2)
+    given["sample"][0, 0, 3, 3] = bad
+    with pytest.raises(NonFiniteError, match="given NaN or Inf"):
+        OnnxDenoiser(file_of("W4A6", "portable"), threads=1)(**given)
+
+
+def test_a_pickled_one_opens_its_file_again(
+    file_of: Callable[[str, str], Path], feed: Callable[..., dict[str, Tensor]]
+) -> None:
+    unet = OnnxDenoiser(file_of("W4A6", "portable"), runtime="openvino", threads=1)
+    again = pickle.loads(pickle.dumps(unet))
+    assert again.runtime == "openvino"
+    torch.testing.assert_close(again(**feed()).sample, unet(**feed()).sample)
+
+
 class Bottleneck(nn.Module):
     """Convolutions without anything in between, whose channels differ in size, as those of trained models do."""
 
@@ -306,6 +349,66 @@ def test_ranges_of_a_transposed_convolution_and_a_bare_tensor_in_the_place_of_a_
     for got in (graph(x, t).sample, graph(x, t)[0], graph(x, t, return_dict=False)):
         assert got.shape == (3, 2, 8, 8)
         assert sqnr_db(expected, got) > 30
+
+
+class Beside(Own):
+    """Gives more than what it predicts: in half precision, with the samples in the last axis, of none, of all."""
+
+    def __init__(self, of_all: bool) -> None:
+        super().__init__()
+        self.of_all = of_all
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+        y = super().forward(sample, timestep)
+        return y, y.mean(1).bfloat16(), y.mean(1).T, self.last.bias * 1, *([y.mean()] if self.of_all else [])
+
+
+@needs_wide_sums
+@torch.no_grad()
+@pytest.mark.parametrize("of_all", [False, True])
+def test_results_need_not_have_samples_first(
+    of_all: bool, tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(0)
+    x, t = torch.randn(4, 3, 4), torch.tensor([900.0, 100.0, 400.0, 100.0])
+    artifact, calls = quantize_model(Beside(of_all), sample=x, timestep=t)
+    export_onnx(artifact, tmp_path / "model.onnx", "onnxruntime", calls, model=Beside(of_all))
+    graph, simulated = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, Beside(of_all))
+    if of_all:
+        with pytest.raises(ModelError, match="gives one out_4 for all samples"):
+            graph(x, t)
+    steps = t[:1].expand(4) if of_all else t
+    found, expected = graph(x, steps), simulated(x, steps)
+    assert [y.shape for y in found] == [y.shape for y in expected]
+    assert min(sqnr_db(b[None].float(), a[None]) for a, b in zip(found, expected, strict=True)) > 40
+
+
+class Wrapper(Own):
+    """Has the argument that pipelines pass, and returns what it likes."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> Any:
+        y = super().forward(sample, timestep)
+        return {"tuple": (y,), "list": [y], "dict": {"sample": y}}[self.kind]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict"])
+def test_a_wrapper_may_return_the_same_whatever_return_dict_says(
+    kind: str, tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 3, 4), torch.tensor([900.0, 100.0])
+    artifact, calls = quantize_model(Wrapper(kind), sample=x, timestep=t)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Wrapper(kind))
+    graph, expected = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, Wrapper(kind))(x, t)
+    place: Any = "sample" if kind == "dict" else 0
+    for found in (graph(x, t), graph(x, t, return_dict=False)):
+        assert isinstance(found, type(expected))
+        assert sqnr_db(expected[place], found[place]) > 40
 
 
 class Shift(NamedTuple):

@@ -23,7 +23,7 @@ from torch import Tensor, ones
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls, Group, Place, prediction
-from ptq_tdq.errors import ArtifactMismatchError, MissingExtraError, ModelError, UsageError
+from ptq_tdq.errors import ArtifactError, ArtifactMismatchError, MissingExtraError, ModelError, UsageError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.export import export_tables
 from ptq_tdq.export.onnx import FORMS, OnnxDenoiser, export_onnx, export_onnx_float
@@ -101,6 +101,15 @@ def test_weights_and_tables_are_stored_once_and_as_integers(
         np.testing.assert_array_equal(table, np.stack([artifact.tables[n].scale for n in names], 1))
 
 
+def test_a_folder_is_exported_as_its_artifact(artifact_of: Callable[[str], Artifact], tmp_path: Path) -> None:
+    build_quantized(artifact_of("W3A4-dynamic")).save_pretrained(tmp_path / "saved")
+    for given in (str(tmp_path / "saved"), build_quantized(artifact_of("W3A4-dynamic"))):
+        with pytest.raises(UsageError, match="is dynamic: its scale is found at run time"):
+            export_onnx_float(given, tmp_path / "model.onnx", NO_CALLS)
+    with pytest.raises(ArtifactError, match="nowhere"):
+        export_onnx(tmp_path / "nowhere", tmp_path / "model.onnx", "portable", NO_CALLS)
+
+
 def test_the_file_says_what_it_is(encode: Callable[[str, str], bytes]) -> None:
     (entry,) = onnx.load_from_string(encode("W4A6", "openvino")).metadata_props
     facts = json.loads(entry.value)
@@ -140,9 +149,8 @@ def test_codes_are_recovered_from_the_annotated_float_weights(
         a.tensor_name: {p.key: p.value for p in a.quant_parameter_tensor_names} for a in graph.quantization_annotation
     }
     for layer in artifact.layers:
-        ranges = list(zip(layer.splits, layer.splits[1:], strict=False))
-        for i, (low, high) in enumerate(ranges):
-            name = f"{layer.name}.weight" if len(ranges) == 1 else f"{layer.name}.{i}.weight"
+        for i, (low, high) in enumerate(layer.ranges):
+            name = f"{layer.name}.weight" if len(layer.ranges) == 1 else f"{layer.name}.{i}.weight"
             weight = stored[name].T if layer.kind == "linear" else stored[name]
             shape = (-1,) + (1,) * (weight.ndim - 1)
             scale, zero_point = (stored[annotated[name][key]] for key in ("SCALE_TENSOR", "ZERO_POINT_TENSOR"))
@@ -228,7 +236,7 @@ def test_an_output_that_no_graph_can_give_is_refused() -> None:
             return SimpleNamespace(sample=super().forward(sample, timestep))
 
     calls = Calls(TimeAxis("timestep"), [Group({"sample": Place(0), "timestep": Place(1)}, list(ROWS.values()))])
-    with pytest.raises(ModelError, match="returns a SimpleNamespace, which no graph can give"):
+    with pytest.raises(ModelError, match="returns an object of type SimpleNamespace, which no graph can give"):
         describe(TimedModel(Output(), calls.axis), calls)
 
 

@@ -72,7 +72,7 @@ def expected_output(
     """The layer in float64: sum over channel ranges of s_t s_o sum (q - z_t) (w - z_o), plus the bias."""
     shape = (-1,) + (1,) * (artifact.weight_codes[record.name].ndim - 1)
     total: Tensor | float = 0.0
-    for i, (low, high) in enumerate(zip(record.splits, record.splits[1:], strict=False)):
+    for i, (low, high) in enumerate(record.ranges):
         codes = artifact.weight_codes[record.name][:, low:high].double()
         zero_point, scale = artifact.weight_zero_point[record.name][:, i], artifact.weight_scale[record.name][:, i]
         weight = (codes - zero_point.double().reshape(shape)) * scale.double().reshape(shape)

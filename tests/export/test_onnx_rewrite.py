@@ -55,6 +55,43 @@ def test_convolutions_may_be_given_one_number_for_all_dimensions(
     assert sqnr_db(build_quantized(artifact, model)(x, t), OnnxDenoiser(tmp_path / "model.onnx", threads=1)(x, t)) > 40
 
 
+@pytest.mark.parametrize("amounts", [(1, 2), (0, 3, 2, 0), (1, 1, 1, 1)])
+def test_padding_repeats_what_torch_repeats(amounts: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, 4, 5)[..., 0] if len(amounts) == 2 else torch.randn(2, 3, 4, 5)
+    for mode in ("circular", "reflect", "constant"):
+        expected = nn.functional.pad(x, amounts, mode)
+        with InOtherWords():
+            assert torch.equal(nn.functional.pad(x, amounts, mode), expected)
+
+
+class Tiles(nn.Module):
+    """Goes on at the opposite edge, as denoisers of panoramas do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular") for _ in range(2))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, 2, H, W]."""
+        y = self.first(sample) + timestep[:, None, None, None] / 1000
+        result: Tensor = self.last(nn.functional.pad(y.tanh(), (0, 1, 0, 0), "circular"))[..., :-1]
+        return result
+
+
+@torch.no_grad()
+def test_circular_padding_runs_everywhere(
+    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(0)
+    t = torch.tensor([900.0, 100.0])
+    artifact, calls = quantize_model(Tiles(), sample=torch.randn(2, 2, 8, 8), timestep=t)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Tiles())
+    simulated, x = build_quantized(artifact, Tiles()), torch.randn(2, 2, 10, 7)
+    for runtime in ("onnxruntime", "openvino"):
+        graph = OnnxDenoiser(tmp_path / "model.onnx", runtime=runtime, threads=1)
+        assert sqnr_db(simulated(x, t), graph(x, t)) > 40
+
+
 class Frames(nn.Module):
     """Repeats the embedding of t for each frame, of which there may be any number, as video models do."""
 

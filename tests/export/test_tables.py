@@ -5,6 +5,7 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import pytest
 import torch
 
 from ptq_tdq.artifacts import Artifact, IntervalTable
-from ptq_tdq.errors import OutputError, UsageError
+from ptq_tdq.errors import ArtifactError, ConfigError, OutputError, UsageError
 from ptq_tdq.export import export_tables, interval_frame
+from ptq_tdq.load import build_quantized
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.timeaxis import TimeAxis
 
@@ -46,6 +48,21 @@ def read(file: Path, format: str) -> pd.DataFrame:
     if format == "json":
         return pd.DataFrame(json.loads(file.read_text()))
     return pd.DataFrame(dict(np.load(file, allow_pickle=False)))
+
+
+def test_an_artifact_is_a_folder_or_what_calibration_gave(
+    artifact_of: Callable[[str], Artifact], tmp_path: Path
+) -> None:
+    artifact = artifact_of("W4A6")
+    quantized = build_quantized(artifact)
+    quantized.save_pretrained(tmp_path / "saved")
+    for given in (quantized, tmp_path / "saved", str(tmp_path / "saved")):
+        pd.testing.assert_frame_equal(interval_frame(given), interval_frame(artifact))
+    wrong: Any = {}
+    with pytest.raises(ConfigError, match=r"artifact must be a folder, a hub id, .* Got a dict instead"):
+        export_tables(wrong, tmp_path / "x.csv", "csv")
+    with pytest.raises(ArtifactError, match="nowhere"):
+        export_tables(tmp_path / "nowhere", tmp_path / "x.csv", "csv")
 
 
 def test_the_frame_states_the_quantizers_range(artifact: Artifact) -> None:

@@ -107,3 +107,12 @@ def test_trajectories_that_judge_visit_every_step(denoiser: SmallDenoiser) -> No
     data = RecordedCalls(thinned)
     judging = torch.cat([batch.arguments["timestep"] for batch in data.judges()])
     assert sorted(judging.tolist()) == list(range(8)) and data.count == 56
+
+
+def test_each_call_that_judges_has_time_steps_of_the_whole_run(denoiser: SmallDenoiser) -> None:
+    """As the first of them say where intervals begin."""
+    with record(denoiser) as recorded, torch.no_grad():
+        for t in reversed(range(25)):
+            denoiser(images(64), torch.full((64,), 40.0 * t))
+    spans = [batch.arguments["timestep"] for batch in RecordedCalls(recorded).judges()]
+    assert len(spans) > 4 and all(t.min() < 200 and t.max() > 760 for t in spans)

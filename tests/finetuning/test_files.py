@@ -85,7 +85,7 @@ def test_latents_of_any_floating_type_are_those_of_float32(dtype: str, model: Lo
         ({"images": np.array([{}, 1], dtype=object)}, "'images.npy' is not of real numbers"),
         ({"latents": PIXELS.transpose(0, 3, 1, 2)}, "Latents must be floating-point numbers. Got uint8"),
         ({"latents": LATENTS.astype(np.float64) * 1e300}, "NaN or Inf"),
-        ({"images": PIXELS.astype(np.float32)}, r"Images must be uint8 \[N, H, W, 3\]. Got float32"),
+        ({"images": PIXELS.astype(np.float32)}, r"Images must be uint8 \[N, H, W, 1 or 3\]. Got float32"),
         ({"images": PIXELS, "latents": LATENTS}, "both 'images' and 'latents'; leave one of them out"),
         ({"images": PIXELS, "labels": np.array(["a"] * 12)}, "'labels.npy' is not of real numbers"),
         ({"images": PIXELS, "labels": np.full(12, 0.7)}, "does not hold a class from 0 to 2"),
@@ -142,6 +142,17 @@ def test_an_image_of_16_bits_is_the_same_image(model: LoadedModel, tmp_path: Pat
     first = [int((found.labels == label).nonzero()[-1]) for label in range(3)]
     expected = torch.from_numpy(gray).float() / 127.5 - 1
     torch.testing.assert_close(found.clean[first], expected[:, None].expand(-1, 3, -1, -1))
+
+
+def test_a_model_of_one_channel_takes_grey_images_from_folders_and_files(tmp_path: Path) -> None:
+    small_unet(in_channels=1, out_channels=1, num_class_embeds=None).save_pretrained(tmp_path / "model")
+    DDIMScheduler().save_pretrained(tmp_path / "model")
+    model, grey = load_model(str(tmp_path / "model")), PIXELS[..., 0]
+    (tmp_path / "images").mkdir()
+    for number, pixels in enumerate(grey):
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number:02d}.png")
+    for path in (tmp_path / "images", npz(tmp_path, images=grey)):
+        assert torch.equal(read(path, model).clean, torch.from_numpy(grey)[:, None].float() / 127.5 - 1)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ptq_tdq.intervals import IntervalSource, source_class
 from ptq_tdq.intervals.base import LearnedScale
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.scheme import QType
-from ptq_tdq.search import weight_qparams
+from ptq_tdq.search import row_qparams
 
 QUICK = ["static", "S_1", "S_2", "S_4", "S_7", "S_20", "S_1000", "step-table", "step-lsq"]
 
@@ -34,7 +34,7 @@ def test_tables_hold_a_positive_interval_and_a_code_for_each_time_step(
 
 def test_static_is_the_search_over_all_samples() -> None:
     observed = observe(bits=8)
-    direct = weight_qparams(activation(STEPS).reshape(1, -1), QType(8))  # the same search, on the raw values
+    direct = row_qparams(activation(STEPS).reshape(1, -1), QType(8))  # the same search, on the raw values
     scale, zero_point = build("static", observed).table(T)
     assert scale.unique().numel() == zero_point.unique().numel() == 1
     torch.testing.assert_close(scale[:1], direct.scale, rtol=0.02, atol=0)
@@ -61,7 +61,7 @@ def test_each_bin_is_the_search_over_its_own_samples_and_an_unseen_one_copies_it
     steps = torch.tensor([10.0, 20.0, 600.0, 990.0])
     scale, zero_point = build("S_10", observe(steps)).table(T)
     for member, t in ((steps[:2], 0), (steps[2:3], 650), (steps[3:], 950)):
-        direct = weight_qparams(activation(steps)[torch.isin(steps, member)].reshape(1, -1), QType(4))
+        direct = row_qparams(activation(steps)[torch.isin(steps, member)].reshape(1, -1), QType(4))
         torch.testing.assert_close(scale[t : t + 1], direct.scale, rtol=0.05, atol=0)
     assert scale[150] == scale[0] and scale[250] == scale[0]  # bins 1 and 2: bin 0 is nearer than bin 6
     assert scale[450] == scale[650] and scale[750] == scale[650] and scale[850] == scale[950]

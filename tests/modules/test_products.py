@@ -60,7 +60,7 @@ def record(name: str, bits: int = 8) -> LayerRecord:
 
 
 def quantizers_of(owner: nn.Module) -> list[ActivationQuantizer]:
-    return [q for product in products_of(owner) for q in product.quantizers()]
+    return [q for product in products_of(owner) for q in product.activation_quantizers()]
 
 
 def quantize(owner: nn.Module, count: int = 1) -> list[ActivationQuantizer]:
@@ -131,7 +131,7 @@ def test_every_argument_means_what_it_means_to_torch(case: str, dtype: torch.dty
     if case == "additive mask":
         arguments = {"attn_mask": arguments["attn_mask"].to(dtype)}
     product = QuantProduct(record("a.products.0"))
-    for quantizer in product.quantizers():
+    for quantizer in product.activation_quantizers():
         quantizer.enabled = True
     expected = functional.scaled_dot_product_attention(q, k, v, **arguments)
     with at(torch.tensor([0.0])):
@@ -150,7 +150,7 @@ def test_blocks_of_rows_give_what_all_rows_give(case: str, method: str, monkeypa
     arguments, heads = ARGUMENTS[case], 2 if case == "grouped" else 4
     q, k, v = (torch.randn(2, h, n, 8, requires_grad=True) for h, n in ((4, 4), (heads, 3), (heads, 3)))
     product, t, seen = QuantProduct(record("a.products.0")), torch.tensor([3.0, 700.0]), []
-    for quantizer, x in zip(product.quantizers(), (q, k, v, torch.rand(2, 4, 4, 3)), strict=True):
+    for quantizer, x in zip(product.activation_quantizers(), (q, k, v, torch.rand(2, 4, 4, 3)), strict=True):
         quantizer.source, quantizer.enabled = source(method, x), True
     learned = [q, k, v, *product.parameters()]
     for block in (products.BLOCK, 24, 7):  # all; a sample and a half; some rows of one
@@ -178,7 +178,7 @@ def source(method: str, x: Tensor) -> IntervalSource:
 def test_scores_beyond_half_precision_are_no_infinities() -> None:
     q = torch.full((1, 1, 2, 64), 100.0, dtype=torch.float16)
     product = QuantProduct(record("a.products.0"))
-    for quantizer in product.quantizers():
+    for quantizer in product.activation_quantizers():
         quantizer.enabled = True
     with at(torch.tensor([0.0])):
         assert bool(product(q, q, q).isfinite().all())

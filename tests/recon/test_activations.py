@@ -13,7 +13,7 @@ from ptq_tdq.config import Config
 from ptq_tdq.plan import Special
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import UnitReport, reconstruct
-from ptq_tdq.recon.activations import _chances
+from ptq_tdq.recon.activations import sample_chances
 from ptq_tdq.recon.parts import Part, Parts, Place
 from ptq_tdq.recon.unit import Unit
 
@@ -76,13 +76,13 @@ def test_relative_loss_weights_make_up_for_the_size_of_a_step(
     quantized = wrap(choose())
     unit = Unit("conv_in", quantized.model.get_submodule("conv_in"), calls.t)
     size = torch.tensor([4.0, 2.0, 1.0]).repeat(4)  # at t = 999, 500, 1
-    chances = _chances(unit, outputs(size.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)), power)
+    chances = sample_chances(unit, outputs(size.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)), power)
     torch.testing.assert_close(chances * size**power, torch.full((12,), chances[0] * size[0] ** power))
     drawn = unit.draw(6000, torch.Generator().manual_seed(0), chances)
     counts = torch.bincount(drawn % 3, minlength=3).double()
     expected = torch.tensor([4.0, 2.0, 1.0]).double() ** -power
     torch.testing.assert_close(counts / counts.sum(), expected / expected.sum(), rtol=0, atol=0.03)
-    everything_zero = _chances(unit, outputs(torch.zeros(12, 3, 4, 4)), power)
+    everything_zero = sample_chances(unit, outputs(torch.zeros(12, 3, 4, 4)), power)
     assert bool(torch.isfinite(everything_zero).all()) and everything_zero.unique().numel() == 1
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from recorded import calls_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq_tdq.artifacts import encode_artifact
 from ptq_tdq.calibration import calibrate
@@ -147,3 +147,28 @@ def test_an_interval_that_is_learned_away_names_layer_and_t(hostile: Any) -> Non
     quantizer.source.scale[5] = torch.inf
     with pytest.raises(NonFiniteError, match=f"{name} has learned an interval that float32 cannot hold at t = 5"):
         freeze(quantizer, 1000)
+
+
+@pytest.mark.parametrize("one_sign", [False, True])
+def test_activations_at_the_end_of_float16_name_the_layer_and_another_dtype(one_sign: bool) -> None:
+    class Edge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+            self.middle = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            y = self.first(sample)
+            h = y.clone()
+            h[:, 3, 0, 0], h[:, 4, 0, 0] = 65504.0, -30000.0
+            result: Tensor = self.last(y + self.middle(h) / 1000)
+            return result
+
+    model, t = Edge().half().requires_grad_(False), torch.tensor([900, 100]).repeat(4)
+    model.middle.weight[:, 3:5].mul_(0.05)
+    if one_sign:
+        model.middle.weight.abs_()
+    config = preset("default", scheme="W8A8", method="static", activation_iterations=2, rotate="none")
+    with pytest.raises(NonFiniteError, match=r"middle g.* NaN or Inf at t = .*: calibrate the model in bfloat16"):
+        calibrate(model, config, calls_of(model, torch.randn(8, 3, 8, 8).half(), t))

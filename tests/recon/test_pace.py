@@ -13,7 +13,7 @@ from ptq_tdq.config import Config
 from ptq_tdq.modules import products
 from ptq_tdq.recon import size
 from ptq_tdq.recon.forecast import unit_seconds
-from ptq_tdq.recon.pace import Pace, Rates, _quantizing, unit_paces
+from ptq_tdq.recon.pace import Pace, Rates, quantizing, unit_paces
 from ptq_tdq.recon.size import UnitSize, unit_sizes
 
 Wrap = Callable[[Config], QuantizedModel]
@@ -51,7 +51,7 @@ def test_no_more_is_kept_for_gradients_than_was_counted(
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with _quantizing(quantized.model), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with quantizing(quantized.model), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         quantized(**arguments)
     assert 0 < sum(kept.values()) <= counted
 

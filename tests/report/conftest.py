@@ -53,7 +53,7 @@ def model() -> LoadedModel:
         num_class_embeds=3,
     )
     unet.eval().requires_grad_(False)
-    return LoadedModel(unet, LoopSampler(unet, DDIMScheduler()), "tiny", model_sha256(unet))
+    return LoadedModel(unet, "tiny", model_sha256(unet), sampler=LoopSampler(unet, DDIMScheduler()))
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +134,7 @@ class Guided(Sampler):
 def toy() -> LoadedModel:
     torch.manual_seed(0)
     denoiser = Toy().eval().requires_grad_(False)
-    return LoadedModel(denoiser, Guided(), "toy", model_sha256(denoiser))
+    return LoadedModel(denoiser, "toy", model_sha256(denoiser), sampler=Guided())
 
 
 @pytest.fixture(scope="session")

@@ -42,17 +42,10 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize("method", ["static", "dynamic-token"])
 @pytest.mark.parametrize("name", CHAINS)
-def test_it_computes_what_the_simulated_one_does(name: str, method: str, both: Any) -> None:
+def test_it_computes_what_the_simulated_one_does(name: str, method: str, alike: Any) -> None:
     torch.manual_seed(0)
-    x = torch.randn(3, 5, 8)
-    given = [{"x": x * (1 + t / 400), "timestep": torch.full((3,), t)} for t in (1000.0, 500.0, 1.0)]
-    simulated, integer = both(Residual(CHAINS[name]), given, method=method)
+    integer = alike(Residual(CHAINS[name]), torch.randn(3, 5, 8), method=method)
     assert any(isinstance(vars(module).get("forward"), FusedChain) for module in integer.modules())
-    for t in (torch.tensor(500), torch.tensor([0.5, 999.0, 20.0])):
-        with torch.no_grad():
-            expected, found = (model(x, t) for model in (simulated, integer))
-        difference = (found - expected).pow(2).mean()
-        assert difference < 1e-4 * expected.pow(2).mean()  # a tie here or there
 
 
 class OverPixels(nn.Module):
@@ -67,13 +60,7 @@ class OverPixels(nn.Module):
         return y
 
 
-def test_attention_over_pixels_is_fused_though_it_is_listened_to(both: Any) -> None:
+def test_attention_over_pixels_is_fused_though_it_is_listened_to(alike: Any) -> None:
     torch.manual_seed(0)
-    x = torch.randn(3, 8, 4, 4)
-    given = [{"x": x * (1 + t / 400), "timestep": torch.full((3,), t)} for t in (1000.0, 500.0, 1.0)]
-    simulated, integer = both(OverPixels(), given)
+    integer = alike(OverPixels(), torch.randn(3, 8, 4, 4))
     assert any(isinstance(vars(module).get("forward"), FusedAttention) for module in integer.modules())
-    for t in (torch.tensor(500), torch.tensor([0.5, 999.0, 20.0])):
-        with torch.no_grad():
-            expected, found = (model(x, t) for model in (simulated, integer))
-        assert (found - expected).pow(2).mean() < 1e-4 * expected.pow(2).mean()

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ptq_tdq.errors import RuntimeUnsupportedError
 from ptq_tdq.rotate import rotated
-from ptq_tdq.runtime.kernels import NOTHING, Grid, TokenNorm, normalized_tokens, reference_quantize
+from ptq_tdq.runtime.kernels import NOTHING, Grid, TokenNorm, reference_quantize
 from ptq_tdq.runtime.layer import WeightOnlyLayer
 from ptq_tdq.runtime.native_layer import NativeLayer
 from ptq_tdq.runtime.passes import Modulation, Place, Plan
@@ -39,6 +39,18 @@ class Step:
 
     def own(self) -> Interval:
         return Interval(self.scale[1].reshape(-1), self.zero_point[1].reshape(-1))
+
+
+def normalized_tokens(x: Tensor, norm: TokenNorm, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """x [B, N, C] behind a norm, times ``1 + scale`` plus ``shift`` (both [B, C])."""
+    weight, bias, size = norm.weight, norm.bias, x.shape[-1:]
+    if norm.centered:
+        y = functional.layer_norm(x, size, weight, bias, norm.epsilon)
+    else:
+        y = functional.rms_norm(x, size, weight, norm.epsilon)
+        y = y if bias is None else y + bias
+    y = y if scale is None else y * (1 + scale.unsqueeze(1))
+    return y if shift is None else y + shift.unsqueeze(1)
 
 
 def result_of(plan: Plan, place: Place, *tensors: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ def cells(**changes: Any) -> list[Cell]:
         "schemes": ["W4A8", "W4A6"],
         "methods": ["tdq", "S_1"],
         "seeds": [0, 1],
+        "settings": (),
+        "samples": 1000,
+        "backend": "simulated",
     }
     return make_cells(**{**request, **changes})
 

@@ -144,6 +144,9 @@ def test_unknown_metrics_and_metrics_that_no_line_has_are_refused() -> None:
         find_metric("fid2")
     with pytest.raises(UsageError, match="No line has the metric fid;"):
         make_table(LINES, find_metric("fid"))
+    for unfinished in ([], [line("fp", 0, 9.0)]):
+        with pytest.raises(UsageError, match="no finished cell"):
+            make_table(unfinished, METRIC)
 
 
 def test_every_row_may_be_compared_with_s_1_of_one_preset() -> None:

@@ -14,7 +14,15 @@ from ptq_tdq.study.results import append_line, read_lines, unfinished
 
 
 def make(**changes: Any) -> list[Cell]:
-    request: dict[str, Any] = {"presets": ["default"], "schemes": ["W4A8"], "methods": ["tdq"], "seeds": [0]}
+    request: dict[str, Any] = {
+        "presets": ["default"],
+        "schemes": ["W4A8"],
+        "methods": ["tdq"],
+        "seeds": [0],
+        "settings": (),
+        "samples": 1000,
+        "backend": "simulated",
+    }
     return make_cells(**{**request, **changes})
 
 

@@ -86,7 +86,7 @@ class SharedWeights:
         self.file = folder / WEIGHTS
         self._places: dict[bytes, int] = {}
         self._end = 0
-        self.file.touch()
+        self.file.write_bytes(b"")
 
     def take(self, model: ir.Model) -> None:
         """Move the large initializers of ``model`` there."""

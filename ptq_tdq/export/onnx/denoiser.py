@@ -11,7 +11,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
@@ -25,8 +24,9 @@ from ptq_tdq.export.onnx.runtimes import QDQ, RUNTIMES, WEIGHTS
 from ptq_tdq.export.onnx.signature import RETURN_DICT, Leaf
 from ptq_tdq.export.onnx.skeleton import BATCH, METADATA
 from ptq_tdq.processor import instruction_set, sums_eight_bits
-from ptq_tdq.structure import Size, building, meta_model
+from ptq_tdq.structure import TensorCounts, building, meta_model
 from ptq_tdq.timeaxis import NEAR
+from ptq_tdq.timed_model import check_finite
 
 Feed = dict[str, NDArray[Any]]
 
@@ -84,10 +84,11 @@ class OnnxDenoiser(nn.Module):
                 f"({instruction_set()}, no VNNI); export it with --runtime portable."
             )
         self.facts, self.runtime = facts.said, chosen
+        self._opened = partial(OnnxDenoiser, file, runtime=chosen, threads=threads)
         self.config = Attributes(facts.model_config)
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.call, self.axis, self._signature = facts.call, facts.axis, facts.parameters
-        self._structure = cache(partial(_structure, self.config, self.call.time, _size(graph)))
+        self._structure = cache(partial(_structure, self.config, self.call.time, _counts(graph)))
         self._inputs = {value.name: value.type.tensor_type for value in graph.input}
         self._tables = _tables(graph)
         self._one_step, self._any_batch = facts.one_step or facts.steps is not None, BATCH in facts.free_sizes
@@ -97,8 +98,9 @@ class OnnxDenoiser(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward.
 
-        Raises :class:`~ptq_tdq.errors.TimestepError` for a time step outside the interval tables, and
-        :class:`ModelError` for arguments other than those of the recorded calls.
+        Raises :class:`~ptq_tdq.errors.TimestepError` for a time step outside the interval tables,
+        :class:`~ptq_tdq.errors.NonFiniteError` for NaN or Inf, and :class:`ModelError` for arguments other than those
+        of the recorded calls, or with which the runtime does not run the graph.
         """
         arguments = self._bind(args, kwargs)
         return_dict = arguments.pop(RETURN_DICT, False)
@@ -107,6 +109,10 @@ class OnnxDenoiser(nn.Module):
         self._fill(self.call.arguments, _repeated(self.call.arguments, arguments, self.call.main), "", feed)
         results = [self._as_given(torch.from_numpy(result), arguments) for result in self._rows(feed)]
         return self._returned(results, len(arguments[self.call.main]), bool(return_dict))
+
+    def __reduce__(self) -> Any:
+        """A copy, also in another process, opens the file again."""
+        return self._opened, ()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -162,6 +168,7 @@ class OnnxDenoiser(nn.Module):
         if leaf.kind == "each":
             return [self._array(replace(leaf, kind="shared"), item) for item in value]
         tensor = leaf.real(torch.as_tensor(value).detach().cpu())
+        check_finite(tensor)
         array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         if leaf.held:
             return array
@@ -199,7 +206,7 @@ class OnnxDenoiser(nn.Module):
 
     def _rows(self, feed: Feed) -> list[NDArray[Any]]:
         """The outputs for all samples: at once, or as many at a time as the graph is of, or as share a time step."""
-        leaves, time = self.call.leaves(), self.call.time
+        leaves, outputs, time = self.call.leaves(), self.call.results(), self.call.time
         main = next(leaf.name for leaf in leaves if leaf.name.partition(".")[0] == self.call.main)
         count = len(feed[main])
         if not count:
@@ -215,8 +222,8 @@ class OnnxDenoiser(nn.Module):
             results = self._run({leaf.name: leaf.some(feed[leaf.name], samples, count) for leaf in leaves})
             for place, sample in enumerate(samples):
                 if self._any_batch or places[sample] == place:
-                    found[sample] = [np.split(result, len(samples))[place] for result in results]
-        return [np.concatenate(parts) for parts in zip(*(found[i] for i in range(count)), strict=True)]
+                    found[sample] = [x.some(r, [place], len(samples)) for x, r in zip(outputs, results, strict=True)]
+        return [x.joined([found[i][at] for i in range(count)]) for at, x in enumerate(outputs)]
 
     def _run(self, feed: Feed) -> list[NDArray[Any]]:
         """The outputs of the graph, or of that for the step of all rows."""
@@ -250,6 +257,7 @@ class OnnxDenoiser(nn.Module):
         returned = fill(self.call.outputs)
         if return_dict and self.call.fields:
             values = [returned] if isinstance(returned, Tensor) else returned  # some models give a bare one for False
+            values = values.values() if isinstance(values, dict) else values  # or an object all the same
             return DenoiserOutput(zip(self.call.fields, values, strict=False))
         return returned
 
@@ -263,14 +271,14 @@ def _tables(graph: onnx.GraphProto) -> dict[str, int]:
     return {value.name: found[value.name] for value in graph.input if value.name in found}
 
 
-def _size(graph: onnx.GraphProto) -> Size:
-    return Size(len(graph.initializer), sum(math.prod(tensor.dims) for tensor in graph.initializer))
+def _counts(graph: onnx.GraphProto) -> TensorCounts:
+    return TensorCounts(len(graph.initializer), sum(math.prod(tensor.dims) for tensor in graph.initializer))
 
 
-def _structure(config: dict[str, Any], time: str, size: Size) -> nn.Module | None:
+def _structure(config: dict[str, Any], time: str, counts: TensorCounts) -> nn.Module | None:
     """The model of a file without its weights, where it is one of diffusers."""
     with suppress(ArtifactMismatchError), building():
-        return meta_model(config, time, size)
+        return meta_model(config, time, counts)
     return None
 
 

@@ -63,7 +63,7 @@ def _check(facts: Facts, graph: onnx.GraphProto) -> None:
     _of(dict, call.arguments), _of(bool, call.checked)
     for text in (call.main, *call.fields, *call.arguments):
         _of(str, text)
-    for leaf in leaves:
+    for leaf in (*leaves, *call.results()):
         _check_leaf(leaf)
     ranks = {x.name: len(x.type.tensor_type.shape.dim) for x in graph.input}
     inputs = {leaf.name: leaf for leaf in call.leaves()}
@@ -71,6 +71,10 @@ def _check(facts: Facts, graph: onnx.GraphProto) -> None:
         raise ValueError("the graph has other inputs")
     if [x.name for x in graph.output] != call.output_names():
         raise ValueError("the graph has other outputs")
+    for leaf, output in zip(call.results(), graph.output, strict=False):
+        rank = len(output.type.tensor_type.shape.dim)
+        if leaf.kind == "each" or (leaf.kind == "rows" and leaf.dim >= rank):
+            raise ValueError("the graph has outputs with other axes")
     if call.time not in inputs or not any(name.partition(".")[0] == call.main for name in inputs):
         raise ValueError("no input is the time, or none is denoised")
     if len({len(leaf.held) for leaf in call.held()}) > 1:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import onnx_ir as ir
@@ -23,30 +25,35 @@ from ptq_tdq.export.onnx.runtimes import QDQ
 from ptq_tdq.export.onnx.skeleton import METADATA, Skeleton, make_skeleton
 from ptq_tdq.export.onnx.trial import try_file, try_out
 from ptq_tdq.export.tables import export_tables, interval_frame
-from ptq_tdq.load import build_quantized
+from ptq_tdq.load import Given, as_artifact, build_quantized
+from ptq_tdq.quantized_model import QuantizedModel
 
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 FORMS: dict[str, type[Portable]] = {"portable": Portable, "onnxruntime": OnnxRuntime, "openvino": OpenVINO}
 
 
 def export_onnx(
-    artifact: Artifact, file: str | Path, runtime: str, calls: Calls, *, model: nn.Module | None = None
+    artifact: Given, file: str | Path, runtime: str, calls: Calls, *, model: nn.Module | None = None
 ) -> None:
     """Write ``artifact`` as one ONNX graph for one of :data:`FORMS`.
 
+    ``artifact`` is a folder, a hub id, what :func:`~ptq_tdq.calibrate` gave, or an artifact in memory.
     ``model`` is an instance of a class that is not diffusers' own, as :func:`~ptq_tdq.load_quantized` takes it.
     ``calls`` are recorded calls of the model, of which one is enough: the graph's inputs are the tensors of its
     arguments, by name (``sample``, ``added_cond_kwargs.text_embeds``), in float32 where they are real; plain values
     are part of the graph, and so are tensors whose values the model's code reads (a log message names them). The
-    batch may vary, and so may the size of images where the model takes others; all other sizes (tokens of a prompt,
-    say) are those of ``calls``. The outputs are the tensors that the model returns, ``out_`` and the name of their
-    field. The tensor ``<quantizer>.codes`` holds the integers of each quantizer, ``<layer>`` the output of each
-    quantized layer.
+    batch may vary, and so may the size of images where the model takes others and the graph is right there; all other
+    sizes (tokens of a prompt, say) are those of ``calls``. The outputs are the tensors that the model returns, ``out_``
+    and the name of their field. The tensor ``<quantizer>.codes`` holds the integers of each quantizer, ``<layer>`` the
+    output of each quantized layer.
 
     Raises :class:`UsageError` for an unknown runtime, :class:`ModelError` for a model that cannot be expressed and
     :class:`~ptq_tdq.errors.OutputError` when the file cannot be written.
     """
     if runtime not in FORMS:
         raise UsageError(f"The runtime must be one of {', '.join(FORMS)}. Got {runtime!r} instead.")
+    artifact = as_artifact(artifact)
     for name in artifact.networks:
         raise ModelError(
             f"The quantizer '{name}' asks a network for its interval at run time, which has no ONNX form; "
@@ -57,12 +64,14 @@ def export_onnx(
             f"The quantizer '{name}' finds an interval for each token at run time, which has no ONNX form; "
             "choose an artifact with another method."
         )
-    graph = encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls, model), runtime)
-    try_out(graph, calls, build_quantized(artifact, model))
+    graph = _of_right_sizes(
+        lambda fixed: encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls, model, fixed), runtime),
+        lambda graph: try_out(graph, calls, build_quantized(artifact, model)),
+    )
     write_atomic(file, graph)
 
 
-def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls, *, model: nn.Module | None = None) -> Path:
+def export_onnx_float(artifact: Given, file: str | Path, calls: Calls, *, model: nn.Module | None = None) -> Path:
     """Write the graph in floating point, with the names of the interval table, and the table as CSV beside it.
 
     :mod:`ptq_tdq.export.onnx.floating` says how the two belong together. Returns the path of the table: that of
@@ -72,31 +81,48 @@ def export_onnx_float(artifact: Artifact, file: str | Path, calls: Calls, *, mod
     table = Path(file).with_suffix(".csv")
     if table == Path(file):
         raise UsageError(f"The interval table goes to '{table}'; name the graph '{table.stem}.onnx' instead.")
+    artifact = as_artifact(artifact)
     interval_frame(artifact)  # the cheap reason to refuse comes first
-    graph = encode_onnx(artifact, Floating, make_skeleton(artifact, calls, model), "float")
-    simulated = build_quantized(artifact, model)
-    for quantizer in simulated.quantizers().values():
-        quantizer.enabled = False
-    try_out(graph, calls, simulated)
+    graph = _of_right_sizes(
+        lambda fixed: encode_onnx(artifact, Floating, make_skeleton(artifact, calls, model, fixed), "float"),
+        lambda graph: try_out(graph, calls, _weights_alone(artifact, model)),
+    )
     export_tables(artifact, table, "csv")
     write_atomic(file, graph)
     return table
 
 
 def export_onnx_steps(
-    artifact: Artifact, folder: str | Path, calls: Calls, *, model: nn.Module | None = None, overwrite: bool = False
+    artifact: Given, folder: str | Path, calls: Calls, *, model: nn.Module | None = None, overwrite: bool = False
 ) -> list[list[float]]:
     """Write a folder of static graphs (``t0981.onnx``, ...) for the time steps of ``calls``, and their weights.
 
     :mod:`ptq_tdq.export.onnx.by_step` says what they are. Returns the steps of each graph. Raises :class:`ModelError`
     for dynamic quantizers, and as :func:`export_onnx` does.
     """
+    artifact = as_artifact(artifact)
     groups = groups_of_steps(artifact, [float(t) for t in calls.t.unique()])
-    skeleton = make_skeleton(artifact, calls, model)
     with publish_directory(folder, overwrite) as target:
-        write_steps(artifact, target, skeleton, groups)
-        try_file(target, calls, build_quantized(artifact, model))
+        _of_right_sizes(
+            lambda fixed: write_steps(artifact, target, make_skeleton(artifact, calls, model, fixed), groups),
+            lambda _: try_file(target, calls, build_quantized(artifact, model)),
+        )
     return groups
+
+
+def _weights_alone(artifact: Artifact, model: nn.Module | None) -> QuantizedModel:
+    return build_quantized(artifact, model).quantize(activations=False)
+
+
+def _of_right_sizes(make: Callable[[set[str]], T], wrong: Callable[[T], set[str]]) -> T:
+    """What ``make`` gives with so many fixed sizes that none of its free ones is ``wrong``."""
+    fixed: set[str] = set()
+    while found := wrong(made := make(fixed)):
+        _log.warning(
+            "The graph takes %s as in these calls alone: torch's export is of no other.", " and ".join(sorted(found))
+        )
+        fixed |= found
+    return made
 
 
 def write_steps(artifact: Artifact, folder: Path, skeleton: Skeleton, groups: list[list[float]]) -> None:

@@ -94,7 +94,7 @@ class Portable:
     def quantizer(self, record: QuantizerRecord, x: ir.Value, rank: int) -> ir.Value:
         """``x`` on the quantizer's grid."""
         codes = self.codes(record, x, rank)
-        values = codes.values if codes.zeros is None else self.b("Sub", codes.values, codes.zeros)
+        values = self.levels(codes)
         return values if codes.scale is None else self.b("Mul", values, codes.scale)
 
     def group_norm(self, node: ir.Node) -> ir.Value | None:
@@ -106,7 +106,7 @@ class Portable:
     def part(self, q: QuantizerRecord, module: nn.Module, x: ir.Value, weight: RangeWeight, rank: int) -> ir.Value:
         """The share of one channel range of the input, without the bias."""
         codes = self.codes(q, x, rank)
-        values = codes.values if codes.zeros is None else self.b("Sub", codes.values, codes.zeros)
+        values = self.levels(codes)
         y = self.operation(module, values, self.weight(module, weight))
         return y if codes.scale is None else self.b("Mul", y, codes.scale)
 
@@ -124,6 +124,10 @@ class Portable:
         zero = np.uint8(interval.zero_point)
         codes = b("QuantizeLinear", u, own, zero, name=f"{record.name}.codes")
         return Codes(b("DequantizeLinear", codes, unit, zero), scale, None)
+
+    def levels(self, codes: Codes) -> ir.Value:
+        """The codes less their zeros."""
+        return codes.values if codes.zeros is None else self.b("Sub", codes.values, codes.zeros)
 
     def bare_codes(self, record: QuantizerRecord, x: ir.Value, rank: int, signed: bool = False) -> Codes:
         """``x`` quantized, as uint8 or, less 128, int8; nothing is left to DequantizeLinear but the change of type."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ptq_tdq.export.onnx.reads import Answers, what_is_read
@@ -18,6 +19,16 @@ def repeat_interleave(x: Tensor, repeats: Any, dim: int | None = None, *, output
         return torch.repeat_interleave(x, repeats, dim, output_size=output_size)
     x, axis = (x.flatten(), 0) if dim is None else (x, dim % x.ndim)
     return x.unsqueeze(axis + 1).expand(*x.shape[: axis + 1], repeats, *x.shape[axis + 1 :]).flatten(axis, axis + 1)
+
+
+def pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    """As ``functional.pad``, whose circular mode becomes one that not all runtimes have: the ends are put together."""
+    if mode != "circular" or min(pad) < 0:
+        return functional.pad(x, pad, mode, value)
+    for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+        axis = x.ndim - number  # the last one comes first
+        x = torch.cat([x.narrow(axis, x.shape[axis] - before, before), x, x.narrow(axis, 0, after)], axis)
+    return x
 
 
 def _in_each(dimensions: int, convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -35,6 +46,7 @@ def _in_each(dimensions: int, convolution: Callable[..., Tensor]) -> Callable[..
 _WORDS: dict[Any, Callable[..., Tensor]] = {
     torch.repeat_interleave: repeat_interleave,
     Tensor.repeat_interleave: repeat_interleave,
+    functional.pad: pad,
     torch.conv2d: _in_each(2, torch.conv2d),
     torch.conv3d: _in_each(3, torch.conv3d),
     torch.conv_transpose2d: _in_each(2, torch.conv_transpose2d),

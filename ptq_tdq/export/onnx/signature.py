@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls import Calls, Each, Group, Place, main_argument
+from ptq_tdq.calls.arguments import REFUSALS
 from ptq_tdq.errors import ModelError
 from ptq_tdq.timed_model import TimedModel, in_float32
 
@@ -70,6 +71,17 @@ class Leaf:
             parts = np.split(value, count, self.dim)
             array = np.concatenate([parts[i] for i in samples], self.dim)
         return array
+
+    def joined(self, parts: list[NDArray[Any]]) -> NDArray[Any]:
+        """The result for all samples, from that for each; raises :class:`ModelError` where there is none."""
+        if self.kind != "shared":
+            return np.concatenate(parts, self.dim)
+        if any(not np.array_equal(part, parts[0]) for part in parts):
+            raise ModelError(
+                f"The graph gives one {self.name} for all samples of a call, and these cannot be in one; call it with "
+                "each alone."
+            )
+        return parts[0]
 
     def hashes(self, value: Any, count: int) -> tuple[str, ...]:
         """A hash of the values of each of ``count`` samples, whatever their precision."""
@@ -128,9 +140,13 @@ class Signature:
 
         return replace(self, arguments=pytree.tree_map(hold, self.arguments))
 
+    def results(self) -> list[Leaf]:
+        """The tensors that the model returns, in order."""
+        return [leaf for leaf in pytree.tree_leaves(self.outputs) if isinstance(leaf, Leaf)]
+
     def output_names(self) -> list[str]:
         """The graph's outputs, in order."""
-        names = [leaf.name for leaf in pytree.tree_leaves(self.outputs) if isinstance(leaf, Leaf)]
+        names = [leaf.name for leaf in self.results()]
         return [*names, CHECK] if self.checked else names
 
     def fill(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -183,7 +199,7 @@ Rows = Callable[[Sequence[int]], dict[str, Tensor]]
 def describe(model: TimedModel, calls: Calls) -> tuple[Signature, Rows, int]:
     """The signature of ``model`` as ``calls`` use it, a function that gives a call with some rows, and their number.
 
-    ``model`` is run once or twice, to see what it returns. The time is a float where the model takes it as one, so that
+    ``model`` is run a few times, to see what it returns. The time is a float where the model takes it as one, so that
     schedulers with fractional steps work. Raises :class:`ModelError` for arguments or results that no graph has.
     """
     if not len(calls):
@@ -192,9 +208,9 @@ def describe(model: TimedModel, calls: Calls) -> tuple[Signature, Rows, int]:
     tree = {name: value for name, value in group.tree.items() if name != RETURN_DICT}
     arguments = {name: _named(value, name, group) for name, value in tree.items()}
     tensors = dict(_tensors(arguments, tree, group))
-    one = in_float32(group.arguments(slice(0, 1)))
+    one, two = (in_float32(group.arguments(torch.zeros(count, dtype=torch.long))) for count in (1, 2))
     parameters = tuple(_parameter(p) for p in inspect.signature(model.model.forward).parameters.values())
-    outputs, fields = _outputs(model, one, any(p["name"] == RETURN_DICT for p in parameters))
+    outputs, fields = _outputs(model, one, two, any(p["name"] == RETURN_DICT for p in parameters))
     if not tensors[time].is_floating_point() and _takes_float(model, one, time):
         tensors[time] = tensors[time].float()
 
@@ -251,28 +267,40 @@ def _parameter(parameter: inspect.Parameter) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, arguments: dict[str, Any], return_dict: bool) -> tuple[Any, tuple[str, ...]]:
-    """The tree of what ``model`` returns, and the names of the fields of its object."""
+def _outputs(
+    model: nn.Module, one: dict[str, Any], two: dict[str, Any], return_dict: bool
+) -> tuple[Any, tuple[str, ...]]:
+    """The tree of what ``model`` returns for one sample and for two, and the names of the fields of its object."""
     fields: tuple[str, ...] = ()
+    as_tuple = {RETURN_DICT: False} if return_dict else {}
     if return_dict:
-        whole = model(**{**arguments, RETURN_DICT: True})
-        fields = tuple(getattr(whole, "keys", lambda: vars(whole))())
-        arguments = {**arguments, RETURN_DICT: False}
-    returned = model(**arguments)
+        whole = model(**one | {RETURN_DICT: True})
+        plain = isinstance(whole, Tensor | list | tuple)
+        fields = getattr(whole, "_fields", ()) if plain else tuple(getattr(whole, "keys", lambda: vars(whole))())
+    returned = model(**one | as_tuple)
     leaves, spec = pytree.tree_flatten(returned)
     tensors = sum(isinstance(leaf, Tensor) for leaf in leaves)
     if not tensors:
         raise ModelError(
-            f"The model returns a {type(returned).__name__}, which no graph can give; let it return a tensor, or a "
-            "tuple, list or dict of tensors."
+            f"The model returns an object of type {type(returned).__name__}, which no graph can give; let it return a "
+            "tensor, or a tuple, list or dict of tensors."
         )
     names = iter(fields if len(fields) == tensors else map(str, range(tensors)))
-    return (
-        pytree.tree_unflatten(
-            [Leaf(f"out_{next(names)}", "rows") if isinstance(x, Tensor) else x for x in leaves], spec
-        ),
-        fields,
-    )
+    try:
+        of_two, other = pytree.tree_flatten(model(**two | as_tuple))
+    except REFUSALS:  # a model of one sample
+        other = None
+    pairs = zip(leaves, of_two if other == spec else leaves, strict=True)
+    found = [_result(f"out_{next(names)}", *pair) if isinstance(pair[0], Tensor) else pair[0] for pair in pairs]
+    return pytree.tree_unflatten(found, spec), fields
+
+
+def _result(name: str, one: Tensor, two: Tensor) -> Leaf:
+    """A tensor that is ``one`` for a sample and ``two`` for two: its rows are where it is longer, if it is there."""
+    if one.ndim != two.ndim or (one is two and one.ndim):  # a lone sample without an axis, or no other number of them
+        return Leaf(name, "rows")
+    longer = [axis for axis, sizes in enumerate(zip(one.shape, two.shape, strict=True)) if sizes[0] != sizes[1]]
+    return Leaf(name, "rows", longer[0]) if longer else Leaf(name, "shared")
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ one operand of an attention product. No name or pattern of the exporter's own is
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Set
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,45 +57,52 @@ class Skeleton:
         return next((symbol for symbol, own in self.sizes.items() if own == BATCH), str(self.signature.samples))
 
 
-def make_skeleton(artifact: Artifact, calls: Calls, model: nn.Module | None = None) -> Skeleton:
+def make_skeleton(
+    artifact: Artifact, calls: Calls, model: nn.Module | None = None, fixed: Collection[str] = ()
+) -> Skeleton:
     """Export the artifact's model (some 10 s to some minutes) as it is called in ``calls``.
 
     ``model`` is one of the same structure, for classes that are not diffusers' own.
-    The batch may vary, and the sizes of an image where the model itself takes others; a model whose batch cannot vary,
-    such as one that takes lists, is exported for one sample. Arguments whose values the model's code reads are held:
-    the graph has a sample for each of their values in ``calls``. Raises :class:`ModelError` for a model that torch
-    cannot export.
+    The batch may vary, and the sizes of an image where the model itself takes others, but those ``fixed``; a model
+    whose batch cannot vary, such as one that takes lists, is exported for one sample. Arguments whose values the
+    model's code reads are held: the graph has a sample for each of their values in ``calls``. Raises
+    :class:`ModelError` for a model that torch cannot export.
     """
     quantized = build_quantized(artifact, model).float()
     signature, rows, count = describe(quantized, calls)
     layers = {name: unpadded(layer.layer)[0] for name, layer in quantized.layers().items()}
     call, samples = Call(quantized, signature).eval(), [0]
     try:
-        exported, inputs, free = _exported(call, rows, samples)
+        graph, inputs, free = _exported(call, rows, samples, fixed)
     except ReadsValuesError as refusal:
         samples = _hold(call, rows, count, refusal)
-        exported, inputs, free = _exported(call, rows, samples)
-    checked = len(exported.graph_signature.user_outputs) > len(signature.output_names())
-    signature = replace(call.signature, checked=checked)
-    return _named(convert(exported).model, signature, layers, inputs, free)
+        graph, inputs, free = _exported(call, rows, samples, fixed)
+    checked = len(graph.graph.outputs) > len(signature.output_names())
+    return _named(graph, replace(call.signature, checked=checked), layers, inputs, free)
 
 
 def _exported(
-    call: Call, rows: Rows, samples: list[int]
-) -> tuple[torch.export.ExportedProgram, dict[str, Tensor], set[str]]:
-    """The traced model of any batch, or else of some ``samples``; its inputs, and the names of its free sizes."""
+    call: Call, rows: Rows, samples: list[int], fixed: Collection[str]
+) -> tuple[ir.Model, dict[str, Tensor], set[str]]:
+    """The graph of any batch and size, of any batch, or of ``samples``; its inputs, and the names of its free sizes."""
     signature = call.signature
     if all(leaf.kind != "each" for leaf in signature.tensors()) and not signature.held():
         inputs = rows([0, 1])
         with at(torch.zeros(1)):
-            takes = [name for name in _spatial(signature, inputs) if _accepts(call, signature, rows, name)]
-        with suppress(ModelError):  # code that looks up sizes may take a fixed one
-            exported = call.export(inputs, _axes(signature, inputs, takes))
-            free = {name for name in (BATCH, *takes) if _accepts(exported.module(), signature, rows, name)}
-            if BATCH in free:
-                return exported, inputs, free
+            spatial = [name for name in _spatial(signature, inputs) if name not in fixed]
+            takes = tuple(name for name in spatial if _accepts(call, signature, rows, name))
+        for sizes in dict.fromkeys((takes, ())):
+            try:
+                exported = call.export(inputs, _axes(signature, inputs, sizes))
+                free = {name for name in (BATCH, *sizes) if _accepts(exported.module(), signature, rows, name)}
+                if BATCH in free:
+                    return convert(exported).model, inputs, free
+            except ReadsValuesError:
+                break
+            except ModelError:  # code that looks up sizes may take a fixed one
+                continue
     inputs = {leaf.name: rows(samples)[leaf.name] for leaf in signature.leaves()}
-    return call.export(inputs, {}), inputs, set()
+    return convert(call.export(inputs, {})).model, inputs, set()
 
 
 def _hold(call: Call, rows: Rows, count: int, refusal: ModelError) -> list[int]:
@@ -147,6 +153,7 @@ def _named(
         for axis, size in enumerate(inputs[leaf.name].shape):
             named = names.get(axis, "")
             free_size = named in free or (BATCH in free and named.startswith("rows of "))
+            free_size &= not isinstance(value.shape[axis], int)  # the exporter itself may take one for a constant
             sizes.setdefault(str(value.shape[axis]), named if free_size else size)
     _tidy(model, signature)
     _keep_wide_axes(model.graph)
@@ -154,9 +161,17 @@ def _named(
     return Skeleton(model, layers, signature, sizes)
 
 
-def _spatial(signature: Signature, inputs: dict[str, Tensor]) -> dict[str, int]:
+def longer(signature: Signature, inputs: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    """``inputs`` with what is denoised one step longer along an axis, and twice as long."""
+    x, axis = inputs[signature.main], _spatial(signature, inputs)[name]
+    for more in (1, x.shape[axis]):
+        yield {**inputs, signature.main: torch.cat([x, x.narrow(axis, 0, more)], axis)}
+
+
+def _spatial(signature: Signature, inputs: dict[str, Any]) -> dict[str, int]:
     """Names of the axes of what is denoised that may be of another size, and where they are."""
-    rank = inputs[signature.main].ndim if signature.main in inputs else 0
+    x = inputs.get(signature.main)
+    rank = x.ndim if isinstance(x, Tensor) else 0
     names = _SPATIAL.get(rank, tuple(f"size_{axis}" for axis in range(2, rank)))
     return {name: axis for axis, name in enumerate(names, 2)}
 
@@ -178,10 +193,7 @@ def _accepts(module: nn.Module, signature: Signature, rows: Rows, name: str) -> 
 
     A traced one checks what tracing has assumed; the assumptions are lost in the graph.
     """
-    inputs = rows([0, 1, 2] if name == BATCH else [0, 1])
-    if name != BATCH:
-        x, axis = inputs[signature.main], _spatial(signature, inputs)[name]
-        inputs[signature.main] = torch.cat([x, x], axis)
+    inputs = rows([0, 1, 2]) if name == BATCH else [*longer(signature, rows([0, 1]), name)][-1]
     try:
         with quiet(), torch.no_grad():
             module(inputs)

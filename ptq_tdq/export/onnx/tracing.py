@@ -31,6 +31,7 @@ from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.records import QuantizerRecord
 from ptq_tdq.timeaxis import at
+from ptq_tdq.timed_model import in_float32
 
 DOMAIN = "ptq_tdq"
 OPSET = 21
@@ -51,7 +52,7 @@ class Call(nn.Module):
     def __init__(self, quantized: QuantizedModel, signature: Signature) -> None:
         super().__init__()
         self.model, self.signature, self._marked = quantized.model, signature, partial(_marked, quantized)
-        self.told = False
+        self.holds = False
         self._holding: dict[str, Tensor] = {}
         self._reads: list[Read] | None = None
         self._seen: set[str] = set()
@@ -59,7 +60,7 @@ class Call(nn.Module):
     def hold(self, tensors: dict[str, Tensor], samples: int) -> None:
         """Make ``tensors`` of some ``samples``, possibly none, part of the model."""
         self.signature = self.signature.holding(tensors, samples)
-        self._holding, self.told = tensors, True
+        self._holding, self.holds = tensors, True
 
     def listen(self, tensors: dict[str, Tensor]) -> list[Read]:
         """What the code reads in one call."""
@@ -87,7 +88,7 @@ class Call(nn.Module):
         answers = None if self._reads is None else Answers(self._reads, frozenset(self._holding))
         with InOtherWords(answers, self._seen):
             returned = self.model(**self.signature.fill(tensors | self._holding))
-        results = [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, Tensor)]
+        results = [in_float32(leaf) for leaf in pytree.tree_leaves(returned) if isinstance(leaf, Tensor)]
         if answers is not None and answers.checks:
             results.append(torch.cat(answers.checks).all().reshape(1))
         return tuple(results)
@@ -99,9 +100,9 @@ class Call(nn.Module):
         whatever else torch does not trace.
         """
         shapes = ({name: dict.fromkeys(free.get(name, ()), torch.export.Dim.AUTO) for name in tensors},)
-        reads = self.listen(tensors) if self.told else None
+        reads = self.listen(tensors) if self.holds else None
         self._seen.clear()
-        with _refusals(() if self.told else self._seen), self._marked():
+        with _refusals(() if self.holds else self._seen), self._marked():
             self._reads = reads
             try:
                 exported = torch.export.export(self, (tensors,), dynamic_shapes=shapes, strict=False)

@@ -80,16 +80,15 @@ class RangeWeight:
 def range_weights(artifact: Artifact, record: LayerRecord) -> list[RangeWeight]:
     """The weight of each channel range of a layer."""
     name, outputs = record.name, len(artifact.weight_codes[record.name])
-    ranges = list(zip(record.splits, record.splits[1:], strict=False))
     return [
         RangeWeight(
-            f"{name}.weight" if len(ranges) == 1 else f"{name}.{i}.weight",
+            f"{name}.weight" if len(record.ranges) == 1 else f"{name}.{i}.weight",
             record.weight_bits or 0,
             artifact.weight_codes[name][:, low:high].numpy(),
             artifact.weight_scale[name][:, i].expand(outputs).numpy(),
             artifact.weight_zero_point[name][:, i].expand(outputs).numpy(),
         )
-        for i, (low, high) in enumerate(ranges)
+        for i, (low, high) in enumerate(record.ranges)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Channel equalization: what it leaves as it was, and what it gains where a few channels are large."""
+"""Inputs equalized or rotated: what that leaves as it was, and what it gains where a few channels are large."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ptq_tdq import calibrate, preset, record
 from ptq_tdq.artifacts import read_artifact
 from ptq_tdq.load import load_quantized
 from ptq_tdq.modules import QuantLayer
-from ptq_tdq.recon.equalize import best_transform, power_of_two
+from ptq_tdq.recon.transform import best_transform, power_of_two
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.runtime import IntegerModel
 

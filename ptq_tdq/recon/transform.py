@@ -1,12 +1,13 @@
-"""Channel equalization: a linear layer's large input channels are divided by factors that its weight takes over.
+"""Transforms of a linear layer's input that its weight undoes: channels divided by factors, or a rotation.
 
     W x = (W diag(f)) (diag(1 / f) x),    f_c = |x_c|^a, a power of two
 
-(SmoothQuant, arXiv 2211.10438.) A few channels of a transformer are many times larger than the others, and one interval
-for all leaves the small ones few codes. How much the weight can take over depends on both bit widths, so the exponent a
-of each layer is the one with the least error of its outputs, on tokens that the factors were not made from. All steps
-count alike, whatever the size of their activations (PTQ4DiT, arXiv 2405.16005, weighs them too). Powers of two change
-no digit of the layer's output in floating point.
+(Channel equalization: SmoothQuant, arXiv 2211.10438; the rotation is that of :mod:`ptq_tdq.rotate`.) A few channels of
+a transformer are many times larger than the others, and one interval for all leaves the small ones few codes. How much
+the weight can take over depends on both bit widths, so the exponent a of each layer is the one with the least error of
+its outputs, on tokens that the factors were not made from. All steps count alike, whatever the size of their
+activations (PTQ4DiT, arXiv 2405.16005, weighs them too). Powers of two change no digit of the layer's output in
+floating point.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ptq_tdq.modules.layers import layer_input
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit, as_slice
 from ptq_tdq.rotate import rotated
-from ptq_tdq.search import QParams, vector_qparams, weight_qparams
+from ptq_tdq.search import QParams, row_qparams, vector_qparams
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75)
 ROWS = 2048  # tokens of a layer that are looked at, about
@@ -40,10 +41,11 @@ SEARCHED = 1 << 14  # of their values, to find an interval
 TINY = torch.finfo(torch.float32).tiny
 
 
-def equalize_unit(unit: Unit, call: UnitCall, config: Config, generator: torch.Generator) -> None:
-    """Equalize the unit's linear layers by their inputs in the quantized stream, before any weight is rounded.
+def transform_unit(unit: Unit, call: UnitCall, config: Config, generator: torch.Generator) -> None:
+    """Transform the inputs of the unit's linear layers by what these are given, before any weight is rounded.
 
-    With ``rotate`` "auto", those are rotated instead for which that leaves less error by more than ``MARGIN``.
+    With ``equalize`` "channels" they are equalized; with ``rotate`` "auto", those are rotated instead for which that
+    leaves less error by more than ``MARGIN``.
     """
     layers = [layer for layer in unit.layers() if layer.mixable and not layer.record.rotated]
     for layer, (x, number) in _inputs(unit, layers, call, generator).items():
@@ -105,13 +107,13 @@ def _quantized_input(layer: QuantLayer, x: Tensor, judged: Tensor) -> Tensor:
         found = QParams(found.scale[:, None], found.zero_point[:, None])
     else:
         flat = x.flatten()
-        found = weight_qparams(flat[None, :: (len(flat) // SEARCHED) | 1], qtype)
+        found = row_qparams(flat[None, :: (len(flat) // SEARCHED) | 1], qtype)
     return fake_quantize(judged, found.scale, found.zero_point, qtype)
 
 
 def _quantized_weight(layer: QuantLayer, weight: Tensor, config: Config) -> Tensor:
     qtype = layer.weight_quantizers()[0].qtype
-    found = weight_qparams(weight, qtype, method="minmax", symmetric=config.symmetric_weights(qtype.bits))
+    found = row_qparams(weight, qtype, method="minmax", symmetric=config.symmetric_weights(qtype.bits))
     return fake_quantize(weight, found.scale[:, None], found.zero_point[:, None], qtype)
 
 
@@ -123,20 +125,20 @@ def _inputs(
     number = torch.unique(unit.t, return_inverse=True)[1]
     found: dict[QuantLayer, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
 
-    def hear(steps: Tensor, layer: QuantLayer, rows: Tensor) -> None:
+    def keep(steps: Tensor, layer: QuantLayer, rows: Tensor) -> None:
         wanted = each * len(steps)
         index = torch.randint(len(rows), (wanted if len(rows) else 0,), generator=generator)
         own = steps[index * len(steps) // len(rows)] if len(rows) else steps[:0]
         found[layer].append((rows[index.to(rows.device)].float(), own.to(rows.device)))
 
     def look(sample: Tensor) -> int:
-        heard: list[int] = []
-        _run(unit, layers, call, sample, lambda layer, rows: heard.append(len(rows)))
-        return sum(tokens > 0 for tokens in heard)
+        counts: list[int] = []
+        _run(unit, layers, call, sample, lambda layer, rows: counts.append(len(rows)))
+        return sum(tokens > 0 for tokens in counts)
 
     for batch, here, calls in unit.turns(look):
         if len(here):
-            _run(unit, layers, call, as_slice(here), partial(hear, number[here]))
+            _run(unit, layers, call, as_slice(here), partial(keep, number[here]))
         torch.randint(2, (calls * each * (len(batch) - len(here)),), generator=generator)  # as others draw
     processes.follow(generator)
     return {layer: _joined(layer, processes.gather(parts)) for layer, parts in found.items()}
@@ -147,14 +149,14 @@ def _run(
     layers: list[QuantLayer],
     call: UnitCall,
     index: slice | Tensor,
-    hear: Callable[[QuantLayer, Tensor], None],
+    keep: Callable[[QuantLayer, Tensor], None],
 ) -> None:
-    """Run the unit on some samples; ``hear`` gets each layer that runs with its tokens [n, C]."""
+    """Run the unit on some samples; ``keep`` gets each layer that runs with its tokens [n, C]."""
 
     def listen(layer: QuantLayer, args: Any, kwargs: Any) -> None:
         x = layer_input(args, kwargs)
         assert x is not None
-        hear(layer, x.detach().reshape(-1, x.shape[-1]))
+        keep(layer, x.detach().reshape(-1, x.shape[-1]))
 
     with torch.no_grad(), hooked(layer.register_forward_pre_hook(listen, with_kwargs=True) for layer in layers):
         unit.run(call, index)
