@@ -18,7 +18,7 @@ from torch import Tensor
 from ptq_tdq.artifacts import check_folder
 from ptq_tdq.cache import cache_folder
 from ptq_tdq.calib_data.finite import finite_outputs
-from ptq_tdq.calib_data.load import LoadedModel
+from ptq_tdq.calib_data.original import LoadedModel
 from ptq_tdq.calib_data.sampler import Sampler, new_schedule, sample_generator
 from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 from ptq_tdq.calls import Calls, Recorder

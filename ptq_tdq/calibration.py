@@ -21,9 +21,8 @@ from ptq_tdq.calib_data import LoadedModel, Original, collect, find_original, fi
 from ptq_tdq.calls import Calls
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Config
-from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError
+from ptq_tdq.errors import CalibrationSetError, ConfigError, NonFiniteError
 from ptq_tdq.identity import base_config, first_nonfinite
-from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import Plan, make_plan
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
 from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
@@ -84,7 +83,6 @@ def calibrate(
         raise CalibrationSetError(f"calls must be what ptq_tdq.record gives. Got a {type(calls).__name__} instead.")
     sampled: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
     original = find_original(model, recorded=calls is not None, component=component, **sampled)
-    _check_plain(original.denoiser)
     calls = _calls_of(original, config, calls)
     plan = _plan_of(original.denoiser, config, calls)
     quantized = QuantizedModel.copy_of(original.denoiser, calls.axis, plan.layers)
@@ -152,7 +150,6 @@ def foresee(
 
 def _foresee(model: LoadedModel, config: Config, budget: int, evaluation_samples: int, count: int) -> Forecast:
     call = first_call(model, config.calibration.num_inference_steps, config.seed)
-    _check_plain(model.denoiser)
     plan = make_plan(folded_copy(model.denoiser), config, call)
     quantized = QuantizedModel.copy_of(model.denoiser, call.axis, plan.layers)
     samples, steps = config.calibration.samples_per_step * len(call), config.calibration.calibration_steps
@@ -168,19 +165,6 @@ def _foresee(model: LoadedModel, config: Config, budget: int, evaluation_samples
         processes=count,
         here=min(count, processes.here()),
     )
-
-
-def _check_plain(model: nn.Module) -> None:
-    """Raise :class:`ModelError` for a model that is quantized, has adapters beside its layers, or has no parameters."""
-    if getattr(model, "peft_config", None):
-        raise ModelError(
-            "The model has adapters that are not part of it; fuse them before calibration (pipe.fuse_lora(), "
-            "pipe.unload_lora_weights()), or load them onto the quantized model."
-        )
-    if next(model.parameters(), None) is None:
-        raise ModelError("The model has no parameters: nothing would be quantized.")
-    if any(isinstance(module, QuantLayer) for module in model.modules()):
-        raise ModelError("The model is quantized already; calibrate the full-precision one.")
 
 
 def _close_steps(calls: Calls) -> Iterator[str]:
