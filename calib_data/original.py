@@ -93,7 +93,7 @@ def find_original(
             f"{type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
             "pass them, or pass its pipeline."
         )
-    check_denoiser(model)
+    _check_plain(model)  # the rest depends on the calls
     return Original(model, model_name(model), model_sha256(model))
 
 
@@ -135,6 +135,13 @@ def check_denoiser(model: nn.Module) -> None:
     Raises :class:`ModelError` when its ``forward`` has no time argument, when it is quantized, has adapters beside its
     layers, or has no parameters; :class:`NonFiniteError` naming the layer for NaN or Inf in a weight.
     """
+    time_argument(model)
+    _check_plain(model)
+    if name := first_nonfinite(model):
+        raise NonFiniteError(f"The weight '{name}' has NaN or Inf; the model cannot be quantized, load another copy.")
+
+
+def _check_plain(model: nn.Module) -> None:
     if any(isinstance(module, QuantLayer) for module in model.modules()):
         raise ModelError("The model is quantized already; give the full-precision one.")
     if getattr(model, "peft_config", None):
@@ -142,11 +149,8 @@ def check_denoiser(model: nn.Module) -> None:
             "The model has adapters that are not part of it; fuse them first (pipe.fuse_lora(), "
             "pipe.unload_lora_weights()), or load them onto the quantized model."
         )
-    time_argument(model)
     if next(model.parameters(), None) is None:
         raise ModelError("The model has no parameters: nothing would be quantized.")
-    if name := first_nonfinite(model):
-        raise NonFiniteError(f"The weight '{name}' has NaN or Inf; the model cannot be quantized, load another copy.")
 
 
 def is_embedded(model: LoadedModel) -> bool:

@@ -41,7 +41,7 @@ from ptq_tdq.artifacts import (
 )
 from ptq_tdq.errors import ArtifactCorruptError, ConfigError, MissingExtraError, ModelError
 from ptq_tdq.identity import base_config, dtype_name
-from ptq_tdq.load import build_quantized, find_artifact
+from ptq_tdq.load import Given, as_artifact, build_quantized, find_artifact
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.products import called_by
 from ptq_tdq.quantized_model import QuantizedModel
@@ -196,13 +196,14 @@ def as_diffusers(quantized: QuantizedModel) -> Any:
     return model
 
 
-def export_component(artifact: Artifact, path: str | Path) -> None:
+def export_component(artifact: Given, path: str | Path) -> None:
     """Write the folder of a pipeline's component, all or nothing.
 
-    Raises :class:`~ptq_tdq.errors.OutputError` where that is impossible, :class:`~ptq_tdq.errors.ArtifactMismatchError`
-    for a class that is not diffusers' own.
+    ``artifact`` is a folder, a hub id, or what :func:`~ptq_tdq.calibrate` gave. Raises
+    :class:`~ptq_tdq.errors.OutputError` where that is impossible, :class:`~ptq_tdq.errors.ModelError` for a class that
+    is not diffusers' own, and as :func:`~ptq_tdq.load_quantized` does.
     """
-    model = as_diffusers(build_quantized(artifact))
+    model = as_diffusers(build_quantized(as_artifact(artifact)))
     with publish_directory(path) as folder:
         model.save_pretrained(folder)
 

@@ -241,7 +241,7 @@ def test_its_own_dtype_is_asked_for_in_any_way(native: Any) -> None:
 def test_a_lora_is_fused_before_calibration(stable_diffusion: Calibrated) -> None:
     pipe = stable_diffusion.pipe()
     pipe.load_lora_weights(lora(pipe.unet))
-    with pytest.raises(ModelError, match=r"fuse them before calibration \(pipe.fuse_lora\(\)"):
+    with pytest.raises(ModelError, match=r"fuse them first \(pipe.fuse_lora\(\)"):
         calibrate(pipe, QUICK, prompts=["A red fox"])
     pipe.fuse_lora()
     pipe.unload_lora_weights()
