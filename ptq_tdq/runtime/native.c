@@ -12,16 +12,16 @@
 #include <immintrin.h>
 #endif
 
-/* A float and its bits: compilers make one instruction of the lesser of two integers, and several of that of two floats. */
+/* A float and its bits: compilers make one instruction of the lesser of two integers, several of that of two floats. */
 typedef union {
     float f;
     uint32_t bits;
 } Number;
 
-/* e^x within 2 ulp, without branches, x in [-87, 87]: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for e^r (Cephes
- * expf). 1.5 * 2^23 added to x / ln 2 rounds it to n, which is then what ends the sum's bits. */
+/* e^x within 2 ulp, without branches, x in [-87, 87]: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for e^r
+ * (Cephes expf). The shift rounds x / ln 2 to n, with which the bits of the sum end. */
 static inline float raised(float x) {
-    const float shift = 12582912.0f;
+    const float shift = 12582912.0f; /* 1.5 * 2^23 */
     const Number sum = {x * 1.44269504088896341f + shift};
     const float n = sum.f - shift, r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -35,6 +35,7 @@ static inline float raised(float x) {
     return y.f;
 }
 
+/* e^x, as if x were in [-87, 87]. */
 static inline float exponential(float x) {
     const uint32_t most = 0x42ae0000; /* 87 */
     Number y = {x};
@@ -43,7 +44,7 @@ static inline float exponential(float x) {
     return raised(y.f);
 }
 
-/* Of x up to 0. */
+/* The same of x up to 0. */
 static inline float falling(float x) {
     const uint32_t least = 0xc2ae0000; /* -87 */
     Number y = {x};
@@ -473,9 +474,9 @@ static inline int64_t offset(const Convolution *c, int64_t kh, int64_t kw) {
     return (kh * c->dilation_height * c->in_width + kw * c->dilation_width) * c->channels;
 }
 
-/* tile, once for each kind of processor: the sums of BLOCK outputs, of which so many are wanted, at PIXELS pixels, whose
- * codes begin at[pixel]; what codes beside weights of 8 bits are kept in there. corrected_tile, for weights of 8 bits: the
- * sums, and more [pixel] less [output], as floats, the pixels `step` apart. */
+/* tile, once for each kind of processor: the sums of a block, of which so many outputs are wanted, at PIXELS pixels,
+ * whose codes begin at[pixel]; what codes beside weights of 8 bits are kept in there. corrected_tile, for weights of 8
+ * bits: sum + more[pixel] - less[output] as floats, the pixels `step` apart. */
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define INSTRUCTIONS "AVX512-VNNI"
 
@@ -790,9 +791,12 @@ static void product(const Wide *a, int32_t za, const Packed *b, int32_t zb, int6
     }
 }
 
-/* The greatest of the scores [keys], once they are what the softmax is of. */
+/* The greatest of the scores [keys], which become what the softmax is of where a gain above 0 is not all. */
 static float greatest_score(float *row, const float *mask, int64_t keys, float gain) {
-    for (int64_t j = 0; mask && j < keys; j++) row[j] = row[j] * gain + mask[j];
+    if (mask)
+        for (int64_t j = 0; j < keys; j++) row[j] = row[j] * gain + mask[j];
+    else if (gain < 0)
+        for (int64_t j = 0; j < keys; j++) row[j] *= gain;
     const int64_t vectors = keys / LANES * LANES;
     float most = row[0];
     vec part = {0};
@@ -817,12 +821,13 @@ static float sum_of_row(const float *row, int64_t keys) {
 static void softmax_codes(float *restrict scores, int64_t rows, int64_t keys, int64_t pitch, const float *mask,
                           int64_t mask_row, float gain, float scale, float zero_point, float qmax, int64_t step,
                           Wide *restrict out) {
+    const float left = mask || gain < 0 ? 1.0f : gain;
     float most[PIXELS], total[PIXELS];
     for (int64_t r = 0; r < rows; r++)
         most[r] = greatest_score(scores + r * pitch, mask ? mask + r * mask_row : NULL, keys, gain);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; most[r] > -INFINITY && j < keys; j++)
-            scores[r * pitch + j] = falling((scores[r * pitch + j] - most[r]) * (mask ? 1.0f : gain));
+            scores[r * pitch + j] = falling((scores[r * pitch + j] - most[r]) * left);
     for (int64_t r = 0; r < rows; r++) total[r] = sum_of_row(scores + r * pitch, keys);
     for (int64_t r = 0; r < rows; r++)
         if (most[r] == -INFINITY) /* a row that may look at nothing gives zeros */
