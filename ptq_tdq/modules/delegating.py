@@ -8,7 +8,10 @@ from torch import nn
 
 
 class Delegating(nn.Module):
-    """Attributes that it has not are those of the module that its attribute ``_inside`` names."""
+    """Attributes that it has not are those of the module that its attribute ``_inside`` names.
+
+    A child of that module is replaced there.
+    """
 
     _inside = "model"
 
@@ -16,4 +19,13 @@ class Delegating(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__(self._inside), name)
+            if name == self._inside:  # not there yet
+                raise
+            return getattr(getattr(self, self._inside), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inside = self.__dict__.get("_modules", {}).get(self._inside)
+        if inside is not None and name in inside._modules and name not in self._modules:
+            setattr(inside, name, value)
+        else:
+            super().__setattr__(name, value)
