@@ -25,7 +25,8 @@ class Delegating(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         inside = self.__dict__.get("_modules", {}).get(self._inside)
-        if inside is not None and name in inside._modules and name not in self._modules:
+        child = isinstance(value, nn.Module | None) and name not in self._modules
+        if child and inside is not None and name in inside._modules:
             setattr(inside, name, value)
         else:
             super().__setattr__(name, value)
