@@ -90,7 +90,8 @@ def calibrate(
     quantized.provenance |= {"one_step": bool(plan.special.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = (*plan.notices, *_close_steps(calls))
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
-    _check_alike(quantized.provenance)
+    folders = {"run_directory": run_directory is not None, "weights_directory": weights_directory is not None}
+    processes.check_alike(lambda: identity(quantized.provenance) | folders)
     run = _open_run(run_directory, weights_directory, config, quantized.provenance, on_notice)
     reports: list[UnitReport] = []
 
@@ -176,14 +177,6 @@ def _close_steps(calls: Calls) -> Iterator[str]:
             f"{shared} of {len(t)} steps lie so close together on the time axis that they share entries of the tables "
             f"with others; if {calls.axis.argument} is a noise level over decades, call the model with its logarithm."
         )
-
-
-def _check_alike(document: dict[str, Any]) -> None:
-    """Raise :class:`ConfigError` where processes that share a run were not given the same."""
-    given = processes.gather([identity(document)])
-    for key, value in given[0].items():
-        if any(other[key] != value for other in given):
-            raise ConfigError(f"The processes of this run differ in their {key}; give the same to all of them.")
 
 
 def _open_run(

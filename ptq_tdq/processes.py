@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.errors import PtqTdqError, WorkerError
+from ptq_tdq.errors import ConfigError, PtqTdqError, WorkerError
 
 PATIENCE = timedelta(hours=12)  # the first process may collect calls while others wait
 
@@ -102,6 +102,14 @@ def gather(items: list[T]) -> list[T]:
     with _others():
         distributed.all_gather_object(found, pytree.tree_map_only(Tensor, Tensor.cpu, items))
     return [item for some in found for item in some]
+
+
+def check_alike(given: Callable[[], dict[str, Any]]) -> None:
+    """Raise :class:`ConfigError` naming the first key for which processes were not ``given`` the same."""
+    found = gather([given()]) if count() > 1 else []
+    for key, value in found[0].items() if found else ():
+        if any(other[key] != value for other in found):
+            raise ConfigError(f"The processes of this run differ in their {key}; give the same to all of them.")
 
 
 def join_rows(rows: Tensor) -> Tensor:
