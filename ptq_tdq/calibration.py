@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq_tdq import processes
+from ptq_tdq import launch, processes
 from ptq_tdq.ambient import undisturbed
 from ptq_tdq.artifacts import check_draft
 from ptq_tdq.calib_data import LoadedModel, Original, collect, find_original, first_call
@@ -164,7 +164,7 @@ def _foresee(model: LoadedModel, config: Config, budget: int, evaluation_samples
         budget=budget,
         measured=evaluation_samples * config.calibration.num_inference_steps,
         processes=count,
-        here=min(count, processes.here()),
+        here=min(count, launch.here()),
     )
 
 

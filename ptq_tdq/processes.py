@@ -6,7 +6,6 @@ process alone is the first of one: it gets back what it gives.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,21 +17,12 @@ from torch import Tensor, distributed
 from torch.utils import _pytree as pytree
 
 from ptq_tdq.errors import ConfigError, PtqTdqError, WorkerError
+from ptq_tdq.launch import launched, place
 
 PATIENCE = timedelta(hours=12)  # the first process may collect calls while others wait
 
 T = TypeVar("T")
 _apart = ContextVar("_apart", default=False)
-
-
-def launched() -> int:
-    """How many processes the launch of this one has started, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def here() -> int:
-    """How many of them are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -41,7 +31,7 @@ def joined(device: str) -> Iterator[str]:
     if launched() > 1 and not distributed.is_initialized():
         on_gpu = device.partition(":")[0] == "cuda"
         if on_gpu:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            device = f"cuda:{place()}"
             torch.cuda.set_device(device)
         distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
@@ -106,8 +96,10 @@ def gather(items: list[T]) -> list[T]:
 
 def check_alike(given: Callable[[], dict[str, Any]]) -> None:
     """Raise :class:`ConfigError` naming the first key for which processes were not ``given`` the same."""
-    found = gather([given()]) if count() > 1 else []
-    for key, value in found[0].items() if found else ():
+    if count() == 1:
+        return
+    found = gather([given()])
+    for key, value in found[0].items():
         if any(other[key] != value for other in found):
             raise ConfigError(f"The processes of this run differ in their {key}; give the same to all of them.")
 
