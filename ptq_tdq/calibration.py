@@ -68,7 +68,8 @@ def calibrate(
     ("reconstruction"), its :attr:`notices` what stays in floating point and why.
 
     Processes that torch.distributed has joined, and that call this with the same, share the calls and the work: each
-    gets the result, the first one alone samples the calls and keeps files, and what one raises all raise.
+    gets the result, the first one alone samples the calls and keeps files, and what one raises all raise; where one
+    raises an error that is not of this package (of ``on_unit``), others raise :class:`~ptq_tdq.errors.WorkerError`.
 
     Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
     :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model,
