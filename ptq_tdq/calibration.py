@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq_tdq import processes
+from ptq_tdq import launch, processes
 from ptq_tdq.ambient import undisturbed
 from ptq_tdq.artifacts import check_draft
 from ptq_tdq.calib_data import LoadedModel, Original, collect, find_original, first_call
@@ -68,7 +68,8 @@ def calibrate(
     ("reconstruction"), its :attr:`notices` what stays in floating point and why.
 
     Processes that torch.distributed has joined, and that call this with the same, share the calls and the work: each
-    gets the result, the first one alone samples the calls and keeps files, and what one raises all raise.
+    gets the result, the first one alone samples the calls and keeps files, and what one raises all raise; where one
+    raises an error that is not of this package (of ``on_unit``), others raise :class:`~ptq_tdq.errors.WorkerError`.
 
     Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
     :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model,
@@ -90,7 +91,8 @@ def calibrate(
     quantized.provenance |= {"one_step": bool(plan.special.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = (*plan.notices, *_close_steps(calls))
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
-    _check_alike(quantized.provenance)
+    folders = {"run_directory": run_directory is not None, "weights_directory": weights_directory is not None}
+    processes.check_alike(lambda: identity(quantized.provenance) | folders)
     run = _open_run(run_directory, weights_directory, config, quantized.provenance, on_notice)
     reports: list[UnitReport] = []
 
@@ -163,7 +165,7 @@ def _foresee(model: LoadedModel, config: Config, budget: int, evaluation_samples
         budget=budget,
         measured=evaluation_samples * config.calibration.num_inference_steps,
         processes=count,
-        here=min(count, processes.here()),
+        here=min(count, launch.here()),
     )
 
 
@@ -176,14 +178,6 @@ def _close_steps(calls: Calls) -> Iterator[str]:
             f"{shared} of {len(t)} steps lie so close together on the time axis that they share entries of the tables "
             f"with others; if {calls.axis.argument} is a noise level over decades, call the model with its logarithm."
         )
-
-
-def _check_alike(document: dict[str, Any]) -> None:
-    """Raise :class:`ConfigError` where processes that share a run were not given the same."""
-    given = processes.gather([identity(document)])
-    for key, value in given[0].items():
-        if any(other[key] != value for other in given):
-            raise ConfigError(f"The processes of this run differ in their {key}; give the same to all of them.")
 
 
 def _open_run(
