@@ -133,7 +133,8 @@ def _pair(group: Group, time: str) -> Tensor:
 
 def _drawn(count: int) -> tuple[Tensor, ...]:
     """Numbers of rows, some at a time, drawn from all."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MOST].split(SEVERAL)
+    numbers = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return torch.split(numbers[:MOST], SEVERAL)
 
 
 def _distances(rows: Tensor, row: Tensor) -> Tensor:
