@@ -6,8 +6,8 @@ import os
 
 
 def launched() -> int:
-    """How many there are, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many there are, on all machines: 1 where no launcher has numbered them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def here() -> int:
@@ -22,7 +22,7 @@ def place() -> int:
 
 def is_first() -> bool:
     """Whether this one is the first of all; it speaks for them."""
-    return launched() == 1 or os.environ.get("RANK", "0") == "0"
+    return launched() == 1 or os.environ["RANK"] == "0"
 
 
 def is_first_here() -> bool:
