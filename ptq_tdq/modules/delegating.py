@@ -24,8 +24,9 @@ class Delegating(nn.Module):
             return getattr(getattr(self, self._inside), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        inside = self.__dict__.get("_modules", {}).get(self._inside)
-        child = isinstance(value, nn.Module | None) and name not in self._modules
+        own = self.__dict__.get("_modules", {})
+        inside = own.get(self._inside)
+        child = isinstance(value, nn.Module | None) and name not in own
         if child and inside is not None and name in inside._modules:
             setattr(inside, name, value)
         else:
