@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from ptq_tdq.artifacts import check_folder
 from ptq_tdq.cache import cache_folder
 from ptq_tdq.calib_data.finite import finite_outputs
-from ptq_tdq.calib_data.load import LoadedModel
+from ptq_tdq.calib_data.original import LoadedModel
 from ptq_tdq.calib_data.sampler import Sampler, new_schedule, sample_generator
 from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 from ptq_tdq.calls import Calls, Recorder
@@ -173,6 +173,10 @@ def first_call(model: LoadedModel, num_inference_steps: int, seed: int = 0) -> C
 
 def axis_of(recorder: Recorder, schedule: Any) -> TimeAxis:
     """The time axis of a model, from what it was called with and the schedule of the same run."""
+    return _axis_of(schedule, recorder.argument, recorder.seen)
+
+
+def _axis_of(schedule: Any, argument: str, seen: Collection[float]) -> TimeAxis:
     total = getattr(schedule.config, "num_train_timesteps", None)
     steps = [float(t) for t in schedule.timesteps]
     try:
@@ -181,7 +185,7 @@ def axis_of(recorder: Recorder, schedule: Any) -> TimeAxis:
         reach = [float(t) for t in longer.timesteps]
     except Exception:  # of any type: it has no such number, runs fewer steps, or needs more than their number
         reach = []
-    return find_axis(recorder.argument, recorder.seen, steps, total, reach)
+    return find_axis(argument, seen, steps, total, reach)
 
 
 def make_recipe(model: LoadedModel, **asked: Any) -> dict[str, Any]:
@@ -265,11 +269,12 @@ class _Wanted:
         """Mark (step, sample) pairs, bool [steps, B]; all steps where there are fewer than asked for."""
         t = torch.as_tensor([float(t) for t in self.schedule.timesteps])
         steps, self.place = t.unique_consecutive(return_inverse=True)
-        total = getattr(self.schedule.config, "num_train_timesteps", None) or max(1, int(t.max()))
+        axis = _axis_of(self.schedule, "t", t.tolist())
+        on_axis, total = steps * axis.scale + axis.offset, axis.num_train_timesteps
         self.chosen = torch.zeros(len(steps), len(self.generators), dtype=torch.bool)
         for column, (generator, given) in enumerate(zip(self.generators, self.given, strict=True)):
             found = choose_steps(
-                steps, min(self.count, len(steps)), self.distribution, generator, num_train_timesteps=total
+                on_axis, min(self.count, len(steps)), self.distribution, generator, num_train_timesteps=total
             )
             self.chosen[found[given], column] = True
 

@@ -1,4 +1,4 @@
-"""Load a full-precision model with all that sampling needs: its denoiser and the pipeline, or scheduler, around it."""
+"""Load a full-precision model from files, with all that sampling needs: its pipeline, or scheduler, around it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,48 +18,17 @@ from torch import nn
 from ptq_tdq.artifacts import CONFIG_FILE
 from ptq_tdq.calib_data.embedded import EMBEDDED, find_embedded
 from ptq_tdq.calib_data.loop import LoopSampler
+from ptq_tdq.calib_data.original import LoadedModel, check_denoiser
 from ptq_tdq.calib_data.pipeline import PipelineSampler
 from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
-from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError, first_line
-from ptq_tdq.identity import first_nonfinite, model_name, model_sha256
+from ptq_tdq.errors import ConfigError, ModelError, first_line
+from ptq_tdq.identity import model_sha256
 from ptq_tdq.processor import check_device
 from ptq_tdq.structure import diffusers_class
-from ptq_tdq.timeaxis import time_argument
-from ptq_tdq.timed_model import TimedModel
 
 _ACCELERATE = find_spec("accelerate") is not None  # loads in less memory; some models are loaded in no other way
-
-
-@dataclass(frozen=True, eq=False)
-class Original:
-    """A full-precision model, of which calls are recorded.
-
-    ``component`` is the denoiser's name in its pipeline (None for a bare one). ``sha256`` covers its weights (as
-    float32) and its configuration.
-    """
-
-    denoiser: Any  # a module of diffusers, or any with its call signature
-    id: str
-    sha256: str
-    component: str | None = None
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class LoadedModel(Original):
-    """A full-precision model, ready to sample.
-
-    ``denoiser`` has `config`, `device` and `dtype` as diffusers' own have; of :func:`load_model` it is in evaluation
-    mode and without gradients. ``notices`` are sentences that the user should see.
-    """
-
-    sampler: Sampler
-    notices: tuple[str, ...] = ()
-
-    @property
-    def scheduler(self) -> Any:
-        return self.sampler.scheduler
 
 
 def load_model(
@@ -79,9 +48,8 @@ def load_model(
     alone, a str) or ``classes``; ``call`` are further arguments of the pipeline (guidance_scale, height, width, ...).
 
     Raises :class:`ModelError` for a source that does not exist, cannot be reached, is damaged, quantized already or has
-    no denoiser,
-    :class:`NonFiniteError` naming the layer for NaN or Inf in a weight, and :class:`ConfigError` for an unknown device
-    and for prompts, classes or arguments that the model does not take.
+    no denoiser, :class:`NonFiniteError` naming the layer for NaN or Inf in a weight, and :class:`ConfigError` for an
+    unknown device and for prompts, classes or arguments that the model does not take.
     """
     check_device(device)
     source = "reference" if source is None else source
@@ -102,84 +70,6 @@ def load_model(
     except RuntimeError as error:  # too little memory, a dtype that it does not have
         raise ConfigError(f"The device '{device}' cannot be used here ({error}); choose another.") from error
     return LoadedModel(denoiser, name, sha256, parts.component, sampler=sampler, notices=notices)
-
-
-def from_pipeline(
-    pipe: Any,
-    *,
-    component: str | None = None,
-    prompts: str | Sequence[str] | None = None,
-    classes: Sequence[int] | None = None,
-    call: Mapping[str, Any] | None = None,
-) -> LoadedModel:
-    """A pipeline of diffusers that is already in memory; the arguments are those of :func:`load_model`."""
-    found = _find_denoiser(pipe, component)
-    sampler = PipelineSampler(pipe, str(found.component), prompts, classes, call)
-    return LoadedModel(**vars(found), sampler=sampler)
-
-
-def find_original(
-    model: Any,
-    *,
-    recorded: bool,
-    component: str | None = None,
-    prompts: str | Sequence[str] | None = None,
-    classes: Sequence[int] | None = None,
-    call: Mapping[str, Any] | None = None,
-) -> Original:
-    """What a user gives as the full-precision model: a pipeline, what :func:`load_model` gives, or any module.
-
-    ``recorded`` says whether there are data already; without them it is a :class:`LoadedModel`. The other arguments are
-    those of :func:`load_model`. Raises :class:`ConfigError` for one of them that would have no effect,
-    :class:`CalibrationSetError` for a module that nothing was recorded of, and as :func:`load_model` does.
-    """
-    sampled: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
-    if isinstance(model, LoadedModel):
-        _refuse({"component": component, **sampled}, "the model is loaded already; give them to load_model.")
-        return model
-    if recorded:
-        _refuse(sampled, "nothing is sampled, since there are data already; leave them out.")
-    if not isinstance(model, nn.Module):
-        return _find_denoiser(model, component) if recorded else from_pipeline(model, component=component, **sampled)
-    _refuse({"component": component, **sampled}, "they are a pipeline's; leave them out, or pass the model's pipeline.")
-    if not recorded:
-        raise CalibrationSetError(
-            f"{type(model).__name__} alone does not say how it is sampled; record calls of it (ptq_tdq.record) and "
-            "pass them, or pass its pipeline."
-        )
-    return Original(model, model_name(model), model_sha256(model))
-
-
-def _refuse(given: Mapping[str, Any], why: str) -> None:
-    named = [name for name, value in given.items() if value is not None]
-    if named:
-        raise ConfigError(f"{', '.join(named)} would have no effect: {why}")
-
-
-def _find_denoiser(pipe: Any, component: str | None) -> Original:
-    if not hasattr(pipe, "components"):
-        raise ModelError(f"{type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
-    quantized = [name for name, value in pipe.components.items() if isinstance(value, TimedModel)]
-    known = [
-        name
-        for name, value in pipe.components.items()
-        if isinstance(value, nn.Module) and diffusers_class(type(value).__name__) and _takes_time(value)
-    ]
-    if component in quantized or (component is None and quantized and not known):
-        name = component or quantized[0]
-        raise ModelError(f"The {name} is quantized already; calibrate the full-precision one.")
-    if component is None and len(known) != 1:
-        raise ModelError(
-            f"{type(pipe).__name__} has {'several denoisers' if known else 'no denoiser'} ({', '.join(known)}); "
-            "name one as component=..."
-        )
-    name = component or known[0]
-    denoiser = getattr(pipe, name, None)
-    if not isinstance(denoiser, nn.Module):
-        raise ModelError(f"{type(pipe).__name__} has no denoiser named {name!r}; it has {', '.join(known)}.")
-    check_denoiser(denoiser)
-    source = getattr(pipe, "config", {}).get("_name_or_path") or model_name(denoiser)
-    return Original(denoiser, str(source), model_sha256(denoiser), name)
 
 
 def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
@@ -205,30 +95,6 @@ def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
             "that scheduler and load it."
         ) from error
     return replace(model, sampler=sampler)
-
-
-def check_denoiser(model: nn.Module) -> None:
-    """Check that a model can be quantized over time.
-
-    Raises :class:`ModelError` when its ``forward`` has no time argument, :class:`NonFiniteError` naming the layer for
-    NaN or Inf in a weight.
-    """
-    time_argument(model)
-    if name := first_nonfinite(model):
-        raise NonFiniteError(f"The weight '{name}' has NaN or Inf; the model cannot be quantized, load another copy.")
-
-
-def is_embedded(model: LoadedModel) -> bool:
-    """Whether the model comes with the package, and so samples images that the embedded classifiers know."""
-    return find_embedded(model.id) is not None
-
-
-def _takes_time(model: nn.Module) -> bool:
-    try:
-        time_argument(model)
-    except ModelError:
-        return False
-    return True
 
 
 def _make_sampler(

@@ -25,7 +25,7 @@ def choose_steps(
 ) -> list[int]:
     """Choose ``count`` different step indices of one trajectory, in sampling order.
 
-    ``timesteps`` [S] are the sampler's time steps t (0..T-1) in sampling order; the result indexes them.
+    ``timesteps`` [S] are the sampler's time steps t in [0, T], in sampling order; the result indexes them.
 
     ``uniform``: evenly spaced over the sampling order, first and last step included (Q-Diffusion).
     ``normal``: drawn without replacement, with weights from N(0.4 T, (0.4 T)^2) at each t, so that steps near t = 0,

@@ -109,11 +109,12 @@ def calibrate_command(
         return
     if output_dir is None:
         raise click.MissingParameter(ctx=context, param_hint="'--output-dir'", param_type="option")
-    run = Unfinished(context, output_dir, overwrite=overwrite, stopped="after the last finished block")
     with processes.joined(given["device"]) as given["device"]:
         first = processes.rank() == 0
-        say = Progress(quiet=quiet or not first, verbose=verbose)
-        model = _load(source, scheduler, say, **given)
+        with processes.together():
+            run = Unfinished(context, output_dir, overwrite=overwrite, stopped="after the last finished block")
+            say = Progress(quiet=quiet or not first, verbose=verbose)
+            model = _load(source, scheduler, say, **given)
         say.config(config)
         samples = evaluation_count(evaluation_samples, model)
         if first:

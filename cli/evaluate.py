@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 from torch import Tensor, nn
 
-from ptq_tdq.artifacts import check_base_model, check_target, publish_directory, read_artifact
+from ptq_tdq.artifacts import Contents, check_base_model, check_target, publish_directory, read_artifact
 from ptq_tdq.artifacts.atomic import write_file
 from ptq_tdq.calib_data import LoadedModel, collect_cached, make_recipe, with_scheduler
 from ptq_tdq.cli.options import (
@@ -38,6 +38,8 @@ from ptq_tdq.evaluate.ptqd import CorrectionName, corrected
 from ptq_tdq.load import Backend, load_quantized
 
 GRID_IMAGES = 40
+_DOCUMENT, _TABLE, _PICTURE = "evaluation.json", "evaluation.md", "samples.png"
+_CONTENTS = Contents("an evaluation", (_DOCUMENT, _TABLE, _PICTURE))
 SAMPLES, PIPELINE_SAMPLES = 1000, 32  # of a plain loop over a small denoiser, and of a pipeline
 FIXED = "First part: the quantized model compared with full precision from the same noise"
 DATA = (
@@ -79,7 +81,7 @@ NO_IMAGES = (
     type=FilePath(),
     help="A folder of real images: adds Inception FID, sFID and IS (extra: fidelity).",
 )
-@click.option("--output-dir", type=FilePath(), help="Also write evaluation.json, evaluation.md and samples.png.")
+@click.option("--output-dir", type=FilePath(), help=f"Also write {_DOCUMENT}, {_TABLE} and {_PICTURE}.")
 @click.option("--overwrite", is_flag=True, help="Replace an output directory that is already there.")
 @threads_option
 @json_option
@@ -110,7 +112,7 @@ def evaluate_command(
     """
     quiet_schedulers()
     if output_dir:
-        check_target(output_dir, overwrite)
+        check_target(output_dir, _CONTENTS if overwrite else None)
     stored = read_artifact(artifact)
     model = load_original(source, stored, **given)
     check_base_model(stored, model.sha256)
@@ -252,10 +254,10 @@ def _write(
     lines += [f"| {_title(metric)} | {' | '.join(cells)} |" for metric, *cells in _rows(document)]
     lines += ["", *(f"- {note}" for note in document["compared_with"]), ""]
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    with publish_directory(output_dir, overwrite) as folder:
-        write_file(folder / "evaluation.json", text.encode())
-        write_file(folder / "evaluation.md", "\n".join(lines).encode())
+    with publish_directory(output_dir, _CONTENTS if overwrite else None) as folder:
+        write_file(folder / _DOCUMENT, text.encode())
+        write_file(folder / _TABLE, "\n".join(lines).encode())
         if baseline.images is not None and measured.images is not None:
             panels = {"full precision": baseline.images, document["scheme"]: measured.images}
             picture = grid_png(panels, baseline.reference.conditions, GRID_IMAGES)
-            write_file(folder / "samples.png", picture)
+            write_file(folder / _PICTURE, picture)

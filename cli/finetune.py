@@ -92,13 +92,14 @@ def finetune_command(
     if show_config:
         print_json(config.to_dict())
         return
-    run = Unfinished(context, output_dir, overwrite=overwrite, stopped="at the last checkpoint")
-    stored = read_artifact(artifact)
     with processes.joined(given["device"]) as given["device"]:
         first = processes.rank() == 0
-        say = _Training(quiet=quiet or not first, verbose=verbose)
-        model = load_original(source, stored, **given)
-        check_start(model, stored, config, data)
+        with processes.together():
+            run = Unfinished(context, output_dir, overwrite=overwrite, stopped="at the last checkpoint")
+            stored = read_artifact(artifact)
+            say = _Training(quiet=quiet or not first, verbose=verbose)
+            model = load_original(source, stored, **given)
+            check_start(model, stored, config, data)
         run.hold(resume=resume)
         with processes.first_alone():
             sampled = partial(say.counting, "Sampling in full precision")

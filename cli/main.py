@@ -10,6 +10,8 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +19,7 @@ import click
 from click.shell_completion import CompletionItem
 
 import ptq_tdq
+from ptq_tdq import launch
 from ptq_tdq.errors import PtqTdqError, UsageError, WorkerError, printable
 
 COMMANDS = {
@@ -32,6 +35,7 @@ COMMANDS = {
     "sample": "Sample with each ARTIFACT and with the full-precision model, from the same noise, into a PNG.",
 }
 """Each command, in the file of its name, with the first sentence of its help; the file is imported when it runs."""
+SHARED = ("calibrate", "finetune")  # commands that several processes run as one
 
 
 class _Commands(click.Group):
@@ -56,8 +60,16 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(ptq_tdq.__version__, prog_name="ptq-tdq")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Quantize trained diffusion models to few bits, with activation intervals that follow the time step."""
+    name = context.invoked_subcommand
+    if launch.launched() > 1 and name not in SHARED:
+        instead = "; --workers and --shard share a study" if name == "benchmark" else ""
+        raise UsageError(
+            f"{name} runs in one process; start it without torchrun or accelerate launch{instead} "
+            f"(WORLD_SIZE is {launch.launched()})."
+        )
     import torch  # takes a second, and --help needs none of it
 
     torch.set_flush_denormal(True)
@@ -66,19 +78,19 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors raised on purpose become one line on stderr (with -v also a traceback)."""
     state: dict[str, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # the only one that may
-        signal.signal(signal.SIGTERM, _terminate)
     try:
-        cli.main(args, prog_name="ptq-tdq", standalone_mode=False, obj=state)
-        sys.stdout.flush()
+        with _terminable():
+            cli.main(args, prog_name="ptq-tdq", standalone_mode=False, obj=state)
+            sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
     except click.ClickException as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "ptq-tdq")
-        _fail(f"{error.format_message()} See `{command} --help`.", 2)
+        _fail(f"{error.format_message()} See `{command} --help`.", 2, told=launch.is_first_here())
     except (click.Abort, KeyboardInterrupt) as stop:  # click makes an Abort of the interrupt
-        _tell(state.get("on_stop", "Stopped."))
+        if launch.is_first():
+            click.echo(state.get("on_stop", "Stopped."), err=True)
         sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
     except BrokenPipeError:  # the reader of a pipe has seen enough; nothing is left to say, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,7 +98,8 @@ def main(args: list[str] | None = None) -> None:
     except PtqTdqError as error:
         if state.get("verbose"):
             traceback.print_exc()
-        _fail(str(error), 2 if isinstance(error, UsageError) else 1, of_one=isinstance(error, WorkerError))
+        told = isinstance(error, WorkerError) or (launch.is_first() if error.reported else launch.is_first_here())
+        _fail(str(error), 2 if isinstance(error, UsageError) else 1, told=told)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -97,12 +110,21 @@ def _terminate(number: int, frame: Any) -> None:
     raise _Terminated
 
 
-def _fail(message: str, code: int, *, of_one: bool = False) -> None:
-    _tell("Error: " + printable(" ".join(message.split())), of_one=of_one)
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops the body, and what comes then as before."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _fail(message: str, code: int, *, told: bool) -> None:
+    """End with an error; ``told`` by the first of several processes, of a machine where others may not know of it."""
+    if told:
+        click.echo("Error: " + printable(" ".join(message.split())), err=True)
     sys.exit(code)
-
-
-def _tell(text: str, *, of_one: bool = False) -> None:
-    """Say how the run ends; of several processes the first one does, but for what concerns one of them."""
-    if of_one or int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0":
-        click.echo(text, err=True)

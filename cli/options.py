@@ -15,7 +15,7 @@ import click
 import torch
 from rich.console import Console
 
-from ptq_tdq import processes
+from ptq_tdq import launch
 from ptq_tdq.calib_data import EMBEDDED, LoadedModel, read_prompts
 from ptq_tdq.choices import Choices, described, pair
 from ptq_tdq.config import read_config_file
@@ -264,7 +264,7 @@ def read_settings(settings: Sequence[str]) -> dict[str, str]:
 
 def _cores() -> int:
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, there // processes.here())
+    return max(1, there // launch.here())
 
 
 threads_option: Decorator = click.option(
@@ -284,8 +284,9 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+    """One JSON document on stdout, of several processes by the first."""
+    if launch.is_first():
+        click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
 
 
 def result_console() -> Console:

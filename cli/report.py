@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ptq_tdq.artifacts import check_base_model, check_target, public_name, read_artifact
+from ptq_tdq.artifacts import check_base_model, public_name, read_artifact
 from ptq_tdq.calib_data import LoadedModel, with_scheduler
 from ptq_tdq.cli.options import (
     FilePath,
@@ -85,7 +85,6 @@ def report_command(
     subjects = [Subject(name, path, read_artifact(path)) for name, path in zip(names, artifacts, strict=True)]
     check_same_model(subjects)
     check_output(output_dir, overwrite)
-    check_target(output_dir, overwrite)
     model, notices = _model(source, subjects[0], scheduler, given) if samples else (None, _NOT_ASKED)
     for notice in notices if samples else ():
         say.notice(notice)

@@ -36,8 +36,8 @@ HOME = "README.md"
 INNER = "    options:\n      heading_level: 3"
 FIELDS = f"{INNER}\n      show_if_no_docstring: true\n      filters: ['!^_']"
 GIVEN = (  # what public functions give or take, made by no user
-    "ptq_tdq.calib_data.load.Original",
-    "ptq_tdq.calib_data.load.LoadedModel",
+    "ptq_tdq.calib_data.original.Original",
+    "ptq_tdq.calib_data.original.LoadedModel",
     "ptq_tdq.recon.engine.UnitReport",
     "ptq_tdq.finetuning.train.IterationReport",
     "ptq_tdq.timeaxis.TimeAxis",

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq_tdq import processes
+from ptq_tdq import launch, processes
 from ptq_tdq.ambient import undisturbed
 from ptq_tdq.artifacts import check_draft
 from ptq_tdq.calib_data import LoadedModel, Original, collect, find_original, first_call
 from ptq_tdq.calls import Calls
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Config
-from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError
+from ptq_tdq.errors import CalibrationSetError, ConfigError, NonFiniteError
 from ptq_tdq.identity import base_config, first_nonfinite
-from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import Plan, make_plan
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
 from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
@@ -69,7 +68,8 @@ def calibrate(
     ("reconstruction"), its :attr:`notices` what stays in floating point and why.
 
     Processes that torch.distributed has joined, and that call this with the same, share the calls and the work: each
-    gets the result, the first one alone samples the calls and keeps files, and what one raises all raise.
+    gets the result, the first one alone samples the calls and keeps files, and what one raises all raise; where one
+    raises an error that is not of this package (of ``on_unit``), others raise :class:`~ptq_tdq.errors.WorkerError`.
 
     Raises before the first unit: :class:`~ptq_tdq.errors.ModelError` (no time argument, 0 layers),
     :class:`~ptq_tdq.errors.CalibrationSetError` for calls that do not fit the model,
@@ -84,7 +84,6 @@ def calibrate(
         raise CalibrationSetError(f"calls must be what ptq_tdq.record gives. Got a {type(calls).__name__} instead.")
     sampled: dict[str, Any] = {"prompts": prompts, "classes": classes, "call": call}
     original = find_original(model, recorded=calls is not None, component=component, **sampled)
-    _check_plain(original.denoiser)
     calls = _calls_of(original, config, calls)
     plan = _plan_of(original.denoiser, config, calls)
     quantized = QuantizedModel.copy_of(original.denoiser, calls.axis, plan.layers)
@@ -92,7 +91,8 @@ def calibrate(
     quantized.provenance |= {"one_step": bool(plan.special.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.notices = (*plan.notices, *_close_steps(calls))
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
-    _check_alike(quantized.provenance)
+    folders = {"run_directory": run_directory is not None, "weights_directory": weights_directory is not None}
+    processes.check_alike(lambda: identity(quantized.provenance) | folders)
     run = _open_run(run_directory, weights_directory, config, quantized.provenance, on_notice)
     reports: list[UnitReport] = []
 
@@ -152,7 +152,6 @@ def foresee(
 
 def _foresee(model: LoadedModel, config: Config, budget: int, evaluation_samples: int, count: int) -> Forecast:
     call = first_call(model, config.calibration.num_inference_steps, config.seed)
-    _check_plain(model.denoiser)
     plan = make_plan(folded_copy(model.denoiser), config, call)
     quantized = QuantizedModel.copy_of(model.denoiser, call.axis, plan.layers)
     samples, steps = config.calibration.samples_per_step * len(call), config.calibration.calibration_steps
@@ -166,21 +165,8 @@ def _foresee(model: LoadedModel, config: Config, budget: int, evaluation_samples
         budget=budget,
         measured=evaluation_samples * config.calibration.num_inference_steps,
         processes=count,
-        here=min(count, processes.here()),
+        here=min(count, launch.here()),
     )
-
-
-def _check_plain(model: nn.Module) -> None:
-    """Raise :class:`ModelError` for a model that is quantized, has adapters beside its layers, or has no parameters."""
-    if getattr(model, "peft_config", None):
-        raise ModelError(
-            "The model has adapters that are not part of it; fuse them before calibration (pipe.fuse_lora(), "
-            "pipe.unload_lora_weights()), or load them onto the quantized model."
-        )
-    if next(model.parameters(), None) is None:
-        raise ModelError("The model has no parameters: nothing would be quantized.")
-    if any(isinstance(module, QuantLayer) for module in model.modules()):
-        raise ModelError("The model is quantized already; calibrate the full-precision one.")
 
 
 def _close_steps(calls: Calls) -> Iterator[str]:
@@ -192,14 +178,6 @@ def _close_steps(calls: Calls) -> Iterator[str]:
             f"{shared} of {len(t)} steps lie so close together on the time axis that they share entries of the tables "
             f"with others; if {calls.axis.argument} is a noise level over decades, call the model with its logarithm."
         )
-
-
-def _check_alike(document: dict[str, Any]) -> None:
-    """Raise :class:`ConfigError` where processes that share a run were not given the same."""
-    given = processes.gather([identity(document)])
-    for key, value in given[0].items():
-        if any(other[key] != value for other in given):
-            raise ConfigError(f"The processes of this run differ in their {key}; give the same to all of them.")
 
 
 def _open_run(

@@ -88,6 +88,11 @@ def read_image(path: Path) -> Image.Image:
         raise OSError(0, reason(error)) from None
 
 
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest of those around it that is there."""
+    return next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
+
+
 @contextmanager
 def holding(path: Path) -> Iterator[bool | None]:
     """Hold a file or folder while the block runs: True; False where another holds it, None where none can be held.

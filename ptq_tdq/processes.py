@@ -1,14 +1,14 @@
 """Several processes that do one job, as ``torchrun`` or ``accelerate launch`` start them, and end with the same result.
 
-They meet wherever one needs what others have; what one of them raises on purpose, all raise when they meet next. A
-process alone is the first of one: it gets back what it gives.
+They meet wherever one needs what others have; what one of them raises on purpose, all raise when they meet next, and
+where it raises anything else, others raise :class:`WorkerError`. A process alone is the first of one: it gets back what
+it gives.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,22 +17,13 @@ import torch
 from torch import Tensor, distributed
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.errors import PtqTdqError, WorkerError
+from ptq_tdq.errors import ConfigError, PtqTdqError, WorkerError, first_line
+from ptq_tdq.launch import launched, place
 
 PATIENCE = timedelta(hours=12)  # the first process may collect calls while others wait
 
 T = TypeVar("T")
 _apart = ContextVar("_apart", default=False)
-
-
-def launched() -> int:
-    """How many processes the launch of this one has started, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def here() -> int:
-    """How many of them are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -41,7 +32,7 @@ def joined(device: str) -> Iterator[str]:
     if launched() > 1 and not distributed.is_initialized():
         on_gpu = device.partition(":")[0] == "cuda"
         if on_gpu:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            device = f"cuda:{place()}"
             torch.cuda.set_device(device)
         distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
@@ -56,14 +47,15 @@ def joined(device: str) -> Iterator[str]:
 def together() -> Iterator[None]:
     """Around what all processes do: they leave it together, and what one of them raises on purpose, all raise.
 
-    Raises :class:`WorkerError` where another process is gone.
+    Raises :class:`WorkerError` where another process is gone, or has raised anything else.
     """
     try:
         yield
         _meet()
-    except PtqTdqError as error:
-        if not error.reported:
-            _meet(error)
+    except Exception as error:
+        if not getattr(error, "reported", False):
+            with suppress(WorkerError):  # others are gone, and this one's own error says more
+                _meet(error)
         raise
 
 
@@ -104,6 +96,16 @@ def gather(items: list[T]) -> list[T]:
     return [item for some in found for item in some]
 
 
+def check_alike(given: Callable[[], dict[str, Any]]) -> None:
+    """Raise :class:`ConfigError` naming the first key for which processes were not ``given`` the same."""
+    if count() == 1:
+        return
+    found = gather([given()])
+    for key, value in found[0].items():
+        if any(other[key] != value for other in found):
+            raise ConfigError(f"The processes of this run differ in their {key}; give the same to all of them.")
+
+
 def join_rows(rows: Tensor) -> Tensor:
     """The rows of all processes, in their order."""
     return torch.cat(gather([rows])).to(rows.device) if count() > 1 else rows
@@ -118,8 +120,8 @@ def total(values: Tensor) -> Tensor:
     """The sum of all processes' values, added in their order."""
     if count() == 1:
         return values
-    _meet()
     result = torch.zeros_like(values, device=_place())
+    _meet()
     for source in range(count()):
         part = torch.empty_like(result)
         if source == rank():
@@ -134,10 +136,10 @@ def add_gradients(parameters: Sequence[Tensor]) -> None:
     """Make each gradient the sum of all processes' ones; it is None where it is None in all of them."""
     if count() == 1:
         return
-    _meet()
     known = torch.tensor([float(p.grad is not None) for p in parameters], device=_place())
     gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().to(_place()) for p in parameters]
     flat = torch.cat([known, *gradients])
+    _meet()
     with _others():
         distributed.all_reduce(flat)
     known, *sums = flat.split([len(parameters), *(p.numel() for p in parameters)])
@@ -175,19 +177,20 @@ def first_alone() -> Iterator[None]:
         _meet()
 
 
-def _meet(error: PtqTdqError | None = None) -> None:
+def _meet(error: Exception | None = None) -> None:
     """Wait for all processes; those that bring no error raise that of another."""
     if count() == 1:
         return
     if error is not None:
-        error.reported = True
+        vars(error)["reported"] = True
+    brought = error if isinstance(error, PtqTdqError | None) else _lost(f"failed ({first_line(error)})")
     failed = torch.tensor([int(error is not None)], device=_place())
     with _others():
         distributed.all_reduce(failed)
         if not failed:
             return
         found: list[PtqTdqError | None] = [None] * count()
-        distributed.all_gather_object(found, error)
+        distributed.all_gather_object(found, brought)
     first = next(other for other in found if other is not None)
     first.reported = True
     if error is None:
@@ -206,6 +209,11 @@ def _others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        gone = WorkerError("Another process of the run has ended too early; start the run again, and it goes on.")
-        gone.reported = True
-        raise gone from error
+        raise _lost("ended too early") from error
+
+
+def _lost(how: str) -> WorkerError:
+    """What is raised where another process cannot go on."""
+    error = WorkerError(f"Another process of the run has {how}; start the run again, and it goes on.")
+    error.reported = True
+    return error

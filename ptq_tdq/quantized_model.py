@@ -124,13 +124,23 @@ class QuantizedModel(TimedModel):
                 ) from error
 
     def to_artifact(self) -> Artifact:
-        """The model as plain data."""
+        """The model as plain data.
+
+        Raises :class:`ModelError` before calibration, for a model with adapters, and for one whose weights somebody has
+        changed since.
+        """
         if getattr(self.model, "peft_config", None):
             raise ModelError("The model has adapters, which an artifact does not hold; unload them before saving it.")
         layers = self.layers()
         dtypes = {name: dtype_name(own_weight(layer.layer).dtype) for name, layer in layers.items()}
         if not self.provenance or any(w.codes is None for layer in layers.values() for w in layer.weight_quantizers()):
             raise ModelError("The model is not calibrated yet; pass it through calibrate() before saving it.")
+        for name, layer in layers.items():
+            if not layer.stands_for_codes(layer.quantized_weight()):
+                raise ModelError(
+                    f"The weight of {name} is no longer what its codes stand for, so it cannot be saved; change "
+                    "weights before calibration, or by ptq_tdq.finetune."
+                )
         parts = {name: layer.weight_quantizers() for name, layer in layers.items()}
         return Artifact(
             config={**self.provenance, "buffer_dtypes": buffer_dtypes(self.model)},

@@ -275,7 +275,10 @@ def present(batch: int, device: torch.device | None = None) -> Tensor:
     """
     t = _present.get()
     if t is None:
-        raise ModelError("A quantizer ran outside the quantized model's forward pass; call the model, not its parts.")
+        raise ModelError(
+            "A quantizer ran outside the quantized model's forward pass; call the model, not its parts, and let it "
+            "checkpoint by its own enable_gradient_checkpointing()."
+        )
     t = t.to(device)
     if len(t) == 1:
         return t.expand(batch)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from ptq_tdq.calls import bind, main_argument_name
 from ptq_tdq.errors import ModelError, NonFiniteError, TimestepError
@@ -76,6 +79,28 @@ def merged(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
         names = [field.name for field in fields(kind)]
         return replace(first, **{n: merged([getattr(x, n) for x in outputs], chosen) for n in names})
     return pytree.tree_map(pick, outputs[0], *outputs[1:], is_leaf=of_samples)
+
+
+def checkpoint_in_call(function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """What a model of diffusers checkpoints with (by default torch's own), so that what is computed again for gradients
+    has the time steps of the call that it belongs to.
+    """
+    function = function or partial(checkpoint, use_reentrant=False)
+
+    def run(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(partial(in_call(), module), *args, **kwargs)
+
+    return run
+
+
+def in_call() -> Callable[..., Any]:
+    """A function that calls another one as inside the present call of the model, whenever that is."""
+    context = copy_context()
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return context.copy().run(function, *args, **kwargs)
+
+    return call
 
 
 class TimedModel(Delegating):
@@ -153,6 +178,11 @@ class TimedModel(Delegating):
             "Quantized projections are not fused: call fuse_qkv_projections() on the full-precision model, and "
             "calibrate that."
         )
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """As of diffusers' models."""
+        inside: Any = self.model
+        inside.enable_gradient_checkpointing(checkpoint_in_call(gradient_checkpointing_func))
 
     @property
     def all_float32(self) -> bool:

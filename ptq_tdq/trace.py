@@ -1,8 +1,9 @@
 """What a denoiser does in one call, by watching it: its layers in order, its attention products, what depends on what.
 
-Five forward passes on recorded calls tell everything that the plan needs, so nothing about any model family is written
-down: two rows against one tell which tensors have rows; another x, another t, another condition tell what each layer's
-input depends on.
+Six forward passes on recorded calls tell everything that the plan needs, so nothing about any model family is written
+down: two rows against one, and several, tell which tensors have rows; another x, another t, another condition tell what
+each layer's input depends on. Where one row does not reach all layers, as where each has experts of its own, more rows
+are looked at.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.modules.layers import layer_kind
 from ptq_tdq.watch import Print, Run, Source, TracedLayer, Watcher
 
+SEVERAL, MOST = 8, 64  # rows of one call, and of all where rows may go different ways
 _CLOSE = 0.02  # relative difference of one row computed alone and beside another
 
 
@@ -66,23 +68,26 @@ class Trace:
 
 
 def trace(model: nn.Module, calls: Calls) -> Trace:
-    """Watch ``model`` on rows of ``calls``; raises :class:`ModelError` where it refuses one or two rows of them."""
+    """Watch ``model`` on rows of ``calls``; raises :class:`ModelError` where it refuses a few rows of them."""
     group = calls.groups[0]
     pair = _pair(group, calls.axis.argument)
     one, two = (group.arguments(index) for index in (pair[:1], pair))
+    several: list[tuple[Run, int]] = []  # with the number of rows
     watcher = Watcher(model)
     try:
         with without_gradients(model):
             alone = watcher.look(one)
-        together = watcher.look(two, again=True)
+        reached = {name for name, of in alone.inputs.items() if of[0].numbers}  # experts may get no rows
+        together = watcher.look(two, again=True, rows=2)
+        for rows in _drawn(len(group.leaf(calls.axis.argument))):
+            several.append((watcher.look(group.arguments(rows), again=True, rows=len(rows)), len(rows)))
+            if all(name in reached for name, module in watcher.modules.items() if layer_kind(module)):
+                break
     except REFUSALS as error:
         said = first_line(error)
         raise ModelError(f"{type(model).__name__} refuses the recorded calls ({said}); record its own.") from error
-    for name, layer in watcher.layers.items():
-        layer.rows = _rows(alone.inputs[name], together.inputs.get(name, []))
     for name in [name for name in watcher.layers if name not in together.inputs]:  # chosen by the t of all samples
         watcher.elsewhere[name] = watcher.layers.pop(name)
-    mixed = {name for name, of in alone.products.items() if _rows(of, together.products.get(name, [])) is None}
     varied: list[Run] = []
     for source, changed in _variations(calls, group, one, watcher.output).items():
         try:
@@ -93,6 +98,15 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
             if other.inputs.get(name, [])[:1] != alone.inputs[name][:1]:
                 layer.sources.add(source)
         varied.append(other)
+    runs = [*several, *((run, 1) for run in varied)]
+    for name, layer in watcher.layers.items():
+        counted = [(run.inputs.get(name, []), count) for run, count in runs]
+        layer.rows = _rows(alone.inputs[name], together.inputs[name], counted)
+    mixed = set[str]()
+    for name, of in alone.products.items():
+        counted = [(run.products.get(name, []), count) for run, count in runs]
+        if _rows(of, together.products.get(name, []), counted) is None:
+            mixed.add(name)
     unused = [name for name, module in model.named_modules() if layer_kind(module) and not watcher.saw(name, module)]
     for another in calls.groups[1:] if unused else ():
         with suppress(*REFUSALS):
@@ -117,6 +131,12 @@ def _pair(group: Group, time: str) -> Tensor:
     return torch.tensor([0, int(_distances(leaf, leaf[:1]).argmax()) or len(leaf) - 1])
 
 
+def _drawn(count: int) -> tuple[Tensor, ...]:
+    """Numbers of rows, some at a time, drawn from all."""
+    numbers = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return torch.split(numbers[:MOST], SEVERAL)
+
+
 def _distances(rows: Tensor, row: Tensor) -> Tensor:
     return (rows.double() - row.to(rows.device)).abs().reshape(len(rows), -1).sum(1)
 
@@ -137,9 +157,13 @@ def _others(alone: Run, varied: list[Run]) -> tuple[Counter[str], Counter[str]]:
     return matmuls, loose
 
 
-def _rows(alone: list[Print], together: list[Print]) -> int | None:
-    """Rows for each sample, from the same tensors with the first sample and with two; None where there are none."""
+def _rows(alone: list[Print], together: list[Print], others: list[tuple[list[Print], int]]) -> int | None:
+    """Rows for each sample, from the same tensors with the first sample, with two, and with other numbers of samples
+    (none where these do not get there); None where there are none, or not as many for each.
+    """
     if len(alone) != len(together) or not all(map(_first_half, alone, together)):
+        return None
+    if any(y.shape[:1] != (count * x.shape[0],) for found, count in others for x, y in zip(alone, found, strict=False)):
         return None
     return alone[0].shape[0]
 

@@ -119,9 +119,9 @@ class Watcher:
         self.given: dict[str, tuple[Tensor, Tensor | None]] = {}  # to layers at work; what each is to make of it
         self.taken: set[int] = set()  # memory of what fused functions were given
 
-    def look(self, arguments: dict[str, Any], again: bool = False) -> Run:
-        """Run the model; ``again``: to compare with the first run."""
-        self.run, self.again, self.stack = Run(), again, [""]
+    def look(self, arguments: dict[str, Any], again: bool = False, rows: int = 1) -> Run:
+        """Run the model on so many rows; ``again``: to compare with the first run."""
+        self.run, self.again, self.rows, self.stack = Run(), again, rows, [""]
         with self._watching(), torch.no_grad():
             self.output = self.model(**arguments)
         return self.run
@@ -186,7 +186,7 @@ class Watcher:
             if not self.again:
                 layer.macs += macs
             elif name in self.elsewhere:
-                layer.macs = macs * len(self.run.inputs[name])
+                layer.macs = macs * len(self.run.inputs[name]) // self.rows
             kept = layer_input(args, kwargs) is x  # no hook gives another input
             layer.faithful = layer.faithful and kept and _same(expected, output)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -633,6 +633,31 @@ def test_units_whose_rows_are_of_no_one_sample_run_at_one_t(way: str, single: bo
     model = Folded(way).requires_grad_(False)
     plan = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 3, 4), torch.tensor([3, 5])))
     assert plan.special.single == ({"inside"} if single else set())
+
+
+class Routed(nn.Module):
+    """Two layers, each for some of the samples or, with ``tokens``, of their tokens."""
+
+    def __init__(self, tokens: bool) -> None:
+        super().__init__()
+        self.tokens, self.above, self.below = tokens, nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, 3, 4]."""
+        x = sample.flatten(0, 1) if self.tokens else sample
+        y, high = torch.zeros_like(x), x.flatten(1)[:, 0] > 0
+        y[high], y[~high] = self.above(x[high]), self.below(x[~high])
+        return y.view_as(sample)
+
+
+@pytest.mark.parametrize(("tokens", "others"), [(True, range(1, 11)), (False, range(1, 11)), (False, [20])])
+def test_rows_that_are_chosen_by_what_they_hold_run_at_one_t(tokens: bool, others: Iterable[int]) -> None:
+    """Also where the first sample and the one that is farthest from it in time choose alike."""
+    model, sample = Routed(tokens).requires_grad_(False), torch.rand(40, 3, 4) + 0.1
+    sample[:, -1] *= -1
+    sample[list(others)] *= -1
+    plan = make_plan(model, preset("qdiff"), calls_of(model, sample, torch.arange(40.0)))
+    assert plan.special.single == {"above", "below"}
 
 
 def test_calls_that_the_model_refuses_are_one_sentence(tiny_unet: Callable[..., UNet2DModel]) -> None:

@@ -8,6 +8,8 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,6 +23,14 @@ _ADVICE = {
     errno.ENOTEMPTY: "choose another folder, empty it, or ask to overwrite it",
 }
 _NEW, _OLD = "new", "old"  # in the hidden folder of a writer
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a directory holds that may be overwritten: ``kind`` for a message ("a report"), ``names`` of its entries."""
+
+    kind: str
+    names: tuple[str, ...]  # patterns
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -48,21 +58,22 @@ def write_atomic(path: str | Path, data: bytes) -> None:
 
 
 @contextmanager
-def publish_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def publish_directory(path: str | Path, replacing: Contents | None = None) -> Iterator[Path]:
     """Give an empty temporary directory beside ``path``; it becomes ``path`` when the body ends without an error.
 
-    An existing directory must be empty unless ``overwrite`` is set; it is removed only after the new one has taken its
-    place. Raises :class:`OutputError` for a target that cannot be written and for every OSError of the body.
+    An existing directory must be empty, or hold what is ``replacing`` and nothing else; it is removed only after the
+    new one has taken its place. Raises :class:`OutputError` for a target that cannot be written and for every OSError
+    of the body.
     """
     target = Path(path).resolve()
     with _output_errors(target):
-        check_target(target, overwrite)
+        check_target(target, replacing)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _workshop(target) as folder:
             (folder / _NEW).mkdir()
             yield folder / _NEW
             _sync_tree(folder)
-            _move_into_place(folder, target, overwrite)
+            _move_into_place(folder, target, replacing is not None)
         _sync_directory(target.parent)
 
 
@@ -101,7 +112,7 @@ def alone(path: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def check_target(path: str | Path, overwrite: bool = False) -> None:
+def check_target(path: str | Path, replacing: Contents | None = None) -> None:
     """Raise :class:`OutputError` for a directory that :func:`publish_directory` would refuse."""
     target = Path(path).resolve()
     _clear(target)
@@ -115,9 +126,16 @@ def check_target(path: str | Path, overwrite: bool = False) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    if not overwrite and target.is_dir() and any(target.iterdir()):
+    found = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
+    if replacing is None and found:
         raise OutputError(
             f"The output '{target}' is not empty; choose another folder, empty it, or ask to overwrite it."
+        )
+    foreign = [name for name in found if replacing and not any(fnmatch(name, known) for known in replacing.names)]
+    if replacing and foreign:
+        raise OutputError(
+            f"The output '{target}' holds '{foreign[0]}', which is no part of {replacing.kind}; "
+            "move it away or choose another folder."
         )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ptq_tdq.artifacts.artifact import DERIVED_KEYS, Artifact, IntervalTable, check_artifact
-from ptq_tdq.artifacts.atomic import check_target, publish_directory, write_file
+from ptq_tdq.artifacts.atomic import Contents, check_target, publish_directory, write_file
 from ptq_tdq.artifacts.document import (
     CONFIG_FILE,
     SCHEMA_VERSION,
@@ -24,7 +24,7 @@ from ptq_tdq.artifacts.document import (
     sign,
 )
 from ptq_tdq.artifacts.packing import pack, unpack
-from ptq_tdq.errors import ArtifactCorruptError, ArtifactError, ConfigError, OutputError
+from ptq_tdq.errors import ArtifactCorruptError, ArtifactError, ConfigError
 from ptq_tdq.files import check_tensors, read_file, reason
 from ptq_tdq.records import LayerRecord
 
@@ -33,6 +33,7 @@ WEIGHTS_FILE = "weights.safetensors"
 METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
 _DATA_FILES = (TABLES_FILE, WEIGHTS_FILE, METRICS_FILE)  # README.md is prose that its owner may edit: not hashed
+_CONTENTS = Contents("an artifact", (*_DATA_FILES, CONFIG_FILE, CARD_FILE))
 _MOST_DIMS = 5  # of a weight
 MOST_BYTES, MOST_NETWORK = 1 << 26, 1 << 20  # of a file of text, of what finds one interval at run time
 _DIVISOR = "input_divisor"
@@ -69,24 +70,15 @@ def write_artifact(path: str | Path, artifact: Artifact, overwrite: bool = False
     ``overwrite`` replaces an existing artifact, never a directory with anything else in it. Raises what
     :func:`encode_artifact` raises, and :class:`OutputError` when the directory cannot be written.
     """
-    files, target = encode_artifact(artifact), Path(path)
-    with publish_directory(target, overwrite) as folder:
-        check_output(target, overwrite)
+    files = encode_artifact(artifact)
+    with publish_directory(path, _CONTENTS if overwrite else None) as folder:
         for name, data in files.items():
             write_file(folder / name, data)
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
     """Raise :class:`OutputError` for a directory that :func:`write_artifact` would refuse, before any work is done."""
-    target = Path(path)
-    check_target(target, overwrite)
-    names = {*_DATA_FILES, CONFIG_FILE, CARD_FILE}
-    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in names) if target.exists() else []
-    if foreign:
-        raise OutputError(
-            f"The output '{target}' holds '{foreign[0]}', which is no part of an artifact; "
-            "move it away or choose another folder."
-        )
+    check_target(path, _CONTENTS if overwrite else None)
 
 
 def read_artifact(path: str | Path) -> Artifact:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,9 @@ def finetune(
     Without ``data`` the model samples trajectories (``prompts``, ``classes`` and ``call`` say of what) and learns to
     predict on them what full precision does. ``data`` may be recorded calls, a folder of images or an npz file
     (:func:`~ptq_tdq.finetuning.files.read_data`). With a ``run_directory`` an interrupted run goes on at its last
-    checkpoint. Processes that torch.distributed has joined share each batch. The result's metrics have the losses on
-    held-out samples before and after ("finetune"). Quantizer ``nipq`` draws its noise from torch's own generator, so it
-    is repeatable in one thread at a time.
+    checkpoint. Processes that torch.distributed has joined, and that call this with the same, share each batch. The
+    result's metrics have the losses on held-out samples before and after ("finetune"). Quantizer ``nipq`` draws its
+    noise from torch's own generator, so it is repeatable in one thread at a time.
 
     Raises before the first iteration: :class:`~ptq_tdq.errors.ArtifactMismatchError` for another model's artifact,
     :class:`~ptq_tdq.errors.ConfigError` and :class:`~ptq_tdq.errors.CalibrationSetError` for choices and data that do
@@ -85,6 +86,8 @@ def finetune(
     original = find_original(model, recorded=data is not None, component=component, **sampled)
     check_start(original, found, config, data)
     source = read(original, found, config, data)
+    identity = partial(_identity, found, config, source)
+    processes.check_alike(lambda: identity() | {"run_directory": run_directory is not None})
     denoiser = original.denoiser
     device = next(denoiser.parameters()).device
     teacher, quantized = folded_copy(denoiser), build_quantized(found, denoiser).to(device)
@@ -92,7 +95,7 @@ def finetune(
     training = Training(Student(quantized, teacher, config), teacher, source, config)
     kept = None
     if run_directory is not None:
-        kept = RunDirectory(run_directory, _identity(found, config, source), on_notice=on_notice)
+        kept = RunDirectory(run_directory, identity(), on_notice=on_notice)
     before = training.judge()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         training.run(kept, on_iteration)

@@ -41,12 +41,12 @@ from ptq_tdq.artifacts import (
 )
 from ptq_tdq.errors import ArtifactCorruptError, ConfigError, MissingExtraError, ModelError
 from ptq_tdq.identity import base_config, dtype_name
-from ptq_tdq.load import build_quantized, find_artifact
+from ptq_tdq.load import Given, as_artifact, build_quantized, find_artifact
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.products import called_by
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.structure import building
-from ptq_tdq.timed_model import ADAPTERS, TimedModel
+from ptq_tdq.timed_model import ADAPTERS, TimedModel, checkpoint_in_call
 from ptq_tdq.wrap import fold
 
 __all__ = ["PtqTdqConfig", "as_diffusers"]
@@ -196,13 +196,14 @@ def as_diffusers(quantized: QuantizedModel) -> Any:
     return model
 
 
-def export_component(artifact: Artifact, path: str | Path) -> None:
+def export_component(artifact: Given, path: str | Path) -> None:
     """Write the folder of a pipeline's component, all or nothing.
 
-    Raises :class:`~ptq_tdq.errors.OutputError` where that is impossible, :class:`~ptq_tdq.errors.ArtifactMismatchError`
-    for a class that is not diffusers' own.
+    ``artifact`` is a folder, a hub id, or what :func:`~ptq_tdq.calibrate` gave. Raises
+    :class:`~ptq_tdq.errors.OutputError` where that is impossible, :class:`~ptq_tdq.errors.ModelError` for a class that
+    is not diffusers' own, and as :func:`~ptq_tdq.load_quantized` does.
     """
-    model = as_diffusers(build_quantized(artifact))
+    model = as_diffusers(build_quantized(as_artifact(artifact)))
     with publish_directory(path) as folder:
         model.save_pretrained(folder)
 
@@ -223,14 +224,19 @@ def _timed(cls: type[nn.Module]) -> Any:
         return self.hf_quantizer.quantized(*args, **kwargs)
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = any(given is self.dtype for given in (*args, *kwargs.values()))  # asked for by what loads image prompts
+        asked = [given for given in (*args, *kwargs.values()) if given is not None]
+        own = not asked or any(given is self.dtype for given in asked)  # by what loads image prompts, or saves adapters
         return nn.Module.to(self, *args, **kwargs) if own else cls.to(self, *args, **kwargs)
 
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _StateDict(cls.state_dict(self, *args, **kwargs))
 
+    def enable_gradient_checkpointing(self: Any, gradient_checkpointing_func: Any = None) -> None:
+        cls.enable_gradient_checkpointing(self, checkpoint_in_call(gradient_checkpointing_func))  # type: ignore[attr-defined]
+
     refused = {"fuse_lora": _refuse_to_fuse, "fuse_qkv_projections": TimedModel.fuse_qkv_projections}
-    others = {"untimed": cls, "to": to, "state_dict": state_dict, **refused}
+    own = {"to": to, "state_dict": state_dict, "enable_gradient_checkpointing": enable_gradient_checkpointing}
+    others = {"untimed": cls, **own, **refused}
     adapters = {name: _adapting(getattr(cls, name)) for name in ADAPTERS if hasattr(cls, name)}
     return called_by(cls, call, _timed, **others, **adapters)
 
@@ -289,15 +295,22 @@ def _refuse_to_fuse(model: Any, *args: Any, **kwargs: Any) -> None:
 
 @contextmanager
 def _plain_classes(model: nn.Module) -> Iterator[None]:
-    """While open, each quantized layer is of its original's class too: PEFT asks for it before it goes beside one."""
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantLayer)]
-    for layer in layers:
+    """While open, each quantized layer is of its original's class too, and holds no other of it.
+
+    PEFT asks for the class before it goes beside a layer, and goes through all that there are.
+    """
+    layers = [(layer, layer._modules) for layer in model.modules() if isinstance(layer, QuantLayer)]
+    for layer, _ in layers:
         layer.__class__ = _of_both(type(layer.layer))  # type: ignore[arg-type]
+        vars(layer)[layer._inside] = layer.layer
+        layer._modules = {}
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, modules in layers:
             layer.__class__ = QuantLayer
+            layer._modules = modules
+            del vars(layer)[layer._inside]
 
 
 @cache

@@ -8,7 +8,10 @@ from torch import nn
 
 
 class Delegating(nn.Module):
-    """Attributes that it has not are those of the module that its attribute ``_inside`` names."""
+    """Attributes that it has not are those of the module that its attribute ``_inside`` names.
+
+    A child of that module is replaced there.
+    """
 
     _inside = "model"
 
@@ -16,4 +19,15 @@ class Delegating(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__(self._inside), name)
+            if name == self._inside:  # not there yet
+                raise
+            return getattr(getattr(self, self._inside), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = self.__dict__.get("_modules", {})
+        inside = own.get(self._inside)
+        child = isinstance(value, nn.Module | None) and name not in own
+        if child and inside is not None and name in inside._modules:
+            setattr(inside, name, value)
+        else:
+            super().__setattr__(name, value)

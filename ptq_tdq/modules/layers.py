@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ptq_tdq.errors import ModelError
 from ptq_tdq.modules.activation import ActivationQuantizer
 from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.modules.weight import WeightQuantizer
@@ -241,6 +242,28 @@ class QuantLayer(Delegating):
                 return weight
             self._known = weight
         return self._known
+
+    def stands_for_codes(self, weight: Tensor) -> bool:
+        """Whether ``weight``, in the layer's own form, is what the codes stand for, to half a step of each.
+
+        That is not asked of a weight in 8 bits, or on no device, where others keep it for the time being.
+        """
+        if weight.dtype.itemsize == 1 or weight.is_meta:
+            return True
+        weight = outputs_first(self.layer, weight)
+        quantizers = zip(self.weight_quantizers(), self.ranges, strict=True)
+        return all(quantizer.holds(weight[:, lo:hi]) for quantizer, (lo, hi) in quantizers)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Raises :class:`ModelError` for the weight of another model, whose codes and intervals are not there."""
+        weight = state_dict.get(f"{prefix}{self._inside}.weight")
+        alike = weight is not None and weight.shape == own_weight(self.layer).shape  # else torch says so
+        if self.finished and alike and not self.stands_for_codes(weight):
+            raise ModelError(
+                f"The state dict has another weight of {self.record.name}, and no codes and intervals for it; load the "
+                "artifact of that model."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forget(self) -> None:
         """Drop what follows from the codes and the original; it is computed again where it is asked for."""

@@ -31,13 +31,21 @@ class WeightQuantizer(Float32Module):
     def assign(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Set the final codes (integers), scale [O] or [1] and zero_point alike; learning ends."""
         self.rounding = None
-        self.codes, self.scale, self.zero_point = codes.to(torch.uint8), scale, zero_point.to(torch.int32)
+        # tensors of their own: what moves them to a file and back takes no slices of others
+        self.codes, self.scale = codes.to(torch.uint8).contiguous(), scale.contiguous()
+        self.zero_point = zero_point.to(torch.int32).contiguous()
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, as they broadcast against the codes."""
         assert self.codes is not None and self.scale is not None and self.zero_point is not None
         shape = (-1, *(1,) * (self.codes.ndim - 1))
         return self.scale.view(shape), self.zero_point.view(shape)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a weight of any dtype is the one that the codes stand for: nearer than to other codes."""
+        known = self.dequantized()
+        apart = (weight.to(known.device, known.dtype) - known).abs()
+        return bool((apart <= 0.51 * self.grid()[0]).all())
 
     def dequantized(self) -> Tensor:
         """The weight that the codes stand for."""

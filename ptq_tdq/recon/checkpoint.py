@@ -47,7 +47,8 @@ _DAMAGE = (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueE
 class RunDirectory:
     """``run.json`` with the run's identity (a flat dict), and ``<phase>-<index>.safetensors`` per finished unit.
 
-    Fine-tuning keeps its state as one unit that is written again and again.
+    Fine-tuning keeps its state as one unit that is written again and again. Of several processes the first alone opens,
+    writes and reads; the folder may be on a disk that others do not see.
     """
 
     def __init__(
@@ -66,8 +67,7 @@ class RunDirectory:
         self.path, self.on_notice = Path(path), on_notice
         self.identity = json.dumps(identity, sort_keys=True)
         self._homes = {"weights": weights or self}
-        with processes.first_alone():
-            self._open(identity)
+        processes.of_first(lambda: self._open(identity))
 
     def _open(self, identity: dict[str, Any]) -> None:
         path = self.path

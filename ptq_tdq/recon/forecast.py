@@ -14,7 +14,7 @@ from torch import Tensor
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError
-from ptq_tdq.files import size_text
+from ptq_tdq.files import nearest, size_text
 from ptq_tdq.intervals import source_class
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import weight_groups
@@ -112,7 +112,7 @@ def check_room(found: Forecast, folder: Path) -> None:
             f"The run needs about {size_text(found.memory_bytes)} of memory, of which {size_text(free + own_bytes())} "
             "are there; lower --cache-budget or --samples-per-step."
         )
-    place = next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())
+    place = nearest(folder)
     free = shutil.disk_usage(place).free
     if found.disk_bytes > free:
         raise OutputError(

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls.arguments import same
 from ptq_tdq.errors import ModelError, OutputError
-from ptq_tdq.files import reason
+from ptq_tdq.files import nearest, reason
 
 
 class Place(NamedTuple):
@@ -42,11 +42,12 @@ Layout = tuple[Place | None, ...]
 class Store:
     """Keeps streams on ``device`` or, with ``on_disk``, in memory-mapped files that the system pages out.
 
-    The files have no name, so they are gone with the run, however it ends; they are on the disk of ``folder``.
+    The files have no name, so they are gone with the run, however it ends; they are on the disk of ``folder``, which
+    need not be there.
     """
 
     def __init__(self, on_disk: bool, device: torch.device | str = "cpu", folder: Path | None = None) -> None:
-        self.on_disk, self.device, self.folder = on_disk, torch.device(device), folder
+        self.on_disk, self.device, self.folder = on_disk, torch.device(device), folder and nearest(folder)
 
     def join(self, chunks: Sequence[Tensor]) -> Tensor:
         """The rows of all chunks."""

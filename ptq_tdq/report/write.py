@@ -6,8 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ptq_tdq.artifacts import publish_directory
-from ptq_tdq.errors import OutputError
+from ptq_tdq.artifacts import Contents, check_target, publish_directory
 from ptq_tdq.evaluate.images import grid_png
 from ptq_tdq.report.data import report_data
 from ptq_tdq.report.figures import draw_figures
@@ -15,16 +14,12 @@ from ptq_tdq.report.page import render_page
 from ptq_tdq.report.survey import Survey, sheet, thumbnails
 
 PAGE, FIGURES = "report.html", "figures"
+_CONTENTS = Contents("a report", (PAGE, FIGURES))
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Raise :class:`OutputError` where ``overwrite`` would remove anything but a report."""
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in (PAGE, FIGURES)) if folder.is_dir() else []
-    if foreign and overwrite:
-        raise OutputError(
-            f"The output '{folder}' holds '{foreign[0]}', which is no part of a report; "
-            "move it away or choose another folder."
-        )
+    """Raise :class:`OutputError` for a folder that :func:`write_report` would refuse."""
+    check_target(folder, _CONTENTS if overwrite else None)
 
 
 def write_report(found: Survey, folder: Path, *, overwrite: bool = False) -> list[str]:
@@ -33,7 +28,7 @@ def write_report(found: Survey, folder: Path, *, overwrite: bool = False) -> lis
     Raises :class:`OutputError` for a folder that cannot be written, that is not empty (without ``overwrite``), or that
     holds anything but a report.
     """
-    check_output(folder, overwrite)
+    check_output(folder, overwrite)  # before what takes long
     data = report_data(found)
     samples = samples_of(found)
     conditions = found.reference.conditions if found.reference else []
@@ -42,7 +37,7 @@ def write_report(found: Survey, folder: Path, *, overwrite: bool = False) -> lis
     files |= {f"{FIGURES}/{name}": content for name, content in draw_figures(data)}
     if samples:
         files[f"{FIGURES}/samples.png"] = grid_png(samples, conditions)
-    with publish_directory(folder, overwrite) as target:
+    with publish_directory(folder, _CONTENTS if overwrite else None) as target:
         (target / FIGURES).mkdir()
         for name, content in files.items():
             (target / name).write_bytes(content)

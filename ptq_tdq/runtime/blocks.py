@@ -7,6 +7,7 @@ have got hooks, takes the block's own way, where its layers run in integers one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,44 @@ class Fused:
 
     def plainly(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.block).forward(self.block, *args, **kwargs)
+
+
+class FusedOutput:
+    """The last norm, SiLU and convolution of a U-Net: the first two hand x on, and the convolution does their part."""
+
+    names = "conv_norm_out", "conv_act", "conv_out"
+
+    def __init__(self, model: Any, norm: Norm) -> None:
+        self.model, self.norm = model, norm
+        self.modules: list[Any] = [getattr(model, name) for name in self.names]
+        *before, last = self.modules
+        for module in before:
+            vars(module)["forward"] = partial(self.hand_on, module)
+        vars(last)["forward"] = self
+
+    @classmethod
+    def of(cls, model: Any) -> FusedOutput | None:
+        """For a model that ends so."""
+        norm, activation, last = (model._modules.get(name) for name in cls.names)
+        known = norm_of(norm)
+        return cls(model, known) if known and isinstance(activation, nn.SiLU) and takes_norm(last) else None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether none of the modules is another or has hooks."""
+        hooks = [hooks for m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        return not any(hooks) and list(map(self.model._modules.get, self.names)) == self.modules
+
+    def hand_on(self, module: nn.Module, input: Tensor) -> Tensor:
+        """In the place of the norm's and the activation's ``forward``."""
+        return input if self.untouched else type(module).forward(module, input)
+
+    def __call__(self, input: Tensor) -> Any:
+        """In the place of the convolution's."""
+        last = self.modules[-1]
+        if self.untouched:
+            return last.run(input, norm=self.norm, activation=SILU)
+        return type(last).forward(last, input)
 
 
 class TimeProjections:

@@ -16,13 +16,11 @@ from ptq_tdq.runtime.blocks import (
     Fused,
     FusedAttention,
     FusedChain,
+    FusedOutput,
     FusedResnet,
     FusedUpsample,
     TimeProjections,
-    norm_of,
-    takes_norm,
 )
-from ptq_tdq.runtime.kernels import SILU
 from ptq_tdq.runtime.layer import WeightOnlyLayer
 from ptq_tdq.runtime.token_blocks import FusedTransformer
 
@@ -47,7 +45,9 @@ def fuse(model: nn.Module) -> list[str]:
             module.__dict__["forward"] = fused  # before the class's own
             done.append(name)
             resnets += [fused] if isinstance(fused, FusedResnet) else []
-    return done + _fuse_output(model) + _fuse_time(resnets)
+    if FusedOutput.of(model):
+        done.append(FusedOutput.names[-1])
+    return done + _fuse_time(resnets)
 
 
 def _fuse_time(resnets: list[FusedResnet]) -> list[str]:
@@ -60,16 +60,3 @@ def _fuse_time(resnets: list[FusedResnet]) -> list[str]:
     for index, fused in enumerate(blocks):
         fused.projections = together, index
     return ["time projections"]
-
-
-def _fuse_output(model: Any) -> list[str]:
-    """The last norm, SiLU and convolution of a U-Net."""
-    own = dict(model.named_children())
-    if not isinstance(own.get("conv_act"), nn.SiLU) or not takes_norm(own.get("conv_out")):
-        return []
-    norm = norm_of(model.conv_norm_out)
-    if norm is None:
-        return []
-    model.conv_out.norm, model.conv_out.activation = norm, SILU
-    model.conv_norm_out = model.conv_act = nn.Identity()
-    return ["conv_out"]

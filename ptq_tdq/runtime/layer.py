@@ -156,8 +156,6 @@ class IntegerLayer(CodedLayer):
         self.rotate = rotate
         self.record, self.parts, self.step, self.quantize = record, tuple(parts), step, quantize
         self.geometry = Geometry.of(layer)
-        self.norm: Norm | None = None
-        self.activation: Activation | None = None
 
     @property
     def nbytes(self) -> int:
@@ -190,11 +188,11 @@ class IntegerLayer(CodedLayer):
     ) -> Tensor:
         """x [B, C, H, W] (a Linear's tokens as pixels) -> [B, O, H', W'].
 
-        A ``norm`` and an ``activation`` (by default the layer's own) come before the quantizer, and ``shift`` [B, C] is
-        added before them; the result is added to ``onto``, whose memory it may take; ``up`` enlarges x by nearest
-        neighbours first. Raises :class:`ModelError` for another number of channels.
+        A ``norm`` and an ``activation`` come before the quantizer, and ``shift`` [B, C] is added before them; the
+        result is added to ``onto``, whose memory it may take; ``up`` enlarges x by nearest neighbours first. Raises
+        :class:`ModelError` for another number of channels.
         """
-        before = self.before(activation or self.activation, norm or self.norm, shift)
+        before = self.before(activation, norm, shift)
         self.check(x, 4, before)
         return self.coded(x, before, onto, up)
 

@@ -78,8 +78,9 @@ class IntegerModel(TimedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward, in float32 whatever the dtype of its inputs and an autocast around it.
 
-        Raises :class:`~ptq_tdq.errors.NonFiniteError` for NaN or Inf, which codes cannot hold, and :class:`ModelError`
-        for an empty batch or a tensor that is not on the CPU.
+        Raises :class:`~ptq_tdq.errors.NonFiniteError` for NaN or Inf, which codes cannot hold, :class:`ModelError`
+        for an empty batch or a tensor that is not on the CPU, and :class:`RuntimeUnsupportedError` for one that is to
+        get a gradient.
         """
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
@@ -105,6 +106,21 @@ class IntegerModel(TimedModel):
         )
 
     push_to_hub = save_pretrained
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises :class:`ModelError`: codes and intervals are in no state dict."""
+        raise ModelError(
+            "The integer model takes no other weights, since its codes are in no state dict; load the other artifact."
+        )
+
+    def __repr__(self) -> str:
+        """Short, since diffusers prints a component that it does not save."""
+        return f"<IntegerModel of {type(self.model).__name__}, {self.facts['products']}>"
+
+    def __copy__(self) -> IntegerModel:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IntegerModel:
         copied = memo[id(self)] = type(self).__new__(type(self))
@@ -272,6 +288,11 @@ def _check_input(x: Tensor) -> None:
         raise ModelError(f"The integer backend runs on the CPU. Got a tensor on {x.device}; move it there.")
     if x.ndim and not len(x):
         raise ModelError(f"The model was given an empty tensor {list(x.shape)}; pass at least one sample.")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeUnsupportedError(
+            'The integer backend computes no gradients; use backend="simulated" for guidance by gradients, or call it '
+            "inside torch.no_grad()."
+        )
     check_finite(x)
 
 

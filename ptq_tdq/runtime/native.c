@@ -12,20 +12,44 @@
 #include <immintrin.h>
 #endif
 
-/* e^x within 2 ulp, without branches: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for e^r (Cephes expf). */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    float n = rintf(x * 1.44269504088896341f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+/* A float and its bits: compilers make one instruction of the lesser of two integers, several of that of two floats. */
+typedef union {
+    float f;
+    uint32_t bits;
+} Number;
+
+/* e^x within 2 ulp, without branches, x in [-87, 87]: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for e^r
+ * (Cephes expf). The shift rounds x / ln 2 to n, with which the bits of the sum end. */
+static inline float raised(float x) {
+    const float shift = 12582912.0f; /* 1.5 * 2^23 */
+    const Number sum = {x * 1.44269504088896341f + shift};
+    const float n = sum.f - shift, r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    union { int32_t i; float f; } power = {.i = ((int32_t)n + 127) << 23};
-    return p * power.f;
+    Number y = {p * r * r + r + 1.0f};
+    y.bits += sum.bits << 23;
+    return y.f;
+}
+
+/* e^x, as if x were in [-87, 87]. */
+static inline float exponential(float x) {
+    const uint32_t most = 0x42ae0000; /* 87 */
+    Number y = {x};
+    const uint32_t sign = y.bits & 0x80000000u, size = y.bits & 0x7fffffffu;
+    y.bits = sign | (size < most ? size : most);
+    return raised(y.f);
+}
+
+/* The same of x up to 0. */
+static inline float falling(float x) {
+    const uint32_t least = 0xc2ae0000; /* -87 */
+    Number y = {x};
+    y.bits = y.bits < least ? y.bits : least;
+    return raised(y.f);
 }
 
 enum { NONE, SILU, GELU, GELU_TANH, GELU_SIGMOID }; /* as in ACTIVATIONS of kernels.py */
@@ -69,8 +93,9 @@ static void activate(int64_t kind, const float *x, const float *gate, int64_t ch
 }
 
 static inline uint8_t code(float y, float scale, float zero_point, float qmax) {
-    float q = rintf(y / scale) + zero_point;
-    return (uint8_t)(int32_t)(q < 0.0f ? 0.0f : (q > qmax ? qmax : q));
+    const float q = rintf(y / scale) + zero_point;
+    const int32_t whole = (int32_t)(q > qmax ? qmax : q); /* of what is far below 0 the least that there is */
+    return (uint8_t)(whole < 0 ? 0 : whole);
 }
 
 #if defined(__AVX512F__)
@@ -449,8 +474,9 @@ static inline int64_t offset(const Convolution *c, int64_t kh, int64_t kw) {
     return (kh * c->dilation_height * c->in_width + kw * c->dilation_width) * c->channels;
 }
 
-/* tile, once for each kind of processor: the sums of BLOCK outputs at PIXELS pixels, whose codes begin at[pixel]; what
- * codes beside weights of 8 bits are kept in there. */
+/* tile, once for each kind of processor: the sums of a block, of which so many outputs are wanted, at PIXELS pixels,
+ * whose codes begin at[pixel]; what codes beside weights of 8 bits are kept in there. corrected_tile, for weights of 8
+ * bits: sum + more[pixel] - less[output] as floats, the pixels `step` apart. */
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define INSTRUCTIONS "AVX512-VNNI"
 
@@ -463,14 +489,15 @@ static inline __m512i nibble_weights(const uint8_t *from, __m512i zero) {
     return _mm512_sub_epi8(codes, zero);
 }
 
-/* 8 pixels x 2 vectors of 16 outputs: 16 of the 32 registers. */
-static inline __attribute__((always_inline)) void vnni_tile(const Convolution *c, const Operands *o, int nibbles,
-                                                            const int64_t at[PIXELS], int32_t out[PIXELS][BLOCK]) {
+/* 8 pixels x 1 or 2 vectors of 16 outputs: 16 of the 32 registers. */
+static inline __attribute__((always_inline)) void vnni_sums(const Convolution *c, const Operands *o, int nibbles,
+                                                            int vectors, const int64_t at[PIXELS],
+                                                            __m512i sum[PIXELS][2]) {
     const uint8_t *weights = o->weights, *from[PIXELS];
     const int64_t bytes = nibbles ? 32 : 64;
-    __m512i zero[2], sum[PIXELS][2];
+    __m512i zero[2];
 #pragma GCC unroll 2
-    for (int l = 0; l < 2; l++) {
+    for (int l = 0; l < vectors; l++) {
         const __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(o->weight_zero + l * 16)));
         zero[l] = _mm512_shuffle_epi8(first, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
     }
@@ -485,7 +512,7 @@ static inline __attribute__((always_inline)) void vnni_tile(const Convolution *c
             for (int64_t i = start; i < start + c->channels; i += 4, weights += 2 * bytes) {
                 __m512i w[2];
 #pragma GCC unroll 2
-                for (int l = 0; l < 2; l++)
+                for (int l = 0; l < vectors; l++)
                     w[l] = nibbles ? nibble_weights(weights + l * bytes, zero[l]) : _mm512_loadu_si512(weights + l * bytes);
 #pragma GCC unroll 8
                 for (int p = 0; p < PIXELS; p++) {
@@ -493,21 +520,51 @@ static inline __attribute__((always_inline)) void vnni_tile(const Convolution *c
                     memcpy(&four, from[p] + i, 4);
                     const __m512i q = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
-                    for (int l = 0; l < 2; l++) sum[p][l] = _mm512_dpbusd_epi32(sum[p][l], q, w[l]);
+                    for (int l = 0; l < vectors; l++) sum[p][l] = _mm512_dpbusd_epi32(sum[p][l], q, w[l]);
                 }
             }
         }
+}
+
+static inline __attribute__((always_inline)) void vnni_tile(const Convolution *c, const Operands *o, int nibbles,
+                                                            int vectors, const int64_t at[PIXELS],
+                                                            int32_t out[PIXELS][BLOCK]) {
+    __m512i sum[PIXELS][2];
+    vnni_sums(c, o, nibbles, vectors, at, sum);
 #pragma GCC unroll 8
     for (int p = 0; p < PIXELS; p++)
 #pragma GCC unroll 2
-        for (int l = 0; l < 2; l++) _mm512_storeu_si512(out[p] + l * 16, sum[p][l]);
+        for (int l = 0; l < vectors; l++) _mm512_storeu_si512(out[p] + l * 16, sum[p][l]);
 }
 
-static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXELS], int32_t out[PIXELS][BLOCK]) {
+static void tile(const Convolution *c, const Operands *o, int64_t outputs, const int64_t at[PIXELS],
+                 int32_t out[PIXELS][BLOCK]) {
     if (c->nibbles)
-        vnni_tile(c, o, 1, at, out);
+        outputs <= 16 ? vnni_tile(c, o, 1, 1, at, out) : vnni_tile(c, o, 1, 2, at, out);
     else
-        vnni_tile(c, o, 0, at, out);
+        outputs <= 16 ? vnni_tile(c, o, 0, 1, at, out) : vnni_tile(c, o, 0, 2, at, out);
+}
+
+static inline __attribute__((always_inline)) void vnni_corrected(const Convolution *c, const Operands *o, int vectors,
+                                                                 const int64_t at[PIXELS], const uint32_t more[PIXELS],
+                                                                 const uint32_t less[BLOCK], int64_t step, float *out) {
+    __m512i sum[PIXELS][2];
+    vnni_sums(c, o, 0, vectors, at, sum);
+#pragma GCC unroll 8
+    for (int p = 0; p < PIXELS; p++)
+#pragma GCC unroll 2
+        for (int l = 0; l < vectors; l++) {
+            const __m512i apart = _mm512_sub_epi32(sum[p][l], _mm512_loadu_si512(less + l * 16));
+            const __m512i all = _mm512_add_epi32(apart, _mm512_set1_epi32((int32_t)more[p]));
+            _mm512_storeu_ps(out + p * step + l * 16, _mm512_cvtepi32_ps(all));
+        }
+}
+
+#define CORRECTED
+static void corrected_tile(const Convolution *c, const Operands *o, int64_t outputs, const int64_t at[PIXELS],
+                           const uint32_t more[PIXELS], const uint32_t less[BLOCK], int64_t step, float *out) {
+    outputs <= 16 ? vnni_corrected(c, o, 1, at, more, less, step, out)
+                  : vnni_corrected(c, o, 2, at, more, less, step, out);
 }
 
 #elif defined(__AVX2__)
@@ -588,7 +645,8 @@ static void wide_tile(const Convolution *c, const Operands *o, const int64_t at[
         for (int l = 0; l < 2; l++) _mm256_storeu_si256((__m256i *)(out[p] + l * 8), sum[p][l]);
 }
 
-static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXELS], int32_t out[PIXELS][BLOCK]) {
+static void tile(const Convolution *c, const Operands *o, int64_t outputs, const int64_t at[PIXELS],
+                 int32_t out[PIXELS][BLOCK]) {
     (c->nibbles ? narrow_tile : wide_tile)(c, o, at, out);
 }
 
@@ -598,7 +656,8 @@ static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXEL
 enum { PIXELS = 4, BLOCK = 16, NIBBLE_GROUP = 1, BYTE_GROUP = 1, UNPACK = 1, WIDEN = 0 };
 typedef uint8_t Wide;
 
-static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXELS], int32_t out[PIXELS][BLOCK]) {
+static void tile(const Convolution *c, const Operands *o, int64_t outputs, const int64_t at[PIXELS],
+                 int32_t out[PIXELS][BLOCK]) {
     const int8_t *weights = o->weights;
     const uint8_t *codes = o->codes;
     memset(out, 0, sizeof(int32_t) * PIXELS * BLOCK);
@@ -609,6 +668,16 @@ static void tile(const Convolution *c, const Operands *o, const int64_t at[PIXEL
                 for (int p = 0; p < PIXELS; p++)
                     for (int l = 0; l < BLOCK; l++) out[p][l] += codes[at[p] + i] * weights[l];
         }
+}
+#endif
+
+#ifndef CORRECTED
+static void corrected_tile(const Convolution *c, const Operands *o, int64_t outputs, const int64_t at[PIXELS],
+                           const uint32_t more[PIXELS], const uint32_t less[BLOCK], int64_t step, float *out) {
+    int32_t sum[PIXELS][BLOCK];
+    tile(c, o, outputs, at, sum);
+    for (int p = 0; p < PIXELS; p++)
+        for (int l = 0; l < BLOCK; l++) out[p * step + l] = (float)(int32_t)((uint32_t)sum[p][l] + more[p] - less[l]);
 }
 #endif
 
@@ -634,7 +703,7 @@ static int64_t rounded(int64_t n, int64_t unit) { return (n + unit - 1) / unit *
 
 /* The right operand of a product: codes less 128 as weights for tile, and of each output the sum of its codes. */
 typedef struct {
-    int64_t inner, outputs;
+    int64_t inner, outputs, present; /* outputs in whole blocks, and how many of them are there */
     int8_t *weights; /* [outputs / BLOCK][inner / BYTE_GROUP][BLOCK][BYTE_GROUP] */
     int32_t *sums;
 } Packed;
@@ -673,25 +742,24 @@ static void pack_group(const Packed *p, int64_t group, const uint8_t *restrict c
     }
 }
 
-/* The sums of a block of outputs over some of the inner size; a is [PIXELS, inner]. */
-static inline void partial(const Wide *a, const Packed *b, int64_t block, int64_t first, int64_t inner,
-                           int32_t sum[PIXELS][BLOCK]) {
+/* What tiles take: the codes a [PIXELS, inner], and a block of b, from `first` on. */
+static inline Operands operands(const Wide *a, const Packed *b, int64_t block, int64_t first, int64_t at[PIXELS]) {
     static const int8_t no_zero[BLOCK];
-    const Convolution c = {.kernel_height = 1, .kernel_width = 1, .channels = inner};
-    const Operands o = {a, b->weights + block * b->inner + first * BLOCK, no_zero};
-    int64_t at[PIXELS];
     for (int p = 0; p < PIXELS; p++) at[p] = p * b->inner + first;
-    tile(&c, &o, at, sum);
+    return (Operands){a, b->weights + block * b->inner + first * BLOCK, no_zero};
 }
 
 /* As product, of any length. */
 static void long_product(const Wide *a, int32_t za, const Packed *b, const int64_t of_row[PIXELS], float *out) {
     int32_t sum[PIXELS][BLOCK];
-    int64_t total[PIXELS][BLOCK];
+    int64_t total[PIXELS][BLOCK], at[PIXELS];
     for (int64_t block = 0; block < b->outputs; block += BLOCK) {
         memset(total, 0, sizeof total);
         for (int64_t first = 0; first < b->inner; first += SUMMANDS) {
-            partial(a, b, block, first, b->inner - first < SUMMANDS ? b->inner - first : SUMMANDS, sum);
+            const int64_t left = b->inner - first;
+            const Convolution c = {.kernel_height = 1, .kernel_width = 1, .channels = left < SUMMANDS ? left : SUMMANDS};
+            const Operands o = operands(a, b, block, first, at);
+            tile(&c, &o, BLOCK, at, sum);
             for (int p = 0; p < PIXELS; p++)
                 for (int l = 0; l < BLOCK; l++) total[p][l] += sum[p][l];
         }
@@ -703,32 +771,32 @@ static void long_product(const Wide *a, int32_t za, const Packed *b, const int64
 
 /* out [PIXELS, outputs] = sums of (a - za)(b - zb) over `count` codes; a [PIXELS, inner] holds zeros beyond them. */
 static void product(const Wide *a, int32_t za, const Packed *b, int32_t zb, int64_t count, float *out) {
-    int32_t sum[PIXELS][BLOCK];
-    uint32_t of_output[BLOCK]; /* which may exceed 32 bits where what it corrects does not */
-    int64_t of_row[PIXELS];
+    const Convolution c = {.kernel_height = 1, .kernel_width = 1, .channels = b->inner};
+    uint32_t more[PIXELS], less[BLOCK]; /* which may exceed 32 bits where what they correct does not */
+    int64_t of_row[PIXELS], at[PIXELS];
     for (int p = 0; p < PIXELS; p++) {
         uint32_t codes = 0;
         for (int64_t i = 0; i < count; i++) codes += a[p * b->inner + i];
         of_row[p] = (int64_t)(128 - zb) * codes + count * za * zb;
+        more[p] = (uint32_t)of_row[p];
     }
     if (b->inner > SUMMANDS) {
         long_product(a, za, b, of_row, out);
         return;
     }
     for (int64_t block = 0; block < b->outputs; block += BLOCK) {
-        for (int l = 0; l < BLOCK; l++) of_output[l] = (uint32_t)za * (uint32_t)b->sums[block + l];
-        partial(a, b, block, 0, b->inner, sum);
-        for (int p = 0; p < PIXELS; p++) {
-            float *to = out + p * b->outputs + block;
-            const uint32_t row = (uint32_t)of_row[p];
-            for (int l = 0; l < BLOCK; l++) to[l] = (float)(int32_t)((uint32_t)sum[p][l] + row - of_output[l]);
-        }
+        const Operands o = operands(a, b, block, 0, at);
+        for (int l = 0; l < BLOCK; l++) less[l] = (uint32_t)za * (uint32_t)b->sums[block + l];
+        corrected_tile(&c, &o, b->present - block, at, more, less, b->outputs, out + block);
     }
 }
 
-/* The greatest of the scores [keys], once they are what the softmax is of. */
+/* The greatest of the scores [keys], which become what the softmax is of where a gain above 0 is not all. */
 static float greatest_score(float *row, const float *mask, int64_t keys, float gain) {
-    for (int64_t j = 0; mask && j < keys; j++) row[j] = row[j] * gain + mask[j];
+    if (mask)
+        for (int64_t j = 0; j < keys; j++) row[j] = row[j] * gain + mask[j];
+    else if (gain < 0)
+        for (int64_t j = 0; j < keys; j++) row[j] *= gain;
     const int64_t vectors = keys / LANES * LANES;
     float most = row[0];
     vec part = {0};
@@ -753,12 +821,13 @@ static float sum_of_row(const float *row, int64_t keys) {
 static void softmax_codes(float *restrict scores, int64_t rows, int64_t keys, int64_t pitch, const float *mask,
                           int64_t mask_row, float gain, float scale, float zero_point, float qmax, int64_t step,
                           Wide *restrict out) {
+    const float left = mask || gain < 0 ? 1.0f : gain;
     float most[PIXELS], total[PIXELS];
     for (int64_t r = 0; r < rows; r++)
         most[r] = greatest_score(scores + r * pitch, mask ? mask + r * mask_row : NULL, keys, gain);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; most[r] > -INFINITY && j < keys; j++)
-            scores[r * pitch + j] = exponential((scores[r * pitch + j] - most[r]) * (mask ? 1.0f : gain));
+            scores[r * pitch + j] = falling((scores[r * pitch + j] - most[r]) * left);
     for (int64_t r = 0; r < rows; r++) total[r] = sum_of_row(scores + r * pitch, keys);
     for (int64_t r = 0; r < rows; r++)
         if (most[r] == -INFINITY) /* a row that may look at nothing gives zeros */
@@ -785,8 +854,8 @@ static void *take(char *memory, size_t *used, int64_t bytes) {
 }
 
 static Head head_of(const Attention *a, char *memory) {
-    Head h = {.keys = {.inner = rounded(a->depth, CODES), .outputs = rounded(a->keys, BLOCK)},
-              .values = {.inner = rounded(a->keys, CODES), .outputs = rounded(a->value_depth, BLOCK)}};
+    Head h = {.keys = {.inner = rounded(a->depth, CODES), .outputs = rounded(a->keys, BLOCK), .present = a->keys},
+              .values = {.inner = rounded(a->keys, CODES), .outputs = rounded(a->value_depth, BLOCK), .present = a->value_depth}};
     const int64_t line = h.keys.inner, lines = BYTE_GROUP * h.values.outputs, word = sizeof(int32_t);
     h.queries = take(memory, &h.size, rounded(a->queries, PIXELS) * h.keys.inner * (int64_t)sizeof(Wide));
     h.probabilities = take(memory, &h.size, PIXELS * h.values.inner * (int64_t)sizeof(Wide));
@@ -927,7 +996,7 @@ static void convolve_block(const Convolution *c, const Operands *o, int64_t n, i
             at[p] = h * c->stride_height * line + w * c->stride_width * c->channels;
             if (begin + p + 1 < pixels && ++w == c->out_width) w = 0, h++; /* beyond the end: the last pixel, not stored */
         }
-        tile(c, o, at, sum);
+        tile(c, o, outputs, at, sum);
         for (int64_t p = 0; p < PIXELS && begin + p < pixels; p++) {
             const int64_t place = (n * pixels + begin + p) * c->outputs + first;
             const float *there = s->onto ? s->onto + place : NULL;

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq_tdq.artifacts import check_target, publish_directory, write_atomic
+from ptq_tdq.artifacts import Contents, check_target, publish_directory, write_atomic
 from ptq_tdq.artifacts.atomic import write_file
 from ptq_tdq.errors import OutputError
 
@@ -27,6 +27,7 @@ def _publish(path: Path) -> None:
         (folder / "file").write_bytes(b"new")
 
 
+ANYTHING = Contents("a test", ("*",))
 both = pytest.mark.parametrize("write", [_write, _publish])
 
 
@@ -102,7 +103,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     """A real refusal by the kernel in the middle of a write: the process may not grow files beyond 64 KiB."""
     program = """
 import resource, sys
-from ptq_tdq.artifacts.atomic import publish_directory, write_atomic, write_file
+from ptq_tdq.artifacts.atomic import Contents, publish_directory, write_atomic, write_file
 from ptq_tdq.errors import OutputError
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
@@ -112,7 +113,7 @@ try:
 except OutputError as error:
     errors.append(error)
 try:
-    with publish_directory(root / "folder", overwrite=True) as folder:
+    with publish_directory(root / "folder", Contents("a test", ("*",))) as folder:
         write_file(folder / "small", b"fits")
         write_file(folder / "large", bytes(100_000))
 except OutputError as error:
@@ -154,16 +155,34 @@ def test_overwrite_replaces_everything_but_only_at_the_end(tmp_path: Path) -> No
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").touch()
-    with publish_directory(target, overwrite=True) as folder:
+    with publish_directory(target, ANYTHING) as folder:
         (folder / "new").touch()
         assert os.listdir(target) == ["old"]
     assert os.listdir(target) == ["new"]
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_overwrite_never_removes_what_is_of_another_kind(tmp_path: Path) -> None:
+    target, ours = tmp_path / "out", Contents("a report", ("page.html", "t*.onnx"))
+    for name in ("t0999.onnx", "page.html"):
+        target.mkdir(exist_ok=True)
+        (target / name).touch()
+    (target / "thesis.tex").write_text("years of work")
+    with (
+        pytest.raises(OutputError, match=r"holds 'thesis\.tex', which is no part of a report; move it away"),
+        publish_directory(target, ours),
+    ):
+        pass
+    assert (target / "thesis.tex").read_text() == "years of work"
+    (target / "thesis.tex").unlink()
+    with publish_directory(target, ours) as folder:
+        (folder / "page.html").touch()
+    assert os.listdir(target) == ["page.html"]
+
+
 def test_an_error_in_the_body_changes_nothing(tmp_path: Path) -> None:
     _publish(tmp_path / "out")
-    with pytest.raises(KeyboardInterrupt), publish_directory(tmp_path / "out", overwrite=True) as folder:
+    with pytest.raises(KeyboardInterrupt), publish_directory(tmp_path / "out", ANYTHING) as folder:
         (folder / "half").touch()
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["out"]
@@ -181,7 +200,7 @@ def test_a_failing_swap_brings_the_old_folder_back(tmp_path: Path, monkeypatch: 
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse_second)
-    with pytest.raises(OutputError), publish_directory(tmp_path / "out", overwrite=True):
+    with pytest.raises(OutputError), publish_directory(tmp_path / "out", ANYTHING):
         pass
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["file"]
@@ -191,7 +210,7 @@ def test_files_and_mount_points_cannot_become_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(OutputError, match="is a file, not a folder"):
         _publish(tmp_path / "file")
-    with pytest.raises(OutputError, match="mount point"), publish_directory("/", overwrite=True):
+    with pytest.raises(OutputError, match="mount point"), publish_directory("/", ANYTHING):
         pass
 
 
@@ -218,7 +237,7 @@ def _killed(write: Callable[[], object], last: int) -> bool:
 
 
 def _overwrite(target: Path) -> None:
-    with publish_directory(target, overwrite=True) as folder:
+    with publish_directory(target, ANYTHING) as folder:
         for name in ("a", "b"):
             write_file(folder / name, b"new")
 
@@ -243,7 +262,7 @@ def test_killed_at_any_moment_the_old_or_the_new_is_there_and_the_next_run_remov
         check_target(target.with_name("other"))
         assert [name for name in os.listdir(target.parent) if name != "out"] == left, "they are not of that target"
         if kind == "folder":
-            check_target(target, overwrite=True)
+            check_target(target, ANYTHING)
             assert _found(target) in ([("c", b"old")], new)
         else:
             assert _found(target) in ([("out", b"old")], new)
@@ -301,7 +320,7 @@ def _full_from(last: int, patch: pytest.MonkeyPatch) -> Callable[[int], int]:
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with publish_directory(tmp_path / "out", overwrite=True) as folder:
+    with publish_directory(tmp_path / "out", ANYTHING) as folder:
         (folder / "file").touch()
         check_target(tmp_path / "out")
         _publish(tmp_path / "out")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UNet2DModel
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UNet2DModel
 
 from ptq_tdq.cache import cache_folder
 from ptq_tdq.calib_data import LoadedModel, LoopSampler, collect, collect_cached, new_schedule, sample_generator
@@ -100,6 +100,18 @@ def test_normal_steps_differ_between_trajectories_and_stay_in_sampling_order(mod
     t = [found.t[found.trajectory == i] for i in range(6)]
     assert all(len(of) == 4 and bool((of.diff() < 0).all()) for of in t)
     assert len({tuple(of.tolist()) for of in t}) > 1
+
+
+def test_normal_steps_are_drawn_by_their_place_on_the_axis_whatever_the_scheduler_counts_in(model: LoadedModel) -> None:
+    sampler = LoopSampler(model.denoiser, EDMEulerScheduler())  # counts in logarithms of sigma, around 0
+    asked: dict[str, Any] = {"calibration_steps": 1, "num_inference_steps": 30, "step_distribution": "normal"}
+    found = collect(replace(model, sampler=sampler), samples_per_step=256, **asked)
+    place = (found.t / found.axis.num_train_timesteps).double()
+    known = place.unique()
+    density = torch.exp(-0.5 * ((known - 0.4) / 0.4) ** 2)
+    expected = float((known * density).sum() / density.sum())
+    assert float(known.mean()) - expected > 0.03, "all alike would lie higher"
+    assert float(place.mean()) == pytest.approx(expected, abs=0.03)  # a standard error of 0.015
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler(use_karras_sigmas=True), HeunDiscreteScheduler()])

@@ -33,6 +33,9 @@ def test_a_model_without_classifier_gets_the_distances_to_full_precision_and_is_
     assert again.code == 1 and again.err.count("\n") == 1 and "is not empty" in again.err
     replaced = cli("evaluate", calibrated(pipeline), *FLAGS, "--output-dir", out, "--overwrite", "--json")
     assert json.loads(replaced.out) == document
+    (out / "thesis.tex").write_text("years of work")
+    refused = cli("evaluate", calibrated(pipeline), *FLAGS, "--output-dir", out, "--overwrite")
+    assert refused.code == 1 and "holds 'thesis.tex', which is no part of an evaluation" in refused.err
 
 
 def test_the_seed_decides(cli: Any, calibrated: Any, conditional: Path) -> None:

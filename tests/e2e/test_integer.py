@@ -129,13 +129,11 @@ def parts(model: IntegerModel) -> dict[str, nn.Module]:
 
 @contextmanager
 def alone(part: nn.Module) -> Iterator[nn.Module]:
-    """A layer without the norm and the activation that are fused into it: the simulated one's input is behind them."""
-    fused = {name: getattr(part, name) for name in ("norm", "activation") if isinstance(part, IntegerLayer)}
-    for name in fused:
-        setattr(part, name, None)
+    """A layer without what is fused in front of it: the simulated one's input is behind that."""
+    fused = vars(part).pop("forward", None)
     yield part
-    for name, own in fused.items():
-        setattr(part, name, own)
+    if fused:
+        vars(part)["forward"] = fused
 
 
 def close(found: Tensor, expected: Tensor) -> None:

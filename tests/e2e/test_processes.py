@@ -6,14 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import launched
 
 from ptq_tdq.artifacts import read_artifact
+from ptq_tdq.cli.main import COMMANDS, SHARED
 
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ptq_tdq")
+forked = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 
 
 def test_two_processes_write_one_artifact_and_one_speaks(
@@ -33,12 +37,84 @@ def test_two_processes_write_one_artifact_and_one_speaks(
     assert len(list(cache.iterdir())) == 1
 
 
-def test_the_first_of_several_processes_tells_what_is_wrong(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def machines(tmp_path: Path) -> list[Path]:
+    """Where two machines begin that see nothing of each other's disk."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+@forked
+def test_the_first_of_several_machines_alone_keeps_something(
+    conditional: Path, small: tuple[str, ...], machines: list[Path]
+) -> None:
+    """Streams lie on each one's own disk while the command runs."""
+    quick = ("--method", "static", "--set", "rounding=nearest", "--set", "activation_iterations=0")
+    request = ("calibrate", "--model", conditional, "--output-dir", "out", *small, *quick, "--cache-budget", "0")
+    with launched(2, *request, machines=machines) as commands:
+        for command in commands:
+            assert command.end()[0] == 0, command.end()
+    assert [[path.name for path in folder.iterdir()] for folder in machines] == [["out"], []]
+
+
+@forked
+@pytest.mark.parametrize("name", ["calibrate", "finetune"])
+def test_what_one_machine_lacks_ends_the_run_and_is_told_once(
+    name: str, conditional: Path, calibrated: Callable[[Path], Path], small: tuple[str, ...], machines: list[Path]
+) -> None:
+    if name == "finetune":
+        (machines[0] / "artifact").symlink_to(calibrated(conditional))
+        request: tuple[object, ...] = ("finetune", "artifact", "--output-dir", "out")
+    else:
+        (machines[1] / "out").touch()
+        request = ("calibrate", "--output-dir", "out", *small)
+    with launched(2, *request, "--model", conditional, machines=machines) as commands:
+        (code, _, err), (other, _, nothing) = [command.end() for command in commands]
+    assert (code, other, nothing) == (1, 1, "") and err.count("\n") == 1
+    assert ("artifact" if name == "finetune" else "out' is a file, not a folder") in err
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Be the process of a rank, and of a rank on its machine, in a launch of two."""
+
+    def be(rank: int, place: int) -> None:
+        for key, value in {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": place}.items():
+            monkeypatch.setenv(key, str(value))
+
+    return be
+
+
+def test_the_first_process_of_each_machine_tells_what_is_wrong_with_a_request(
+    cli: Any, launch: Callable[[int, int], None]
+) -> None:
     told = []
-    for rank in ("0", "1"):
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setenv("RANK", rank)
-        result = cli("calibrate", "--scheme", "W4", "--output-dir", "out")
-        assert result.code == 2
-        told.append(result.err)
-    assert told[0].startswith("Error: ") and told[1] == ""
+    for rank, place in ((0, 0), (1, 1), (1, 0)):
+        launch(rank, place)
+        for request in (("--scheme", "W4", "--output-dir", "out"), ("--scheme",)):
+            result = cli("calibrate", *request)
+            assert result.code == 2
+            told.append(result.err.startswith("Error: "))
+    assert told == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("name", ["calibrate", "finetune"])
+def test_choices_are_shown_once(name: str, cli: Any, launch: Callable[[int, int], None]) -> None:
+    request = (name, *(("artifact", "--output-dir", "out") if name == "finetune" else ()), "--show-config")
+    launch(0, 0)
+    assert "seed" in json.loads(cli(*request).out)
+    launch(1, 1)
+    assert cli(*request).out == ""
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - SHARED))
+def test_a_command_that_processes_cannot_share_says_so(name: str, cli: Any, launch: Callable[[int, int], None]) -> None:
+    launch(0, 0)
+    result = cli(name)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert f"{name} runs in one process; start it without torchrun" in result.err
+    assert ("--workers and --shard" in result.err) == (name == "benchmark")
+    launch(1, 1)
+    assert (cli(name).code, cli(name).err) == (2, "")

@@ -230,3 +230,9 @@ def test_a_run_that_is_stopped_keeps_the_finished_blocks_and_says_so(
     assert (code, err.strip()) == (expected, "Stopped; the same command goes on after the last finished block.")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     assert (partial / "weights-0000.safetensors").exists()
+
+
+@pytest.mark.parametrize(("command", "code"), [(("choices",), 0), (("choices", "--no-such-flag"), 2)])
+def test_after_a_command_sigterm_is_what_it_was(command: tuple[str, ...], code: int, cli: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli(*command).code == code and signal.getsignal(signal.SIGTERM) == before

@@ -17,14 +17,17 @@ from accelerate import cpu_offload
 from calibrated import QUICK, Calibrated
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from recorded import calls_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ptq_tdq import QuantizedModel, calibrate, load_quantized, record
 from ptq_tdq.calib_data import first_call, from_pipeline
-from ptq_tdq.errors import ModelError
+from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.integrations.diffusers import as_diffusers
+from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
 
 
@@ -60,6 +63,16 @@ def test_offloading_layer_by_layer(pipe: Any, stable_diffusion: Calibrated) -> N
 )
 def test_offloading_groups(kind: dict[str, Any], pipe: Any, stable_diffusion: Calibrated) -> None:
     pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), **kind)
+    assert torch.equal(stable_diffusion.draw(pipe), stable_diffusion.drawn)
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_offloading_groups_to_the_disk(kind: str, pipe: Any, stable_diffusion: Calibrated, tmp_path: Path) -> None:
+    size = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    pipe.unet.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_type=kind, offload_to_disk_path=str(tmp_path), **size
+    )
+    assert any(tmp_path.iterdir())
     assert torch.equal(stable_diffusion.draw(pipe), stable_diffusion.drawn)
 
 
@@ -197,11 +210,21 @@ def test_a_pipeline_that_looks_at_the_shapes_of_weights_loads_several_loras(
     assert torch.equal(flux.draw(native), flux.drawn)
 
 
-def test_a_new_adapter_goes_beside_quantized_layers(native: Any, stable_diffusion: Calibrated) -> None:
-    native.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+@pytest.mark.parametrize("modules", [["to_q"], "all-linear", r".*(attn1|attn2).*to_[qkv].*"])
+def test_a_new_adapter_goes_beside_quantized_layers(
+    modules: Any, native: Any, stable_diffusion: Calibrated, tmp_path: Path
+) -> None:
+    names, full = list(native.unet.state_dict()), stable_diffusion.pipe().unet
+    for unet in (native.unet, full):
+        unet.add_adapter(LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
+        unet.save_lora_adapter(tmp_path / type(unet).__module__)
+    adapted, expected = ({n for n, m in u.named_modules() if isinstance(m, LoraLayer)} for u in (native.unet, full))
+    assert adapted == expected
     assert not torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
     native.unet.disable_adapters()
     assert torch.equal(stable_diffusion.draw(native), stable_diffusion.drawn)
+    native.unet.unload_lora()
+    assert list(native.unet.state_dict()) == names
 
 
 def test_a_state_dict_is_copied_and_written_as_any_other(native: Any, tmp_path: Path) -> None:
@@ -241,7 +264,7 @@ def test_its_own_dtype_is_asked_for_in_any_way(native: Any) -> None:
 def test_a_lora_is_fused_before_calibration(stable_diffusion: Calibrated) -> None:
     pipe = stable_diffusion.pipe()
     pipe.load_lora_weights(lora(pipe.unet))
-    with pytest.raises(ModelError, match=r"fuse them before calibration \(pipe.fuse_lora\(\)"):
+    with pytest.raises(ModelError, match=r"fuse them first \(pipe.fuse_lora\(\)"):
         calibrate(pipe, QUICK, prompts=["A red fox"])
     pipe.fuse_lora()
     pipe.unload_lora_weights()
@@ -285,3 +308,96 @@ def test_integers_are_saved_as_the_artifact_that_they_came_from(stable_diffusion
     for save in (integer.save_pretrained, integer.push_to_hub):
         with pytest.raises(ModelError, match="keep the artifact"):
             save(tmp_path / "unet")
+
+
+def arguments_of(pipe: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "sample": torch.randn(2, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor([601, 20]),
+        "encoder_hidden_states": torch.randn(2, 7, pipe.unet.config.cross_attention_dim, generator=generator),
+    }
+
+
+def test_gradients_that_are_computed_again_are_those_of_the_call_s_time_steps(pipe: Any) -> None:
+    given = arguments_of(pipe)
+
+    def gradient() -> Tensor:
+        x = given["sample"].clone().requires_grad_()
+        pipe.unet.train()
+        pipe.unet(**given | {"sample": x}).sample.square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    plain = gradient()
+    pipe.unet.enable_gradient_checkpointing()
+    assert torch.equal(gradient(), plain)
+    seen: list[Any] = []
+
+    def own(module: Any, *args: Any) -> Any:
+        seen.append(module)
+        return checkpoint(module, *args, use_reentrant=False)
+
+    pipe.unet.enable_gradient_checkpointing(own)
+    assert torch.equal(gradient(), plain) and seen
+
+
+def test_a_child_that_is_replaced_takes_part(stable_diffusion: Calibrated) -> None:
+    pipe = stable_diffusion.quantized()
+    integer = load_quantized(stable_diffusion.artifact, backend="integer")
+    given = arguments_of(pipe)
+    before = integer(**given).sample
+    for unet in (pipe.unet, integer, copy.copy(integer)):
+        unet.conv_act = nn.ReLU()
+        assert unet.model.conv_act is unet.conv_act
+    with torch.no_grad():
+        found = pipe.unet(**given).sample
+    assert sqnr_db(found, before) < 20 < sqnr_db(found, integer(**given).sample)
+
+
+def test_hooks_at_the_end_of_an_integer_model(stable_diffusion: Calibrated) -> None:
+    pipe = stable_diffusion.quantized()
+    integer = load_quantized(stable_diffusion.artifact, backend="integer")
+    given, seen = arguments_of(pipe), []
+
+    def scaled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.append(output)
+        return 0.5 * output
+
+    for unet in (pipe.unet, integer, copy.deepcopy(integer)):
+        handle = unet.conv_norm_out.register_forward_hook(scaled)
+        with torch.no_grad():
+            seen.append(unet(**given).sample)
+            handle.remove()
+            seen.append(unet(**given).sample)
+    for other in (3, 6):
+        for expected, found in zip(seen[:3], seen[other:], strict=False):
+            assert sqnr_db(expected, found) > 25
+
+
+@pytest.mark.parametrize("kind", ["a module of ours", "diffusers' own class", "integers"])
+def test_weights_without_their_codes_are_refused(kind: str, stable_diffusion: Calibrated, tmp_path: Path) -> None:
+    unet: Any = load_quantized(stable_diffusion.artifact, backend="integer" if kind == "integers" else "simulated")
+    unet = as_diffusers(unet) if kind == "diffusers' own class" else unet
+    state = {name: 1.5 * x if x.is_floating_point() else x for name, x in unet.state_dict().items()}
+    with pytest.raises(ModelError, match=r"load the (other )?artifact"):
+        unet.load_state_dict(state)
+    if kind == "integers":
+        return
+    unet.load_state_dict(unet.state_dict())
+    layer = next(m for m in unet.modules() if isinstance(m, QuantLayer))
+    with torch.no_grad():
+        layer.layer.weight.mul_(1.5)
+    with pytest.raises(ModelError, match="no longer what its codes stand for"):
+        unet.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed").exists() or not any((tmp_path / "changed").glob("*.safetensors"))
+
+
+def test_integers_give_no_gradients_and_say_so(stable_diffusion: Calibrated) -> None:
+    pipe = stable_diffusion.quantized()
+    given, integer = arguments_of(pipe), load_quantized(stable_diffusion.artifact, backend="integer")
+    x = given["sample"].clone().requires_grad_()
+    with pytest.raises(RuntimeUnsupportedError, match=r'backend="simulated".*no_grad'):
+        integer(**given | {"sample": x})
+    with torch.no_grad():
+        assert torch.equal(integer(**given | {"sample": x}).sample, integer(**given).sample)

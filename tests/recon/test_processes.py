@@ -138,6 +138,26 @@ def test_what_one_process_raises_all_raise(tmp_path: Path) -> None:
     assert [(type(error), str(error)) for error in found] == [(ModelError, "Only here.")] * 3
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_where_one_process_raises_anything_else_the_others_say_so(
+    broken: int, denoiser: SmallDenoiser, calls: Calls, tmp_path: Path
+) -> None:
+    """Also where all go on together then."""
+
+    def work(rank: int) -> list[str]:
+        def count(report: UnitReport) -> None:
+            if rank == broken:
+                raise ValueError("Only here.")
+
+        with pytest.raises((ValueError, WorkerError)) as error:
+            calibrate(denoiser, preset("qdiff", **NEAREST), calls, on_unit=count)
+        return [str(error.value), *processes.gather([str(rank)])]
+
+    found = in_processes(2, tmp_path, work)
+    said = "Another process of the run has failed (Only here); start the run again, and it goes on."
+    assert found[broken] == ["Only here.", "0", "1"] and found[1 - broken] == [said, "0", "1"]
+
+
 def test_nan_in_the_calls_of_one_process_is_one_sentence_in_all(
     denoiser: SmallDenoiser, calls: Calls, tmp_path: Path
 ) -> None:

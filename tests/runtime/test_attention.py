@@ -71,6 +71,7 @@ PRODUCTS: dict[str, Product] = {
     "plain": plain,
     "causal": lambda x, y: plain(x, y, is_causal=True),
     "with a scale": lambda x, y: plain(x, y, scale=0.1),
+    "with a scale below 0": lambda x, y: plain(x, y, scale=-30.0),
     "grouped queries": grouped,
     "blocked": blocked,
     "blind rows": blind,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from tempfile import TemporaryFile
 from time import sleep
 from typing import IO
@@ -44,10 +45,10 @@ class Command:
 
 
 @contextmanager
-def running(*arguments: object, **environment: str) -> Iterator[Command]:
-    """A command that is killed where the block ends before it does."""
+def running(*arguments: object, folder: Path = Path(), **environment: str) -> Iterator[Command]:
+    """A command in ``folder`` that is killed where the block ends before it does."""
     with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
-        given = ([str(argument) for argument in arguments], environment, out, err)
+        given = ([str(argument) for argument in arguments], folder, environment, out, err)
         process = multiprocessing.get_context("fork").Process(target=_run, args=given)
         process.start()
         try:
@@ -58,19 +59,27 @@ def running(*arguments: object, **environment: str) -> Iterator[Command]:
 
 
 @contextmanager
-def launched(count: int, *arguments: object) -> Iterator[list[Command]]:
-    """The same command in ``count`` processes, which know of each other as those of ``torchrun`` do."""
+def launched(count: int, *arguments: object, machines: Sequence[Path] = ()) -> Iterator[list[Command]]:
+    """The same command in ``count`` processes, which know of each other as those of ``torchrun`` do.
+
+    All are on this machine, or each is the only one of a machine of its own, where it begins in that folder.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
-    ranks = [dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(count)]
+    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": "1" if machines else str(count)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": "0" if machines else str(rank)} for rank in range(count)]
+    folders = machines or [Path()] * count
     with ExitStack() as stack:
-        yield [stack.enter_context(running(*arguments, **common, **rank)) for rank in ranks]
+        yield [
+            stack.enter_context(running(*arguments, folder=folder, **common, **rank))
+            for folder, rank in zip(folders, ranks, strict=True)
+        ]
 
 
-def _run(arguments: Sequence[str], environment: dict[str, str], out: IO[str], err: IO[str]) -> None:
+def _run(arguments: Sequence[str], folder: Path, environment: dict[str, str], out: IO[str], err: IO[str]) -> None:
+    os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores Ctrl-C
     os.environ |= environment
     faulthandler.enable(err)

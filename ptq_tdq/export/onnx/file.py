@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 from torch import nn
 
-from ptq_tdq.artifacts import Artifact, publish_directory, write_atomic
+from ptq_tdq.artifacts import Artifact, Contents, publish_directory, write_atomic
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError, UsageError, first_line
 from ptq_tdq.export.onnx.by_step import SharedWeights, Static, frozen, groups_of_steps
@@ -21,7 +21,7 @@ from ptq_tdq.export.onnx.lowering import lower, of_one_step
 from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
 from ptq_tdq.export.onnx.openvino_form import OpenVINO
 from ptq_tdq.export.onnx.portable import Portable
-from ptq_tdq.export.onnx.runtimes import QDQ
+from ptq_tdq.export.onnx.runtimes import QDQ, WEIGHTS
 from ptq_tdq.export.onnx.skeleton import METADATA, Skeleton, make_skeleton
 from ptq_tdq.export.onnx.trial import try_file, try_out
 from ptq_tdq.export.tables import export_tables, interval_frame
@@ -31,6 +31,7 @@ from ptq_tdq.quantized_model import QuantizedModel
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 FORMS: dict[str, type[Portable]] = {"portable": Portable, "onnxruntime": OnnxRuntime, "openvino": OpenVINO}
+_STEPS = Contents("graphs for time steps", ("t*.onnx", WEIGHTS))
 
 
 def export_onnx(
@@ -102,7 +103,7 @@ def export_onnx_steps(
     """
     artifact = as_artifact(artifact)
     groups = groups_of_steps(artifact, [float(t) for t in calls.t.unique()])
-    with publish_directory(folder, overwrite) as target:
+    with publish_directory(folder, _STEPS if overwrite else None) as target:
         _of_right_sizes(
             lambda fixed: write_steps(artifact, target, make_skeleton(artifact, calls, model, fixed), groups),
             lambda _: try_file(target, calls, build_quantized(artifact, model)),
