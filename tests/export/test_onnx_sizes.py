@@ -83,3 +83,30 @@ def test_graphs_of_a_folder_have_the_right_sizes_too(
     graph = OnnxDenoiser(tmp_path / "graphs", threads=1)
     assert graph.facts["free_sizes"] == ["batch"]
     assert sqnr_db(build_quantized(artifact, Mixed(how))(x, T), graph(x, T)) > 30
+
+
+class Guided(nn.Module):
+    """Adds the mean of two rows of text for each sample, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.read = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 2, 1), nn.Linear(4, 8)
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """sample [B, 2, H, W], text [2 B, 4]."""
+        h = self.first(sample) + timestep[:, None, None, None] / 1000
+        result: Tensor = self.last((h + self.read(text).unflatten(0, (-1, 2)).mean(1)[:, :, None, None]).tanh())
+        return result
+
+
+@torch.no_grad()
+def test_inputs_with_several_rows_for_each_sample_grow_with_the_batch(
+    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    x, text = torch.randn(3, 2, 8, 8), torch.randn(6, 4)
+    artifact, calls = quantize_model(Guided(), sample=x, timestep=T, text=text)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Guided())
+    graph, simulated = OnnxDenoiser(tmp_path / "model.onnx", threads=1), build_quantized(artifact, Guided())
+    assert "rows of text" in graph.facts["free_sizes"]
+    assert sqnr_db(simulated(x[:2], T[:2], text[:4]), graph(x[:2], T[:2], text[:4])) > 30

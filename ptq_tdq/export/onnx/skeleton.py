@@ -29,7 +29,7 @@ METADATA = DOMAIN  # the key of what a file says of itself
 IR_VERSION = 10
 _log = logging.getLogger(__name__)
 MOST_VALUES = 4  # of what a graph holds: prompts and negative prompts
-BATCH = "batch"
+BATCH, ROWS_OF = "batch", "rows of "  # free sizes: the samples, and how the rows of what has several for each begin
 _SPATIAL = {4: ("height", "width"), 5: ("frames", "height", "width")}
 
 
@@ -152,7 +152,7 @@ def _named(
         assert value.shape is not None
         for axis, size in enumerate(inputs[leaf.name].shape):
             named = names.get(axis, "")
-            free_size = named in free or (BATCH in free and named.startswith("rows of "))
+            free_size = named in free or (BATCH in free and named.startswith(ROWS_OF))
             free_size &= not isinstance(value.shape[axis], int)  # the exporter itself may take one for a constant
             sizes.setdefault(str(value.shape[axis]), named if free_size else size)
     _tidy(model, signature)
@@ -179,7 +179,7 @@ def _spatial(signature: Signature, inputs: dict[str, Any]) -> dict[str, int]:
 def _axes(signature: Signature, inputs: dict[str, Tensor], sizes: Collection[str]) -> dict[str, dict[int, str]]:
     """By input: the axes that may come out free, and their names; beside those of rows, the ``sizes`` of an image."""
     found = {
-        leaf.name: {leaf.dim: f"rows of {leaf.name}" if leaf.several else BATCH}
+        leaf.name: {leaf.dim: f"{ROWS_OF}{leaf.name}" if leaf.several else BATCH}
         for leaf in signature.leaves()
         if leaf.kind == "rows"
     }

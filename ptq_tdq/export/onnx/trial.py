@@ -15,7 +15,7 @@ from ptq_tdq.calls import Calls, prediction
 from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.export.onnx.denoiser import OnnxDenoiser
 from ptq_tdq.export.onnx.runtimes import NotRunError
-from ptq_tdq.export.onnx.skeleton import BATCH, longer
+from ptq_tdq.export.onnx.skeleton import BATCH, ROWS_OF, longer
 from ptq_tdq.timed_model import in_float32
 
 MOST_NOISE = 0.1  # of the energy; codes that fall on the other side of a tie leave less, even in deep random models
@@ -49,7 +49,7 @@ def try_file(file: Path, calls: Calls, simulated: Callable[..., Any]) -> set[str
                     'energy); run the model itself with load_quantized(path, backend="integer").'
                 )
         one = in_float32(calls.inputs(torch.tensor([0])))
-        free = [name for name in denoiser.facts["free_sizes"] if name != BATCH]
+        free = [n for n in denoiser.facts["free_sizes"] if n != BATCH and not n.startswith(ROWS_OF)]
         return {name for name in free if not _right(denoiser, simulated, longer(denoiser.call, one, name))}
     except RuntimeUnsupportedError:
         return set()
