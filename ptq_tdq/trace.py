@@ -72,40 +72,26 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
     group = calls.groups[0]
     pair = _pair(group, calls.axis.argument)
     one, two = (group.arguments(index) for index in (pair[:1], pair))
-    several: list[tuple[Run, int]] = []  # with the number of rows
     watcher = Watcher(model)
     try:
         with without_gradients(model):
             alone = watcher.look(one)
-        reached = {name for name, of in alone.inputs.items() if of[0].numbers}  # experts may get no rows
         together = watcher.look(two, again=True, rows=2)
-        for rows in _drawn(len(group.leaf(calls.axis.argument))):
-            several.append((watcher.look(group.arguments(rows), again=True, rows=len(rows)), len(rows)))
-            if all(name in reached for name, module in watcher.modules.items() if layer_kind(module)):
-                break
+        several = _several(watcher, group, alone, len(group.leaf(calls.axis.argument)))
     except REFUSALS as error:
         said = first_line(error)
         raise ModelError(f"{type(model).__name__} refuses the recorded calls ({said}); record its own.") from error
     for name in [name for name in watcher.layers if name not in together.inputs]:  # chosen by the t of all samples
         watcher.elsewhere[name] = watcher.layers.pop(name)
-    varied: list[Run] = []
-    for source, changed in _variations(calls, group, one, watcher.output).items():
-        try:
-            other = watcher.look(changed, again=True)
-        except REFUSALS:  # not every other value is one that it takes
-            continue
-        for name, layer in watcher.layers.items():
-            if other.inputs.get(name, [])[:1] != alone.inputs[name][:1]:
-                layer.sources.add(source)
-        varied.append(other)
-    runs = [*several, *((run, 1) for run in varied)]
+    varied = _varied(watcher, alone, _variations(calls, group, one, watcher.output))
+    runs = [*several, *varied]
     for name, layer in watcher.layers.items():
-        counted = [(run.inputs.get(name, []), count) for run, count in runs]
-        layer.rows = _rows(alone.inputs[name], together.inputs[name], counted)
+        found = [(run.inputs.get(name, []), run.rows) for run in runs]
+        layer.rows = _rows(alone.inputs[name], together.inputs[name], found)
     mixed = set[str]()
     for name, of in alone.products.items():
-        counted = [(run.products.get(name, []), count) for run, count in runs]
-        if _rows(of, together.products.get(name, []), counted) is None:
+        found = [(run.products.get(name, []), run.rows) for run in runs]
+        if _rows(of, together.products.get(name, []), found) is None:
             mixed.add(name)
     unused = [name for name, module in model.named_modules() if layer_kind(module) and not watcher.saw(name, module)]
     for another in calls.groups[1:] if unused else ():
@@ -131,10 +117,28 @@ def _pair(group: Group, time: str) -> Tensor:
     return torch.tensor([0, int(_distances(leaf, leaf[:1]).argmax()) or len(leaf) - 1])
 
 
-def _drawn(count: int) -> tuple[Tensor, ...]:
-    """Numbers of rows, some at a time, drawn from all."""
+def _several(watcher: Watcher, group: Group, alone: Run, count: int) -> list[Run]:
+    """Runs of some of all ``count`` rows; one where the first row ``alone`` reaches all layers that they do."""
+    runs: list[Run] = []
+    reached = {name for name, of in alone.inputs.items() if of[0].numbers}  # experts may get no rows
     numbers = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    return torch.split(numbers[:MOST], SEVERAL)
+    for rows in torch.split(numbers[:MOST], SEVERAL):
+        runs.append(watcher.look(group.arguments(rows), again=True, rows=len(rows)))
+        if all(name in reached for name, module in watcher.modules.items() if layer_kind(module)):
+            break
+    return runs
+
+
+def _varied(watcher: Watcher, alone: Run, variations: dict[Source, dict[str, Any]]) -> list[Run]:
+    """Runs with one thing changed; what each layer's input depends on is told by them."""
+    runs: list[Run] = []
+    for source, changed in variations.items():
+        with suppress(*REFUSALS):  # not every other value is one that it takes
+            runs.append(watcher.look(changed, again=True))
+            for name, layer in watcher.layers.items():
+                if runs[-1].inputs.get(name, [])[:1] != alone.inputs[name][:1]:
+                    layer.sources.add(source)
+    return runs
 
 
 def _distances(rows: Tensor, row: Tensor) -> Tensor:

@@ -96,9 +96,10 @@ class Product:
 
 
 class Run:
-    """What one forward pass showed, in order: inputs of layers, queries of attention products, other products."""
+    """What one forward pass of ``rows`` showed, in order: inputs of layers, queries of attention, other products."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
         self.inputs: dict[str, list[Print]] = {}
         self.products: dict[str, list[Print]] = {}
         self.others: dict[str, list[Product]] = {}
@@ -121,7 +122,7 @@ class Watcher:
 
     def look(self, arguments: dict[str, Any], again: bool = False, rows: int = 1) -> Run:
         """Run the model on so many rows; ``again``: to compare with the first run."""
-        self.run, self.again, self.rows, self.stack = Run(), again, rows, [""]
+        self.run, self.again, self.stack = Run(rows), again, [""]
         with self._watching(), torch.no_grad():
             self.output = self.model(**arguments)
         return self.run
@@ -186,7 +187,7 @@ class Watcher:
             if not self.again:
                 layer.macs += macs
             elif name in self.elsewhere:
-                layer.macs = macs * len(self.run.inputs[name]) // self.rows
+                layer.macs = macs * len(self.run.inputs[name]) // self.run.rows
             kept = layer_input(args, kwargs) is x  # no hook gives another input
             layer.faithful = layer.faithful and kept and _same(expected, output)
 
