@@ -118,3 +118,12 @@ def test_a_command_that_processes_cannot_share_says_so(name: str, cli: Any, laun
     assert ("--workers and --shard" in result.err) == (name == "benchmark")
     launch(1, 1)
     assert (cli(name).code, cli(name).err) == (2, "")
+
+
+@pytest.mark.parametrize("surroundings", [{"WORLD_SIZE": "8"}, {"RANK": "0", "WORLD_SIZE": "many"}])
+def test_names_that_no_launcher_has_set_stop_nothing(
+    surroundings: dict[str, str], cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in surroundings.items():
+        monkeypatch.setenv(name, value)
+    assert cli("inspect", "nowhere").err.startswith("Error: 'nowhere' is not a directory")
