@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def in_dtype(output: Any, dtype: torch.dtype) -> Any:
 
 def check_finite(x: Tensor) -> None:
     """Raise :class:`NonFiniteError` for NaN or Inf, other than in a mask that is added to scores."""
-    if x.is_floating_point() and not bool(x.float().isfinite().all()) and not _is_mask(x):
+    if not x.is_floating_point() or isfinite(x.sum(dtype=torch.float32)):  # of all finite numbers, but for an overflow
+        return
+    if not bool(x.float().isfinite().all()) and not _is_mask(x):
         raise NonFiniteError("The model was given NaN or Inf, for which there are no codes; give it finite numbers.")
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from itertools import repeat
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models import activations
@@ -23,6 +24,8 @@ from ptq_tdq.runtime.image_blocks import PlannedAttention, PlannedResnet
 from ptq_tdq.runtime.kernels import SILU, Activation, Norm
 from ptq_tdq.runtime.layer import FORMS, IntegerLayer, IntegerLinear, WeightOnlyLayer
 from ptq_tdq.runtime.step import kept
+
+FEW, MOST = 8, 1024  # time steps in a call, and results of them, that are remembered
 
 
 def norm_of(module: nn.Module | None) -> Norm | None:
@@ -45,9 +48,11 @@ class Fused:
     def __init__(self, block: Any) -> None:
         self.block, self.kinds = block, list(map(type, block.modules()))
         self.modules: list[nn.Module] = list(block.modules())
-        inner = [(m._modules, *of) for m in self.modules for of in m._modules.items() if of[1] is not None]
-        self.siblings, self.names, self.children = (list(of) for of in zip(*inner, strict=True))
+        inner = [(m._modules, name) for m in self.modules for name, child in m._modules.items() if child is not None]
+        self.siblings, self.names = [siblings for siblings, _ in inner], [name for _, name in inner]
+        self.children: list[Any] = [siblings[name] for siblings, name in inner]
         self.own: list[dict[str, Any]] = list(map(vars, self.children))
+        self.forwards: list[Any] = []
         self.hooks = [hooks for m in self.children for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,22 +62,49 @@ class Fused:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, own=list(map(vars, state["children"])))
 
+    def seal(self) -> None:
+        """All blocks in it have got their forms: another ``forward`` is somebody's own."""
+        self.forwards = [forward if isinstance(forward, Fused) else None for forward in self._own_forwards()]
+
     @property
     def untouched(self) -> bool:
         """Whether its modules are as they were: none is another, has hooks, or a ``forward`` that somebody gave it.
 
         Lists as wholes, since this is asked in each call.
         """
-        forwards = [own["forward"] for own in self.own if own.get("forward")]
         return (
             not any(self.hooks)
             and list(map(type, self.modules)) == self.kinds
             and list(map(dict.get, self.siblings, self.names)) == self.children
-            and all(isinstance(forward, Fused) for forward in forwards)
+            and self._own_forwards() == self.forwards
         )
+
+    def _own_forwards(self) -> list[Any]:
+        return list(map(dict.get, self.own, repeat("forward")))
 
     def plainly(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.block).forward(self.block, *args, **kwargs)
+
+
+class FusedTimesteps(Fused):
+    """Timesteps, which remembers what it made of few numbers: torch's small operations add up to a layer's time."""
+
+    known: ClassVar[dict[tuple[Any, ...], Tensor]] = {}
+
+    def __init__(self, block: Any) -> None:
+        super().__init__(block)
+        self.how = block.num_channels, block.flip_sin_to_cos, block.downscale_freq_shift, block.scale
+
+    def __call__(self, timesteps: Tensor) -> Any:
+        if timesteps.ndim != 1 or timesteps.shape[0] > FEW or torch.compiler.is_compiling():
+            return self.plainly(timesteps)
+        key = *self.how, *timesteps.tolist()
+        y = self.known.get(key)
+        if y is None:
+            if len(self.known) == MOST:
+                self.known.clear()
+            y = self.known[key] = self.plainly(timesteps)
+        return y
 
 
 class FusedOutput:
@@ -109,7 +141,7 @@ class FusedOutput:
         """In the place of the convolution's."""
         last = self.modules[-1]
         if self.untouched:
-            return last.run(input, norm=self.norm, activation=SILU)
+            return last.run(input, norm=self.norm, activation=SILU).contiguous()
         return type(last).forward(last, input)
 
 
@@ -143,6 +175,7 @@ class FusedResnet(Fused):
         self.norms = norm_of(block.norm1), norm_of(block.norm2)
         self.planned = PlannedResnet.of(block, self.norms)
         self.projections: tuple[TimeProjections, int] | None = None
+        self.projects = block.time_emb_proj is not None
 
     @staticmethod
     def of(block: Any) -> FusedResnet | None:
@@ -158,8 +191,7 @@ class FusedResnet(Fused):
 
     def __call__(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         block, x = self.block, input_tensor
-        projects = block.time_emb_proj is not None and temb is not None
-        fits = temb is None or (projects and temb.ndim == 2 and len(temb) == len(x))
+        fits = temb is None or (self.projects and temb.ndim == 2 and temb.shape[0] == x.shape[0])
         if x.ndim != 4 or not fits or not self.untouched:
             return self.plainly(x, temb, *args, **kwargs)
         shift = None if temb is None else self._shift(temb)

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
@@ -18,6 +19,7 @@ from ptq_tdq.runtime.blocks import (
     FusedChain,
     FusedOutput,
     FusedResnet,
+    FusedTimesteps,
     FusedUpsample,
     TimeProjections,
 )
@@ -31,23 +33,28 @@ FUSED: dict[type[nn.Module], Callable[[Any], Fused | None]] = {
     BasicTransformerBlock: FusedTransformer.of,
     FeedForward: FusedChain.of,
     nn.Sequential: FusedChain.of,
+    Timesteps: FusedTimesteps,
 }
 
 
 def fuse(model: nn.Module) -> list[str]:
     """Give the blocks that are covered their fused form; returns their names."""
-    done, resnets = [], []
+    done: dict[str, Fused] = {}
     for name, module in model.named_modules():
         listens = bool(products_of(module))  # by a class that is made of its own
         make = FUSED.get(type(module).__mro__[listens])
         fused = make(module) if make else None
         if fused is not None:
             module.__dict__["forward"] = fused  # before the class's own
-            done.append(name)
-            resnets += [fused] if isinstance(fused, FusedResnet) else []
-    if FusedOutput.of(model):
-        done.append(FusedOutput.names[-1])
-    return done + _fuse_time(resnets)
+            done[name] = fused
+    for fused in done.values():
+        fused.seal()
+    resnets = [fused for fused in done.values() if isinstance(fused, FusedResnet)]
+    for module in model.modules() if resnets else ():
+        if isinstance(module, WeightOnlyLayer):
+            module.to_rows = True
+    output = [FusedOutput.names[-1]] if FusedOutput.of(model) else []
+    return [*done, *output, *_fuse_time(resnets)]
 
 
 def _fuse_time(resnets: list[FusedResnet]) -> list[str]:

@@ -59,6 +59,7 @@ class PlannedResnet(Planned):
         super().__init__(block.conv1, block.conv2)
         self.block, self.norms = block, norms
         self.has_shortcut = in_passes(block.conv_shortcut, IntegerLayer)
+        self.is_apart = block.conv_shortcut is not None and not self.has_shortcut
 
     @staticmethod
     def of(block: Any, norms: Sequence[Norm | None]) -> PlannedResnet | None:
@@ -68,8 +69,7 @@ class PlannedResnet(Planned):
 
     def __call__(self, x: Tensor, shift: Tensor | None) -> Tensor:
         """x [B, C, H, W] and the shift [B, O] before the second norm -> [B, O, H, W]."""
-        apart = self.block.conv_shortcut is not None and not self.has_shortcut
-        residual = self.block.conv_shortcut(x) if apart else None
+        residual = self.block.conv_shortcut(x) if self.is_apart else None
         with torch._C.DisableTorchFunction():  # what follows is not to be listened to
             shift = None if shift is None else shift.float().contiguous()
             return self.compute(rows(x), shift, None if residual is None else rows(residual))

@@ -65,6 +65,12 @@ class _Described(Tensor):
         )
 
 
+def laid_out(y: Tensor, x: Tensor) -> Tensor:
+    """A convolution's result in memory as torch lays it out for an input x: rows of pixels for rows of pixels."""
+    rows = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    return y.contiguous() if x.is_contiguous() or not x.is_contiguous(memory_format=rows) else y
+
+
 class CodedLayer(nn.Module):
     """What stands for a layer of a model: asked for sizes, strides and the like, it answers as the layer would.
 
@@ -119,6 +125,7 @@ class WeightOnlyLayer(CodedLayer):
     ) -> None:
         super().__init__(layer, scale, bias)
         self.codes, self.linear = codes, linear
+        self.to_rows = False  # of pixels, where blocks follow that take images so
 
     @property
     def nbytes(self) -> int:
@@ -131,7 +138,7 @@ class WeightOnlyLayer(CodedLayer):
         x = input.float()
         if self.codes.ndim == 2:
             return self.linear(x, self.codes, self.scale, self.bias)
-        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        x = x.contiguous(memory_format=torch.channels_last) if self.to_rows and x.ndim == 4 else x
         weight = self.codes * self.scale.view(-1, *(1,) * (self.codes.ndim - 1))
         return self.operation(x, weight, self.bias)
 
@@ -164,7 +171,7 @@ class IntegerLayer(CodedLayer):
 
     def forward(self, input: Tensor, activation: Activation | None = None) -> Tensor:
         """As the layer that it stands for behind an activation, in float32: input [B, C, ...]."""
-        return self.convolve(self.bordered(input), activation)
+        return laid_out(self.convolve(self.bordered(input), activation), input)
 
     def convolve(self, x: Tensor, activation: Activation | None) -> Tensor:
         """x [B, C, ...] with its border, but for zeros."""

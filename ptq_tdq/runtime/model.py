@@ -286,7 +286,7 @@ def _check_input(x: Tensor) -> None:
     """Raise for a tensor that the model cannot be called with."""
     if x.device.type != "cpu":
         raise ModelError(f"The integer backend runs on the CPU. Got a tensor on {x.device}; move it there.")
-    if x.ndim and not len(x):
+    if x.ndim and not x.shape[0]:
         raise ModelError(f"The model was given an empty tensor {list(x.shape)}; pass at least one sample.")
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeUnsupportedError(

@@ -52,7 +52,7 @@ class NativeLayer:
         Raises :class:`RuntimeUnsupportedError` for tensors that do not fit each other.
         """
         x = x.float().contiguous(memory_format=torch.channels_last)
-        *found, each = per_sample("a quantizer", interval.scale, interval.zero_point, len(x))
+        *found, each = per_sample("a quantizer", interval.scale, interval.zero_point, x.shape[0])
         batch, channels, height, width = x.shape
         call = self.call_of(batch, channels, height, width, each, up, before)
         shift = None if before.shift is None else before.shift.float().contiguous()
@@ -71,8 +71,8 @@ class NativeLayer:
     def of_tokens(self, x: Tensor, before: Before, interval: Interval) -> Tensor:
         """x [B, ..., C] -> [B, ..., O]."""
         x = x.float().contiguous()
-        *found, each = per_sample("a quantizer", interval.scale, interval.zero_point, len(x))
-        samples, channels = len(x) if each else 1, x.shape[-1]
+        *found, each = per_sample("a quantizer", interval.scale, interval.zero_point, x.shape[0])
+        samples, channels = x.shape[0] if each else 1, x.shape[-1]
         call = self.call_of(samples, channels, x.numel() // (samples * channels), 1, each, 1, before)
         out = torch.empty(*x.shape[:-1], call.shape[1], dtype=torch.float32)
         if self._function(*call.addresses, address("x", x, torch.float32, x.shape), None, *found, None, out.data_ptr()):

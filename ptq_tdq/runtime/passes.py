@@ -22,7 +22,7 @@ from ptq_tdq.runtime.attention import AttentionSizes, IntegerProduct, tops
 from ptq_tdq.runtime.kernels import Activation, Norm, TokenNorm
 from ptq_tdq.runtime.layer import ChannelRange, IntegerLayer, IntegerLinear, WeightOnlyLayer
 from ptq_tdq.runtime.native_layer import NativeCall
-from ptq_tdq.runtime.step import Step
+from ptq_tdq.runtime.step import Interval, Step
 
 FLOAT_BYTES = 4
 ALIGNED = 64  # bytes: a line of the cache
@@ -117,23 +117,33 @@ class Plan:
         self._list: ctypes.Array[_Pass] | None = None
         self._next = self._scratch = 0  # bytes of memory between passes: where what comes next begins, and of all
         self._alive: list[object] = []  # whose addresses C has
+        self._last: tuple[Interval | None, tuple[int, int]] = None, (0, 0)
 
     def __call__(self, *tensors: Tensor) -> None:
         """Raises :class:`RuntimeUnsupportedError` for tensors other than those announced."""
         if self._list is None:
             self._list = (_Pass * len(self._passes))(*self._passes)
-        intervals = self._step.together(self._samples)
-        shape = (len(intervals.scale), *([self._samples] if self._each else []))
         found = zip(self._given, tensors, strict=True)
         pointers = (
             None,
-            address("scales", intervals.scale, torch.float32, shape),
-            address("zero points", intervals.zero_point, torch.int32, shape),
-            *(address(what, x, torch.float32, shape) for (what, shape), x in found),
+            *self._intervals(),
+            *[address(what, x, torch.float32, shape) for (what, shape), x in found],
         )
         given = (ctypes.c_void_p * len(pointers))(*pointers)
         if self._function(self._list, len(self._list), self._scratch, given):
             raise MemoryError
+
+    def _intervals(self) -> tuple[int, int]:
+        """The addresses of scales and zero points; those of the last call, where the same tensors are asked for."""
+        found, (known, addresses) = self._step.together(self._samples), self._last
+        if found is not known:
+            shape = (found.scale.shape[0], *([self._samples] if self._each else []))
+            addresses = (
+                address("scales", found.scale, torch.float32, shape),
+                address("zero points", found.zero_point, torch.int32, shape),
+            )
+            self._last = found, addresses  # at once, since threads share plans
+        return addresses
 
     def given(self, what: str, shape: Sequence[int]) -> Place:
         """Announces a tensor that calls pass, to read or to write."""

@@ -155,7 +155,7 @@ class Step:
         """
         dynamic = self._dynamic.get(quantizer)
         if dynamic is None:
-            return self._intervals(len(x)).apart[self._column[quantizer]]
+            return self._intervals(x.shape[0]).apart[self._column[quantizer]]
         scale, zero_point = dynamic(present(len(x)), x)
         return Interval(scale.contiguous(), zero_point.contiguous())
 
@@ -172,7 +172,7 @@ class Step:
 
     def _look_up(self, call: _Call, rows: int) -> _Found:
         t = present(rows)
-        if t.stride(0) and not bool((t == t[0]).all()):
+        if rows > 1 and t.stride(0) and not bool((t == t[0]).all()):
             together = Interval(*(lookup(values, t).T.contiguous() for values in _halves(self._table)))
             return _Found(together, list(map(Interval, *(each.unbind() for each in together))))
         if call.row is None:

@@ -122,6 +122,7 @@ def compare(models: tuple[nn.Module, nn.Module], x: Tensor, t: Tensor) -> None:
         expected, found = (model(x, t) for model in models)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6 * float(expected.abs().max()))
+    assert found.stride() == expected.stride(), "what follows may call view()"
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -140,6 +141,14 @@ def test_it_computes_what_the_simulated_one_does(name: str, choices: dict[str, A
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1)) * 2
     for t in TIMES.values():
         compare((simulated, integer), x, t)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "conv2d by channel", "transposed conv2d"])
+@pytest.mark.parametrize("choices", [{}, {"weight_only_layers": ("first",)}], ids=["table", "float input"])
+def test_rows_of_pixels_stay_such(name: str, choices: dict[str, Any], both: Any) -> None:
+    make, shape = LAYERS[name]
+    models = both(Alone(make()), inputs(shape), **choices)
+    compare(models, torch.randn(3, *shape).contiguous(memory_format=torch.channels_last), TIMES["one t"])
 
 
 @pytest.mark.parametrize(
