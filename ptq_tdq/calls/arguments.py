@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_tdq.calls.gradients import without_gradients
 from ptq_tdq.calls.outputs import last_row
-from ptq_tdq.errors import CalibrationSetError, TimestepError
+from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
 from ptq_tdq.timeaxis import signature_of, time_argument
 
 Rows = slice | Tensor
@@ -118,12 +118,20 @@ def join(groups: Sequence[Group]) -> Group:
 
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of ``model`` by name; what a ``**kwargs`` parameter takes stands beside the others."""
+    """The arguments of a call of ``model`` by name; what a ``**kwargs`` parameter takes stands beside the others.
+
+    Raises :class:`ModelError` for a call that gives an ``*args`` parameter something, which has no name.
+    """
     signature = signature_of(model)
     bound = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             bound |= bound.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and bound.pop(name, ()):
+            raise ModelError(
+                f"{type(model).__name__} was called with arguments for *{name}, which have no names to call it again "
+                "by; let its forward name them."
+            )
     return bound
 
 
@@ -271,7 +279,7 @@ def _time_rows(value: Any, name: str, count: int) -> Tensor:
             f"The model was called with {len(t)} values of {name} for {count} samples; samples are the first dimension "
             "of what is denoised, and time steps are one, or one for each."
         )
-    return t.reshape(1).expand(count) if t.numel() == 1 else t
+    return torch.atleast_1d(t).expand(count, *t.shape[1:]) if t.numel() == 1 else t
 
 
 def _form(leaf: Tensor | Each) -> tuple[Any, ...]:

@@ -125,6 +125,16 @@ def test_a_time_that_all_samples_share_is_that_of_each_row(model: Conditioned) -
     assert calls.t.tolist() == [999.0] * 3 + [500.0] * 3 + [1.0] * 3
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_time_keeps_its_dimensions_whatever_the_batch(model: Conditioned, shape: tuple[int, ...], count: int) -> None:
+    with record(model) as calls:
+        for value in (999.0, 1.0):
+            model(torch.randn(count, 4), torch.full(shape, value))
+    assert calls.inputs(slice(0, count))["timestep"].shape == (count, *shape[1:])
+    assert calls.t.tolist() == [999.0] * count + [1.0] * count
+
+
 def test_prompts_of_other_lengths_are_groups_of_their_own() -> None:
     class Texts(nn.Module):
         def __init__(self) -> None:
@@ -299,6 +309,22 @@ class Inferring(Conditioned):
 def test_a_model_that_turns_inference_mode_on_is_refused() -> None:
     with record(model := Inferring()), pytest.raises(ModelError, match="Inferring turns inference mode on"):
         loop(model)
+
+
+class Starred(Conditioned):
+    """Takes conditions by position alone."""
+
+    def forward(self, sample: Tensor, timestep: Any, *conditions: Tensor, **more: Any) -> tuple[Tensor]:  # type: ignore[override]
+        return super().forward(sample + sum(conditions), timestep, **more)
+
+
+def test_arguments_without_names_are_refused() -> None:
+    model = Starred().requires_grad_(False)
+    with record(model) as calls:
+        expected = loop(model)
+    assert all(map(torch.equal, replayed(model, calls), expected))
+    with record(model), pytest.raises(ModelError, match=r"Starred was called with arguments for \*conditions, .* name"):
+        model(torch.randn(B, 4), torch.tensor([3, 5]), torch.randn(B, 4))
 
 
 @pytest.mark.parametrize("name", ["sample", "extra"])
