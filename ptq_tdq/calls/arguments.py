@@ -7,8 +7,9 @@ prompts, guidance, pooled embeddings and whatever else a pipeline hands to its d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ptq_tdq.calls.borrowed import borrowed
 from ptq_tdq.calls.gradients import without_gradients
 from ptq_tdq.calls.outputs import last_row
 from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
@@ -26,7 +28,7 @@ SAME = 0.05  # relative difference of one row computed alone and among others; p
 PLAIN = (bool, int, float, str, type(None))  # arguments beside tensors
 MOST_ODD = 3  # leaves whose length does not tell what they are
 # What a denoiser raises when it is called with arguments that do not belong together.
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,33 @@ class Group:
             and all(map(same, mine, others))
             and all(_form(x) == _form(y) for x, y in zip(self.rows, other.rows, strict=True))
         )
+
+
+def places_of(group: Group) -> set[Any]:
+    """Where, in the tree of a call, what has its samples in the first dimension stands."""
+    return {
+        path
+        for path, leaf in pytree.tree_leaves_with_path(group.tree)
+        if isinstance(leaf, Place) and leaf.dim == 0 and not leaf.several
+    }
+
+
+def given_rows(group: Group, places: Set[Any]) -> Group:
+    """The group with a row for each sample where those of ``places`` share a single one (a pipeline's one negative
+    prompt for several prompts).
+    """
+    rows: list[Tensor | Each] = []
+
+    def place(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.shape[:1] == (1,) and path in places:
+            rows.append(leaf.expand(len(group), *leaf.shape[1:]))
+            return Place(len(rows) - 1)
+        if isinstance(leaf, Place):
+            rows.append(group.rows[leaf.index])
+            return replace(leaf, index=len(rows) - 1)
+        return leaf
+
+    return Group(pytree.tree_map_with_path(place, group.tree), rows, group.device)
 
 
 def join(groups: Sequence[Group]) -> Group:
@@ -232,14 +261,17 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
     """Which leaves are not what their length says.
 
     Found by calling the model with the last row alone and with that row once more: with the right split it comes out as
-    in the whole call. (The first row will not do: of a shared leaf whose first row is its own it says nothing.)
+    in the whole call. (The first row will not do: of a shared leaf whose first row is its own it says nothing.) The
+    model is called where a leaf may be something else, and :func:`borrowed` for that; none is odd where it refuses.
     """
     count, given = count_rows(arguments, time), (time, main_argument(arguments, time))
     tensors = [(i, x) for i, (name, x) in enumerate(_flatten(arguments, time)[0]) if name not in given]
     candidates = [(i, *form) for i, x in tensors if isinstance(x, Tensor) for form in _odd_forms(x, count)]
-    with without_gradients(model), torch.random.fork_rng(devices=[]):
-        expected = last_row(model(**arguments))
-        works: list[Odd] = []
+    works: list[Odd] = []
+    if not candidates:
+        return frozenset()
+    with suppress(*REFUSALS), without_gradients(model):
+        expected = _last_row(model, arguments)
         for odd in _subsets(candidates):
             group = split_rows(arguments, time, odd)
             errors = [
@@ -253,10 +285,15 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
     return works[0] if works else frozenset()
 
 
+def _last_row(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    with borrowed(model):
+        return last_row(model(**arguments))
+
+
 def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:
     """Relative error of the last row; infinite where the model refuses the arguments."""
     try:
-        found = last_row(model(**arguments))
+        found = _last_row(model, arguments)
         size = expected.float().norm().clamp(min=1e-12)
         return float((found - expected).float().norm() / size) if found.shape == expected.shape else math.inf
     except REFUSALS:
