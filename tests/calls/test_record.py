@@ -173,12 +173,14 @@ def test_lists_of_samples_have_rows_of_their_own_shapes() -> None:
 
 @pytest.mark.parametrize("single_first", [True, False])
 def test_a_condition_that_samples_share_in_some_calls_has_rows_in_all(model: Conditioned, single_first: bool) -> None:
-    one, each = torch.rand(1, 4), torch.rand(3, 4)
+    one, each, shared = torch.rand(1, 4), torch.rand(3, 4), torch.rand(1, 1)
     expected = []
     with record(model) as calls:
         for flags in (one, each) if single_first else (each, one):
             given = torch.randn(3, 4), torch.tensor([9.0, 5.0, 1.0])
-            expected.append(model(*given, flags=flags, extra={"scale": torch.ones(1, 1), "list": [torch.ones(3, 4)]})[0])
+            expected.append(
+                model(*given, flags=flags, extra={"scale": torch.ones(1, 1), "list": [torch.ones(3, 4)]})[0]
+            )
     assert [len(group) for group in calls.groups] == [6]
     assert all(map(torch.equal, replayed(model, calls, 3), expected))
     found = calls.inputs(slice(1, 5))
