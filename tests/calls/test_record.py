@@ -177,10 +177,8 @@ def test_a_condition_that_samples_share_in_some_calls_has_rows_in_all(model: Con
     expected = []
     with record(model) as calls:
         for flags in (one, each) if single_first else (each, one):
-            given = torch.randn(3, 4), torch.tensor([9.0, 5.0, 1.0])
-            expected.append(
-                model(*given, flags=flags, extra={"scale": torch.ones(1, 1), "list": [torch.ones(3, 4)]})[0]
-            )
+            extra = {"scale": shared, "list": [torch.ones(3, 4)]}
+            expected += model(torch.randn(3, 4), torch.tensor([9.0, 5.0, 1.0]), extra, flags=flags)
     assert [len(group) for group in calls.groups] == [6]
     assert all(map(torch.equal, replayed(model, calls, 3), expected))
     found = calls.inputs(slice(1, 5))
