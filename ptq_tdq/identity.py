@@ -14,6 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from ptq_tdq.errors import ModelError
 
+COMPILED = "_orig_mod"  # what a module of torch.compile calls the one that it was made of
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """As torch has it: "float32"."""
@@ -53,7 +55,8 @@ def state_of(model: Any) -> dict[str, Tensor]:
 def model_sha256(model: Any) -> str:
     """Hash the weights (as float32) and the configuration of a model; raises what :func:`state_of` raises.
 
-    Configuration entries at their default are left out, so a newer diffusers with more entries gives the same hash.
+    Configuration entries at their default are left out, so a newer diffusers with more entries gives the same hash, and
+    compiled parts count as what they were made of.
     """
     defaults = inspect.signature(type(model).__init__).parameters
     config = {
@@ -62,7 +65,8 @@ def model_sha256(model: Any) -> str:
         if not name.startswith("_") and not (name in defaults and _same(value, defaults[name].default))
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(state_of(model).items()):
+    state = {name.replace(f"{COMPILED}.", ""): tensor for name, tensor in state_of(model).items()}
+    for name, tensor in sorted(state.items()):
         values = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
         digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())

@@ -244,7 +244,7 @@ def require_rows(model: nn.Module, calls: Calls) -> None:
     group, time = calls.groups[0], calls.axis.argument
     for count in (2, 3):  # one of them is no number of its features, over which a time could be spread unnoticed
         try:
-            with torch.no_grad():
+            with without_gradients(model):
                 model(**group.arguments(torch.zeros(count, dtype=torch.int64)))
         except REFUSALS as error:
             raise ModelError(

@@ -128,8 +128,11 @@ class Watcher:
         return self.run
 
     def saw(self, name: str, layer: nn.Module) -> bool:
-        """Whether a layer was called, or its weight taken by a function that is no layer."""
-        return name in self.layers or name in self.elsewhere or memory(own_weight(layer)) in self.taken
+        """Whether a layer was called, by any of its names, or its weight taken by a function that is no layer."""
+        weight, called = own_weight(layer), self.layers | self.elsewhere
+        if name in called or memory(weight) in self.taken:
+            return True
+        return any(weight is own_weight(other.module) for other in called.values())
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ptq_tdq.errors import ModelError
+from ptq_tdq.identity import COMPILED
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import find_kind
 from ptq_tdq.modules.products import QuantProduct, attach, owner_of
@@ -38,6 +39,7 @@ def insert(model: nn.Module, record: LayerRecord) -> None:
 def folded_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode and without gradients, with reparametrized weights made plain.
 
+    What ``torch.compile`` gave in the place of a part is that part again, under its own name.
     Its parameters are in the memory of the model's: neither may be written to, only exchanged. Raises
     :class:`ModelError` for TorchScript and for parameters that have no shape yet.
     """
@@ -51,7 +53,11 @@ def folded_copy(model: nn.Module) -> nn.Module:
     }
     # weights that a hook has computed with gradients, which torch would not copy
     computed = {id(v): v.detach() for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)}
-    return fold(copy.deepcopy(model, {**shared, **computed}).eval().requires_grad_(False))
+    copies: dict[int, Any] = {**shared, **computed}
+    for module in reversed(list(model.modules())):  # parts before what holds them
+        if (compiled := module._modules.get(COMPILED)) is not None:
+            copies[id(module)] = copy.deepcopy(compiled, copies)
+    return fold(copy.deepcopy(model, copies).eval().requires_grad_(False))
 
 
 def fold(model: nn.Module) -> nn.Module:

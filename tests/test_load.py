@@ -223,6 +223,7 @@ def test_a_layer_of_several_names_is_quantized_wherever_it_is_called(tmp_path: P
     model = Named().eval()
     quantized = calibrate(model, QUICK, calls_of(model, **inputs(), num_train_timesteps=1000))
     assert list(quantized.layers()) == ["alias", "list.0", "list.1", "last"]
+    assert quantized.notices == ("No attention products were found.",)
     quantized.save_pretrained(tmp_path / "out")
     expected = quantized(**inputs())
     assert sqnr_db(model(**inputs()), expected) > 25

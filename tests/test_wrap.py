@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ptq_tdq.config import preset
 from ptq_tdq.errors import ModelError, TimestepError
 from ptq_tdq.evaluate.metrics import sqnr_db
+from ptq_tdq.identity import model_sha256
 from ptq_tdq.intervals import Observed
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.observe import Observer
@@ -331,6 +332,23 @@ def test_reparametrized_weights_are_made_plain(name: str) -> None:
     assert torch.equal(quantized(**inputs), folded(**inputs))
     with torch.no_grad():
         assert torch.equal(model(**inputs), expected), "the original stays as it is"
+
+
+@torch.no_grad()
+def test_compiled_parts_are_what_they_were_compiled_from() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.SiLU())), torch.randn(2, 4)
+    expected, sha256, names = model(x), model_sha256(model), list(model.state_dict())
+    inner = model[1]
+    inner[0] = torch.compile(inner[0], backend="eager")
+    model[1] = torch.compile(inner, backend="eager")
+    model.append(model[1])
+    copied = folded_copy(model)
+    assert [type(part) for part in copied] == [nn.Linear, nn.Sequential, nn.Sequential] and copied[1] is not inner
+    assert list(copied[:2].state_dict()) == names
+    assert torch.equal(copied[:2](x), expected)
+    assert copied[1][0].weight.data_ptr() == inner[0].weight.data_ptr()
+    assert model_sha256(model[:2]) == sha256
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

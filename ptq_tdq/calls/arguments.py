@@ -7,8 +7,9 @@ prompts, guidance, pooled embeddings and whatever else a pipeline hands to its d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ptq_tdq.calls.borrowed import borrowed
 from ptq_tdq.calls.gradients import without_gradients
 from ptq_tdq.calls.outputs import last_row
-from ptq_tdq.errors import CalibrationSetError, TimestepError
+from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
 from ptq_tdq.timeaxis import signature_of, time_argument
 
 Rows = slice | Tensor
@@ -26,7 +28,7 @@ SAME = 0.05  # relative difference of one row computed alone and among others; p
 PLAIN = (bool, int, float, str, type(None))  # arguments beside tensors
 MOST_ODD = 3  # leaves whose length does not tell what they are
 # What a denoiser raises when it is called with arguments that do not belong together.
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,33 @@ class Group:
         )
 
 
+def places_of(group: Group) -> set[Any]:
+    """Where, in the tree of a call, what has its samples in the first dimension stands."""
+    return {
+        path
+        for path, leaf in pytree.tree_leaves_with_path(group.tree)
+        if isinstance(leaf, Place) and leaf.dim == 0 and not leaf.several
+    }
+
+
+def given_rows(group: Group, places: Set[Any]) -> Group:
+    """The group with a row for each sample where those of ``places`` share a single one (a pipeline's one negative
+    prompt for several prompts).
+    """
+    rows: list[Tensor | Each] = []
+
+    def place(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.shape[:1] == (1,) and path in places:
+            rows.append(leaf.expand(len(group), *leaf.shape[1:]))
+            return Place(len(rows) - 1)
+        if isinstance(leaf, Place):
+            rows.append(group.rows[leaf.index])
+            return replace(leaf, index=len(rows) - 1)
+        return leaf
+
+    return Group(pytree.tree_map_with_path(place, group.tree), rows, group.device)
+
+
 def join(groups: Sequence[Group]) -> Group:
     """Joinable groups as one."""
     rows = [_cat(leaves) for leaves in zip(*(group.rows for group in groups), strict=True)]
@@ -118,12 +147,20 @@ def join(groups: Sequence[Group]) -> Group:
 
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of ``model`` by name; what a ``**kwargs`` parameter takes stands beside the others."""
+    """The arguments of a call of ``model`` by name; what a ``**kwargs`` parameter takes stands beside the others.
+
+    Raises :class:`ModelError` for a call that gives an ``*args`` parameter something, which has no name.
+    """
     signature = signature_of(model)
     bound = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             bound |= bound.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and bound.pop(name, ()):
+            raise ModelError(
+                f"{type(model).__name__} was called with arguments for *{name}, which have no names to call it again "
+                "by; let its forward name them."
+            )
     return bound
 
 
@@ -224,14 +261,17 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
     """Which leaves are not what their length says.
 
     Found by calling the model with the last row alone and with that row once more: with the right split it comes out as
-    in the whole call. (The first row will not do: of a shared leaf whose first row is its own it says nothing.)
+    in the whole call. (The first row will not do: of a shared leaf whose first row is its own it says nothing.) The
+    model is called where a leaf may be something else, and :func:`borrowed` for that; none is odd where it refuses.
     """
     count, given = count_rows(arguments, time), (time, main_argument(arguments, time))
     tensors = [(i, x) for i, (name, x) in enumerate(_flatten(arguments, time)[0]) if name not in given]
     candidates = [(i, *form) for i, x in tensors if isinstance(x, Tensor) for form in _odd_forms(x, count)]
-    with without_gradients(model), torch.random.fork_rng(devices=[]):
-        expected = last_row(model(**arguments))
-        works: list[Odd] = []
+    works: list[Odd] = []
+    if not candidates:
+        return frozenset()
+    with suppress(*REFUSALS), without_gradients(model):
+        expected = _last_row(model, arguments)
         for odd in _subsets(candidates):
             group = split_rows(arguments, time, odd)
             errors = [
@@ -245,10 +285,15 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
     return works[0] if works else frozenset()
 
 
+def _last_row(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    with borrowed(model):
+        return last_row(model(**arguments))
+
+
 def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:
     """Relative error of the last row; infinite where the model refuses the arguments."""
     try:
-        found = last_row(model(**arguments))
+        found = _last_row(model, arguments)
         size = expected.float().norm().clamp(min=1e-12)
         return float((found - expected).float().norm() / size) if found.shape == expected.shape else math.inf
     except REFUSALS:
@@ -271,7 +316,7 @@ def _time_rows(value: Any, name: str, count: int) -> Tensor:
             f"The model was called with {len(t)} values of {name} for {count} samples; samples are the first dimension "
             "of what is denoised, and time steps are one, or one for each."
         )
-    return t.reshape(1).expand(count) if t.numel() == 1 else t
+    return torch.atleast_1d(t).expand(count, *t.shape[1:]) if t.numel() == 1 else t
 
 
 def _form(leaf: Tensor | Each) -> tuple[Any, ...]:

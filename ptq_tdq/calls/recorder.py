@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.calls.arguments import Each, Odd, bind, check_argument, count_rows, find_odd, split_rows
+from ptq_tdq.calls.arguments import (
+    Each,
+    Odd,
+    bind,
+    check_argument,
+    count_rows,
+    find_odd,
+    given_rows,
+    places_of,
+    split_rows,
+)
 from ptq_tdq.calls.calls import Calls
 from ptq_tdq.errors import ModelError
 from ptq_tdq.hooks import hooked
@@ -25,7 +35,9 @@ def record(model: nn.Module, *, time: str | None = None, num_train_timesteps: in
     """Record the calls that a loop or a pipeline makes of ``model`` inside a ``with`` block.
 
     ``time`` names the argument that holds the time step, where it is none of the usual ones; ``num_train_timesteps``
-    is the length of the scheduler's axis, where calls alone do not tell it. Outputs are left as they are::
+    is the length of the scheduler's axis, where calls alone do not tell it. Outputs are left as they are: where lengths
+    do not tell which arguments have a row for each sample, the model is called a few times more, on copies of its
+    buffers, and of its attributes that are tensors or plain values, alone or in containers::
 
         with ptq_tdq.record(unet) as calls:
             pipe(prompt, num_inference_steps=20)
@@ -60,6 +72,7 @@ class Recorder:
         self._first_trajectory, self._rows, self._began = 0, 0, 0
         self._parts: list[Calls] = []
         self._odd: dict[Any, Odd] = {}  # of each form of call
+        self._of_samples: set[Any] = set()  # places of arguments that had a row for each of several samples
         self._looking = False
         self._passed_by = False  # whether parts of the model ran before any call of it
 
@@ -74,6 +87,8 @@ class Recorder:
 
     def calls(self, axis: TimeAxis, recipe: dict[str, Any] | None = None) -> Calls:
         """What was recorded."""
+        for part in self._parts:
+            part.groups = [given_rows(group, self._of_samples) for group in part.groups]
         return Calls.join(self._parts, axis, recipe)
 
     @contextmanager
@@ -124,6 +139,7 @@ class Recorder:
         index = self._wanted(self.step)[sample].nonzero().flatten() if self._wanted else torch.arange(rows)
         if len(index):
             group = split_rows(arguments, name, self._find_odd(arguments))
+            self._of_samples |= places_of(group) if rows > 1 else set()
             kept = Calls(
                 TimeAxis(name), [group.take(index.to(_device(arguments)))], {}, sample[index] + self._first_trajectory
             )

@@ -142,24 +142,31 @@ class _Intercept(TorchFunctionMode):
     """Hands the calls of scaled_dot_product_attention inside one module to its products, in order.
 
     Calls beyond them, which calibration has not seen, stay in floating point (an image prompt beside a text); inside
-    :func:`one_by_one` they begin with the first one again. Raises :class:`ModelError` for a softmax outside of them:
-    the module then computes attention by hand. ``heard`` says whether there was a call.
+    :func:`one_by_one` they begin with the first one again. ``heard`` counts the calls; ``by_hand`` says whether the
+    module computed a softmax outside of them while its products were not all heard.
     """
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
-        self.owner, self.heard = owner, False
+        self.owner, self.heard, self.softmax = owner, 0, False
         products = products_of(owner)
         beyond = repeat(functional.scaled_dot_product_attention)
+        self.count = len(products)
         self.next = cycle(products) if _one_by_one.get() else chain(products, beyond)
+
+    @property
+    def by_hand(self) -> bool:
+        return self.softmax and self.heard < self.count
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _HEARD or _computing.get():
             return func(*args, **(kwargs or {}))
-        if func in _BY_HAND:
-            raise _elsewhere(self.owner, "by hand")
-        self.heard, token = True, _computing.set(True)
+        token = _computing.set(True)
         try:
+            if func in _SOFTMAX:
+                self.softmax = True
+                return func(*args, **(kwargs or {}))
+            self.heard += 1
             return next(self.next)(*args, **(kwargs or {}))
         finally:
             _computing.reset(token)
@@ -174,10 +181,10 @@ def _elsewhere(owner: nn.Module, how: str) -> ModelError:
     )
 
 
-_BY_HAND = (functional.softmax, torch.softmax, Tensor.softmax)
-_HEARD = {functional.scaled_dot_product_attention, *_BY_HAND}
+_SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
+_HEARD = {functional.scaled_dot_product_attention, *_SOFTMAX}
 _one_by_one: ContextVar[bool] = ContextVar("whether modules may go through their samples one by one", default=True)
-# torch's own function, where a product calls it, is not one of the products of a module around
+# torch's own function, where a product calls it, is not one of the products of a module around, nor a softmax its own
 _computing: ContextVar[bool] = ContextVar("whether a product is being computed", default=False)
 
 
@@ -215,15 +222,18 @@ def _listening(cls: type[nn.Module]) -> Any:
     """
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _Intercept(self):
-            return cls.__call__(self, *args, **kwargs)
+        with _Intercept(self) as mode:
+            out = cls.__call__(self, *args, **kwargs)
+        if mode.by_hand:
+            raise _elsewhere(self, "by hand")
+        return out
 
     @wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # what a cache answers does not come here
         out = cls.forward(self, *args, **kwargs)
         mode = None if torch.compiler.is_compiling() else _get_current_function_mode()
         replaceable = hasattr(self, "processor")  # others may have nothing to attend to in a call
-        if replaceable and isinstance(mode, _Intercept) and mode.owner is self and not mode.heard:
+        if replaceable and isinstance(mode, _Intercept) and mode.owner is self and not (mode.heard or mode.by_hand):
             raise _elsewhere(self, "without scaled_dot_product_attention")
         return out
 

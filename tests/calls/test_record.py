@@ -125,6 +125,16 @@ def test_a_time_that_all_samples_share_is_that_of_each_row(model: Conditioned) -
     assert calls.t.tolist() == [999.0] * 3 + [500.0] * 3 + [1.0] * 3
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_time_keeps_its_dimensions_whatever_the_batch(model: Conditioned, shape: tuple[int, ...], count: int) -> None:
+    with record(model) as calls:
+        for value in (999.0, 1.0):
+            model(torch.randn(count, 4), torch.full(shape, value))
+    assert calls.inputs(slice(0, count))["timestep"].shape == (count, *shape[1:])
+    assert calls.t.tolist() == [999.0] * count + [1.0] * count
+
+
 def test_prompts_of_other_lengths_are_groups_of_their_own() -> None:
     class Texts(nn.Module):
         def __init__(self) -> None:
@@ -159,6 +169,20 @@ def test_lists_of_samples_have_rows_of_their_own_shapes() -> None:
         model([torch.ones(1, 3), torch.ones(1, 3)], torch.tensor([0.125, 0.0625]))
     assert len(calls) == 4 and len(calls.groups) == 1
     assert [x.shape for x in calls.inputs(torch.tensor([1, 2]))["x"]] == [(4, 3), (1, 3)]
+
+
+@pytest.mark.parametrize("single_first", [True, False])
+def test_a_condition_that_samples_share_in_some_calls_has_rows_in_all(model: Conditioned, single_first: bool) -> None:
+    one, each, shared = torch.rand(1, 4), torch.rand(3, 4), torch.rand(1, 1)
+    expected = []
+    with record(model) as calls:
+        for flags in (one, each) if single_first else (each, one):
+            extra = {"scale": shared, "list": [torch.ones(3, 4)]}
+            expected += model(torch.randn(3, 4), torch.tensor([9.0, 5.0, 1.0]), extra, flags=flags)
+    assert [len(group) for group in calls.groups] == [6]
+    assert all(map(torch.equal, replayed(model, calls, 3), expected))
+    found = calls.inputs(slice(1, 5))
+    assert found["flags"].shape == (4, 4) and found["extra"]["scale"].shape == (1, 1)
 
 
 def test_only_wanted_calls_are_kept_and_guidance_repeats_the_samples(model: Conditioned) -> None:
@@ -249,6 +273,55 @@ def test_a_time_argument_that_was_named_is_known_from_then_on() -> None:
     assert torch.equal(TimedModel(model, calls.axis)(**inputs), model(**inputs))
 
 
+class Stateful(Conditioned):
+    """Computes its deep features at every second step, counts its steps, and is noisy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.step, self.kept, self.last = 0, dict[str, Tensor](), torch.zeros(4)
+
+    def forward(self, sample: Tensor, timestep: Any, extra: Any = None, **more: Any) -> tuple[Tensor]:
+        if self.step % 2 == 0:
+            self.kept["deep"] = super().forward(sample, timestep, extra, **more)[0]
+        self.step += 1
+        self.mean += sample.mean(0)
+        self.last = self.kept["deep"] + self.mean + self.step + torch.randn(len(sample), 4)
+        self.found = True
+        return (self.last,)
+
+
+@pytest.mark.parametrize("name", options(1))
+def test_what_a_model_keeps_between_its_calls_is_left_to_the_loop(name: str) -> None:
+    kept, expected = options(B)[name], loop(other := Stateful().requires_grad_(False), **options(B)[name])
+    with record(model := Stateful().requires_grad_(False)) as calls:
+        assert all(map(torch.equal, loop(model, **kept), expected))
+    assert len(calls) == 3 * B and model.step == 3
+    assert torch.equal(model.mean, other.mean) and torch.equal(model.last, other.last)
+
+
+def test_without_conditions_to_tell_apart_the_model_is_not_called_again(model: Conditioned) -> None:
+    seen: list[Any] = []
+    with record(model), model.register_forward_hook(lambda *given: seen.append(given)):
+        loop(model)
+    assert len(seen) == 3
+
+
+class Refusing(Conditioned):
+    """Looks for what only calls of its loop leave behind."""
+
+    def forward(self, sample: Tensor, timestep: Any, extra: Any = None, **more: Any) -> tuple[Tensor]:
+        if torch.is_grad_enabled():
+            return super().forward(sample, timestep, extra, **more)
+        raise KeyError("gradients")
+
+
+def test_what_a_call_beside_the_loop_raises_does_not_reach_it() -> None:
+    with record(model := Refusing()) as calls:
+        loop(model, flags=torch.rand(4), labels=torch.arange(B))
+    assert len(calls) == 3 * B
+
+
 class Energy(nn.Module):
     """Predicts by the gradient of an energy."""
 
@@ -266,8 +339,10 @@ class Energy(nn.Module):
 @pytest.mark.parametrize("on", [False, True])
 def test_a_model_that_differentiates_itself_is_refused(on: bool) -> None:
     model = Energy(on)
-    with record(model), pytest.raises(ModelError, match="Energy differentiates itself"):
+    with record(model) as calls:
         model(torch.randn(2, 4), torch.tensor([3, 5]))
+    with pytest.raises(ModelError, match="Energy differentiates itself"):
+        calibrate(model, QUICK, calls)
 
 
 class Guided(Conditioned):
@@ -297,8 +372,28 @@ class Inferring(Conditioned):
 
 
 def test_a_model_that_turns_inference_mode_on_is_refused() -> None:
-    with record(model := Inferring()), pytest.raises(ModelError, match="Inferring turns inference mode on"):
+    with record(model := Inferring()) as calls:
         loop(model)
+    with pytest.raises(ModelError, match="Inferring turns inference mode on"):
+        calibrate(model, QUICK, calls)
+    with record(model), pytest.raises(ModelError, match="Inferring turns inference mode on"):
+        loop(model, positions=torch.rand(4), extra={"scale": torch.rand(B, 1), "list": [torch.rand(B, 4, 2)]})
+
+
+class Starred(Conditioned):
+    """Takes conditions by position alone."""
+
+    def forward(self, sample: Tensor, timestep: Any, *conditions: Tensor, **more: Any) -> tuple[Tensor]:  # type: ignore[override]
+        return super().forward(sample + sum(conditions), timestep, **more)
+
+
+def test_arguments_without_names_are_refused() -> None:
+    model = Starred().requires_grad_(False)
+    with record(model) as calls:
+        expected = loop(model)
+    assert all(map(torch.equal, replayed(model, calls), expected))
+    with record(model), pytest.raises(ModelError, match=r"Starred was called with arguments for \*conditions, .* name"):
+        model(torch.randn(B, 4), torch.tensor([3, 5]), torch.randn(B, 4))
 
 
 @pytest.mark.parametrize("name", ["sample", "extra"])

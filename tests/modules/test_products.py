@@ -271,6 +271,35 @@ def test_attention_that_is_not_heard_is_an_error_but_not_what_a_cache_answers() 
     assert owner(x) is x
 
 
+class Routed(nn.Module):
+    """Weights what it attends to by a softmax of its own; without ``heard`` it attends by hand."""
+
+    def __init__(self, inner: nn.Module | None = None, heard: bool = True) -> None:
+        super().__init__()
+        self.inner, self.heard = inner, heard
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = nn.Softmax(-1)(x)
+        x = x if self.inner is None else self.inner(x)
+        y = functional.scaled_dot_product_attention(x, x, x) if self.heard else (x @ x.mT).softmax(-1) @ x
+        return y * shares
+
+
+def test_a_softmax_beside_products_that_are_heard_is_no_attention() -> None:
+    x, inner = torch.randn(2, 1, 3, 4), Routed()
+    outer = Routed(inner)
+    for owner in (outer, inner):
+        attach(owner, QuantProduct(record("a.products.0")))
+    seen = {"outer": calls_of(outer, lambda: None), "inner": calls_of(inner, lambda: outer(x))}
+    assert seen == {"outer": ["a.products.0"], "inner": ["a.products.0"]}
+    for owner in (outer, inner):
+        owner.heard = False
+        with pytest.raises(ModelError, match="computes attention by hand"):
+            outer(x)
+        owner.heard = True
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
 def test_a_module_without_a_processor_may_have_nothing_to_attend_to() -> None:
     class Sometimes(nn.Module):
         def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
