@@ -22,8 +22,13 @@ _ADVICE = "; load the artifact with the model that it was made from, or make it 
 def check_fit(model: nn.Module, artifact: Artifact) -> None:
     """Compare ``artifact`` with ``model``, built from its configuration (on the meta device, or with any weights).
 
-    Raises :class:`ArtifactMismatchError` naming the first layer or tensor that does not fit.
+    Raises :class:`ArtifactMismatchError` naming the first module, layer or tensor that does not fit.
     """
+    classes = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
+    for name, cls in artifact.config.get("exchanged_modules", {}).items():
+        if classes.get(name) != cls:
+            has = [f"a {kind}" if kind else "none" for kind in (classes.get(name), cls)]
+            raise ArtifactMismatchError(f"The module '{name}' is {has[0]} in the model, {has[1]} in the artifact{_ADVICE}")
     seen: dict[nn.Module, str] = {}
     products: dict[nn.Module, int] = {}
     for record in artifact.layers:
