@@ -187,10 +187,10 @@ def _close_steps(calls: Calls) -> Iterator[str]:
 def _exchanged(modules: Mapping[str, str | None]) -> Iterator[str]:
     """A sentence where the configuration that an artifact holds builds another model than the one calibrated."""
     for name, cls in [*modules.items()][:1]:
-        what = f"'{name}' is a {cls}" if cls else f"'{name}' is missing"
+        first = f"is a {cls}" if cls else "is missing"
         yield (
-            f"The model is not what its configuration builds ({what}, and so {len(modules)} modules in all): its "
-            "artifact is loaded with a model that is changed likewise, as model=..."
+            f"Modules that are not those that the model's configuration builds: {len(modules)} ('{name}' {first}); its "
+            "artifact is loaded with a model that is changed so, as model=..."
         )
 
 

@@ -116,7 +116,7 @@ def test_a_module_that_was_exchanged_before_calibration_is_not_lost(act: nn.Modu
     model, given = tiny_unet(), {**inputs(), "timestep": torch.tensor([999, 600, 200, 0])}
     model.conv_act = act
     quantized = calibrate(model, QUICK, calls_of(model, **given))
-    assert any(f"'conv_act' is a {type(act).__name__}, " in notice for notice in quantized.notices)
+    assert any(f"'conv_act' is a {type(act).__name__})" in notice for notice in quantized.notices)
     quantized.save_pretrained(tmp_path / "out")
     for backend in ("simulated", "integer"):
         with pytest.raises(ArtifactMismatchError, match=r"whose module 'conv_act' was a .* as model=\.\.\."):
