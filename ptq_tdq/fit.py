@@ -28,7 +28,9 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
     for name, cls in artifact.config.get("exchanged_modules", {}).items():
         if classes.get(name) != cls:
             has = [f"a {kind}" if kind else "none" for kind in (classes.get(name), cls)]
-            raise ArtifactMismatchError(f"The module '{name}' is {has[0]} in the model, {has[1]} in the artifact{_ADVICE}")
+            raise ArtifactMismatchError(
+                f"The module '{name}' is {has[0]} in the model, {has[1]} in the artifact{_ADVICE}"
+            )
     seen: dict[nn.Module, str] = {}
     products: dict[nn.Module, int] = {}
     for record in artifact.layers:

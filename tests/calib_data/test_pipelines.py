@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+)
 from pipelines import PIPELINES, SmallPipeline
 from unets import tiny_unet
 
@@ -127,7 +132,12 @@ def test_free_noise_takes_one_prompt_at_a_time(saved_pipeline: Saved) -> None:
         free_noise_enabled = True
 
         def __call__(  # type: ignore[override]
-            self, prompt: Any, negative_prompt: Any = None, output_type: str = "", num_inference_steps: int = 2, **more: Any
+            self,
+            prompt: Any,
+            negative_prompt: Any = None,
+            output_type: str = "",
+            num_inference_steps: int = 2,
+            **more: Any,
         ) -> Any:
             called.append((prompt, negative_prompt, type(more["generator"])))
             more |= {"output_type": output_type, "num_inference_steps": num_inference_steps}
