@@ -131,8 +131,8 @@ def hollow_model(artifact: Artifact, model: nn.Module | None = None) -> nn.Modul
 
     So all that no file holds, such as tables of positions, has its values, and nothing else takes memory. ``model`` is
     one of the same structure, which is left as it is, for classes that are not diffusers' own. Raises what
-    :func:`meta_model`, :func:`check_built`, :func:`~ptq_tdq.fit.check_fit` and :func:`~ptq_tdq.identity.state_of` raise,
-    before anything takes memory.
+    :func:`meta_model`, :func:`check_built`, :func:`~ptq_tdq.fit.check_fit` and :func:`~ptq_tdq.identity.state_of`
+    raise, before anything takes memory.
     """
     if model is not None:
         state_of(model)  # refuses what no artifact is of
