@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from reprlib import repr as shortened
@@ -18,6 +19,7 @@ from ptq_tdq.calib_data.sampler import Sampled, Sampler, takes
 from ptq_tdq.errors import ConfigError, ModelError, PtqTdqError, first_line
 
 PROMPT, LABELS = "prompt", "class_labels"
+_TEXT = re.compile(r"(negative_)?prompt(_\d+)?")
 OWN = ("generator", "num_inference_steps", "output_type", "return_dict", "num_images_per_prompt", PROMPT, LABELS)
 
 
@@ -40,7 +42,10 @@ class PipelineSampler(Sampler):
         """Raises :class:`ConfigError` for prompts, classes or arguments that the pipeline does not take."""
         self.pipe, self.component, self.call = pipe, component, dict(call or {})
         self.scheduler = pipe.scheduler
-        self.condition = next((key for key in (PROMPT, LABELS) if takes(pipe.__call__, key)), None)
+        config = getattr(pipe, component).config
+        classes_of = getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None) or 0
+        known = (PROMPT, LABELS) if classes_of else (PROMPT,)  # a pipeline may take classes that its model has not
+        self.condition = next((key for key in known if takes(pipe.__call__, key)), None)
         _check_call(pipe, self.call, self.condition)
         if prompts is not None and self.condition != PROMPT:
             raise ConfigError(f"{type(pipe).__name__} takes no prompts; leave them out.")
@@ -48,8 +53,9 @@ class PipelineSampler(Sampler):
         if not self.prompts:
             raise ConfigError("There is no prompt; give at least one.")
         if self.condition == LABELS:
-            config = getattr(pipe, component).config
-            self.num_classes = int(getattr(config, "num_embeds_ada_norm", None) or config.num_class_embeds)
+            self.num_classes = int(classes_of)
+        self._alone = getattr(pipe, "free_noise_enabled", False)  # FreeNoise takes one prompt, and no lists
+        self.batch = 1 if self._alone else self.batch
         self.choose(classes)
 
     @property
@@ -80,14 +86,18 @@ class PipelineSampler(Sampler):
         pipe.scheduler = schedule
         pipe.set_progress_bar_config(disable=True)
         call: dict[str, Any] = {**self.call, "generator": list(generators), "return_dict": False}
+        count = len(conditions)
         call |= {self.condition: list(conditions)} if self.condition else {}
+        if self._alone:
+            call |= {"generator": generators[0], PROMPT: conditions[0]}
+        else:  # some pipelines want as many other texts as there are prompts
+            call |= {key: [value] * count for key, value in call.items() if _TEXT.fullmatch(key) and type(value) is str}
         for key, value in (("num_inference_steps", num_inference_steps), ("output_type", "np")):
             call |= {key: value} if takes(pipe.__call__, key) else {}
         if self.condition is None and takes(pipe.__call__, "batch_size"):
-            call["batch_size"] = len(conditions)
+            call["batch_size"] = count
         with _refusals(pipe), _decoded(pipe) as latents:
             made = torch.as_tensor(pipe(**call)[0])
-        count = len(conditions)
         if not latents or sum(map(len, latents)) % count:
             return Sampled(made.float().cpu(), _images(made))
         joined = torch.cat(latents).float().cpu()

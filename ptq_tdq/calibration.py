@@ -26,6 +26,7 @@ from ptq_tdq.identity import base_config, first_nonfinite
 from ptq_tdq.plan import Plan, make_plan
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
 from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
+from ptq_tdq.structure import exchanged_modules
 from ptq_tdq.wrap import folded_copy
 
 _log = logging.getLogger(__name__)
@@ -86,10 +87,13 @@ def calibrate(
     original = find_original(model, recorded=calls is not None, component=component, **sampled)
     calls = _calls_of(original, config, calls)
     plan = _plan_of(original.denoiser, config, calls)
-    quantized = QuantizedModel.copy_of(original.denoiser, calls.axis, plan.layers)
+    folded = folded_copy(original.denoiser)
+    exchanged = exchanged_modules(folded, calls.axis.argument)
+    quantized = QuantizedModel(folded, calls.axis, plan.layers)
     quantized.provenance = provenance(original, config, calls, model_id)
     quantized.provenance |= {"one_step": bool(plan.special.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
-    quantized.notices = (*plan.notices, *_close_steps(calls))
+    quantized.provenance |= {"exchanged_modules": exchanged}
+    quantized.notices = (*plan.notices, *_close_steps(calls), *_exchanged(exchanged))
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
     folders = {"run_directory": run_directory is not None, "weights_directory": weights_directory is not None}
     processes.check_alike(lambda: identity(quantized.provenance) | folders)
@@ -177,6 +181,16 @@ def _close_steps(calls: Calls) -> Iterator[str]:
         yield (
             f"{shared} of {len(t)} steps lie so close together on the time axis that they share entries of the tables "
             f"with others; if {calls.axis.argument} is a noise level over decades, call the model with its logarithm."
+        )
+
+
+def _exchanged(modules: Mapping[str, str | None]) -> Iterator[str]:
+    """A sentence where the configuration that an artifact holds builds another model than the one calibrated."""
+    for name, cls in [*modules.items()][:1]:
+        first = f"is a {cls}" if cls else "is missing"
+        yield (
+            f"Modules that are not those that the model's configuration builds: {len(modules)} ('{name}' {first}); its "
+            "artifact is loaded with a model that is changed so, as model=..."
         )
 
 

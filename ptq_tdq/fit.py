@@ -22,8 +22,9 @@ _ADVICE = "; load the artifact with the model that it was made from, or make it 
 def check_fit(model: nn.Module, artifact: Artifact) -> None:
     """Compare ``artifact`` with ``model``, built from its configuration (on the meta device, or with any weights).
 
-    Raises :class:`ArtifactMismatchError` naming the first layer or tensor that does not fit.
+    Raises :class:`ArtifactMismatchError` naming the first module, layer or tensor that does not fit.
     """
+    _check_exchanged(model, artifact)
     seen: dict[nn.Module, str] = {}
     products: dict[nn.Module, int] = {}
     for record in artifact.layers:
@@ -41,6 +42,16 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
         _require(kind == record.kind, record, f"is a {type(module).__name__} in the model, not a {record.kind}")
         _check_layer(record, module, artifact.weight_codes.get(record.name))
     _check_state(model, artifact)
+
+
+def _check_exchanged(model: nn.Module, artifact: Artifact) -> None:
+    classes = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
+    for name, cls in artifact.config.get("exchanged_modules", {}).items():
+        if classes.get(name) != cls:
+            found, expected = (f"a {kind}" if kind else "none" for kind in (classes.get(name), cls))
+            raise ArtifactMismatchError(
+                f"The module '{name}' is {found} in the model, {expected} in the artifact{_ADVICE}"
+            )
 
 
 def _module(model: nn.Module, record: LayerRecord, name: str) -> nn.Module:

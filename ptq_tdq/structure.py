@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock, get_ident
 from types import UnionType
@@ -22,7 +22,7 @@ from ptq_tdq.ambient import FLOAT32_DEFAULT
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError, first_line
 from ptq_tdq.fit import check_fit
-from ptq_tdq.identity import state_of
+from ptq_tdq.identity import base_config, state_of
 from ptq_tdq.wrap import fold, folded_copy
 
 LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small
@@ -75,6 +75,40 @@ class TensorCounts:
         return cls(len(tensors), sum(tensor.numel() for tensor in tensors))
 
 
+def exchanged_modules(model: nn.Module, time: str) -> dict[str, str | None]:
+    """The modules of ``model`` that are of another class than its configuration builds, with their class.
+
+    The class is None for a module that the model lacks. ``model`` is folded, ``time`` its time argument. Classes that
+    are not diffusers' own are built by their users, and have none.
+    """
+    config, state = base_config(model), model.state_dict().values()
+    cls = diffusers_class(config["_class_name"])
+    if cls is None or not isinstance(model, cls):
+        return {}
+    own, built = _classes(model), None
+    with suppress(ArtifactMismatchError), building():  # what is refused here is refused when it is loaded, too
+        built = _classes(meta_model(config, time, TensorCounts(len(state), sum(tensor.numel() for tensor in state))))
+        built[""] = cls  # for which diffusers may build a newer one
+    names = [] if built is None else [name for name in {**own, **built} if own.get(name) is not built.get(name)]
+    return {name: own[name].__name__ if name in own else None for name in names}
+
+
+def _classes(model: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def check_built(artifact: Artifact) -> None:
+    """Refuse an artifact of a model that its configuration does not build: some of its modules were exchanged.
+
+    Raises :class:`ArtifactMismatchError` naming the first of them.
+    """
+    for name, cls in artifact.config.get("exchanged_modules", {}).items():
+        raise ArtifactMismatchError(
+            f"The artifact is of a model whose module '{name}' was {f'a {cls}' if cls else 'taken out'}, which its "
+            "configuration does not say; give ptq_tdq.load_quantized a model that is changed so, as model=..."
+        )
+
+
 def meta_model(config: dict[str, Any], time: str, counts: TensorCounts) -> nn.Module:
     """The structure of a denoiser on the meta device, which holds shapes and no values.
 
@@ -97,14 +131,15 @@ def hollow_model(artifact: Artifact, model: nn.Module | None = None) -> nn.Modul
 
     So all that no file holds, such as tables of positions, has its values, and nothing else takes memory. ``model`` is
     one of the same structure, which is left as it is, for classes that are not diffusers' own. Raises what
-    :func:`meta_model`, :func:`~ptq_tdq.fit.check_fit` and :func:`~ptq_tdq.identity.state_of` raise, before anything
-    takes memory.
+    :func:`meta_model`, :func:`check_built`, :func:`~ptq_tdq.fit.check_fit` and :func:`~ptq_tdq.identity.state_of`
+    raise, before anything takes memory.
     """
     if model is not None:
         state_of(model)  # refuses what no artifact is of
         hollow = _hollow_copy(model)
         check_fit(hollow, artifact)
         return hollow
+    check_built(artifact)
     structure = meta_model(artifact.config["model_config"], artifact.time_axis.argument, TensorCounts.of(artifact))
     check_fit(structure, artifact)
     cls: Any = type(structure)

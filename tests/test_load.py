@@ -12,13 +12,16 @@ import torch
 from denoisers import DENOISERS, Denoiser, prediction
 from recorded import calls_of
 from torch import Tensor, nn
+from unets import tiny_unet
 
 from ptq_tdq import Calls, QuantizedModel, calibrate, load_quantized, preset
 from ptq_tdq.artifacts import read_artifact
 from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.identity import model_sha256
-from ptq_tdq.structure import hollow_model
+from ptq_tdq.integrations.diffusers import as_diffusers
+from ptq_tdq.structure import exchanged_modules, hollow_model
+from ptq_tdq.wrap import folded_copy
 
 QUICK = preset(
     "default",
@@ -98,6 +101,39 @@ def test_an_instance_of_another_structure_is_refused(own: Any) -> None:
     for backend in ("simulated", "integer"):
         with pytest.raises(ArtifactMismatchError, match="has codes of the shape"):
             load_quantized(own[0], model=Own(16), backend=backend)
+
+
+class SiLU(nn.SiLU):
+    """Under the name of what it takes the place of."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.tanh()
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), SiLU()])
+@torch.no_grad()
+def test_a_module_that_was_exchanged_before_calibration_is_not_lost(act: nn.Module, tmp_path: Path) -> None:
+    model, given = tiny_unet(), {**inputs(), "timestep": torch.tensor([999, 600, 200, 0])}
+    model.conv_act = act
+    quantized = calibrate(model, QUICK, calls_of(model, **given))
+    assert any(f"'conv_act' is a {type(act).__name__})" in notice for notice in quantized.notices)
+    quantized.save_pretrained(tmp_path / "out")
+    for backend in ("simulated", "integer"):
+        with pytest.raises(ArtifactMismatchError, match=r"whose module 'conv_act' was a .* as model=\.\.\."):
+            load_quantized(tmp_path / "out", backend=backend)
+    if isinstance(act, nn.GELU):
+        with pytest.raises(ArtifactMismatchError, match="'conv_act' is a SiLU in the model, a GELU in the artifact"):
+            load_quantized(tmp_path / "out", model=tiny_unet())
+    loaded = load_quantized(tmp_path / "out", model=model)
+    assert torch.equal(prediction(loaded(**given)), prediction(quantized(**given)))
+    with pytest.raises(ArtifactMismatchError, match="'conv_act' was a"):
+        as_diffusers(quantized).save_pretrained(tmp_path / "component")
+
+
+@pytest.mark.parametrize("denoiser", DENOISERS, ids=lambda denoiser: denoiser.name)
+def test_nothing_was_exchanged_in_a_model_as_it_is_built(denoiser: Denoiser) -> None:
+    model = denoiser.build()
+    assert not exchanged_modules(folded_copy(model), denoiser.time_argument)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -45,7 +45,7 @@ from ptq_tdq.load import Given, as_artifact, build_quantized, find_artifact
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.products import called_by
 from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.structure import building
+from ptq_tdq.structure import building, check_built
 from ptq_tdq.timed_model import ADAPTERS, TimedModel, checkpoint_in_call
 from ptq_tdq.wrap import fold
 
@@ -140,6 +140,7 @@ class PtqTdqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> None:
         given = self.quantization_config.artifact if not self.pre_quantized else None
         artifact = find_artifact(given) if given is not None else self._read(model)
+        check_built(artifact)
         if self._dtype is not None:
             artifact = _cast(artifact, self._dtype, frozenset(keep_in_fp32_modules))
         with building():
@@ -174,7 +175,9 @@ class PtqTdqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """What is saved: the artifact's tensors."""
         if not safe_serialization:
             raise ConfigError("A quantized model is saved as safetensors only; leave out safe_serialization=False.")
-        return component_tensors(self.quantized.to_artifact()), {}
+        artifact = self.quantized.to_artifact()
+        check_built(artifact)
+        return component_tensors(artifact), {}
 
 
 def as_diffusers(quantized: QuantizedModel) -> Any:

@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+)
 from pipelines import PIPELINES, SmallPipeline
+from unets import tiny_unet
 
 from ptq_tdq.calib_data import (
     LoadedModel,
@@ -99,6 +105,56 @@ def test_each_sample_has_its_own_prompt_and_noise_whatever_the_batch(saved_pipel
     x = [c.groups[0].leaf("hidden_states")[o] for c, o in zip((together, apart), order, strict=True)]
     # guidance: a batch holds all samples without their prompts, then all with them; each alone, the same two rows
     assert torch.allclose(x[0], x[1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("StableDiffusionPipeline", {"negative_prompt": "blurry"}),
+        ("StableDiffusionXLPipeline", {"negative_prompt_2": "blurry", "prompt_2": "A photo"}),
+        ("FluxPipeline", {"negative_prompt": "blurry", "true_cfg_scale": 4.0}),
+    ],
+)
+def test_a_text_of_the_call_is_that_of_each_prompt(saved_pipeline: Saved, name: str, call: dict[str, Any]) -> None:
+    model = load(saved_pipeline, name)
+    model.sampler.call |= call  # type: ignore[attr-defined]
+    conditions, steps = model.sampler.conditions(2), new_schedule(model.sampler)
+    together = model.sampler.run(model.denoiser, conditions, generators(2), 2, steps).latents
+    first = model.sampler.run(model.denoiser, conditions[:1], generators(1), 2, new_schedule(model.sampler)).latents
+    assert torch.allclose(together[:1], first, atol=1e-4)
+
+
+def test_free_noise_takes_one_prompt_at_a_time(saved_pipeline: Saved) -> None:
+    pipe = DiffusionPipeline.from_pretrained(saved_pipeline("StableDiffusionPipeline")[1], local_files_only=True)
+    called = []
+
+    class FreeNoise(StableDiffusionPipeline):
+        free_noise_enabled = True
+
+        def __call__(  # type: ignore[override]
+            self,
+            prompt: Any,
+            negative_prompt: Any = None,
+            output_type: str = "",
+            num_inference_steps: int = 2,
+            **more: Any,
+        ) -> Any:
+            called.append((prompt, negative_prompt, type(more["generator"])))
+            more |= {"output_type": output_type, "num_inference_steps": num_inference_steps}
+            return super().__call__(prompt, negative_prompt=negative_prompt, height=16, width=16, **more)
+
+    components = {**pipe.components, "requires_safety_checker": False}
+    model = from_pipeline(FreeNoise(**components), prompts=["A fox", "A boat"], call={"negative_prompt": "blurry"})
+    collect(model, **FEW)
+    assert set(called) == {(prompt, "blurry", torch.Generator) for prompt in ("A fox", "A boat")} and len(called) == 3
+
+
+def test_a_pipeline_may_take_classes_that_its_model_has_not() -> None:
+    pipe = ConsistencyModelPipeline(tiny_unet(), CMStochasticIterativeScheduler())
+    calls = collect(from_pipeline(pipe), **FEW)
+    assert set(calls.trajectory.tolist()) == {0, 1, 2}
+    with pytest.raises(ConfigError, match="takes no classes"):
+        from_pipeline(pipe, classes=[0])
 
 
 def test_a_pipeline_in_memory_is_as_good_as_its_folder(saved_pipeline: Saved) -> None:

@@ -411,6 +411,27 @@ def test_a_wrapper_may_return_the_same_whatever_return_dict_says(
         assert sqnr_db(expected[place], found[place]) > 40
 
 
+class Starred(TokensFirst):
+    """Takes whatever it is given, and uses none of it."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(sample, timestep)
+
+
+@torch.no_grad()
+def test_unnamed_arguments_that_no_call_has_need_not_be_given(
+    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 3, 4), torch.tensor([900.0, 100.0])
+    artifact, calls = quantize_model(Starred(), sample=x, timestep=t)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Starred())
+    graph = OnnxDenoiser(tmp_path / "model.onnx", threads=1)
+    assert sqnr_db(build_quantized(artifact, Starred())(x, t), graph(x, t)) > 40
+    with pytest.raises(ModelError, match="The graph takes no args; export it with calls that have one"):
+        graph(x, t, x)
+
+
 class Shift(NamedTuple):
     """Arguments of one name."""
 

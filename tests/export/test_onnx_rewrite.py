@@ -55,6 +55,51 @@ def test_convolutions_may_be_given_one_number_for_all_dimensions(
     assert sqnr_db(build_quantized(artifact, model)(x, t), OnnxDenoiser(tmp_path / "model.onnx", threads=1)(x, t)) > 40
 
 
+class Casting(nn.Module):
+    """Its middle is in half precision, as its own code says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.time, self.last = nn.Linear(4, 8), nn.Linear(1, 8), nn.Linear(8, 4)
+        self.inside = nn.Linear(8, 8).half()
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, N, 4]."""
+        y = self.first(sample) + self.time(timestep[:, None] / 1000)[:, None]
+        result: Tensor = self.last(y + self.inside(y.to(torch.float16).tanh()).float())
+        return result
+
+
+@torch.no_grad()
+def test_code_that_casts_to_half_precision_becomes_a_graph_in_float32(
+    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(1)
+    x, t = torch.randn(2, 3, 4), torch.tensor([900.0, 100.0])
+    artifact, calls = quantize_model(Casting(), sample=x, timestep=t)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Casting())
+    simulated = build_quantized(artifact, Casting())
+    assert sqnr_db(simulated(x, t), OnnxDenoiser(tmp_path / "model.onnx", threads=1)(x, t)) > 30
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda x: x.to(torch.float16),
+        lambda x: x.to(dtype=torch.bfloat16),
+        lambda x: x.type(torch.float16),
+        lambda x: x.half(),
+        lambda x: x.bfloat16(),
+        lambda x: torch.ones(2, dtype=torch.float16),
+    ],
+    ids=["to", "dtype", "type", "half", "bfloat16", "ones"],
+)
+def test_half_precision_is_asked_for_in_many_ways(cast: Callable[[Tensor], Tensor]) -> None:
+    with InOtherWords():
+        assert cast(torch.zeros(2)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("amounts", [(1, 2), (0, 3, 2, 0), (1, 1, 1, 1)])
 def test_padding_repeats_what_torch_repeats(amounts: tuple[int, ...]) -> None:
     x = torch.randn(2, 3, 4, 5)[..., 0] if len(amounts) == 2 else torch.randn(2, 3, 4, 5)

@@ -132,9 +132,10 @@ class OnnxDenoiser(nn.Module):
         bound.apply_defaults()
         found: dict[str, Any] = {}
         for name, value in bound.arguments.items():
-            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            kind = self._signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
                 found |= value
-            else:
+            elif kind is not inspect.Parameter.VAR_POSITIONAL or value:
                 found[name] = value
         for name, value in found.items():
             recorded = name in self.call.arguments or name == RETURN_DICT

@@ -44,6 +44,8 @@ def _in_each(dimensions: int, convolution: Callable[..., Tensor]) -> Callable[..
 
 
 _WORDS: dict[Any, Callable[..., Tensor]] = {
+    Tensor.half: Tensor.float,
+    Tensor.bfloat16: Tensor.float,
     torch.repeat_interleave: repeat_interleave,
     Tensor.repeat_interleave: repeat_interleave,
     functional.pad: pad,
@@ -52,6 +54,11 @@ _WORDS: dict[Any, Callable[..., Tensor]] = {
     torch.conv_transpose2d: _in_each(2, torch.conv_transpose2d),
     torch.conv_transpose3d: _in_each(3, torch.conv_transpose3d),
 }
+
+
+def _in_float32(value: Any) -> Any:
+    """An argument that asks for half precision, as one that asks for what the whole graph is in."""
+    return torch.float32 if value is torch.float16 or value is torch.bfloat16 else value
 
 
 class InOtherWords(TorchFunctionMode):
@@ -66,7 +73,7 @@ class InOtherWords(TorchFunctionMode):
         self._answers = answers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = tuple(map(_in_float32, args)), {key: _in_float32(value) for key, value in (kwargs or {}).items()}
         if found := what_is_read(func, args):
             self.reads.add(found[0])
             if self._answers is not None:
