@@ -185,6 +185,7 @@ class OneDnnProducts:
             if y is None:
                 y = convolution(*given, bias, *self._where, "none", [], "")
             else:
+                y = y.contiguous(memory_format=torch.channels_last)
                 y = convolution.binary(*given, y, bias, *self._where, 1.0, 0, "sum", 1.0, None, [], None)
             bias = None
         assert y is not None
