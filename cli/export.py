@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ptq_tdq.artifacts import Artifact, check_base_model, check_target, read_artifact
+from ptq_tdq.artifacts import Artifact, FileKind, check_base_model, check_file_target, check_target, read_artifact
 from ptq_tdq.calib_data import collect
 from ptq_tdq.calls import Calls
 from ptq_tdq.cli.options import FilePath, json_option, original_options, print_json, quiet_option, verbose_option
@@ -18,6 +18,8 @@ from ptq_tdq.export import export_tables
 
 TABLES, GRAPHS, COMPONENT = ("csv", "json", "npz"), ("onnx", "onnx-float"), "diffusers"
 RUNTIMES = ("portable", "onnxruntime", "openvino", "qdq")
+TABLE = FileKind("an interval table", rb'layer,t,scale,|\{\n"layer": \[|PK\x03\x04.{26}layer\.npy')
+GRAPH = FileKind("a graph of ptq-tdq", rb"\x08.\x12\x07ptq-tdq")
 OWN = ("artifact", "kind", "runtime", "steps", "output", "as_json", "verbose", "quiet")  # all others are of a model
 
 
@@ -43,7 +45,12 @@ OWN = ("artifact", "kind", "runtime", "steps", "output", "as_json", "verbose", "
     type=click.IntRange(1, 1 << 16),
     help="With --runtime qdq: steps of a sampling run, whose time steps get graphs.  [default: as calibrated]",
 )
-@click.option("--output", type=FilePath(), required=True, help="The file to write; the folder of diffusers and of qdq.")
+@click.option(
+    "--output",
+    type=FilePath(),
+    required=True,
+    help="The file to write, or an earlier export to replace; the folder of diffusers and of qdq.",
+)
 @click.option(
     "--calls",
     "calls_file",
@@ -85,6 +92,10 @@ def export_command(
         check_target(output)
     elif output.is_dir():
         raise UsageError(f"The output '{output}' is a folder; name a file in it.")
+    else:
+        check_file_target(output, TABLE if kind in TABLES else GRAPH)
+        if kind == "onnx-float":
+            check_file_target(output.with_suffix(".csv"), TABLE)
     stored, written = read_artifact(artifact), [output]
     if kind in TABLES:
         export_tables(stored, output, kind)

@@ -54,6 +54,8 @@ class FilePath(click.Path):
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Path:
         if not os.fspath(value):  # of a variable that the shell does not know; it would be the current folder
             self.fail("the path is empty.", parameter, context)
+        if os.fspath(value) == "-":
+            self.fail("'-' is no file here; name one, or write ./- for one that is called so.", parameter, context)
         try:
             os.lstat(value)
         except (OSError, ValueError) as error:

@@ -280,6 +280,32 @@ def test_output_paths_that_cannot_be_written_are_refused_before_the_work(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("export ARTIFACT --format json --output ARTIFACT/weights.safetensors", "not an interval table"),
+        ("export ARTIFACT --output ARTIFACT/README.md", "not an interval table"),
+        ("export ARTIFACT --format onnx --calls calls --output calls", "not a graph of ptq-tdq"),
+        ("export ARTIFACT --format onnx-float --output letter.onnx", "'letter.csv' is there and is not"),
+        ("sample ARTIFACT --output letter.png", "not a PNG image"),
+        ("benchmark --render lines --output lines", "would replace what is read from there"),
+        ("benchmark --results new --output new", "would replace what is read from there"),
+        ("benchmark --render lines --output letter.csv", "not a table of a study"),
+        ("benchmark --render lines --output -", "'-' is no file here"),
+    ],
+)
+def test_an_output_replaces_nothing_but_its_own_kind(
+    command: str, said: str, cli: Any, calibrated: Any, contents: Any, pipeline: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    artifact, before = calibrated(pipeline), contents(calibrated(pipeline))
+    monkeypatch.chdir(tmp_path)
+    for name in ("calls", "lines", "letter.csv", "letter.png"):
+        Path(name).write_text("mine")
+    result = cli(*command.replace("ARTIFACT", str(artifact)).split())
+    check_refusal(result, 2 if "'-'" in said else 1, said)
+    assert contents(artifact) == before and {path.read_text() for path in Path().iterdir()} == {"mine"}
+
+
 def test_an_existing_artifact_is_replaced_only_on_request(
     cli: Any, small: tuple[str, ...], contents: Any, calibrated: Any, copy_of: Any, pipeline: Path
 ) -> None:
