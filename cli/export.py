@@ -147,8 +147,8 @@ def _refuse_model_options(kind: str) -> None:
 
 def _steps_of(stored: Artifact) -> int:
     """Steps of the sampling run that the calibration set comes from."""
-    found = stored.config["calibration_set"].get("num_inference_steps")
-    if not isinstance(found, int):
+    found: int | None = stored.config["calibration_set"].get("num_inference_steps")
+    if found is None:
         raise UsageError(
             "The artifact was calibrated on recorded calls, so the steps of a sampling run are not known; "
             "give --steps, or the calls themselves (--calls)."
