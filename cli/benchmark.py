@@ -22,6 +22,7 @@ from ptq_tdq.cli.options import (
     model_options,
     print_json,
     quiet_option,
+    refuse_others,
     threads_option,
     verbose_option,
 )
@@ -51,6 +52,7 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
     "list": listing,
     "csv": lambda tables: to_csv(tables[0]),
 }
+DRAWING = ("render", "flags", "form", "output", "against", "threads", "as_json", "verbose", "quiet")
 TABLE = FileKind("a table of a study", rb"\*\*[^\n]* is better\)|\| preset \| scheme |preset,scheme,metric,")
 
 
@@ -181,8 +183,7 @@ def benchmark_command(
     if output:
         check_file_target(output, TABLE, [render or results])
     if render:
-        if grids:
-            raise UsageError("--render runs no cells, so there are no pictures for --grids; leave one of them out.")
+        refuse_others(DRAWING, "--render runs no cells")
         if not render.exists():
             raise UsageError(f"There is no results file '{render}'; run the study first.")
         _give(render, metrics, against, form, output, as_json=as_json, quiet=quiet)

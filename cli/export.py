@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from ptq_tdq.artifacts import Artifact, FileKind, check_base_model, check_file_target, check_target, read_artifact
 from ptq_tdq.calib_data import collect
 from ptq_tdq.calls import Calls
-from ptq_tdq.cli.options import FilePath, json_option, original_options, print_json, quiet_option, verbose_option
+from ptq_tdq.cli.options import (
+    FilePath,
+    json_option,
+    original_options,
+    print_json,
+    quiet_option,
+    refuse_others,
+    verbose_option,
+)
 from ptq_tdq.cli.original import check_class, load_original
 from ptq_tdq.errors import UsageError
 from ptq_tdq.export import export_tables
@@ -129,20 +136,11 @@ def export_command(
 def _check_together(kind: str, runtime: str | None, steps: int | None, calls_file: Path | None) -> None:
     """Raise :class:`UsageError` for options that do not go together."""
     if kind in (*TABLES, COMPONENT):
-        _refuse_model_options(kind)
+        refuse_others(OWN, f"--format {kind} calls no model")
     if runtime is not None and kind != "onnx":
         raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
     if steps is not None and (runtime != "qdq" or calls_file is not None):
         raise UsageError("--steps goes with --runtime qdq and without --calls, which bring their own time steps.")
-
-
-def _refuse_model_options(kind: str) -> None:
-    """Raise :class:`UsageError` for what says how the model is called, where it is not."""
-    context = click.get_current_context()
-    for option in context.command.params:
-        name = option.name or ""
-        if name not in OWN and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise UsageError(f"--format {kind} calls no model; leave out {option.opts[0]}.")
 
 
 def _steps_of(stored: Artifact) -> int:
