@@ -109,6 +109,7 @@ def export_command(
     elif kind == COMPONENT:
         from ptq_tdq.integrations.diffusers import export_component  # seconds of import
 
+        check_class(stored)
         export_component(stored, output)
     else:
         from ptq_tdq.export import onnx  # an extra

@@ -210,6 +210,7 @@ def test_a_model_of_zeros_is_calibrated_and_measured(
         (("--seed", "٣"), "seed must be of type int. Got '٣' instead."),
         (("--scheduler", ""), "no scheduler named ''"),
         (("--set", "damping=1e400"), "damping must be above 0 and finite. Got inf instead."),
+        (("--device", "privateuseone"), "The device 'privateuseone' cannot be used here"),
         (("--set", "skip=\udcff"), "skip must be of type str. Got '\\udcff' instead."),
     ],
 )
@@ -234,7 +235,8 @@ def test_an_artifact_of_another_model(
 
 def test_an_artifact_of_a_class_that_commands_cannot_build(cli: Any, tmp_path: Path) -> None:
     write_artifact(tmp_path / "own", with_config(small_artifact(), _class_name="Net"))
-    for command in (("sample", "--output", "x.png"), ("export", "--format", "onnx", "--output", "x.onnx")):
+    export = [("export", "--format", kind, "--output", tmp_path / "x") for kind in ("onnx", "diffusers")]
+    for command in (("sample", "--output", "x.png"), *export):
         result = cli(command[0], tmp_path / "own", *command[1:])
         assert result.code != 0
         assert "which diffusers does not have; use it in Python" in result.err
@@ -272,6 +274,10 @@ def test_output_paths_that_cannot_be_written_are_refused_before_the_work(
         ("/", 1, "mount point"),
     ):
         check_refusal(cli("calibrate", "--model", "nowhere", "--output-dir", out), code, *said)
+    long = tmp_path / ("n" * 250)  # too long with the ending of an unfinished run
+    check_refusal(
+        cli("calibrate", "--model", "nowhere", "--output-dir", long), 1, "cannot be made (File name too long)"
+    )
     overwrite = ("--output-dir", tmp_path / "full", "--overwrite")
     check_refusal(cli("calibrate", "--model", "nowhere", *overwrite), 1, "holds 'letter.txt', which is no part")
     check_refusal(cli("export", calibrated(pipeline), "--output", tmp_path / "file" / "t.csv"), 1, "cannot be written")
