@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ptq_tdq.artifacts import alone, check_folder, write_atomic
+from ptq_tdq.artifacts import FileKind, alone, check_file_target, check_folder, write_atomic
 from ptq_tdq.calib_data import LoadedModel, is_embedded, load_model
 from ptq_tdq.cli.cells import CellBars
 from ptq_tdq.cli.options import (
@@ -22,6 +22,7 @@ from ptq_tdq.cli.options import (
     model_options,
     print_json,
     quiet_option,
+    refuse_others,
     threads_option,
     verbose_option,
 )
@@ -51,6 +52,8 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
     "list": listing,
     "csv": lambda tables: to_csv(tables[0]),
 }
+DRAWING = ("render", "flags", "form", "output", "against", "threads", "as_json", "verbose", "quiet")
+TABLE = FileKind("a table of a study", rb"\*\*[^\n]* is better\)|\| preset \| scheme |preset,scheme,metric,")
 
 
 class Shard(click.ParamType[slice]):
@@ -124,7 +127,9 @@ class Shard(click.ParamType[slice]):
     show_default=True,
     help="markdown: a column per method; list: a line per method, a column per metric.",
 )
-@click.option("--output", type=FilePath(dir_okay=False), help="Write the table here, not to stdout.")
+@click.option(
+    "--output", type=FilePath(dir_okay=False), help="Write the table here, not to stdout; an earlier one is replaced."
+)
 @click.option(
     "--grids",
     type=FilePath(file_okay=False),
@@ -175,9 +180,10 @@ def benchmark_command(
     samples come from integer arithmetic; methods without tables (dynamic) stay simulated, as their lines say.
     """
     metrics = None if flags is None else _metrics(flags, form)
+    if output:
+        check_file_target(output, TABLE, [render or results])
     if render:
-        if grids:
-            raise UsageError("--render runs no cells, so there are no pictures for --grids; leave one of them out.")
+        refuse_others(DRAWING, "--render runs no cells")
         if not render.exists():
             raise UsageError(f"There is no results file '{render}'; run the study first.")
         _give(render, metrics, against, form, output, as_json=as_json, quiet=quiet)

@@ -119,8 +119,10 @@ def calibrate_command(
         samples = evaluation_count(evaluation_samples, model)
         if first:
             found = foresee(model, config, cache_budget=cache_budget, evaluation_samples=samples)
-            if dry_run:
-                print_json(found.to_dict()) if as_json else show_forecast(found)
+            if dry_run and as_json:
+                print_json(found.to_dict())
+            elif dry_run and not quiet:
+                show_forecast(found)
             check_room(found, run.folder)
         if dry_run:
             return

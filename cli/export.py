@@ -6,18 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from ptq_tdq.artifacts import Artifact, check_base_model, check_target, read_artifact
+from ptq_tdq.artifacts import Artifact, FileKind, check_base_model, check_file_target, check_target, read_artifact
 from ptq_tdq.calib_data import collect
 from ptq_tdq.calls import Calls
-from ptq_tdq.cli.options import FilePath, json_option, original_options, print_json, quiet_option, verbose_option
+from ptq_tdq.cli.options import (
+    FilePath,
+    json_option,
+    original_options,
+    print_json,
+    quiet_option,
+    refuse_others,
+    verbose_option,
+)
 from ptq_tdq.cli.original import check_class, load_original
 from ptq_tdq.errors import UsageError
 from ptq_tdq.export import export_tables
 
 TABLES, GRAPHS, COMPONENT = ("csv", "json", "npz"), ("onnx", "onnx-float"), "diffusers"
 RUNTIMES = ("portable", "onnxruntime", "openvino", "qdq")
+TABLE = FileKind("an interval table", rb'layer,t,scale,|\{\n"layer": \[|PK\x03\x04.{26}layer\.npy')
+GRAPH = FileKind("a graph of ptq-tdq", rb"\x08.\x12\x07ptq-tdq")
 OWN = ("artifact", "kind", "runtime", "steps", "output", "as_json", "verbose", "quiet")  # all others are of a model
 
 
@@ -43,7 +52,12 @@ OWN = ("artifact", "kind", "runtime", "steps", "output", "as_json", "verbose", "
     type=click.IntRange(1, 1 << 16),
     help="With --runtime qdq: steps of a sampling run, whose time steps get graphs.  [default: as calibrated]",
 )
-@click.option("--output", type=FilePath(), required=True, help="The file to write; the folder of diffusers and of qdq.")
+@click.option(
+    "--output",
+    type=FilePath(),
+    required=True,
+    help="The file to write, or an earlier export to replace; the folder of diffusers and of qdq.",
+)
 @click.option(
     "--calls",
     "calls_file",
@@ -85,12 +99,17 @@ def export_command(
         check_target(output)
     elif output.is_dir():
         raise UsageError(f"The output '{output}' is a folder; name a file in it.")
+    else:
+        check_file_target(output, TABLE if kind in TABLES else GRAPH)
+        if kind == "onnx-float":
+            check_file_target(output.with_suffix(".csv"), TABLE)
     stored, written = read_artifact(artifact), [output]
     if kind in TABLES:
         export_tables(stored, output, kind)
     elif kind == COMPONENT:
         from ptq_tdq.integrations.diffusers import export_component  # seconds of import
 
+        check_class(stored)
         export_component(stored, output)
     else:
         from ptq_tdq.export import onnx  # an extra
@@ -118,26 +137,17 @@ def export_command(
 def _check_together(kind: str, runtime: str | None, steps: int | None, calls_file: Path | None) -> None:
     """Raise :class:`UsageError` for options that do not go together."""
     if kind in (*TABLES, COMPONENT):
-        _refuse_model_options(kind)
+        refuse_others(OWN, f"--format {kind} calls no model")
     if runtime is not None and kind != "onnx":
         raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
     if steps is not None and (runtime != "qdq" or calls_file is not None):
         raise UsageError("--steps goes with --runtime qdq and without --calls, which bring their own time steps.")
 
 
-def _refuse_model_options(kind: str) -> None:
-    """Raise :class:`UsageError` for what says how the model is called, where it is not."""
-    context = click.get_current_context()
-    for option in context.command.params:
-        name = option.name or ""
-        if name not in OWN and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise UsageError(f"--format {kind} calls no model; leave out {option.opts[0]}.")
-
-
 def _steps_of(stored: Artifact) -> int:
     """Steps of the sampling run that the calibration set comes from."""
-    found = stored.config["calibration_set"].get("num_inference_steps")
-    if not isinstance(found, int):
+    found: int | None = stored.config["calibration_set"].get("num_inference_steps")
+    if found is None:
         raise UsageError(
             "The artifact was calibrated on recorded calls, so the steps of a sampling run are not known; "
             "give --steps, or the calls themselves (--calls)."

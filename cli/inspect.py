@@ -79,14 +79,11 @@ def _facts(summary: dict[str, Any]) -> list[str]:
     lines += [summary["choice"]] if summary["choice"] else []
     lines += summary["notices"]
     metrics = summary["metrics"]
-    parts = [f"{metrics[k]['latent_sqnr_db']:.2f} dB {k}" for k in ("learned", "static") if _measured(metrics, k)]
+    measured = {key: metrics.get(key, {}).get("latent_sqnr_db") for key in ("learned", "static")}
+    parts = [f"{value:.2f} dB {key}" for key, value in measured.items() if value is not None]
     if parts:
         lines.append(f"SQNR of the final latents: {', '.join(parts)}")
     return lines
-
-
-def _measured(metrics: dict[str, Any], name: str) -> bool:
-    return isinstance(metrics.get(name), dict) and metrics[name].get("latent_sqnr_db") is not None
 
 
 def _weights(rows: list[dict[str, Any]]) -> Table:

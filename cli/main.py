@@ -5,6 +5,7 @@ Exit codes: 2 for a wrong request, 1 for a failure, 130 for Ctrl-C, 143 for SIGT
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from click.shell_completion import CompletionItem
 import ptq_tdq
 from ptq_tdq import launch
 from ptq_tdq.errors import PtqTdqError, UsageError, WorkerError, printable
+from ptq_tdq.files import reason
 
 COMMANDS = {
     "benchmark": "Calibrate and measure every method x scheme x preset x seed, and draw a table.",
@@ -35,6 +37,7 @@ COMMANDS = {
     "sample": "Sample with each ARTIFACT and with the full-precision model, from the same noise, into a PNG.",
 }
 """Each command, in the file of its name, with the first sentence of its help; the file is imported when it runs."""
+UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # where stdout leads
 SHARED = ("calibrate", "finetune")  # commands that several processes run as one
 
 
@@ -78,6 +81,7 @@ def cli(context: click.Context) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors raised on purpose become one line on stderr (with -v also a traceback)."""
     state: dict[str, Any] = {}
+    _open_closed_streams()
     try:
         with _terminable():
             cli.main(args, prog_name="ptq-tdq", standalone_mode=False, obj=state)
@@ -92,14 +96,27 @@ def main(args: list[str] | None = None) -> None:
         if launch.is_first():
             click.echo(state.get("on_stop", "Stopped."), err=True)
         sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
-    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing is left to say, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to say, not even at exit
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough
+            sys.exit(1)
+        _fail(
+            f"The result cannot be written ({reason(error)}); send stdout elsewhere, or free some space.", 1, told=True
+        )
     except PtqTdqError as error:
         if state.get("verbose"):
             traceback.print_exc()
         told = isinstance(error, WorkerError) or (launch.is_first() if error.reported else launch.is_first_here())
         _fail(str(error), 2 if isinstance(error, UsageError) else 1, told=told)
+
+
+def _open_closed_streams() -> None:
+    """Streams that this process was started without lead nowhere, and no file that is opened gets their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 class _Terminated(KeyboardInterrupt):

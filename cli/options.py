@@ -7,19 +7,20 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 from rich.console import Console
 
 from ptq_tdq import launch
 from ptq_tdq.calib_data import EMBEDDED, LoadedModel, read_prompts
 from ptq_tdq.choices import Choices, described, pair
 from ptq_tdq.config import read_config_file
-from ptq_tdq.errors import ConfigError
+from ptq_tdq.errors import ConfigError, UsageError
 from ptq_tdq.files import reason
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -54,6 +55,8 @@ class FilePath(click.Path):
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Path:
         if not os.fspath(value):  # of a variable that the shell does not know; it would be the current folder
             self.fail("the path is empty.", parameter, context)
+        if os.fspath(value) == "-":
+            self.fail("'-' is no file here; name one, or write ./- for one that is called so.", parameter, context)
         try:
             os.lstat(value)
         except (OSError, ValueError) as error:
@@ -276,6 +279,15 @@ threads_option: Decorator = click.option(
     expose_value=False,
     help="CPU threads; the last digits of a result depend on them.",
 )
+
+
+def refuse_others(names: Collection[str], why: str) -> None:
+    """Raise :class:`UsageError` for what the user has given to the running command beside the options ``names``."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = option.name or ""
+        if name not in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"{why}; leave out {option.opts[0]}.")
 
 
 def numbered(names: Sequence[str]) -> list[str]:

@@ -50,11 +50,11 @@ def check_class(stored: Artifact) -> None:
 def _as_in_calibration(stored: Artifact, given: dict[str, Any]) -> dict[str, Any]:
     recipe = stored.config["calibration_set"]  # without these keys where a user recorded the calls
     found = {key: recipe.get(key) for key in ("prompts", "classes") if given.get(key) is None}
-    found["call"] = {**(recipe.get("call") or {}), **(given.get("call") or {})}
+    found["call"] = {**recipe.get("call", {}), **(given.get("call") or {})}
     if given.get("component") is None:
         found["component"] = stored.config["base_model"].get("component")
-    if isinstance(recipe.get("dtype"), str) and not _named("dtype"):
-        found["dtype"] = getattr(torch, recipe["dtype"], torch.float32)
+    if "dtype" in recipe and not _named("dtype"):
+        found["dtype"] = getattr(torch, recipe["dtype"])
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from torch import Tensor
 
-from ptq_tdq.artifacts import Artifact, check_base_model, read_artifact, write_atomic
+from ptq_tdq.artifacts import Artifact, FileKind, check_base_model, check_file_target, read_artifact, write_atomic
 from ptq_tdq.calib_data import with_scheduler
 from ptq_tdq.calib_data.sampler import Sampled
 from ptq_tdq.cli.options import (
@@ -34,6 +34,7 @@ from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import finite, run
 from ptq_tdq.load import Backend, load_quantized
 
+PICTURE = FileKind("a PNG image", rb"\x89PNG\r\n")
 IMAGES, PIPELINE_IMAGES = 40, 8  # of a plain loop over a small denoiser, and of a pipeline
 
 
@@ -52,7 +53,7 @@ def _png(context: click.Context, parameter: click.Parameter, path: Path) -> Path
     default=Path("samples.png"),
     show_default=True,
     callback=_png,
-    help="The PNG to write.",
+    help="The PNG to write, or to replace.",
 )
 @click.option(
     "--num-images",
@@ -86,6 +87,7 @@ def sample_command(
     All are of one model. Prompts, classes and the pipeline's arguments are those of the first one's calibration unless
     they are named here. Sounds, and latents that no VAE turns into images, are compared without a picture.
     """
+    check_file_target(output, PICTURE)
     quiet_schedulers()
     stored = [read_artifact(artifact) for artifact in artifacts]
     model = load_original(source, stored[0], **given)

@@ -14,6 +14,7 @@ from ptq_tdq.artifacts import alone, check_output
 from ptq_tdq.cli.options import print_json
 from ptq_tdq.cli.progress import show_files
 from ptq_tdq.errors import OutputError
+from ptq_tdq.files import reason
 from ptq_tdq.quantized_model import QuantizedModel
 
 # What a run puts there, and what a write that was killed leaves behind.
@@ -56,7 +57,14 @@ def unfinished_folder(output_dir: Path) -> Path:
     """``<output_dir>.partial``; raises :class:`OutputError` where that holds anything but an unfinished run."""
     target = output_dir.resolve()
     folder = target.with_name(target.name + ".partial")
-    if folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError as error:  # a name that is too long with its ending
+        raise OutputError(
+            f"The folder '{folder}', where the unfinished run would be kept, cannot be made ({reason(error)}); "
+            "choose another output directory."
+        ) from None
+    if there:
         foreign = sorted({path.name for path in folder.iterdir()} - {path.name for path in _own(folder)})
         if foreign:
             raise OutputError(

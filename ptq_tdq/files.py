@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,8 +81,10 @@ def read_image(path: Path) -> Image.Image:
 
     check_file(path)
     try:
-        with Image.open(path, formats=_IMAGE_FORMATS) as image:
-            # Pillow clips 16 bits to 8
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(path, formats=_IMAGE_FORMATS) as image,
+        ):  # Pillow refuses what has twice as many pixels as it warns of, and clips 16 bits to 8
             eight = Image.fromarray(np.uint8(np.asarray(image) // 257)) if image.mode.startswith("I") else image
             return ImageOps.exif_transpose(eight).convert("RGB")
     except Exception as error:  # decoders raise many unrelated types

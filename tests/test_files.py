@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save
 
-from ptq_tdq.files import check_tensors, holding, read_file, reason, size_text
+from ptq_tdq.files import check_tensors, holding, read_file, read_image, reason, size_text
 
 
 @pytest.mark.parametrize(
@@ -99,3 +100,14 @@ def test_a_file_is_held_by_one_until_it_is_let_go_or_killed(tmp_path: Path) -> N
         other.kill()
     with holding(tmp_path) as held:
         assert held is True
+
+
+def test_a_large_image_is_read_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    Image.new("RGB", (30, 5)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_image(tmp_path / "a.png").size == (30, 5) and not recwarn.list
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 70)
+    with pytest.raises(OSError, match="exceeds limit of 140 pixels"):
+        read_image(tmp_path / "a.png")

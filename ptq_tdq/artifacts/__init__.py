@@ -1,7 +1,16 @@
 """Artifact directories: plain data on disk, checked byte by byte."""
 
 from ptq_tdq.artifacts.artifact import Artifact, IntervalTable, check_artifact, check_base_model
-from ptq_tdq.artifacts.atomic import Contents, alone, check_folder, check_target, publish_directory, write_atomic
+from ptq_tdq.artifacts.atomic import (
+    Contents,
+    FileKind,
+    alone,
+    check_file_target,
+    check_folder,
+    check_target,
+    publish_directory,
+    write_atomic,
+)
 from ptq_tdq.artifacts.card import model_card, public_name
 from ptq_tdq.artifacts.component import component_document, component_tensors, decode_component
 from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, check_draft, schema
@@ -14,11 +23,13 @@ __all__ = [
     "SCHEMA_VERSION",
     "Artifact",
     "Contents",
+    "FileKind",
     "IntervalTable",
     "alone",
     "check_artifact",
     "check_base_model",
     "check_draft",
+    "check_file_target",
     "check_folder",
     "check_output",
     "check_target",

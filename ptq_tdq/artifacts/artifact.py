@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq_tdq.artifacts.document import metrics_problem
 from ptq_tdq.errors import ArtifactCorruptError, ArtifactMismatchError
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.scheme import QType
@@ -112,6 +113,8 @@ def check_base_model(artifact: Artifact, sha256: str) -> None:
 def check_artifact(artifact: Artifact) -> None:
     """Raise :class:`ArtifactCorruptError` with the first contradiction between layers, tables and tensors."""
     length = _table_length(artifact)
+    problem = metrics_problem(artifact.metrics)
+    _require(problem is None, f"The metrics are not valid at {problem}")
     for name, count in Counter([layer.name for layer in artifact.layers]).items():
         _require(count == 1, f"The layer '{name}' is listed {count} times")
     for name, count in Counter([quantizer.name for quantizer in artifact.quantizers]).items():

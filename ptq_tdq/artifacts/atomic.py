@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,6 +23,7 @@ _ADVICE = {
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of its path is a file, choose another path"),
     errno.ENOTEMPTY: "choose another folder, empty it, or ask to overwrite it",
 }
+_BEGIN = 128  # bytes that tell what a file is
 _NEW, _OLD = "new", "old"  # in the hidden folder of a writer
 
 
@@ -31,6 +33,14 @@ class Contents:
 
     kind: str
     names: tuple[str, ...]  # patterns
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a file holds that may be replaced: ``kind`` for a message ("a PNG image"), ``begins`` as all of it do."""
+
+    kind: str
+    begins: bytes  # a pattern of the first bytes
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -112,6 +122,29 @@ def alone(path: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def check_file_target(path: str | Path, replacing: FileKind, inputs: Iterable[Path] = ()) -> None:
+    """Raise :class:`OutputError` for a file that cannot be written, or is one of the ``inputs``, before any work.
+
+    A file that is there must be empty or what is ``replacing``.
+    """
+    target = Path(path).resolve()
+    _check_parents(target)
+    there = target.exists()
+    if there and not target.is_file():
+        raise OutputError(f"The output '{target}' is not a regular file; choose another path.")
+    if any(target == other.resolve() or (there and other.exists() and target.samefile(other)) for other in inputs):
+        raise OutputError(f"The output '{path}' would replace what is read from there; choose another path.")
+    begin = b""
+    if there:
+        with _output_errors(target), target.open("rb") as file:
+            begin = file.read(_BEGIN)
+    if begin and not re.match(replacing.begins, begin, re.DOTALL):
+        raise OutputError(
+            f"The output '{path}' is there and is not {replacing.kind}, so it is not replaced; move it away or choose "
+            "another path."
+        )
+
+
 def check_target(path: str | Path, replacing: Contents | None = None) -> None:
     """Raise :class:`OutputError` for a directory that :func:`publish_directory` would refuse."""
     target = Path(path).resolve()
@@ -120,12 +153,7 @@ def check_target(path: str | Path, replacing: Contents | None = None) -> None:
         raise OutputError(f"The output '{target}' is a file, not a folder; choose another path.")
     if os.path.ismount(target):
         raise OutputError(f"The output '{target}' is a mount point and cannot be replaced; choose a folder inside it.")
-    with _output_errors(target):
-        parent = next(folder for folder in target.parents if folder.exists())
-        if not parent.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    _check_parents(target)
     found = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
     if replacing is None and found:
         raise OutputError(
@@ -137,6 +165,15 @@ def check_target(path: str | Path, replacing: Contents | None = None) -> None:
             f"The output '{target}' holds '{foreign[0]}', which is no part of {replacing.kind}; "
             "move it away or choose another folder."
         )
+
+
+def _check_parents(target: Path) -> None:
+    with _output_errors(target):
+        parent = next(folder for folder in target.parents if folder.exists())
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _move_into_place(folder: Path, target: Path, overwrite: bool) -> None:

@@ -91,9 +91,14 @@ def find_problem(document: dict[str, Any]) -> str | None:
     return _schema_problem(plain) if encode_json(plain, CONFIG_FILE) == text else "keys that are no text"
 
 
-def _schema_problem(document: dict[str, Any]) -> str | None:
+def metrics_problem(metrics: dict[str, Any]) -> str | None:
+    """What the schema has against the content of metrics.json, and where; or None."""
+    return _schema_problem(metrics, {"$ref": "#/$defs/metrics", "$defs": schema()["$defs"]})
+
+
+def _schema_problem(document: dict[str, Any], known: dict[str, Any] | None = None) -> str | None:
     """What the schema has against a document, and where; or None."""
     # JSON Schema calls 4.0 an integer; Python's shifts and shapes do not.
     types = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    error = best_match(extend(Draft202012Validator, type_checker=types)(schema()).iter_errors(document))
+    error = best_match(extend(Draft202012Validator, type_checker=types)(known or schema()).iter_errors(document))
     return None if error is None else f"{error.json_path}: {error.message[:200]}"

@@ -25,7 +25,6 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
     """
     config = artifact.config
     file_bytes = {name: len(data) for name, data in sorted(encode_artifact(artifact).items())}
-    coverage, notices = (artifact.metrics.get(key) for key in ("coverage", "notices"))  # whatever a file may hold
     values = [*artifact.weight_codes.values(), *artifact.float_state.values()]
     fp32_bytes = _FP32_BYTES * sum(tensor.numel() for tensor in values)
     return {
@@ -36,9 +35,9 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
         "choices": config["choices"],
         "num_train_timesteps": artifact.num_train_timesteps,
         "time_axis": {**artifact.time_axis.to_dict(), "text": _axis_text(artifact.time_axis)},
-        "coverage": coverage if isinstance(coverage, float) else None,
-        "mean_bits": _mean_bits(artifact.metrics.get("mean_bits")),
-        "notices": [text for text in notices if isinstance(text, str)] if isinstance(notices, list) else [],
+        "coverage": artifact.metrics.get("coverage"),
+        "mean_bits": artifact.metrics.get("mean_bits"),
+        "notices": artifact.metrics.get("notices", []),
         "choice": choice_text(artifact.quantizers),
         "num_layers": len(artifact.layers),
         "file_bytes": file_bytes,
@@ -49,13 +48,6 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
         "weights": [_weight_row(artifact, layer) for layer in artifact.layers if layer.weight_bits is not None],
         "metrics": artifact.metrics,
     }
-
-
-def _mean_bits(found: Any) -> dict[str, float] | None:
-    names = ("weights", "activations")
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), int | float) for name in names):
-        return None
-    return {name: float(found[name]) for name in names}
 
 
 def _axis_text(axis: TimeAxis) -> str:

@@ -207,7 +207,7 @@ def correlation(a: Tensor, b: Tensor) -> float | None:
 def _stored(artifact: Artifact) -> Json | None:
     """What ``calibrate`` measured: the end of the way and each step, with the learned and with static intervals."""
     metrics = artifact.metrics
-    if not all(isinstance(metrics.get(key), dict) for key in ("learned", "static")):
+    if not metrics.keys() >= {"learned", "static"}:
         return None
     result: Json = {"samples": metrics.get("samples")}
     for key in ("learned", "static"):
@@ -223,11 +223,8 @@ def _stored(artifact: Artifact) -> Json | None:
 
 def _finetune(artifact: Artifact) -> Json | None:
     """How it was fine-tuned: the loss on held-out samples before and after, and that over the iterations."""
-    about: Any = artifact.config.get("finetune")
-    found: Any = artifact.metrics.get("finetune")
-    try:
-        losses = {"t": [x["iteration"] for x in found["losses"]], "v": [short(x["loss"]) for x in found["losses"]]}
-        held_out = {key: float(found["held_out"][key]) for key in ("before", "after")}
-        return {"quantizer": about["choices"].get("quantizer"), **held_out, "losses": losses}
-    except (KeyError, TypeError, ValueError, AttributeError):  # of no fine-tuning, or none that anybody has checked
+    about, found = artifact.config.get("finetune"), artifact.metrics.get("finetune")
+    if not about or not found:
         return None
+    losses = {"t": [x["iteration"] for x in found["losses"]], "v": [short(x["loss"]) for x in found["losses"]]}
+    return {**found["held_out"], "quantizer": about["choices"].get("quantizer"), "losses": losses}

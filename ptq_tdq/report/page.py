@@ -40,7 +40,7 @@ def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
         json=_embedded({**data, "seed_groups": groups}),
         version=data["version"],
         model=data["model"],
-        model_line=" \N{MIDDLE DOT} ".join(filter(None, map(data["model"].get, FAMILY))),
+        model_line=" \N{MIDDLE DOT} ".join(str(part) for key in FAMILY if (part := data["model"].get(key))),
         notices=data["notices"],
         artifacts=[_artifact(data, artifact) for artifact in data["artifacts"]],
         differences=[beside(data, data["artifacts"][0], other) for other in data["artifacts"][1:]],

@@ -216,21 +216,30 @@ def _difference(table: Table, row: tuple[str, str], column: str) -> Difference |
 
 def markdown(table: Table) -> str:
     """Values with their deviation over seeds, then the differences to the base."""
-    metric, titles, most = table.metric, [title(column) for column in table.columns], _most(table)
+    metric, most = table.metric, _most(table)
     lines = [f"**{metric.title}** ({_better(metric)} is better), mean ± standard deviation over seeds", ""]
-    lines += ["| preset | scheme | " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(titles)]
-    for (preset, scheme), entries in table.rows.items():
+    lines += _head(table.columns)
+    for row, entries in table.rows.items():
         cells = [_text(metric, entries.get(column), most) for column in table.columns]
-        lines.append(f"| {preset} | {scheme} | " + " | ".join(cells) + " |")
+        lines.append(f"| {' | '.join([*map(_cell, row), *cells])} |")
     others = [c for c in table.columns if c != FULL_PRECISION and not all(table.is_base(row, c) for row in table.rows)]
     if others and any(table.base in entries for entries in table.rows.values()):
-        lines += ["", f"Difference to {table.compared_with} on the same seeds ({TEST})", ""]
-        lines += ["| preset | scheme | " + " | ".join(map(title, others)) + " |", "|---|---|" + "---:|" * len(others)]
+        lines += ["", f"Difference to {_cell(table.compared_with)} on the same seeds ({TEST})", "", *_head(others)]
         changes = differences(table)
         for row in table.rows:
-            cells = [_change(metric, changes.get((row, column))) for column in others]
-            lines.append(f"| {' | '.join(row)} | " + " | ".join(cells) + " |")
+            cells = [_change(metric, changes.get((row, column)), most) for column in others]
+            lines.append(f"| {' | '.join([*map(_cell, row), *cells])} |")
     return "\n".join([*lines, "", *table.notes]) + "\n"
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    titles = " | ".join(_cell(title(column)) for column in columns)
+    return [f"| preset | scheme | {titles} |", "|---|---|" + "---:|" * len(columns)]
+
+
+def _cell(name: str) -> str:
+    """A name as Markdown has it in a table."""
+    return name.replace("|", r"\|")
 
 
 def listing(tables: Sequence[Table]) -> str:
@@ -246,9 +255,11 @@ def listing(tables: Sequence[Table]) -> str:
             cells = [_size(first.sizes.get((*row, column)))] if first.sizes else []
             for table, found in zip(tables, changes, strict=True):
                 cells += [_text(table.metric, table.rows[row].get(column), _most(table))]
-                cells += [_change(table.metric, found.get((row, column)))]
-            lines.append(f"| {' | '.join(row)} | {title(column)} | " + " | ".join(cells) + " |")
-    how = f"Mean ± standard deviation over seeds; difference to {first.compared_with} on the same seeds ({TEST})."
+                cells += [_change(table.metric, found.get((row, column)), _most(table))]
+            lines.append(f"| {' | '.join([*map(_cell, (*row, title(column))), *cells])} |")
+    how = (
+        f"Mean ± standard deviation over seeds; difference to {_cell(first.compared_with)} on the same seeds ({TEST})."
+    )
     return "\n".join([*lines, "", how, *first.notes]) + "\n"
 
 
@@ -299,16 +310,17 @@ def _text(metric: Metric, entry: Entry | None, most: int) -> str:
     return text
 
 
-def _change(metric: Metric, change: Difference | None) -> str:
+def _change(metric: Metric, change: Difference | None, most: int) -> str:
     if change is None:
         return ABSENT
     text = f"{change.mean:+.{metric.digits}f}"
+    seeds = f" (n = {change.seeds})" if change.seeds < most else ""
     if change.p is None or change.interval is None:
-        return text
+        return text + seeds
     better = (change.mean > 0) == metric.higher_is_better
     text = f"**{text}**" if better and change.p < SIGNIFICANT else text
     low, high = change.interval
-    return f"{text} [{low:+.{metric.digits}f}, {high:+.{metric.digits}f}] ({change.p:.2g})"
+    return f"{text} [{low:+.{metric.digits}f}, {high:+.{metric.digits}f}] ({change.p:.2g}){seeds}"
 
 
 def _size(size: Mapping[str, Any] | None) -> str:

@@ -10,11 +10,13 @@ from typing import Any
 
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.errors import OutputError, UsageError
+from ptq_tdq.evaluate.names import METRICS
 from ptq_tdq.files import read_file, reason
 from ptq_tdq.study.matrix import FULL_PRECISION, Cell
 
 Line = dict[str, Any]
 MOST_BYTES = 1 << 28
+_NAMES = "preset", "scheme", "method"  # which tables show
 LARGEST = 1e30  # that a metric or a time may be: tables square them
 
 
@@ -28,14 +30,22 @@ def read_lines(path: Path) -> list[Line]:
         text = data[: _whole(data)].decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise UsageError(f"The results file '{path}' cannot be read ({reason(error)}); choose another one.") from None
-    lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    lines, known = list[Line](), dict[tuple[Any, ...], Line]()
+    for number, text_line in enumerate(text.splitlines(), 1):
         try:
-            lines += [_checked(json.loads(line))] if line.strip() else []
+            line = _checked(json.loads(text_line)) if text_line.strip() else None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UsageError(
                 f"Line {number} of '{path}' is no result of a study; take it out, or choose another file."
             ) from None
+        if line is None:
+            continue
+        place = (*_key(line), line["evaluation"]["samples"], line["evaluation"]["num_inference_steps"])
+        if known.setdefault(place, line)["results"] != line["results"]:
+            raise UsageError(
+                f"Line {number} of '{path}' has other results than an earlier line of the same cell; keep one of them."
+            )
+        lines.append(line)
     return lines
 
 
@@ -119,13 +129,17 @@ def _difference(cell: Cell, line: Line) -> str:
 
 
 def _checked(line: Line) -> Line:
-    kinds = {**dict.fromkeys(("preset", "scheme", "method", "model_sha256"), str), "seed": int, "results": dict}
+    kinds = {**dict.fromkeys((*_NAMES, "model_sha256"), str), "seed": int, "results": dict}
     kinds |= {} if line["method"] == FULL_PRECISION else {"choices": dict}
     counts = {key: line["evaluation"][key] for key in ("samples", "num_inference_steps", "seed")}
     numbers = [value for value in line["results"].values() if not isinstance(value, dict | None)]
+    numbers += [value for metric in METRICS if (value := line["results"].get(metric.key)) is not None]
     numbers += (line.get("seconds") or {}).values()
+    if size := line.get("size"):
+        numbers += [size["bytes"], size["mean_bits"]["weights"], size["mean_bits"]["activations"]]
     if not (
         all(isinstance(line[key], kind) for key, kind in kinds.items())
+        and all(line[key].isprintable() for key in _NAMES)
         and all(type(count) is int for count in counts.values())
         and all(type(number) in (int, float) and abs(number) < LARGEST for number in numbers)  # nor NaN
     ):

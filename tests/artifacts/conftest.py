@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ptq_tdq import preset
 from ptq_tdq.artifacts import Artifact, IntervalTable, model_card
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 
@@ -45,7 +46,7 @@ def artifact() -> Artifact:
         "scheme": "W4A8",
         "method": "tdq",
         "preset": "default",
-        "choices": {"range_method": "mse", "learning_rate": 4e-4},
+        "choices": preset("default").to_dict(),
         "time_axis": {"argument": "timestep", "num_train_timesteps": T - 1, "scale": 1.0, "offset": 0.0},
         "calibration_set": {"sha256": "b" * 64, "num_samples": 256},
         "seed": 0,

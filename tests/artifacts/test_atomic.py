@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq_tdq.artifacts import Contents, check_target, publish_directory, write_atomic
+from ptq_tdq.artifacts import Contents, FileKind, check_file_target, check_target, publish_directory, write_atomic
 from ptq_tdq.artifacts.atomic import write_file
 from ptq_tdq.errors import OutputError
 
@@ -339,3 +339,26 @@ def test_two_writers_of_one_file_leave_one_of_both(tmp_path: Path) -> None:
         writer.join()
     assert (tmp_path / "out").read_bytes() in (b"a" * 1000, b"b" * 1000)
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_is_replaced_by_its_own_kind_only(tmp_path: Path) -> None:
+    kind = FileKind("a list", rb"list:")
+    for name, content in (("own", b"list: a"), ("empty", b""), ("absent", None)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        check_file_target(tmp_path / name, kind)
+    (tmp_path / "foreign").write_bytes(b"a letter")
+    (tmp_path / "link").symlink_to("foreign")
+    for name in ("foreign", "link"):
+        with pytest.raises(OutputError, match=f"{name}' is there and is not a list"):
+            check_file_target(tmp_path / name, kind)
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_what_is_read_is_no_place_for_what_is_written(link: Callable[..., None], tmp_path: Path) -> None:
+    read = tmp_path / "read"
+    read.write_bytes(b"list: a")
+    link(read, tmp_path / "other")
+    for output, source in ((read, read), (tmp_path / "other", read), (tmp_path / "new", tmp_path / "a" / ".." / "new")):
+        with pytest.raises(OutputError, match="would replace what is read from there"):
+            check_file_target(output, FileKind("a list", rb"list:"), [source])

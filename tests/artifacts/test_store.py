@@ -184,6 +184,10 @@ def _in_layer(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda document: document["layers"][0].update(values)
 
 
+def _in_calibration_set(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document["calibration_set"].update(values)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -200,6 +204,14 @@ def _in_layer(**values: Any) -> Callable[[dict[str, Any]], None]:
         (_in_layer(splits=[0, 1, 2]), "does not have 2 channels"),
         (_in_layer(inputs=[]), "interval table of 'conv' belongs to no layer"),
         (_in_layer(extra=1), "'extra' was unexpected"),
+        (_in_calibration_set(call=5), r"calibration_set\.call"),
+        (_in_calibration_set(classes="zz"), r"calibration_set\.classes"),
+        (_in_calibration_set(prompts=[1]), r"calibration_set\.prompts\[0\]"),
+        (_in_calibration_set(dtype="load"), r"calibration_set\.dtype"),
+        (_in_calibration_set(num_inference_steps=True), r"calibration_set\.num_inference_steps"),
+        (lambda d: d.update(choices={}), r"\$\.choices"),
+        (lambda d: d["choices"]["calibration"].update(more=1), r"choices\.calibration.*'more' was unexpected"),
+        (lambda d: d["base_model"].update(component=["unet"]), r"base_model\.component"),
     ],
 )
 def test_a_config_that_contradicts_itself_or_the_tensors(
@@ -208,6 +220,30 @@ def test_a_config_that_contradicts_itself_or_the_tensors(
     resign(folder, change)
     with pytest.raises(ArtifactCorruptError, match=sentence):
         read_artifact(folder)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "place"),
+    [
+        ({"coverage": "all"}, r"\$\.coverage"),
+        ({"mean_bits": {"weights": 4}}, r"\$\.mean_bits"),
+        ({"notices": [1]}, r"\$\.notices\[0\]"),
+        ({"learned": {"latent_sqnr_db": "a"}}, r"\$\.learned\.latent_sqnr_db"),
+        ({"static": {"noise_sqnr_db": {"first": 1.0}}}, r"\$\.static\.noise_sqnr_db"),
+        ({"reconstruction": 5}, r"\$\.reconstruction"),
+        ({"reconstruction": {"weights": [{"unit": "a", "before": -1, "after": None}]}}, r".*weights\[0\]\.before"),
+        ({"finetune": {"held_out": {"before": 1}, "losses": []}}, r"\$\.finetune\.held_out"),
+    ],
+)
+def test_metrics_that_no_command_could_show(
+    folder: Path, artifact: Artifact, metrics: dict[str, Any], place: str
+) -> None:
+    (folder / "metrics.json").write_bytes(encode_json(metrics, "metrics"))
+    resign(folder)
+    with pytest.raises(ArtifactCorruptError, match=f"metrics are not valid at {place}.*; make"):
+        read_artifact(folder)
+    with pytest.raises(ArtifactCorruptError, match="metrics are not valid"):
+        write_artifact(folder.parent / "other", replace(artifact, metrics=metrics))
 
 
 def test_one_altered_byte_names_the_file(folder: Path) -> None:

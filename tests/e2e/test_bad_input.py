@@ -210,6 +210,7 @@ def test_a_model_of_zeros_is_calibrated_and_measured(
         (("--seed", "٣"), "seed must be of type int. Got '٣' instead."),
         (("--scheduler", ""), "no scheduler named ''"),
         (("--set", "damping=1e400"), "damping must be above 0 and finite. Got inf instead."),
+        (("--device", "privateuseone"), "The device 'privateuseone' cannot be used here"),
         (("--set", "skip=\udcff"), "skip must be of type str. Got '\\udcff' instead."),
     ],
 )
@@ -234,7 +235,8 @@ def test_an_artifact_of_another_model(
 
 def test_an_artifact_of_a_class_that_commands_cannot_build(cli: Any, tmp_path: Path) -> None:
     write_artifact(tmp_path / "own", with_config(small_artifact(), _class_name="Net"))
-    for command in (("sample", "--output", "x.png"), ("export", "--format", "onnx", "--output", "x.onnx")):
+    export = [("export", "--format", kind, "--output", tmp_path / "x") for kind in ("onnx", "diffusers")]
+    for command in (("sample", "--output", "x.png"), *export):
         result = cli(command[0], tmp_path / "own", *command[1:])
         assert result.code != 0
         assert "which diffusers does not have; use it in Python" in result.err
@@ -272,12 +274,42 @@ def test_output_paths_that_cannot_be_written_are_refused_before_the_work(
         ("/", 1, "mount point"),
     ):
         check_refusal(cli("calibrate", "--model", "nowhere", "--output-dir", out), code, *said)
+    long = tmp_path / ("n" * 250)  # too long with the ending of an unfinished run
+    check_refusal(
+        cli("calibrate", "--model", "nowhere", "--output-dir", long), 1, "cannot be made (File name too long)"
+    )
     overwrite = ("--output-dir", tmp_path / "full", "--overwrite")
     check_refusal(cli("calibrate", "--model", "nowhere", *overwrite), 1, "holds 'letter.txt', which is no part")
     check_refusal(cli("export", calibrated(pipeline), "--output", tmp_path / "file" / "t.csv"), 1, "cannot be written")
     sample = ("--output", tmp_path / "file" / "x.png", "--num-images", "1", "--num-inference-steps", "1")
     check_refusal(cli("sample", calibrated(pipeline), *sample), 1, "cannot be written")
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("export ARTIFACT --format json --output ARTIFACT/weights.safetensors", "not an interval table"),
+        ("export ARTIFACT --output ARTIFACT/README.md", "not an interval table"),
+        ("export ARTIFACT --format onnx --calls calls --output calls", "not a graph of ptq-tdq"),
+        ("export ARTIFACT --format onnx-float --output letter.onnx", "'letter.csv' is there and is not"),
+        ("sample ARTIFACT --output letter.png", "not a PNG image"),
+        ("benchmark --render lines --output lines", "would replace what is read from there"),
+        ("benchmark --results new --output new", "would replace what is read from there"),
+        ("benchmark --render lines --output letter.csv", "not a table of a study"),
+        ("benchmark --render lines --output -", "'-' is no file here"),
+    ],
+)
+def test_an_output_replaces_nothing_but_its_own_kind(
+    command: str, said: str, cli: Any, calibrated: Any, contents: Any, pipeline: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    artifact, before = calibrated(pipeline), contents(calibrated(pipeline))
+    monkeypatch.chdir(tmp_path)
+    for name in ("calls", "lines", "letter.csv", "letter.png"):
+        Path(name).write_text("mine")
+    result = cli(*command.replace("ARTIFACT", str(artifact)).split())
+    check_refusal(result, 2 if "'-'" in said else 1, said)
+    assert contents(artifact) == before and {path.read_text() for path in Path().iterdir()} == {"mine"}
 
 
 def test_an_existing_artifact_is_replaced_only_on_request(

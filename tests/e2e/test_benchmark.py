@@ -165,6 +165,16 @@ def test_bad_requests_are_one_line(cli: Any, tmp_path: Path) -> None:
         ("has no S_4; --against takes", ("--against", ":S_4", "--methods", "S_1")),
         ("has no S_1 of the preset qdiff", ("--against", "qdiff")),
         ("is a file", ("--grids", __file__)),
+        *(
+            ("--render runs no cells; leave out --", ("--render", __file__, flag, value))
+            for flag, value in {
+                "--seeds": 1,
+                "--methods": "tdq",
+                "--results": "x",
+                "--shard": "0/2",
+                "--grids": "x",
+            }.items()
+        ),
         ("There is no results file", ("--render", tmp_path / "absent")),
         ("--seeds takes numbers", ("--seeds", "a")),
         ("method", ("--methods", "S_x")),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,19 @@ def test_the_list_of_commands_quotes_their_own_help() -> None:
 
 
 AT_A_KEY = {"_PTQ_TDQ_COMPLETE": "bash_complete", "COMP_WORDS": "ptq-tdq cal", "COMP_CWORD": "1"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "end", ["--help >/dev/full", "choices --json >/dev/full", "--help >&-", "choices --json >&- 2>&-"]
+)
+def test_a_stdout_that_takes_nothing_is_no_traceback(end: str) -> None:
+    done = subprocess.run(["sh", "-c", f"'{sys.executable}' -P -m ptq_tdq {end}"], capture_output=True, text=True)
+    if "full" in end:
+        assert done.returncode == 1 and done.stderr.startswith("Error: The result cannot be written (No space left")
+        assert done.stderr.count("\n") == 1
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(("environment", "expected"), [({}, "Commands:"), (AT_A_KEY, "plain,calibrate\n")])

@@ -33,6 +33,8 @@ def test_the_counts_are_those_of_the_run(
     assert files < found["disk_bytes"] and not found["streams_on_disk"] and found["seconds"] > 0
     unmeasured = json.loads(cli(*run, "--dry-run", "--json", "--evaluation-samples", "0").out)
     assert unmeasured["measuring_seconds"] == 0 < found["measuring_seconds"]
+    silent = cli(*run, "--dry-run", "--quiet")
+    assert (silent.code, silent.out, silent.err) == (0, "", "")
     shown = cli(*run, "--dry-run")
     assert shown.code == 0 and f"{found['rows']} rows" in shown.out and "at the peak" in shown.out
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptq_tdq import preset
 from ptq_tdq.artifacts import (
     Artifact,
     IntervalTable,
@@ -26,6 +27,7 @@ from ptq_tdq.artifacts.document import encode_json, sign
 from ptq_tdq.errors import ArtifactError
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 
+CHOICES = preset("default").to_dict()
 DATA_FILES = ("interval_tables.safetensors", "metrics.json", "ptq_tdq_config.json", "weights.safetensors")
 SHAPES = {"linear": (4, 3), "conv1d": (3, 2, 3), "conv2d": (2, 5, 1, 1)}
 
@@ -84,7 +86,7 @@ def artifacts(draw: st.DrawFn) -> Artifact:
         "scheme": "W4A8",
         "method": "tdq",
         "preset": "default",
-        "choices": draw(st.dictionaries(st.text(), json_values, max_size=2)),
+        "choices": draw(st.dictionaries(st.text(), json_values, max_size=2)) | CHOICES,
         "time_axis": {"argument": "t", "num_train_timesteps": steps - 1, "scale": 1.0, "offset": 0.0},
         "calibration_set": {"sha256": "b" * 64},
         "seed": draw(st.integers()),
@@ -109,7 +111,7 @@ def files() -> dict[str, bytes]:
         "scheme": "W4A8",
         "method": "tdq",
         "preset": "default",
-        "choices": {"p": 2.4},
+        "choices": {"p": 2.4, **CHOICES},
         "time_axis": {"argument": "t", "num_train_timesteps": 1, "scale": 1.0, "offset": 0.0},
         "calibration_set": {"sha256": "b" * 64},
         "seed": 0,

@@ -141,9 +141,8 @@ def test_what_stays_in_floating_point_is_said(quantized: QuantizedModel) -> None
     assert sentences[-2:] == metrics["notices"]
     reader, _ = read(render_page(shown, {}))
     assert all(text in reader.text for text in metrics["notices"])
-    for damaged in ({"coverage": "all", "notices": {"a": 1}}, {"notices": [1, None]}, {}):
-        shown = alone(replace(artifact, metrics=damaged), "mine")
-        assert "multiply-accumulates" not in str(findings(shown, shown["artifacts"][0]))
+    shown = alone(replace(artifact, metrics={}), "mine")
+    assert "multiply-accumulates" not in str(findings(shown, shown["artifacts"][0]))
 
 
 def test_the_time_axis_is_shown_as_an_equation(quantized: QuantizedModel) -> None:

@@ -28,13 +28,19 @@ from recorded import calls_of, images
 from safetensors.torch import load, save
 
 from ptq_tdq import Calls, FinetuneConfig, calibrate, finetune, load_quantized, preset
-from ptq_tdq.artifacts import encode_artifact
+from ptq_tdq.artifacts import encode_artifact, read_artifact, summarize
 from ptq_tdq.artifacts.document import CONFIG_FILE, sign
 from ptq_tdq.artifacts.store import METRICS_FILE, TABLES_FILE, WEIGHTS_FILE
 from ptq_tdq.calls import file as calls_file
-from ptq_tdq.errors import ConfigError, PtqTdqError
+from ptq_tdq.cli.inspect import _facts as lines
+from ptq_tdq.cli.original import _as_in_calibration as as_in_calibration
+from ptq_tdq.cli.sample import _title as title
+from ptq_tdq.errors import ConfigError, PtqTdqError, printable
 from ptq_tdq.finetuning import IterationReport
 from ptq_tdq.plan import make_plan
+from ptq_tdq.report.data import report_data
+from ptq_tdq.report.page import render_page
+from ptq_tdq.report.survey import Subject, Survey
 
 SECONDS, MEMORY = 5, 1 << 30  # of a case: processor time, and bytes beyond what the process had at first
 STEPS = 10
@@ -227,6 +233,17 @@ def use_artifact(folder: Path, rng: random.Random) -> None:
     loaded = load_quantized(folder, backend=rng.choice(("simulated", "integer")))
     with torch.no_grad():
         loaded(images(2, size=4), torch.tensor([1, 9]), class_labels=torch.tensor([0, 2]))
+    show_artifact(folder)
+
+
+def show_artifact(folder: Path) -> None:
+    """What ``inspect``, ``sample`` and ``report`` do with an artifact before anything is sampled."""
+    stored = read_artifact(folder)
+    summary = summarize(stored)
+    lines(printable(summary))
+    title(stored)
+    as_in_calibration(stored, {})
+    render_page(report_data(Survey((Subject("one", folder, stored), Subject("two", folder, stored)))), {})
 
 
 def calls(files: Files, rng: random.Random) -> Files:

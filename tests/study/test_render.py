@@ -98,6 +98,13 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     assert (("qdiff", "W4A8"), "S_4") not in differences(table)
 
 
+def test_a_difference_of_fewer_seeds_says_of_how_many_and_names_keep_the_table_whole() -> None:
+    lines = [*LINES[:6], *(line("tdq-thin:skip=a|b", seed, 9.0) for seed in (2, 3))]
+    table = make_table(lines, METRIC)
+    for text in (markdown(table), listing([table])):
+        assert "+3.000 (n = 1)" in text and r"TDQ_thin:skip=a\|b" in text
+
+
 def test_equal_differences_have_no_p_value() -> None:
     lines = [line(method, seed, seed + add) for seed in (0, 1) for method, add in (("static", 0.0), ("tdq", 1.0))]
     found = differences(make_table(lines, METRIC)).get((("qdiff", "W4A8"), "tdq"))

@@ -85,12 +85,26 @@ def test_a_last_line_without_an_end_blank_lines_and_a_mark_of_its_bytes_do_no_ha
         {"choices": "x"},
         {"choices": None},
         {"seconds": {"weights": "1"}},
+        {"results": {"fd_c10": {"a": 1}}},
+        {"size": 3},
+        {"size": {"bytes": 1}},
+        {"size": {"bytes": "1", "mean_bits": {"weights": 4.0, "activations": 8.0}}},
+        {"method": "\x1b[2Jtdq"},
+        {"preset": "a\nb"},
     ],
 )
 def test_a_line_that_no_table_can_be_made_of_is_one_sentence(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(line(make()[1], **changes)) + "\n")
     with pytest.raises(UsageError, match=r"Line 1 of .* is no result"):
+        read_lines(path)
+
+
+def test_two_lines_of_a_cell_say_the_same(tmp_path: Path) -> None:
+    path, (full, cell) = tmp_path / "r.jsonl", make()
+    for one in (line(full), line(cell), line(cell, seconds={"weights": 1.0}), line(cell, results={"fd_c10": 2.0})):
+        append_line(path, one)
+    with pytest.raises(UsageError, match=r"Line 4 of .* has other results than an earlier line of the same cell"):
         read_lines(path)
 
 
