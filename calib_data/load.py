@@ -19,7 +19,7 @@ from ptq_tdq.artifacts import CONFIG_FILE
 from ptq_tdq.calib_data.embedded import EMBEDDED, find_embedded
 from ptq_tdq.calib_data.loop import LoopSampler
 from ptq_tdq.calib_data.original import LoadedModel, check_denoiser
-from ptq_tdq.calib_data.pipeline import PipelineSampler
+from ptq_tdq.calib_data.pipeline import PipelineSampler, find_condition
 from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
@@ -107,9 +107,9 @@ def _make_sampler(
     """The pipeline where it does more than the plain loop: where there is something to tell it."""
     if parts.pipeline is not None and parts.component is not None:
         pipe = _load_pipeline(parts.pipeline, parts.component, denoiser)
-        sampler = PipelineSampler(pipe, parts.component, prompts, classes, call)
-        if sampler.condition is not None or set(pipe.components) - {parts.component, "scheduler", "vae", "vqvae"}:
-            return sampler, ()
+        others = set(pipe.components) - {parts.component, "scheduler", "vae", "vqvae"}
+        if others or find_condition(pipe, parts.component)[0] is not None:
+            return PipelineSampler(pipe, parts.component, prompts, classes, call), ()
     if prompts is not None or set(call or {}) - {"eta"}:
         raise ConfigError(
             f"'{parts.denoiser}' is no pipeline with a condition: it takes no prompts and no arguments such as "

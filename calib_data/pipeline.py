@@ -42,18 +42,13 @@ class PipelineSampler(Sampler):
         """Raises :class:`ConfigError` for prompts, classes or arguments that the pipeline does not take."""
         self.pipe, self.component, self.call = pipe, component, dict(call or {})
         self.scheduler = pipe.scheduler
-        config = getattr(pipe, component).config
-        classes_of = getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None) or 0
-        known = (PROMPT, LABELS) if classes_of else (PROMPT,)  # a pipeline may take classes that its model has not
-        self.condition = next((key for key in known if takes(pipe.__call__, key)), None)
+        self.condition, self.num_classes = find_condition(pipe, component)
         _check_call(pipe, self.call, self.condition)
         if prompts is not None and self.condition != PROMPT:
             raise ConfigError(f"{type(pipe).__name__} takes no prompts; leave them out.")
         self.prompts = [prompts] if isinstance(prompts, str) else list(DEFAULT_PROMPTS if prompts is None else prompts)
         if not self.prompts:
             raise ConfigError("There is no prompt; give at least one.")
-        if self.condition == LABELS:
-            self.num_classes = int(classes_of)
         self._alone = getattr(pipe, "free_noise_enabled", False)  # FreeNoise takes one prompt, and no lists
         self.batch = 1 if self._alone else self.batch
         self.choose(classes)
@@ -102,6 +97,15 @@ class PipelineSampler(Sampler):
             return Sampled(made.float().cpu(), _images(made))
         joined = torch.cat(latents).float().cpu()
         return Sampled(joined.reshape(count, -1, *joined.shape[1:]).squeeze(1), _images(made))
+
+
+def find_condition(pipe: Any, component: str) -> tuple[str | None, int]:
+    """The argument of ``pipe`` that says what to draw, where there is one, and the number of classes it may name."""
+    config = getattr(pipe, component).config
+    if takes(pipe.__call__, PROMPT):
+        return PROMPT, 0
+    classes = getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
+    return (LABELS, int(classes)) if classes and takes(pipe.__call__, LABELS) else (None, 0)
 
 
 def _check_call(pipe: Any, call: Mapping[str, Any], condition: str | None) -> None:

@@ -228,7 +228,7 @@ def test_another_scheduler_takes_the_place_of_the_pipelines_own(saved_pipeline: 
         ("StableDiffusionPipeline", {"component": "text_encoder"}, "no denoiser named 'text_encoder'; it has unet"),
         ("WanPipeline", {}, r"several denoisers \(transformer, transformer_2\); name one as component"),
         ("DDPMPipeline", {"prompts": ["A fox"]}, "takes no prompts"),
-        ("DDPMPipeline", {"call": {"height": 16}}, "takes no argument 'height'"),
+        ("DDPMPipeline", {"call": {"height": 16}}, "height or width, only eta"),
         ("DDPMPipeline", {"classes": [0]}, "takes no classes"),
     ],
 )
