@@ -80,7 +80,7 @@ class PipelineSampler(Sampler):
         setattr(pipe, self.component, denoiser)
         pipe.scheduler = schedule
         pipe.set_progress_bar_config(disable=True)
-        call: dict[str, Any] = {**self.call, "generator": list(generators), "return_dict": False}
+        call: dict[str, Any] = {**_with_tuples(pipe, self.call), "generator": list(generators), "return_dict": False}
         count = len(conditions)
         call |= {self.condition: list(conditions)} if self.condition else {}
         if self._alone:
@@ -89,7 +89,7 @@ class PipelineSampler(Sampler):
             call |= {key: [value] * count for key, value in call.items() if _TEXT.fullmatch(key) and type(value) is str}
         for key, value in (("num_inference_steps", num_inference_steps), ("output_type", "np")):
             call |= {key: value} if takes(pipe.__call__, key) else {}
-        if self.condition is None and takes(pipe.__call__, "batch_size"):
+        if self.condition != PROMPT and takes(pipe.__call__, "batch_size"):
             call["batch_size"] = count
         with _refusals(pipe), _decoded(pipe) as latents:
             made = torch.as_tensor(pipe(**call)[0])
@@ -97,6 +97,13 @@ class PipelineSampler(Sampler):
             return Sampled(made.float().cpu(), _images(made))
         joined = torch.cat(latents).float().cpu()
         return Sampled(joined.reshape(count, -1, *joined.shape[1:]).squeeze(1), _images(made))
+
+
+def _with_tuples(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with tuples where ``pipe`` says that it takes them, for which JSON has lists."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    tuples = {key for key, p in parameters.items() if "tuple" in str(p.annotation).lower() or type(p.default) is tuple}
+    return {key: tuple(value) if key in tuples and type(value) is list else value for key, value in call.items()}
 
 
 def find_condition(pipe: Any, component: str) -> tuple[str | None, int]:

@@ -199,7 +199,7 @@ def _find_form(
         seen = given  # the model gets what the scheduler gives
     low, high = min(seen, default=0.0), max(seen, default=1.0)
     if low >= 0 and high <= 1 + LOOSE and not _whole(seen):
-        return forms[1]
+        return TimeAxis(argument, length, length / high) if high > 1 + NEAR / length else forms[1]
     if low >= 0 and high <= length and _are_steps(seen, length):
         return forms[0]
     length = max(length, USUAL_LENGTH)

@@ -136,6 +136,14 @@ def test_the_axis_is_found_from_the_schedule_and_the_calls(name: str, form: str,
     torch.testing.assert_close(found, torch.tensor(schedule), rtol=4e-3, atol=4 if dtype == torch.bfloat16 else 1e-2)
 
 
+@pytest.mark.parametrize("largest", [1.000003695, 1.003])  # SanaSprint starts at 1.5708 / (pi / 2)
+def test_a_time_that_begins_just_above_1_is_a_part_of_the_axis(largest: float) -> None:
+    seen = [largest, 0.6, 0.25]
+    axis = find_axis("t", seen)
+    torch.testing.assert_close(axis.t(torch.tensor(seen)), 1000 * torch.tensor(seen), rtol=4e-3, atol=0)
+    assert axis.t(torch.tensor([largest])) == 1000
+
+
 def test_without_a_schedule_a_time_that_never_exceeds_1_is_a_part_of_the_axis() -> None:
     assert find_axis("t", [1.0, 0.75, 0.5]).scale == 1000
     assert find_axis("t", [0.5]).scale == 1000

@@ -91,20 +91,18 @@ class FusedTimesteps(Fused):
 
     known: ClassVar[dict[tuple[Any, ...], Tensor]] = {}
 
-    def __init__(self, block: Any) -> None:
-        super().__init__(block)
-        self.how = block.num_channels, block.flip_sin_to_cos, block.downscale_freq_shift, block.scale
-
     def __call__(self, timesteps: Tensor) -> Any:
         if timesteps.ndim != 1 or timesteps.shape[0] > FEW or torch.compiler.is_compiling():
             return self.plainly(timesteps)
-        key = *self.how, *timesteps.tolist()
+        block = self.block
+        how = block.num_channels, block.flip_sin_to_cos, block.downscale_freq_shift, block.scale
+        key = *how, *timesteps.tolist()
         y = self.known.get(key)
         if y is None:
             if len(self.known) == MOST:
                 self.known.clear()
             y = self.known[key] = self.plainly(timesteps)
-        return y
+        return y.clone()  # which whoever asks may write to
 
 
 class FusedOutput:
@@ -115,10 +113,9 @@ class FusedOutput:
     def __init__(self, model: Any, norm: Norm) -> None:
         self.model, self.norm = model, norm
         self.modules: list[Any] = [getattr(model, name) for name in self.names]
-        *before, last = self.modules
-        for module in before:
-            vars(module)["forward"] = partial(self.hand_on, module)
-        vars(last)["forward"] = self
+        self.forwards: list[Any] = [*(partial(self.hand_on, module) for module in self.modules[:-1]), self]
+        for module, forward in zip(self.modules, self.forwards, strict=True):
+            vars(module)["forward"] = forward
 
     @classmethod
     def of(cls, model: Any) -> FusedOutput | None:
@@ -129,9 +126,13 @@ class FusedOutput:
 
     @property
     def untouched(self) -> bool:
-        """Whether none of the modules is another or has hooks."""
+        """Whether none of the modules is another, has hooks, or a ``forward`` that somebody gave it."""
         hooks = [hooks for m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        return not any(hooks) and list(map(self.model._modules.get, self.names)) == self.modules
+        return (
+            not any(hooks)
+            and list(map(self.model._modules.get, self.names)) == self.modules
+            and [vars(m).get("forward") for m in self.modules] == self.forwards
+        )
 
     def hand_on(self, module: nn.Module, input: Tensor) -> Tensor:
         """In the place of the norm's and the activation's ``forward``."""

@@ -31,6 +31,7 @@ from ptq_tdq.calib_data import (
     sample_generator,
     with_scheduler,
 )
+from ptq_tdq.calib_data.collect import drawn
 from ptq_tdq.calls import prediction
 from ptq_tdq.errors import ConfigError, ModelError
 
@@ -113,9 +114,10 @@ def test_each_sample_has_its_own_prompt_and_noise_whatever_the_batch(saved_pipel
         ("StableDiffusionPipeline", {"negative_prompt": "blurry"}),
         ("StableDiffusionXLPipeline", {"negative_prompt_2": "blurry", "prompt_2": "A photo"}),
         ("FluxPipeline", {"negative_prompt": "blurry", "true_cfg_scale": 4.0}),
+        ("StableDiffusionXLPipeline", {"original_size": [64, 48], "crops_coords_top_left": [0, 8]}),
     ],
 )
-def test_a_text_of_the_call_is_that_of_each_prompt(saved_pipeline: Saved, name: str, call: dict[str, Any]) -> None:
+def test_an_argument_of_the_call_holds_for_each_prompt(saved_pipeline: Saved, name: str, call: dict[str, Any]) -> None:
     model = load(saved_pipeline, name)
     model.sampler.call |= call  # type: ignore[attr-defined]
     conditions, steps = model.sampler.conditions(2), new_schedule(model.sampler)
@@ -155,6 +157,14 @@ def test_a_pipeline_may_take_classes_that_its_model_has_not() -> None:
     assert set(calls.trajectory.tolist()) == {0, 1, 2}
     with pytest.raises(ConfigError, match="takes no classes"):
         from_pipeline(pipe, classes=[0])
+
+
+def test_a_pipeline_that_counts_its_batch_draws_each_class() -> None:
+    pipe = ConsistencyModelPipeline(tiny_unet(num_class_embeds=4), CMStochasticIterativeScheduler())
+    model = from_pipeline(pipe, classes=[3, 1])
+    calls = collect(model, **FEW)
+    labels = calls.groups[0].leaf("class_labels").tolist()
+    assert set(zip(calls.trajectory.tolist(), labels, strict=True)) == set(enumerate(drawn(model.sampler, 3, seed=0)))
 
 
 def test_a_pipeline_in_memory_is_as_good_as_its_folder(saved_pipeline: Saved) -> None:

@@ -375,6 +375,36 @@ def test_hooks_at_the_end_of_an_integer_model(stable_diffusion: Calibrated) -> N
             assert sqnr_db(expected, found) > 25
 
 
+@pytest.mark.parametrize("name", ["conv_norm_out", "conv_act", "conv_out", "time_proj"])
+def test_a_forward_of_the_users_own_in_an_integer_model(name: str, stable_diffusion: Calibrated) -> None:
+    pipe, found = stable_diffusion.quantized(), []
+    for unet in (pipe.unet, load_quantized(stable_diffusion.artifact, backend="integer")):
+        given, module = arguments_of(pipe), getattr(unet, name)
+        module.forward = lambda x, own=module.forward: own(x) * 0.5
+        with torch.no_grad():
+            found.append(unet(**given).sample)
+    assert sqnr_db(*found) > 25
+
+
+def test_what_somebody_writes_to_is_not_remembered(stable_diffusion: Calibrated) -> None:
+    """Time embeddings are, across calls and models."""
+    pipe = stable_diffusion.quantized()
+    one, other = (load_quantized(stable_diffusion.artifact, backend="integer") for _ in range(2))
+    given = arguments_of(pipe)
+    with torch.no_grad():
+        expected = one(**given).sample
+        handle = one.time_proj.register_forward_hook(lambda module, args, output: output.mul_(0.5))
+        halved = [one(**given).sample for _ in range(2)]
+        handle.remove()
+        found = [model(**given).sample for model in (one, other)]
+        one.time_proj.scale = 0.5
+        scaled = one(**given).sample
+    assert torch.equal(*halved)
+    assert not torch.equal(halved[0], expected)
+    assert not torch.equal(scaled, expected)
+    assert all(torch.equal(sample, expected) for sample in found)
+
+
 @pytest.mark.parametrize("kind", ["a module of ours", "diffusers' own class", "integers"])
 def test_weights_without_their_codes_are_refused(kind: str, stable_diffusion: Calibrated, tmp_path: Path) -> None:
     unet: Any = load_quantized(stable_diffusion.artifact, backend="integer" if kind == "integers" else "simulated")
