@@ -267,6 +267,38 @@ def test_a_layer_of_several_names_is_quantized_wherever_it_is_called(tmp_path: P
     assert sqnr_db(expected, load_quantized(tmp_path / "out", model=Named(), backend="integer")(**inputs())) > 60
 
 
+class Repeated(nn.Module):
+    """A block of two names, with its own norm, which is called under both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)
+        block = nn.Sequential(nn.GroupNorm(2, 8), nn.Sequential(nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1)))
+        self.blocks = nn.ModuleList([block, block])
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        y = self.first(sample) + timestep[:, None, None, None] / 1000
+        for block in self.blocks:
+            y = y + block(y)
+        result: Tensor = self.last(y)
+        return result
+
+
+@torch.no_grad()
+def test_a_block_of_several_names_comes_back_with_intervals_of_its_own_at_each(tmp_path: Path) -> None:
+    model = Repeated().eval()
+    quantized = calibrate(model, QUICK, calls_of(model, **inputs(), num_train_timesteps=1000))
+    assert list(quantized.layers()) == ["first", "blocks.0.1.1", "blocks.1.1.1", "last"]
+    inside = [table.scale for name, table in quantized.to_artifact().tables.items() if name.startswith("blocks.")]
+    assert not torch.equal(*inside)
+    quantized.save_pretrained(tmp_path / "out")
+    expected = quantized(**inputs())
+    assert sqnr_db(model(**inputs()), expected) > 25
+    assert torch.equal(load_quantized(tmp_path / "out", model=Repeated())(**inputs()), expected)
+    assert sqnr_db(expected, load_quantized(tmp_path / "out", model=Repeated(), backend="integer")(**inputs())) > 60
+
+
 @torch.no_grad()
 def test_calibration_is_the_same_whatever_torch_is_set_to() -> None:
     model = Own().eval().requires_grad_(False)
