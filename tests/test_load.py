@@ -116,17 +116,17 @@ def test_a_module_that_was_exchanged_before_calibration_is_not_lost(act: nn.Modu
     model, given = tiny_unet(), {**inputs(), "timestep": torch.tensor([999, 600, 200, 0])}
     model.conv_act = act
     quantized = calibrate(model, QUICK, calls_of(model, **given))
-    assert any(f"'conv_act' is a {type(act).__name__})" in notice for notice in quantized.notices)
+    assert any(f"'conv_act' is of class {type(act).__name__})" in notice for notice in quantized.notices)
     quantized.save_pretrained(tmp_path / "out")
     for backend in ("simulated", "integer"):
-        with pytest.raises(ArtifactMismatchError, match=r"whose module 'conv_act' was a .* as model=\.\.\."):
+        with pytest.raises(ArtifactMismatchError, match=r"whose module 'conv_act' was of class .* as model=\.\.\."):
             load_quantized(tmp_path / "out", backend=backend)
     if isinstance(act, nn.GELU):
-        with pytest.raises(ArtifactMismatchError, match="'conv_act' is a SiLU in the model, a GELU in the artifact"):
+        with pytest.raises(ArtifactMismatchError, match="is of class SiLU in the model, of class GELU in the artifact"):
             load_quantized(tmp_path / "out", model=tiny_unet())
     loaded = load_quantized(tmp_path / "out", model=model)
     assert torch.equal(prediction(loaded(**given)), prediction(quantized(**given)))
-    with pytest.raises(ArtifactMismatchError, match="'conv_act' was a"):
+    with pytest.raises(ArtifactMismatchError, match="'conv_act' was of class"):
         as_diffusers(quantized).save_pretrained(tmp_path / "component")
 
 
@@ -134,6 +134,13 @@ def test_a_module_that_was_exchanged_before_calibration_is_not_lost(act: nn.Modu
 def test_nothing_was_exchanged_in_a_model_as_it_is_built(denoiser: Denoiser) -> None:
     model = denoiser.build()
     assert not exchanged_modules(folded_copy(model), denoiser.time_argument)
+
+
+def test_dropout_that_was_taken_out_is_no_other_model() -> None:
+    model = tiny_unet()
+    for block in model.mid_block.resnets:
+        block.dropout = nn.Identity()
+    assert not exchanged_modules(folded_copy(model), "timestep")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
