@@ -253,7 +253,7 @@ def test_an_artifact_of_a_model_that_commands_cannot_build(
     write_artifact(tmp_path / "own", make())
     export = [("export", "--format", kind, "--output", tmp_path / "x") for kind in ("onnx", "diffusers")]
     sample = ("sample", "--output", tmp_path / "x.png")
-    for command in (sample, (*sample, "--model", tmp_path), ("evaluate",), *export):
+    for command in (sample, (*sample, "--model", tmp_path), ("evaluate",), ("inspect", "--runtime"), *export):
         result = cli(command[0], tmp_path / "own", *command[1:])
         assert result.code != 0
         assert said in result.err and "; use it in Python" in result.err
