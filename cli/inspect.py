@@ -10,9 +10,9 @@ from rich.table import Table
 
 from ptq_tdq.artifacts import read_artifact, summarize
 from ptq_tdq.cli.options import FilePath, json_option, print_json, result_console, verbose_option
+from ptq_tdq.cli.original import check_class
 from ptq_tdq.errors import printable
 from ptq_tdq.files import size_text
-from ptq_tdq.cli.original import check_class
 from ptq_tdq.load import load_quantized
 
 

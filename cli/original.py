@@ -21,8 +21,8 @@ def load_original(source: str | None, stored: Artifact, **given: Any) -> LoadedM
     """The model ``source`` named by the user, else the one that the artifact names.
 
     ``given`` are the arguments of :func:`~ptq_tdq.load_model`. What the user has not named is as it was in calibration:
-    component, dtype, prompts or classes, and the pipeline's arguments. Raises what ``load_model`` and :func:`check_class`
-    raise.
+    component, dtype, prompts or classes, and the pipeline's arguments. Raises what ``load_model`` raises, and
+    :func:`check_class`.
     """
     base = stored.config["base_model"]
     check_class(stored)

@@ -100,8 +100,8 @@ def check_built(artifact: Artifact) -> None:
     """
     for name, cls in artifact.config.get("exchanged_modules", {}).items():
         raise ArtifactMismatchError(
-            f"The artifact is of a model whose module '{name}' was {f'of class {cls}' if cls else 'taken out'}, which its "
-            "configuration does not say; give ptq_tdq.load_quantized a model that is changed so, as model=..."
+            f"The artifact is of a model whose module '{name}' was {f'of class {cls}' if cls else 'taken out'}, which "
+            "its configuration does not say; give ptq_tdq.load_quantized a model that is changed so, as model=..."
         )
 
 

@@ -40,7 +40,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
 
 
 def _copied(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
-    """``known`` holds each copy with what it is of, by the id of that: what contains itself does so in the copy, too."""
+    """``known`` holds each copy with what it is of, by its id: what contains itself does so in the copy, too."""
     if id(value) in known:
         return known[id(value)][1]
     if isinstance(value, Tensor):

@@ -58,7 +58,8 @@ _WORDS: dict[Any, Callable[..., Tensor]] = {
 }
 
 
-_HALF = (torch.float16, torch.bfloat16, torch.HalfTensor, torch.BFloat16Tensor, "torch.HalfTensor", "torch.BFloat16Tensor")
+_HALF: set[Any] = {torch.float16, torch.bfloat16, torch.HalfTensor, torch.BFloat16Tensor}
+_HALF |= {"torch.HalfTensor", "torch.BFloat16Tensor"}  # for Tensor.type
 _PATCHING = Lock()  # torch has one class of autocast for all threads
 
 
@@ -76,7 +77,7 @@ def without_autocast() -> Iterator[None]:
         enabled = context._enabled
         context._enabled = enabled and get_ident() != thread
         try:
-            return original(context)
+            return original(context)  # type: ignore[no-untyped-call]
         finally:
             context._enabled = enabled
 
