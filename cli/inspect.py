@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ptq_tdq.artifacts import read_artifact, summarize
 from ptq_tdq.cli.options import FilePath, json_option, print_json, result_console, verbose_option
+from ptq_tdq.cli.original import check_class
 from ptq_tdq.errors import printable
 from ptq_tdq.files import size_text
 from ptq_tdq.load import load_quantized
@@ -23,6 +24,7 @@ from ptq_tdq.load import load_quantized
 def inspect_command(artifact: Path, runtime: bool, as_json: bool, verbose: bool) -> None:
     """Show model, choices, sizes, and each quantizer of ARTIFACT."""
     if runtime:
+        check_class(read_artifact(artifact))
         facts = load_quantized(artifact, backend="integer").facts
         if as_json:
             print_json(facts)

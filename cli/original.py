@@ -13,6 +13,7 @@ from ptq_tdq.calib_data import EMBEDDED, LoadedModel, load_model
 from ptq_tdq.errors import ModelError
 from ptq_tdq.structure import diffusers_class
 
+_IN_PYTHON = "; use it in Python, where load_quantized, export_onnx and finetune take an instance of it."
 _NAMES = {embedded.id: name for name, embedded in EMBEDDED.items()}
 
 
@@ -20,11 +21,11 @@ def load_original(source: str | None, stored: Artifact, **given: Any) -> LoadedM
     """The model ``source`` named by the user, else the one that the artifact names.
 
     ``given`` are the arguments of :func:`~ptq_tdq.load_model`. What the user has not named is as it was in calibration:
-    component, dtype, prompts or classes, and the pipeline's arguments. Raises what ``load_model`` raises.
+    component, dtype, prompts or classes, and the pipeline's arguments. Raises what ``load_model`` raises, and
+    :func:`check_class`.
     """
     base = stored.config["base_model"]
-    if not source:
-        check_class(stored)
+    check_class(stored)
     given = {**given, **_as_in_calibration(stored, given)}
     try:
         return load_model(source or _NAMES.get(base["id"], base["id"]), **given)
@@ -38,12 +39,14 @@ def load_original(source: str | None, stored: Artifact, **given: Any) -> LoadedM
 
 
 def check_class(stored: Artifact) -> None:
-    """Raise :class:`ModelError` for an artifact of a class that commands cannot build."""
+    """Raise :class:`ModelError` for an artifact of a model that commands cannot build."""
     name = stored.config["model_config"].get("_class_name")
     if diffusers_class(name) is None:
+        raise ModelError(f"The artifact is of a {name!r}, which diffusers does not have{_IN_PYTHON}")
+    if exchanged := stored.config.get("exchanged_modules"):
         raise ModelError(
-            f"The artifact is of a {name!r}, which diffusers does not have; use it in Python, where load_quantized, "
-            "export_onnx and finetune take an instance of it."
+            f"The artifact is of a {name!r} that is not as its configuration builds it ('{next(iter(exchanged))}' was "
+            f"exchanged or taken out){_IN_PYTHON}"
         )
 
 

@@ -187,7 +187,7 @@ def _close_steps(calls: Calls) -> Iterator[str]:
 def _exchanged(modules: Mapping[str, str | None]) -> Iterator[str]:
     """A sentence where the configuration that an artifact holds builds another model than the one calibrated."""
     for name, cls in [*modules.items()][:1]:
-        first = f"is a {cls}" if cls else "is missing"
+        first = f"is of class {cls}" if cls else "is missing"
         yield (
             f"Modules that are not those that the model's configuration builds: {len(modules)} ('{name}' {first}); its "
             "artifact is loaded with a model that is changed so, as model=..."

@@ -16,6 +16,7 @@ from ptq_tdq.modules.layers import outputs_first, weight_groups
 from ptq_tdq.modules.products import OPERANDS, owner_of
 from ptq_tdq.records import LayerRecord
 
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _ADVICE = "; load the artifact with the model that it was made from, or make it again."
 
 
@@ -39,16 +40,22 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
             raise ArtifactMismatchError(f"'{record.name}' and '{seen[module]}' are one layer of the model{_ADVICE}")
         seen[module] = record.name
         kind = layer_kind(module)
-        _require(kind == record.kind, record, f"is a {type(module).__name__} in the model, not a {record.kind}")
+        _require(kind == record.kind, record, f"is of class {type(module).__name__} in the model, not a {record.kind}")
         _check_layer(record, module, artifact.weight_codes.get(record.name))
     _check_state(model, artifact)
 
 
+def classes_of(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """The class of each module; dropout, which passes on what it gets when a model samples, is an Identity."""
+    found = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+    return {name: nn.Identity if cls in DROPOUT else cls for name, cls in found.items()}
+
+
 def _check_exchanged(model: nn.Module, artifact: Artifact) -> None:
-    classes = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
+    classes = {name: cls.__name__ for name, cls in classes_of(model).items()}
     for name, cls in artifact.config.get("exchanged_modules", {}).items():
         if classes.get(name) != cls:
-            found, expected = (f"a {kind}" if kind else "none" for kind in (classes.get(name), cls))
+            found, expected = (f"of class {kind}" if kind else "missing" for kind in (classes.get(name), cls))
             raise ArtifactMismatchError(
                 f"The module '{name}' is {found} in the model, {expected} in the artifact{_ADVICE}"
             )

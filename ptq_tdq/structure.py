@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ptq_tdq.ambient import FLOAT32_DEFAULT
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError, first_line
-from ptq_tdq.fit import check_fit
+from ptq_tdq.fit import check_fit, classes_of
 from ptq_tdq.identity import base_config, state_of
 from ptq_tdq.wrap import fold, folded_copy
 
@@ -85,16 +85,12 @@ def exchanged_modules(model: nn.Module, time: str) -> dict[str, str | None]:
     cls = diffusers_class(config["_class_name"])
     if cls is None or not isinstance(model, cls):
         return {}
-    own, built = _classes(model), None
+    own, built = classes_of(model), None
     with suppress(ArtifactMismatchError), building():  # what is refused here is refused when it is loaded, too
-        built = _classes(meta_model(config, time, TensorCounts(len(state), sum(tensor.numel() for tensor in state))))
+        built = classes_of(meta_model(config, time, TensorCounts(len(state), sum(tensor.numel() for tensor in state))))
         built[""] = cls  # for which diffusers may build a newer one
     names = [] if built is None else [name for name in {**own, **built} if own.get(name) is not built.get(name)]
     return {name: own[name].__name__ if name in own else None for name in names}
-
-
-def _classes(model: nn.Module) -> dict[str, type[nn.Module]]:
-    return {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def check_built(artifact: Artifact) -> None:
@@ -104,8 +100,8 @@ def check_built(artifact: Artifact) -> None:
     """
     for name, cls in artifact.config.get("exchanged_modules", {}).items():
         raise ArtifactMismatchError(
-            f"The artifact is of a model whose module '{name}' was {f'a {cls}' if cls else 'taken out'}, which its "
-            "configuration does not say; give ptq_tdq.load_quantized a model that is changed so, as model=..."
+            f"The artifact is of a model whose module '{name}' was {f'of class {cls}' if cls else 'taken out'}, which "
+            "its configuration does not say; give ptq_tdq.load_quantized a model that is changed so, as model=..."
         )
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ptq_tdq.errors import ModelError
+from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.identity import COMPILED
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import find_kind
@@ -41,7 +41,7 @@ def folded_copy(model: nn.Module) -> nn.Module:
 
     What ``torch.compile`` gave in the place of a part is that part again, under its own name.
     Its parameters are in the memory of the model's: neither may be written to, only exchanged. Raises
-    :class:`ModelError` for TorchScript and for parameters that have no shape yet.
+    :class:`ModelError` for TorchScript, for parameters that have no shape yet and for attributes that cannot be copied.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -54,10 +54,31 @@ def folded_copy(model: nn.Module) -> nn.Module:
     # weights that a hook has computed with gradients, which torch would not copy
     computed = {id(v): v.detach() for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)}
     copies: dict[int, Any] = {**shared, **computed}
-    for module in reversed(list(model.modules())):  # parts before what holds them
-        if (compiled := module._modules.get(COMPILED)) is not None:
-            copies[id(module)] = copy.deepcopy(compiled, copies)
-    return fold(copy.deepcopy(model, copies).eval().requires_grad_(False))
+    known = dict(copies)
+    try:
+        for module in reversed(list(model.modules())):  # parts before what holds them
+            if (compiled := module._modules.get(COMPILED)) is not None:
+                copies[id(module)] = copy.deepcopy(compiled, copies)
+        copied = copy.deepcopy(model, copies)
+    except Exception as error:  # objects of any class raise what they like
+        names = ", ".join(f"'{name}'" for name in _not_copied(model, known)) or "something that it holds"
+        raise ModelError(
+            f"The model cannot be copied, because of {names} ({first_line(error)}); set such attributes to None first, "
+            "or make them where they are used."
+        ) from error
+    return fold(copied.eval().requires_grad_(False))
+
+
+def _not_copied(model: nn.Module, copies: Mapping[int, Any]) -> Iterator[str]:
+    """The names of attributes that cannot be copied; ``copies`` are known ones by the id of what they are of."""
+    modules = {name: module for name, module in model.named_modules() if COMPILED not in module._modules}
+    known = {**copies, **{id(module): module for module in model.modules()}}  # each has its turn
+    for path, module in modules.items():
+        for name, value in vars(module).items():
+            try:
+                copy.deepcopy(value, dict(known))
+            except Exception:
+                yield f"{path}.{name}".lstrip(".")
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -65,7 +86,7 @@ def fold(model: nn.Module) -> nn.Module:
     pruning) plain; returns the model itself.
 
     And ``nn.TransformerEncoder`` calls the layers inside it, which torch's fast path goes around. A layer of several
-    names becomes as many layers, which share its weight.
+    names, or one inside a module of several names, becomes as many layers, which share its weight.
     """
     for module in list(model.modules()):
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -86,22 +107,21 @@ def fold(model: nn.Module) -> nn.Module:
                 remove_spectral_norm(module, hook.name)
             elif isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
-    _part(model)
+    _part(model, set())
     return model.requires_grad_(False)
 
 
-def _part(model: nn.Module) -> None:
-    """Give each name of a layer a layer of its own, with the same parameters."""
-    seen = set[int]()
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is None or find_kind(child) is None:
-                continue
-            if id(child) in seen:
-                parent._modules[name] = twin = copy.copy(child)
-                own = {key: value.copy() for key, value in vars(child).items() if isinstance(value, dict)}
-                vars(twin).update(own)
-            seen.add(id(child))
+def _part(parent: nn.Module, seen: set[int]) -> None:
+    """Give each name of a layer, and of what holds layers, a module of its own, with the same parameters."""
+    for name, child in parent._modules.items():
+        if child is None:
+            continue
+        if id(child) in seen and any(find_kind(module) for module in child.modules()):
+            own = {key: value.copy() for key, value in vars(child).items() if isinstance(value, dict)}
+            parent._modules[name] = child = copy.copy(child)
+            vars(child).update(own)
+        seen.add(id(child))
+        _part(child, seen)
 
 
 def _own_class(module: nn.Module) -> None:

@@ -116,17 +116,17 @@ def test_a_module_that_was_exchanged_before_calibration_is_not_lost(act: nn.Modu
     model, given = tiny_unet(), {**inputs(), "timestep": torch.tensor([999, 600, 200, 0])}
     model.conv_act = act
     quantized = calibrate(model, QUICK, calls_of(model, **given))
-    assert any(f"'conv_act' is a {type(act).__name__})" in notice for notice in quantized.notices)
+    assert any(f"'conv_act' is of class {type(act).__name__})" in notice for notice in quantized.notices)
     quantized.save_pretrained(tmp_path / "out")
     for backend in ("simulated", "integer"):
-        with pytest.raises(ArtifactMismatchError, match=r"whose module 'conv_act' was a .* as model=\.\.\."):
+        with pytest.raises(ArtifactMismatchError, match=r"whose module 'conv_act' was of class .* as model=\.\.\."):
             load_quantized(tmp_path / "out", backend=backend)
     if isinstance(act, nn.GELU):
-        with pytest.raises(ArtifactMismatchError, match="'conv_act' is a SiLU in the model, a GELU in the artifact"):
+        with pytest.raises(ArtifactMismatchError, match="is of class SiLU in the model, of class GELU in the artifact"):
             load_quantized(tmp_path / "out", model=tiny_unet())
     loaded = load_quantized(tmp_path / "out", model=model)
     assert torch.equal(prediction(loaded(**given)), prediction(quantized(**given)))
-    with pytest.raises(ArtifactMismatchError, match="'conv_act' was a"):
+    with pytest.raises(ArtifactMismatchError, match="'conv_act' was of class"):
         as_diffusers(quantized).save_pretrained(tmp_path / "component")
 
 
@@ -134,6 +134,13 @@ def test_a_module_that_was_exchanged_before_calibration_is_not_lost(act: nn.Modu
 def test_nothing_was_exchanged_in_a_model_as_it_is_built(denoiser: Denoiser) -> None:
     model = denoiser.build()
     assert not exchanged_modules(folded_copy(model), denoiser.time_argument)
+
+
+def test_dropout_that_was_taken_out_is_no_other_model() -> None:
+    model = tiny_unet()
+    for block in model.mid_block.resnets:
+        block.dropout = nn.Identity()
+    assert not exchanged_modules(folded_copy(model), "timestep")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -265,6 +272,38 @@ def test_a_layer_of_several_names_is_quantized_wherever_it_is_called(tmp_path: P
     assert sqnr_db(model(**inputs()), expected) > 25
     assert torch.equal(load_quantized(tmp_path / "out", model=Named())(**inputs()), expected)
     assert sqnr_db(expected, load_quantized(tmp_path / "out", model=Named(), backend="integer")(**inputs())) > 60
+
+
+class Repeated(nn.Module):
+    """A block of two names, with its own norm, which is called under both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)
+        block = nn.Sequential(nn.GroupNorm(2, 8), nn.Sequential(nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1)))
+        self.blocks = nn.ModuleList([block, block])
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        y = self.first(sample) + timestep[:, None, None, None] / 1000
+        for block in self.blocks:
+            y = y + block(y)
+        result: Tensor = self.last(y)
+        return result
+
+
+@torch.no_grad()
+def test_a_block_of_several_names_comes_back_with_intervals_of_its_own_at_each(tmp_path: Path) -> None:
+    model = Repeated().eval()
+    quantized = calibrate(model, QUICK, calls_of(model, **inputs(), num_train_timesteps=1000))
+    assert list(quantized.layers()) == ["first", "blocks.0.1.1", "blocks.1.1.1", "last"]
+    inside = [table.scale for name, table in quantized.to_artifact().tables.items() if name.startswith("blocks.")]
+    assert not torch.equal(*inside)
+    quantized.save_pretrained(tmp_path / "out")
+    expected = quantized(**inputs())
+    assert sqnr_db(model(**inputs()), expected) > 25
+    assert torch.equal(load_quantized(tmp_path / "out", model=Repeated())(**inputs()), expected)
+    assert sqnr_db(expected, load_quantized(tmp_path / "out", model=Repeated(), backend="integer")(**inputs())) > 60
 
 
 @torch.no_grad()

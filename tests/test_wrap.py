@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -362,6 +363,14 @@ def test_compiled_parts_are_what_they_were_compiled_from() -> None:
 def test_what_cannot_be_copied_is_said_to_be(make: Callable[[], nn.Module], said: str) -> None:
     with pytest.raises(ModelError, match=said):
         folded_copy(nn.Sequential(make(), nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize("held", [Lock(), (i for i in range(3))], ids=["lock", "generator"])
+def test_an_attribute_that_cannot_be_copied_is_named(held: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].held, model.fn = held, model[1].forward  # type: ignore[assignment]
+    with pytest.raises(ModelError, match=r"cannot be copied, because of '1\.held' \(cannot pickle .* to None first"):
+        folded_copy(model)
 
 
 def test_a_weight_that_a_hook_of_ones_own_sets_is_said_to_stay() -> None:

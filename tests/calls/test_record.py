@@ -300,6 +300,30 @@ def test_what_a_model_keeps_between_its_calls_is_left_to_the_loop(name: str) -> 
     assert torch.equal(model.mean, other.mean) and torch.equal(model.last, other.last)
 
 
+class Circular(Conditioned):
+    """Holds a list that contains itself, and is known to a module inside, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tree, self.part = list[Any](), nn.Identity()
+        self.tree.append({"pair": (self.tree, torch.zeros(4))})
+        self.part.tree = self.tree  # type: ignore[assignment]
+
+    def forward(self, sample: Tensor, timestep: Any, extra: Any = None, **more: Any) -> tuple[Tensor]:
+        found, value = self.tree[0]["pair"]
+        value += 1
+        assert found is self.tree is self.part.tree
+        return super().forward(sample, timestep, extra, **more)
+
+
+def test_an_attribute_that_contains_itself_hides_nothing_of_the_arguments() -> None:
+    model = Circular().requires_grad_(False)
+    with record(model) as calls:
+        expected = loop(model, count=4, positions=torch.rand(4))
+    assert torch.equal(model.tree[0]["pair"][1], torch.full((4,), 3.0))
+    torch.testing.assert_close(torch.cat(replayed(model, calls, 2)), torch.cat(expected))
+
+
 def test_without_conditions_to_tell_apart_the_model_is_not_called_again(model: Conditioned) -> None:
     seen: list[Any] = []
     with record(model), model.register_forward_hook(lambda *given: seen.append(given)):

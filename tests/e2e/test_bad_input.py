@@ -6,6 +6,7 @@ import json
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from recorded import calls_of, images
 from torch import Tensor, nn
 
 from ptq_tdq import Calls, calibrate, load_quantized, preset, record
-from ptq_tdq.artifacts import write_artifact
+from ptq_tdq.artifacts import Artifact, write_artifact
 from ptq_tdq.errors import (
     ArtifactCorruptError,
     CalibrationSetError,
@@ -233,16 +234,32 @@ def test_an_artifact_of_another_model(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_artifact_of_a_class_that_commands_cannot_build(cli: Any, tmp_path: Path) -> None:
-    write_artifact(tmp_path / "own", with_config(small_artifact(), _class_name="Net"))
+def exchanged_artifact() -> Artifact:
+    artifact = small_artifact()
+    return replace(artifact, config={**artifact.config, "exchanged_modules": {"conv_act": "GELU"}})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: with_config(small_artifact(), _class_name="Net"), "is of a 'Net', which diffusers does not have"),
+        (exchanged_artifact, "is of a 'UNet2DModel' that is not as its configuration builds it ('conv_act' was"),
+    ],
+    ids=["class", "module"],
+)
+def test_an_artifact_of_a_model_that_commands_cannot_build(
+    make: Callable[[], Artifact], said: str, cli: Any, tmp_path: Path
+) -> None:
+    write_artifact(tmp_path / "own", make())
     export = [("export", "--format", kind, "--output", tmp_path / "x") for kind in ("onnx", "diffusers")]
-    for command in (("sample", "--output", "x.png"), *export):
+    sample = ("sample", "--output", tmp_path / "x.png")
+    for command in (sample, (*sample, "--model", tmp_path), ("evaluate",), ("inspect", "--runtime"), *export):
         result = cli(command[0], tmp_path / "own", *command[1:])
         assert result.code != 0
-        assert "which diffusers does not have; use it in Python" in result.err
+        assert said in result.err and "; use it in Python" in result.err
     result = cli("report", tmp_path / "own", "--output-dir", tmp_path / "report")  # of what the artifact holds
     assert result.code == 0
-    assert "missing from the page. The artifact is of a 'Net', which diffusers does not have" in result.err
+    assert f"missing from the page. The artifact {said}" in result.err
     assert "--model" not in result.err
 
 

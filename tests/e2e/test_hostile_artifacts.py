@@ -86,7 +86,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "half the inputs": (fewer_inputs, rf"'{CONV}' has codes of the shape \[16, 8, 3, 3\]"),
     "a smaller kernel": (lambda a: with_codes(a, zeros(16, 16, 1, 1)), rf"'{CONV}' has codes of the shape"),
     "a larger kernel": (lambda a: with_codes(a, zeros(16, 16, 5, 5)), rf"'{CONV}' has codes of the shape"),
-    "codes of a linear": (as_linear, rf"'{CONV}' is a \w*Conv2d in the model, not a linear"),
+    "codes of a linear": (as_linear, rf"'{CONV}' is of class \w*Conv2d in the model, not a linear"),
     "a range too wide": (layer(CONV, splits=(0, 17)), rf"'{CONV}' has the channel ranges \[0, 17\].* has 16 channels"),
     "a range too narrow": (layer(CONV, splits=(0, 15)), rf"'{CONV}' has the channel ranges"),
     "one quantizer for two ranges": (without_quantizer(SHORTCUT), f"'{SHORTCUT}' has 1 quantizers for 2 channel"),

@@ -58,8 +58,9 @@ def test_convolutions_may_be_given_one_number_for_all_dimensions(
 class Casting(nn.Module):
     """Its middle is in half precision, as its own code says."""
 
-    def __init__(self) -> None:
+    def __init__(self, auto: bool = False) -> None:
         super().__init__()
+        self.auto = auto
         torch.manual_seed(0)
         self.first, self.time, self.last = nn.Linear(4, 8), nn.Linear(1, 8), nn.Linear(8, 4)
         self.inside = nn.Linear(8, 8).half()
@@ -67,19 +68,25 @@ class Casting(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """sample [B, N, 4]."""
         y = self.first(sample) + self.time(timestep[:, None] / 1000)[:, None]
+        if self.auto:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = y + (y @ self.last.weight.T @ self.last.weight).float()
         result: Tensor = self.last(y + self.inside(y.to(torch.float16).tanh()).float())
         return result
 
 
+@pytest.mark.parametrize("auto", [False, True])
 @torch.no_grad()
 def test_code_that_casts_to_half_precision_becomes_a_graph_in_float32(
-    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+    auto: bool, tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
 ) -> None:
     torch.manual_seed(1)
     x, t = torch.randn(2, 3, 4), torch.tensor([900.0, 100.0])
-    artifact, calls = quantize_model(Casting(), sample=x, timestep=t)
-    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Casting())
-    simulated = build_quantized(artifact, Casting())
+    artifact, calls = quantize_model(Casting(auto), sample=x, timestep=t)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Casting(auto))
+    simulated = build_quantized(artifact, Casting(auto))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x.mT).dtype == torch.bfloat16, "autocast is as it was"
     assert sqnr_db(simulated(x, t), OnnxDenoiser(tmp_path / "model.onnx", threads=1)(x, t)) > 30
 
 
@@ -92,8 +99,10 @@ def test_code_that_casts_to_half_precision_becomes_a_graph_in_float32(
         lambda x: x.half(),
         lambda x: x.bfloat16(),
         lambda x: torch.ones(2, dtype=torch.float16),
+        lambda x: x.type("torch.HalfTensor"),
+        lambda x: x.type(torch.BFloat16Tensor),
     ],
-    ids=["to", "dtype", "type", "half", "bfloat16", "ones"],
+    ids=["to", "dtype", "type", "half", "bfloat16", "ones", "text", "class"],
 )
 def test_half_precision_is_asked_for_in_many_ways(cast: Callable[[Tensor], Tensor]) -> None:
     with InOtherWords():

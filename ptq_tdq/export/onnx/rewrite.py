@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -56,9 +58,35 @@ _WORDS: dict[Any, Callable[..., Tensor]] = {
 }
 
 
+_HALF: set[Any] = {torch.float16, torch.bfloat16, torch.HalfTensor, torch.BFloat16Tensor}
+_HALF |= {"torch.HalfTensor", "torch.BFloat16Tensor"}  # for Tensor.type
+_PATCHING = Lock()  # torch has one class of autocast for all threads
+
+
 def _in_float32(value: Any) -> Any:
     """An argument that asks for half precision, as one that asks for what the whole graph is in."""
-    return torch.float32 if value is torch.float16 or value is torch.bfloat16 else value
+    return torch.float32 if isinstance(value, torch.dtype | type | str) and value in _HALF else value
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """While open, autocast has no effect where the code of this thread enters it: the whole graph is in float32."""
+    original, thread = torch.autocast.__enter__, get_ident()
+
+    def enter(context: torch.autocast) -> Any:
+        enabled = context._enabled
+        context._enabled = enabled and get_ident() != thread
+        try:
+            return original(context)  # type: ignore[no-untyped-call]
+        finally:
+            context._enabled = enabled
+
+    with _PATCHING:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.autocast.__enter__ = original  # type: ignore[method-assign]
 
 
 class InOtherWords(TorchFunctionMode):

@@ -24,7 +24,7 @@ from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.export.onnx.geometry import output_shape, unpadded
 from ptq_tdq.export.onnx.reads import Answers, Read, listen
 from ptq_tdq.export.onnx.reals import InReals, has_complex
-from ptq_tdq.export.onnx.rewrite import InOtherWords
+from ptq_tdq.export.onnx.rewrite import InOtherWords, without_autocast
 from ptq_tdq.export.onnx.signature import Signature
 from ptq_tdq.modules import ActivationQuantizer
 from ptq_tdq.modules.delegating import Delegating
@@ -86,7 +86,7 @@ class Call(nn.Module):
 
     def forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         answers = None if self._reads is None else Answers(self._reads, frozenset(self._holding))
-        with InOtherWords(answers, self._seen):
+        with without_autocast(), InOtherWords(answers, self._seen):
             returned = self.model(**self.signature.fill(tensors | self._holding))
         results = [in_float32(leaf) for leaf in pytree.tree_leaves(returned) if isinstance(leaf, Tensor)]
         if answers is not None and answers.checks:
