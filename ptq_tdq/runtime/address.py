@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ptq_tdq.errors import RuntimeUnsupportedError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """For functions that give addresses to C: torch.compile would let go of a tensor whose address is all that is left.
+
+    So each runs as it is written, inside a compiled model too, and its tensors live until C has returned.
+    """
+    plain: Callable[P, R] = torch.compiler.disable(function)
+    return plain
 
 
 def address(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.records import LayerRecord
-from ptq_tdq.runtime.address import address
+from ptq_tdq.runtime.address import address, untraced
 from ptq_tdq.runtime.kernels import levels
 from ptq_tdq.runtime.step import Interval, Step
 from ptq_tdq.scheme import QType
@@ -72,6 +72,7 @@ def native_attend(library: ctypes.CDLL) -> Attend:
     function = library.attention
     function.argtypes, function.restype = [ctypes.c_void_p] * 8, ctypes.c_int
 
+    @untraced
     def attend(
         q: Tensor, k: Tensor, v: Tensor, find: FindInterval, bits: Sequence[int], factor: float, mask: Tensor | None
     ) -> Tensor:

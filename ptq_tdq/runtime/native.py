@@ -26,7 +26,7 @@ from ptq_tdq.artifacts.atomic import write_atomic
 from ptq_tdq.cache import cache_folder, private_folder, read_private, with_digest
 from ptq_tdq.errors import OutputError
 from ptq_tdq.rotate import signs
-from ptq_tdq.runtime.address import address, per_sample
+from ptq_tdq.runtime.address import address, per_sample, untraced
 from ptq_tdq.runtime.kernels import (
     ACTIVATIONS,
     NOTHING,
@@ -77,6 +77,7 @@ def native_quantize(library: ctypes.CDLL) -> Quantize:
     plain.argtypes = [ctypes.c_void_p] * 6
     fused.argtypes = [*[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_float, *[ctypes.c_void_p] * 3]
 
+    @untraced
     def quantize(x: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor, before: Before = NOTHING) -> Tensor:
         if x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
             x = x.float().contiguous(memory_format=torch.channels_last)
@@ -140,6 +141,7 @@ def native_rotate(library: ctypes.CDLL) -> Rotate:
     function.restype = None
     flips_of = lru_cache(signs)
 
+    @untraced
     def rotate(x: Tensor) -> Tensor:
         x = x.float().contiguous()
         out = torch.empty_like(x)
@@ -158,6 +160,7 @@ def native_weight_only(library: ctypes.CDLL) -> WeightOnly:
     function.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     function.restype = None
 
+    @untraced
     def linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         outputs, channels = codes.shape
         rows = x.numel() // max(1, channels)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptq_tdq.runtime.address import address, per_sample
+from ptq_tdq.runtime.address import address, per_sample, untraced
 from ptq_tdq.runtime.kernels import Before, Grid
 from ptq_tdq.runtime.native import Frame, frame_of
 from ptq_tdq.runtime.products import Convolution, NativeProducts, check_sum
@@ -46,6 +46,7 @@ class NativeLayer:
         """Itself: nothing in it ever changes."""
         return self
 
+    @untraced
     def __call__(self, x: Tensor, before: Before, interval: Interval, onto: Tensor | None, up: int) -> Tensor:
         """x [B, C, H, W] -> [B, O, H', W'], added to ``onto``, whose memory it takes.
 
@@ -68,6 +69,7 @@ class NativeLayer:
             raise MemoryError
         return out
 
+    @untraced
     def of_tokens(self, x: Tensor, before: Before, interval: Interval) -> Tensor:
         """x [B, ..., C] -> [B, ..., O]."""
         x = x.float().contiguous()

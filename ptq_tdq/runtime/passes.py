@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ptq_tdq.errors import RuntimeUnsupportedError
 from ptq_tdq.rotate import signs
-from ptq_tdq.runtime.address import address
+from ptq_tdq.runtime.address import address, untraced
 from ptq_tdq.runtime.attention import AttentionSizes, IntegerProduct, tops
 from ptq_tdq.runtime.kernels import Activation, Norm, TokenNorm
 from ptq_tdq.runtime.layer import ChannelRange, IntegerLayer, IntegerLinear, WeightOnlyLayer
@@ -119,6 +119,7 @@ class Plan:
         self._alive: list[object] = []  # whose addresses C has
         self._last: tuple[Interval | None, tuple[int, int]] = None, (0, 0)
 
+    @untraced
     def __call__(self, *tensors: Tensor) -> None:
         """Raises :class:`RuntimeUnsupportedError` for tensors other than those announced."""
         if self._list is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptq_tdq.errors import RuntimeUnsupportedError
-from ptq_tdq.runtime.address import address, per_sample
+from ptq_tdq.runtime.address import address, per_sample, untraced
 from ptq_tdq.runtime.step import Interval
 
 CHANNELS = 4  # the kernel takes multiples of so many
@@ -259,6 +259,7 @@ class NativeProducts:
     def covers(weights: Weights, geometry: Geometry) -> bool:
         return geometry.groups == 1 and weights.codes.shape[1] % CHANNELS == 0
 
+    @untraced
     def __call__(self, codes: Tensor, interval: Interval, onto: Tensor | None) -> Tensor:
         shape = check_codes(codes, interval, onto, self._shape, self._geometry)
         batch, _, height, width = codes.shape
