@@ -117,7 +117,7 @@ def _model(
     if not source:
         try:
             check_class(subject.artifact)
-        except ModelError as error:
+        except (ModelError, ArtifactMismatchError) as error:
             return None, (f"Errors, distributions and samples are missing from the page. {error}",)
     try:
         model = load_original(source, subject.artifact, **given)
