@@ -117,7 +117,7 @@ class PipelineSampler(Sampler):
 
 def _find_scheduler(pipe: Any, component: str) -> str:
     """The scheduler of ``component``, by its name: "prior_scheduler" is that of all that begins with "prior"."""
-    names = [name for name, value in pipe.components.items() if name.endswith(SCHEDULER) and value is not None]
+    names: list[str] = [name for name, each in pipe.components.items() if name.endswith(SCHEDULER) and each is not None]
     own = [name for name in names if component.startswith(name.removesuffix(SCHEDULER).removesuffix("_"))]
     if not own:
         raise ModelError(f"{type(pipe).__name__} has no scheduler of its {component}; record calls of it.")
