@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ptq_tdq.calib_data import (
     load_model,
     with_scheduler,
 )
+from ptq_tdq.calib_data.source import find_parts
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
 from ptq_tdq.identity import model_sha256
 
@@ -184,6 +186,36 @@ def test_a_folder_without_a_denoiser_says_what_it_holds(tmp_path: Path) -> None:
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be read as JSON"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["StableCascadeUNet", "T5FilmDecoder"])
+def test_a_denoiser_may_call_its_time_step_by_a_longer_name(tmp_path: Path, name: str) -> None:
+    write_json(tmp_path / "config.json", {"_class_name": name})
+    assert find_parts(tmp_path).denoiser == tmp_path
+    write_json(tmp_path / "model_index.json", {"vae": ["diffusers", "AutoencoderKL"], "prior": ["diffusers", name]})
+    assert find_parts(tmp_path).component == "prior"
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_long_file(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 25)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [(a_pipe, "it is not a regular file"), (a_long_file, "it has more than 16,777,216 bytes")]
+)
+def test_a_configuration_that_is_no_fair_file_is_not_read(
+    unet: UNet2DModel, tmp_path: Path, make: Callable[[Path], None], said: str
+) -> None:
+    DDIMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    (tmp_path / "unet" / "config.json").unlink()
+    make(tmp_path / "unet" / "config.json")
+    with pytest.raises(ModelError, match=rf"unet/config\.json' cannot be read as JSON \({said}\)"):
         load_model(str(tmp_path))
 
 
