@@ -158,10 +158,10 @@ def start_schedule(schedule: Any, num_inference_steps: int, device: torch.device
         raise ConfigError(f"The number of inference steps must be at least 1. Got {num_inference_steps} instead.")
     try:
         schedule.set_timesteps(num_inference_steps, device=device)
-    except (ValueError, IndexError, ZeroDivisionError) as error:
+    except Exception as error:  # of any type: nobody has checked its configuration against their number
         raise ConfigError(
             f"{type(schedule).__name__} cannot run {num_inference_steps} inference steps; "
-            f"choose another number ({error})."
+            f"choose another number or scheduler ({first_line(error)})."
         ) from error
 
 

@@ -195,6 +195,11 @@ def test_an_impossible_number_of_steps_is_refused(steps: int) -> None:
         start_schedule(DDIMScheduler(), steps)
 
 
+def test_a_schedule_that_no_number_of_steps_fits_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="DDPMScheduler cannot run 2 inference steps; choose another"):
+        start_schedule(DDPMScheduler(steps_offset="x"), 2)
+
+
 def test_a_denoiser_that_needs_more_says_so() -> None:
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import subprocess
 import sys
@@ -177,6 +178,22 @@ def test_a_stdout_that_takes_nothing_is_no_traceback(end: str) -> None:
         assert done.stderr.count("\n") == 1
     else:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(errno.ENOSPC, "No space left"), (errno.EFBIG, "File too large"), (errno.ENOENT, "No usable temporary directory")],
+)
+def test_a_full_disk_is_not_taken_for_stdout(
+    number: int, text: str, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(number, text)
+
+    monkeypatch.setattr("ptq_tdq.cli.inspect.read_artifact", fail)
+    result = cli("inspect", tmp_path)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(f"Error: A temporary file cannot be written ({text}); ") and "TMPDIR" in result.err
 
 
 @pytest.mark.parametrize(("environment", "expected"), [({}, "Commands:"), (AT_A_KEY, "plain,calibrate\n")])
