@@ -127,7 +127,7 @@ class _Named:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def write(self, text: str) -> int:
+    def write(self, text: str) -> Any:
         return self._named(self._stream.write, text)
 
     def flush(self) -> None:
