@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -84,7 +85,7 @@ def cli(context: click.Context) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors raised on purpose become one line on stderr (with -v also a traceback)."""
     state: dict[str, Any] = {}
-    _open_closed_streams()
+    _prepare_streams()
     try:
         with _terminable(), redirect_stdout(_Named(sys.stdout, STDOUT)):
             cli.main(args, prog_name="ptq-tdq", standalone_mode=False, obj=state)
@@ -141,11 +142,16 @@ class _Named:
             raise
 
 
-def _open_closed_streams() -> None:
-    """Streams that this process was started without lead nowhere, and no file that is opened gets their numbers."""
+def _prepare_streams() -> None:
+    """Streams that this process was started without lead nowhere, and no file that is opened gets their numbers.
+
+    What stdout cannot encode, such as a path that is no text, is spelled out, as on stderr.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _Terminated(KeyboardInterrupt):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,14 @@ def test_a_stdout_that_takes_nothing_is_no_traceback(end: str) -> None:
         assert done.stderr.count("\n") == 1
     else:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_output_whose_name_is_no_text_is_told(calibrated: Any, pipeline: Path, tmp_path: Path) -> None:
+    out = tmp_path / os.fsdecode(b"a\xff")
+    command = ("report", calibrated(pipeline), "--samples", "0", "--output-dir", out)
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most places
+    done = subprocess.run([sys.executable, "-P", "-m", "ptq_tdq", *command], env=environment, capture_output=True)
+    assert done.returncode == 0 and rb"a\udcff/report.html" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
