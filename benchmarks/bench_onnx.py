@@ -210,7 +210,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: speed over the runtime's float32, and behind it over its own static int8; last SQNR against full
     precision, of our file and behind it of that static model.
     """
-    names = [name for name in CALLS if not name.endswith("float32")]
+    names = [n for n in CALLS if not n.endswith("float32") and all(n in line["over_float32"] for line in lines)]
     rows = ["| model | scheme | batch | " + " | ".join([*names, "file", *NOISE]) + " |"]
     rows.append("|---" * (4 + len(names) + len(NOISE)) + "|")
     for line in lines:
