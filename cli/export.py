@@ -28,17 +28,8 @@ RUNTIMES = ("portable", "onnxruntime", "openvino", "qdq")
 TABLE = FileKind("an interval table", rb'layer,t,scale,|\{\n"layer": \[|PK\x03\x04.{26}layer\.npy')
 SAMPLES = 8  # whose outputs have a range in each step
 GRAPH = FileKind("a graph of ptq-tdq", rb"\x08.\x12\x07ptq-tdq")
-OWN = (
-    "artifact",
-    "kind",
-    "runtime",
-    "steps",
-    "int8_outputs",
-    "output",
-    "as_json",
-    "verbose",
-    "quiet",
-)  # all others are of a model
+# of the command itself; all others are of a model
+OWN = ("artifact", "kind", "runtime", "steps", "int8_outputs", "output", "as_json", "verbose", "quiet")
 
 
 @click.command("export")
