@@ -70,14 +70,8 @@ def table(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         told = line["foretold"]
         minutes = sum(told[name] for name in ("recording_seconds", "seconds", "measuring_seconds")) / 60
-        row = (
-            line["model"],
-            line["way"],
-            f"{line['seconds'] / 60:.1f}",
-            f"{minutes:.1f}",
-            f"{line['bytes'] / 2**30:.2f}",
-        )
-        rows.append(f"| {' | '.join(row)} |")
+        numbers = line["seconds"] / 60, minutes, line["bytes"] / 2**30, line["prediction_sqnr_db"]["learned"]
+        rows.append(f"| {line['model']} | {line['way']} | " + " | ".join(f"{number:.1f}" for number in numbers) + " |")
     return "\n".join(rows)
 
 
