@@ -1,13 +1,13 @@
 """Exported ONNX files on the runtimes that they are for, beside the same model in float32, interleaved in one process.
 
-One JSON line per (model, scheme, batch), one thread: milliseconds of one call of the denoiser (process CPU time, the
-least of the rounds), each file's speed over its own runtime's float32 and over that runtime's own static int8 model
-(made by onnxruntime.quantization, and by NNCF), how many products the runtime executes as integers, the file's size
-over that of the float32 weights, and the SQNR of its output against the simulated model's and against full precision,
-on calls of other trajectories than calibration's; that of the runtimes' own int8 models, too, whose intervals come from
-these very inputs. "qdq" is the graph of one step of ``--runtime qdq``. OpenVINO computes what is not integers in
-float32, in all of its models. Calibration is a quick one, since speed does not depend on it; ``--calibrated`` gives the
-files all that preset default has.
+One JSON line per (model, scheme, batch), one thread: milliseconds of one run of each file (process CPU time, the least
+of the rounds), and of one call of OnnxDenoiser; each file's speed over its runtime's float32 and over that runtime's
+own static int8 model (made by onnxruntime.quantization, and by NNCF), how many products the runtime executes as
+integers, the file's size over that of the float32 weights, and the SQNR of its output against the simulated model's and
+against full precision, on calls of other trajectories than calibration's; that of the runtimes' own int8 models, too,
+whose intervals come from these very inputs. "qdq" is the graph of one step of ``--runtime qdq``, "qdq-int8" the same
+with ``--int8-outputs``. OpenVINO computes what is not integers in float32, in all of its models. Calibration is a quick
+one: speed does not depend on it, and ``--calibrated`` gives the files all that preset default has.
 
 "float32" is the graph of ``--format onnx-float``; for onnxruntime with the same normalization nodes as in the integer
 file, so that only integers make the difference.
@@ -40,7 +40,9 @@ from ptq_tdq.export.onnx import FORMS, OnnxDenoiser
 from ptq_tdq.export.onnx.file import encode_onnx, write_steps
 from ptq_tdq.export.onnx.floating import Floating
 from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
+from ptq_tdq.export.onnx.outputs import outputs_of
 from ptq_tdq.export.onnx.portable import Portable
+from ptq_tdq.export.onnx.runtimes import RUNTIMES
 from ptq_tdq.export.onnx.skeleton import make_skeleton
 from ptq_tdq.load import build_quantized
 
@@ -71,6 +73,8 @@ CALLS = {  # name -> file, runtime, the call that it is compared with
     "portable on openvino": ("portable", "openvino", "openvino float32"),
     "qdq on onnxruntime": ("qdq", "onnxruntime", "onnxruntime float32"),
     "qdq on openvino": ("qdq", "openvino", "openvino float32"),
+    "qdq-int8 on onnxruntime": ("qdq-int8", "onnxruntime", "onnxruntime float32"),
+    "qdq-int8 on openvino": ("qdq-int8", "openvino", "openvino float32"),
 }
 STATIC = {"onnxruntime": "onnxruntime static int8", "openvino": "OpenVINO + NNCF int8"}  # a runtime's own
 NOISE = [f"{name}, dB" for name in STATIC]
@@ -120,9 +124,12 @@ def export(artifact: Artifact, calls: Calls, folder: Path) -> dict[str, Path]:
         paths[name] = folder / f"{name}.onnx"
         runtime = name if name in FORMS else "float"
         paths[name].write_bytes(encode_onnx(artifact, form, skeleton, runtime))
-    paths["qdq"] = folder / "qdq"
-    paths["qdq"].mkdir()
-    write_steps(artifact, paths["qdq"], skeleton, [[float(T)]])
+    near = (calls.t - T).abs()
+    outputs = [outputs_of(build_quantized(artifact), calls.select((near == near.min()).nonzero().flatten()))]
+    for name, own in (("qdq", None), ("qdq-int8", outputs)):
+        paths[name] = folder / name
+        paths[name].mkdir()
+        write_steps(artifact, paths[name], skeleton, [[float(T)]], own)
     return paths
 
 
@@ -136,7 +143,8 @@ def measure(
         name: OnnxDenoiser(paths[file], runtime=runtime, threads=1) for name, (file, runtime, _) in CALLS.items()
     }
     outputs = {name: prediction(denoiser(**inputs)) for name, denoiser in denoisers.items()}
-    run: dict[str, Call] = {name: partial(denoiser, **inputs) for name, denoiser in denoisers.items()}
+    run: dict[str, Call] = {name: bare(paths[file], runtime, inputs) for name, (file, runtime, _) in CALLS.items()}
+    run |= {f"OnnxDenoiser, {name}": partial(denoisers[name], **inputs) for name in STATIC}
     with torch.no_grad():
         beside = openvino_calls(model, inputs, 1, "f32") | onnxruntime_calls(model, inputs, 1, paths["qdq"].parent)
     run |= beside
@@ -161,6 +169,18 @@ def measure(
         "sqnr_db_to_simulated": {name: sqnr_db(simulated, output) for name, output in outputs.items()},
         "sqnr_db_to_full": {name: sqnr_db(full, output) for name, output in every.items()},
     }
+
+
+def bare(path: Path, runtime: str, inputs: dict[str, Any]) -> Call:
+    """A run of a file, or of the graph of a folder, with the tensors of a call as they are."""
+    file = next(path.glob("*.onnx")) if path.is_dir() else path
+    kinds = {
+        value.name: value.type.tensor_type.elem_type for value in onnx.load(file, load_external_data=False).graph.input
+    }
+    dtypes = {name: onnx.helper.tensor_dtype_to_np_dtype(kind) for name, kind in kinds.items()}
+    return partial(
+        RUNTIMES[runtime](file, 1, True), {name: inputs[name].numpy().astype(dtypes[name]) for name in dtypes}
+    )
 
 
 def onnxruntime_products(path: Path) -> dict[str, int]:
@@ -190,7 +210,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: speed over the runtime's float32, and behind it over its own static int8; last SQNR against full
     precision, of our file and behind it of that static model.
     """
-    names = [name for name in CALLS if not name.endswith("float32")]
+    names = [n for n in CALLS if not n.endswith("float32") and all(n in line["over_float32"] for line in lines)]
     rows = ["| model | scheme | batch | " + " | ".join([*names, "file", *NOISE]) + " |"]
     rows.append("|---" * (4 + len(names) + len(NOISE)) + "|")
     for line in lines:

@@ -23,10 +23,11 @@ from ptq_tdq.calib_data.pipeline import PipelineSampler, find_condition
 from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
-from ptq_tdq.errors import ConfigError, ModelError, first_line
+from ptq_tdq.errors import ConfigError, ModelError, PtqTdqError, first_line
 from ptq_tdq.identity import model_sha256
 from ptq_tdq.processor import check_device
 from ptq_tdq.structure import diffusers_class
+from ptq_tdq.timeaxis import LONGEST
 
 _ACCELERATE = find_spec("accelerate") is not None  # loads in less memory; some models are loaded in no other way
 
@@ -83,17 +84,12 @@ def with_scheduler(model: LoadedModel, name: str) -> LoadedModel:
             f"diffusers has no scheduler named {name!r}, or lacks a package for it; "
             "try DDIMScheduler or EulerDiscreteScheduler."
         )
-    try:
-        with _quiet():
-            sampler = copy.copy(model.sampler)
-            sampler.scheduler = cls.from_config(model.scheduler.config)
-            if hasattr(sampler.scheduler, "alphas_cumprod") != hasattr(model.scheduler, "alphas_cumprod"):
-                raise ValueError("their noise schedules are of different kinds")
-    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{name} cannot be made from the model's own schedule ({error}); try another, or save the pipeline with "
-            "that scheduler and load it."
-        ) from error
+    what = f"{name} cannot be made from the model's own schedule"
+    with _refusing(ConfigError, what, "try another, or save the pipeline with that scheduler and load it"), _quiet():
+        sampler = copy.copy(model.sampler)
+        sampler.scheduler = cls.from_config(model.scheduler.config)
+        if hasattr(sampler.scheduler, "alphas_cumprod") != hasattr(model.scheduler, "alphas_cumprod"):
+            raise ValueError("their noise schedules are of different kinds")
     return replace(model, sampler=sampler)
 
 
@@ -105,6 +101,8 @@ def _make_sampler(
     call: Mapping[str, Any] | None,
 ) -> tuple[Sampler, tuple[str, ...]]:
     """The pipeline where it does more than the plain loop: where there is something to tell it."""
+    if parts.scheduler is not None:
+        _check_length(parts.scheduler)
     if parts.pipeline is not None and parts.component is not None:
         pipe = _load_pipeline(parts.pipeline, parts.component, denoiser)
         others = set(pipe.components) - {parts.component, "scheduler", "vae", "vqvae"}
@@ -127,23 +125,21 @@ def _make_sampler(
 def _load_pipeline(folder: Path, component: str, denoiser: nn.Module) -> Any:
     # what a safety checker would do to the pictures of an untrained or quantized model is no loss of quantization
     given = {"safety_checker": None} if "safety_checker" in read_config(folder / "model_index.json") else {}
-    try:
+    advice = (
+        "its files are missing or damaged, or a package that they need is not installed "
+        "(pip install 'ptq-tdq[pipelines]')"
+    )
+    with _refusing(ModelError, f"The pipeline in '{folder}' cannot be loaded", advice), _quiet("transformers"):
         from diffusers import DiffusionPipeline
 
-        with _quiet("transformers"):
-            return DiffusionPipeline.from_pretrained(
-                folder,
-                torch_dtype=torch.float32,
-                low_cpu_mem_usage=_ACCELERATE,
-                local_files_only=True,
-                use_safetensors=True,
-                **{component: denoiser, **given},
-            )
-    except Exception as error:  # of any type, from diffusers, transformers or a tokenizer
-        raise ModelError(
-            f"The pipeline in '{folder}' cannot be loaded ({first_line(error)}); its files are missing or damaged, "
-            "or a package that they need is not installed (pip install 'ptq-tdq[pipelines]')."
-        ) from error
+        return DiffusionPipeline.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=_ACCELERATE,
+            local_files_only=True,
+            use_safetensors=True,
+            **{component: denoiser, **given},
+        )
 
 
 def _load_weights(cls: Any, folder: Path) -> Any:
@@ -154,7 +150,8 @@ def _load_weights(cls: Any, folder: Path) -> Any:
                 f"The weights in '{folder}' are pickled ({pickled}), which can run code and is never read; "
                 "save the model with safetensors."
             )
-    try:
+    advice = "its files are missing, truncated or of another model, so copy or download them again"
+    with _refusing(ModelError, f"The {cls.__name__} in '{folder}' cannot be loaded", advice):
         model, info = cls.from_pretrained(
             folder,
             torch_dtype=torch.float32,
@@ -163,11 +160,6 @@ def _load_weights(cls: Any, folder: Path) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise ModelError(
-            f"The {cls.__name__} in '{folder}' cannot be loaded ({first_line(error)}); "
-            "its files are missing, truncated or of another model, so copy or download them again."
-        ) from error
     for problem in ("missing_keys", "unexpected_keys"):
         if info[problem]:
             what = problem.removesuffix("_keys")
@@ -205,10 +197,27 @@ def _load_scheduler(parts: Parts) -> tuple[Any, tuple[str, ...]]:
         return DDPMScheduler(), (notice,)
     config = read_config(parts.scheduler / "scheduler_config.json")
     cls = _known_class(config, parts.scheduler, "SchedulerMixin")
-    try:
+    with _refusing(ModelError, f"The scheduler in '{parts.scheduler}' cannot be made", "correct its file"):
         return cls.from_config(config), ()
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ModelError(f"The scheduler in '{parts.scheduler}' cannot be made ({error}); correct its file.") from error
+
+
+def _check_length(scheduler: Path) -> None:
+    """Refuse a schedule that no table covers: it would take memory and minutes first."""
+    steps = read_config(scheduler / "scheduler_config.json").get("num_train_timesteps")
+    if isinstance(steps, int | float) and steps > LONGEST:
+        raise ModelError(
+            f"The scheduler in '{scheduler}' has {steps:,} training steps, more than the {LONGEST:,} that interval "
+            "tables may have; correct its file."
+        )
+
+
+@contextmanager
+def _refusing(kind: type[PtqTdqError], what: str, advice: str) -> Iterator[None]:
+    """Around what other libraries make of files, who raise errors of any type: one sentence of ours in their place."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{what} ({first_line(error)}); {advice}.") from error
 
 
 def _move(denoiser: nn.Module, sampler: Sampler, device: torch.device, dtype: torch.dtype) -> None:

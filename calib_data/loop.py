@@ -65,7 +65,13 @@ class LoopSampler(Sampler):
         """As the base says. Raises :class:`ConfigError` for a number of steps that the scheduler cannot run."""
         device, dtype = getattr(denoiser, "device", torch.device("cpu")), getattr(denoiser, "dtype", torch.float32)
         start_schedule(schedule, num_inference_steps, device)
-        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
+        try:
+            noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
+        except RuntimeError as error:  # more than there is memory, or than torch can count
+            raise ModelError(
+                f"{len(generators)} samples of shape {list(self.shape)} cannot be made ({first_line(error)}); "
+                "correct sample_size in the model's configuration."
+            ) from error
         labels = {} if conditions[0] is None else {LABELS: torch.tensor(conditions, device=device)}
         channels = None if _reads_variance(schedule) else self.shape[0]
         latents = step_through(
@@ -152,10 +158,10 @@ def start_schedule(schedule: Any, num_inference_steps: int, device: torch.device
         raise ConfigError(f"The number of inference steps must be at least 1. Got {num_inference_steps} instead.")
     try:
         schedule.set_timesteps(num_inference_steps, device=device)
-    except (ValueError, IndexError, ZeroDivisionError) as error:
+    except Exception as error:  # of any type: nobody has checked its configuration against their number
         raise ConfigError(
             f"{type(schedule).__name__} cannot run {num_inference_steps} inference steps; "
-            f"choose another number ({error})."
+            f"choose another number or scheduler ({first_line(error)})."
         ) from error
 
 

@@ -20,13 +20,15 @@ from ptq_tdq.errors import ConfigError, ModelError, PtqTdqError, first_line
 
 PROMPT, LABELS = "prompt", "class_labels"
 _TEXT = re.compile(r"(negative_)?prompt(_\d+)?")
-OWN = ("generator", "num_inference_steps", "output_type", "return_dict", "num_images_per_prompt", PROMPT, LABELS)
+OWN = ("generator", "output_type", "return_dict", "num_images_per_prompt", PROMPT, LABELS)
+SCHEDULER, STEPS = "scheduler", "num_inference_steps"  # the ends of a component's and an argument's names
 
 
 class PipelineSampler(Sampler):
     """Runs ``pipe`` with another denoiser in the place of its ``component``.
 
-    ``call`` are further arguments of the pipeline (guidance_scale, height, width, num_frames, ...).
+    ``call`` are further arguments of the pipeline (guidance_scale, height, width, num_frames, ...). The scheduler and
+    the number of steps are the component's own where the pipeline has several, each with the name of its part.
     """
 
     batch = 4
@@ -39,11 +41,16 @@ class PipelineSampler(Sampler):
         classes: Sequence[int] | None = None,
         call: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raises :class:`ConfigError` for prompts, classes or arguments that the pipeline does not take."""
+        """Raises :class:`ConfigError` for prompts, classes or arguments that the pipeline does not take.
+
+        Raises :class:`ModelError` for a component without a scheduler.
+        """
         self.pipe, self.component, self.call = pipe, component, dict(call or {})
-        self.scheduler = pipe.scheduler
+        self._scheduler_name = _find_scheduler(pipe, component)
+        self._steps = self._scheduler_name.removesuffix(SCHEDULER) + STEPS
+        self.scheduler = getattr(pipe, self._scheduler_name)
         self.condition, self.num_classes = find_condition(pipe, component)
-        _check_call(pipe, self.call, self.condition)
+        _check_call(pipe, self.call, self.condition, self._steps)
         if prompts is not None and self.condition != PROMPT:
             raise ConfigError(f"{type(pipe).__name__} takes no prompts; leave them out.")
         self.prompts = [prompts] if isinstance(prompts, str) else list(DEFAULT_PROMPTS if prompts is None else prompts)
@@ -75,10 +82,12 @@ class PipelineSampler(Sampler):
         num_inference_steps: int,
         schedule: Any,
     ) -> Sampled:
-        """As the base says. Raises :class:`ModelError` with the pipeline's own words for a call that it refuses."""
-        pipe = copy.copy(self.pipe)
-        setattr(pipe, self.component, denoiser)
-        pipe.scheduler = schedule
+        """As the base says. Raises :class:`ModelError` with the pipeline's own words for a call that it refuses.
+
+        Raises it as well for a run that never calls the denoiser: what it gives says nothing of it.
+        """
+        own, its_scheduler = (id(getattr(self.pipe, name)) for name in (self.component, self._scheduler_name))
+        pipe = _exchanged(self.pipe, {own: denoiser, its_scheduler: schedule})
         pipe.set_progress_bar_config(disable=True)
         call: dict[str, Any] = {**_with_tuples(pipe, self.call), "generator": list(generators), "return_dict": False}
         count = len(conditions)
@@ -87,16 +96,45 @@ class PipelineSampler(Sampler):
             call |= {"generator": generators[0], PROMPT: conditions[0]}
         else:  # some pipelines want as many other texts as there are prompts
             call |= {key: [value] * count for key, value in call.items() if _TEXT.fullmatch(key) and type(value) is str}
-        for key, value in (("num_inference_steps", num_inference_steps), ("output_type", "np")):
+        for key, value in ((self._steps, num_inference_steps), ("output_type", "np")):
             call |= {key: value} if takes(pipe.__call__, key) else {}
         if self.condition != PROMPT and takes(pipe.__call__, "batch_size"):
             call["batch_size"] = count
-        with _refusals(pipe), _decoded(pipe) as latents:
+        called: list[nn.Module] = []
+        listening = denoiser.register_forward_pre_hook(lambda module, args: called.append(module))
+        with _refusals(pipe), _decoded(pipe) as latents, listening:
             made = torch.as_tensor(pipe(**call)[0])
+        if not called:
+            raise ModelError(
+                f"{type(pipe).__name__} never called its {self.component}, so its samples say nothing of it; take more "
+                "inference steps, or give the pipeline that the denoiser runs in."
+            )
         if not latents or sum(map(len, latents)) % count:
             return Sampled(made.float().cpu(), _images(made))
         joined = torch.cat(latents).float().cpu()
         return Sampled(joined.reshape(count, -1, *joined.shape[1:]).squeeze(1), _images(made))
+
+
+def _find_scheduler(pipe: Any, component: str) -> str:
+    """The scheduler of ``component``, by its name: "prior_scheduler" is that of all that begins with "prior"."""
+    names: list[str] = [name for name, each in pipe.components.items() if name.endswith(SCHEDULER) and each is not None]
+    own = [name for name in names if component.startswith(name.removesuffix(SCHEDULER).removesuffix("_"))]
+    if not own:
+        raise ModelError(f"{type(pipe).__name__} has no scheduler of its {component}; record calls of it.")
+    return max(own, key=len)
+
+
+def _exchanged(pipe: Any, others: Mapping[int, Any]) -> Any:
+    """A copy of ``pipe`` and of the pipelines in it, with ``others`` in the place of what has their ids."""
+    from diffusers import DiffusionPipeline
+
+    made = copy.copy(pipe)
+    for name, value in vars(pipe).items():
+        if id(value) in others:
+            setattr(made, name, others[id(value)])
+        elif isinstance(value, DiffusionPipeline):
+            setattr(made, name, _exchanged(value, others))
+    return made
 
 
 def _with_tuples(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,11 +153,11 @@ def find_condition(pipe: Any, component: str) -> tuple[str | None, int]:
     return (LABELS, int(classes)) if classes and takes(pipe.__call__, LABELS) else (None, 0)
 
 
-def _check_call(pipe: Any, call: Mapping[str, Any], condition: str | None) -> None:
-    """Whether ``pipe`` can be called with ``call`` and its condition, and with nothing more."""
+def _check_call(pipe: Any, call: Mapping[str, Any], condition: str | None, steps: str) -> None:
+    """Whether ``pipe`` can be called with ``call``, its condition and ``steps``, and with nothing more."""
     name, parameters = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
     named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    known = [key for key in named if key not in OWN]
+    known = [key for key in named if key not in (*OWN, steps)]
     wrong = [key for key in call if key not in known]
     if wrong:
         raise ConfigError(f"{name} takes no argument {wrong[0]!r} here; it takes {', '.join(known)}.")
@@ -129,7 +167,7 @@ def _check_call(pipe: Any, call: Mapping[str, Any], condition: str | None) -> No
             f"The argument {odd[0]!r} is {shortened(call[odd[0]])}, which no recipe can tell; run the {name} yourself "
             "and record calls of its denoiser."
         )
-    missing = [key for key, p in named.items() if p.default is p.empty and key not in (*call, condition)]
+    missing = [key for key, p in named.items() if p.default is p.empty and key not in (*call, condition, steps)]
     if missing:
         raise ConfigError(f"{name} needs {missing[0]}, which is more than a prompt or a class; record calls of it.")
 

@@ -63,12 +63,12 @@ MOST_BYTES = 1 << 24
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt per line of a UTF-8 text file; empty lines do not count.
+    """One prompt per line of a UTF-8 text file, with a byte order mark or without; empty lines do not count.
 
     Raises :class:`ConfigError` for a file that cannot be read or holds no prompt.
     """
     try:
-        text = read_file(path, MOST_BYTES).decode()
+        text = read_file(path, MOST_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The prompts in '{path}' cannot be read ({reason(error)}); give a text file in UTF-8."

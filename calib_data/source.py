@@ -14,12 +14,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ptq_tdq.errors import ModelError
+from ptq_tdq.files import read_file, reason
 from ptq_tdq.structure import diffusers_class
-from ptq_tdq.timeaxis import USUAL_NAMES
+from ptq_tdq.timeaxis import usual_name
 
 PIPELINE_FILE = "model_index.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CONFIGS_AND_WEIGHTS = ["*.json", "*.safetensors"]
+_MOST_BYTES = 1 << 24  # of a configuration
 _PARTS = ("unet", "transformer")  # where a folder without a pipeline file keeps its denoiser
 
 
@@ -137,15 +139,17 @@ def _vae(folder: Path) -> Path | None:
 def takes_time(name: Any) -> bool:
     """Whether the class of diffusers that is called ``name`` is a model of x and a time step."""
     cls = diffusers_class(name)
-    return cls is not None and any(usual in inspect.signature(cls.forward).parameters for usual in USUAL_NAMES)
+    return cls is not None and usual_name(inspect.signature(cls.forward).parameters) is not None
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises :class:`ModelError` for anything else."""
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_file(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"The file '{path}' cannot be read as JSON ({error}); copy or download it again.") from error
+        raise ModelError(
+            f"The file '{path}' cannot be read as JSON ({reason(error)}); copy or download it again."
+        ) from error
     if not isinstance(config, dict):
         raise ModelError(f"The file '{path}' is no JSON object; copy or download it again.")
     return config

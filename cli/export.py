@@ -26,8 +26,10 @@ from ptq_tdq.export import export_tables
 TABLES, GRAPHS, COMPONENT = ("csv", "json", "npz"), ("onnx", "onnx-float"), "diffusers"
 RUNTIMES = ("portable", "onnxruntime", "openvino", "qdq")
 TABLE = FileKind("an interval table", rb'layer,t,scale,|\{\n"layer": \[|PK\x03\x04.{26}layer\.npy')
+SAMPLES = 8  # whose outputs have a range in each step
 GRAPH = FileKind("a graph of ptq-tdq", rb"\x08.\x12\x07ptq-tdq")
-OWN = ("artifact", "kind", "runtime", "steps", "output", "as_json", "verbose", "quiet")  # all others are of a model
+# of the command itself; all others are of a model
+OWN = ("artifact", "kind", "runtime", "steps", "int8_outputs", "output", "as_json", "verbose", "quiet")
 
 
 @click.command("export")
@@ -53,6 +55,12 @@ OWN = ("artifact", "kind", "runtime", "steps", "output", "as_json", "verbose", "
     help="With --runtime qdq: steps of a sampling run, whose time steps get graphs.  [default: as calibrated]",
 )
 @click.option(
+    "--int8-outputs",
+    is_flag=True,
+    help="With --runtime qdq: what convolutions give in 8 bits too, as onnxruntime and many accelerators need it for "
+    "integer kernels; some dB are lost. The calls should hold some samples.",
+)
+@click.option(
     "--output",
     type=FilePath(),
     required=True,
@@ -74,6 +82,7 @@ def export_command(
     kind: str,
     runtime: str | None,
     steps: int | None,
+    int8_outputs: bool,
     output: Path,
     calls_file: Path | None,
     source: str | None,
@@ -94,7 +103,7 @@ def export_command(
     Sizes that a graph fixes (of a latent, of a prompt) are those of the recorded call, so of --height, --width and the
     like.
     """
-    _check_together(kind, runtime, steps, calls_file)
+    _check_together(kind, runtime, steps, int8_outputs, calls_file)
     if runtime == "qdq" or kind == COMPONENT:
         check_target(output)
     elif output.is_dir():
@@ -121,9 +130,9 @@ def export_command(
             calls = Calls.load(calls_file)
         else:
             count = (steps or _steps_of(stored)) if runtime == "qdq" else 1
-            calls = _record(stored, source, count, given)
+            calls = _record(stored, source, count, SAMPLES if int8_outputs else 1, given)
         if runtime == "qdq":
-            onnx.export_onnx_steps(stored, output, calls)
+            onnx.export_onnx_steps(stored, output, calls, int8_outputs=int8_outputs)
         elif kind == "onnx":
             onnx.export_onnx(stored, output, runtime or "portable", calls)
         else:
@@ -134,7 +143,9 @@ def export_command(
         click.echo(f"Wrote {' and '.join(map(str, written))}", err=True)
 
 
-def _check_together(kind: str, runtime: str | None, steps: int | None, calls_file: Path | None) -> None:
+def _check_together(
+    kind: str, runtime: str | None, steps: int | None, int8_outputs: bool, calls_file: Path | None
+) -> None:
     """Raise :class:`UsageError` for options that do not go together."""
     if kind in (*TABLES, COMPONENT):
         refuse_others(OWN, f"--format {kind} calls no model")
@@ -142,6 +153,8 @@ def _check_together(kind: str, runtime: str | None, steps: int | None, calls_fil
         raise UsageError(f"--runtime goes with --format onnx. Got --format {kind} instead.")
     if steps is not None and (runtime != "qdq" or calls_file is not None):
         raise UsageError("--steps goes with --runtime qdq and without --calls, which bring their own time steps.")
+    if int8_outputs and runtime != "qdq":
+        raise UsageError("--int8-outputs goes with --runtime qdq; the other graphs have outputs in floating point.")
 
 
 def _steps_of(stored: Artifact) -> int:
@@ -155,8 +168,8 @@ def _steps_of(stored: Artifact) -> int:
     return found
 
 
-def _record(stored: Artifact, source: str | None, steps: int, given: dict[str, Any]) -> Calls:
-    """Calls of the full-precision model for one sample, as its own sampling makes them."""
+def _record(stored: Artifact, source: str | None, steps: int, samples: int, given: dict[str, Any]) -> Calls:
+    """Calls of the full-precision model for some samples, as its own sampling makes them."""
     model = load_original(source, stored, **given)
     check_base_model(stored, model.sha256)
-    return collect(model, samples_per_step=1, calibration_steps=steps, num_inference_steps=max(2, steps))
+    return collect(model, samples_per_step=samples, calibration_steps=steps, num_inference_steps=max(2, steps))

@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -37,7 +38,10 @@ COMMANDS = {
     "sample": "Sample with each ARTIFACT and with the full-precision model, from the same noise, into a PNG.",
 }
 """Each command, in the file of its name, with the first sentence of its help; the file is imported when it runs."""
-UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # where stdout leads
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (*FULL, errno.EPIPE, errno.EIO)  # where stdout leads
+NO_FOLDER = (errno.ENOENT, None)  # number and file of the error where none is usable for temporary files
+STDOUT = "<stdout>"  # what its errors name as their file
 SHARED = ("calibrate", "finetune")  # commands that several processes run as one
 
 
@@ -81,9 +85,9 @@ def cli(context: click.Context) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors raised on purpose become one line on stderr (with -v also a traceback)."""
     state: dict[str, Any] = {}
-    _open_closed_streams()
+    _prepare_streams()
     try:
-        with _terminable():
+        with _terminable(), redirect_stdout(_Named(sys.stdout, STDOUT)):
             cli.main(args, prog_name="ptq-tdq", standalone_mode=False, obj=state)
             sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
@@ -97,14 +101,17 @@ def main(args: list[str] | None = None) -> None:
             click.echo(state.get("on_stop", "Stopped."), err=True)
         sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
     except OSError as error:
-        if error.filename is not None or error.errno not in UNWRITABLE:
+        if error.filename == STDOUT and error.errno in UNWRITABLE:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to say, not even at exit
+            if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough
+                sys.exit(1)
+            what, advice = "The result", "send stdout elsewhere, or free some space"
+        elif error.errno in FULL or (error.errno, error.filename) == NO_FOLDER:  # outputs have errors of their own
+            what = "A temporary file" if error.filename is None else f"'{error.filename}'"
+            advice = "free some space, or set TMPDIR to a folder that has some"
+        else:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to say, not even at exit
-        if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough
-            sys.exit(1)
-        _fail(
-            f"The result cannot be written ({reason(error)}); send stdout elsewhere, or free some space.", 1, told=True
-        )
+        _fail(f"{what} cannot be written ({reason(error)}); {advice}.", 1, told=True)
     except PtqTdqError as error:
         if state.get("verbose"):
             traceback.print_exc()
@@ -112,11 +119,39 @@ def main(args: list[str] | None = None) -> None:
         _fail(str(error), 2 if isinstance(error, UsageError) else 1, told=told)
 
 
-def _open_closed_streams() -> None:
-    """Streams that this process was started without lead nowhere, and no file that is opened gets their numbers."""
+class _Named:
+    """A stream whose errors name it, as those of files do."""
+
+    def __init__(self, stream: Any, name: str) -> None:
+        self._stream, self._name = stream, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> Any:
+        return self._named(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._named(self._stream.flush)
+
+    def _named(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except OSError as error:
+            error.filename = self._name
+            raise
+
+
+def _prepare_streams() -> None:
+    """Streams that this process was started without lead nowhere, and no file that is opened gets their numbers.
+
+    What stdout cannot encode, such as a path that is no text, is spelled out, as on stderr.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _Terminated(KeyboardInterrupt):

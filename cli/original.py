@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calib_data import EMBEDDED, LoadedModel, load_model
 from ptq_tdq.errors import ModelError
-from ptq_tdq.structure import diffusers_class
+from ptq_tdq.structure import check_built, diffusers_class
 
 _IN_PYTHON = "; use it in Python, where load_quantized, export_onnx and finetune take an instance of it."
 _NAMES = {embedded.id: name for name, embedded in EMBEDDED.items()}
@@ -39,15 +39,15 @@ def load_original(source: str | None, stored: Artifact, **given: Any) -> LoadedM
 
 
 def check_class(stored: Artifact) -> None:
-    """Raise :class:`ModelError` for an artifact of a model that commands cannot build."""
+    """Refuse an artifact of a model that commands cannot build.
+
+    Raises :class:`ModelError` for a class that diffusers does not have, and what
+    :func:`~ptq_tdq.structure.check_built` raises.
+    """
     name = stored.config["model_config"].get("_class_name")
     if diffusers_class(name) is None:
         raise ModelError(f"The artifact is of a {name!r}, which diffusers does not have{_IN_PYTHON}")
-    if exchanged := stored.config.get("exchanged_modules"):
-        raise ModelError(
-            f"The artifact is of a {name!r} that is not as its configuration builds it ('{next(iter(exchanged))}' was "
-            f"exchanged or taken out){_IN_PYTHON}"
-        )
+    check_built(stored)
 
 
 def _as_in_calibration(stored: Artifact, given: dict[str, Any]) -> dict[str, Any]:

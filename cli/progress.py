@@ -16,6 +16,7 @@ from torch import nn
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.cli.options import result_console
 from ptq_tdq.config import Config, preset
+from ptq_tdq.errors import printable
 from ptq_tdq.evaluate.trajectories import Comparison
 from ptq_tdq.files import size_text
 from ptq_tdq.recon import Forecast, UnitReport
@@ -38,7 +39,7 @@ class Progress:
 
     def _new_bar(self) -> Bars:
         return Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -51,7 +52,7 @@ class Progress:
 
     def notice(self, text: str) -> None:
         """Something that the user should know, wherever stderr goes."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
         """What happens now; for a terminal or -v."""
@@ -106,6 +107,7 @@ class Progress:
         self._bar, self._name = self._new_bar(), None
 
     def _advance(self, name: str, done: int, total: int, note: str) -> None:
+        name, note = printable(name), printable(note)
         if name != self._name:
             self.stop()
             if not self.console.is_terminal:

@@ -24,7 +24,7 @@ from ptq_tdq.cli.options import (
 )
 from ptq_tdq.cli.original import check_class, load_original, quiet_schedulers
 from ptq_tdq.cli.progress import Progress
-from ptq_tdq.errors import ArtifactMismatchError, ModelError
+from ptq_tdq.errors import ArtifactMismatchError, ModelError, printable
 from ptq_tdq.extras import need
 from ptq_tdq.files import size_text
 from ptq_tdq.report.survey import Subject, check_same_model, survey
@@ -81,7 +81,7 @@ def report_command(
 
     quiet_schedulers()
     say = Progress(quiet=quiet, verbose=verbose)
-    names = numbered([path.resolve().name for path in artifacts])
+    names = numbered([printable(path.resolve().name) for path in artifacts])
     subjects = [Subject(name, path, read_artifact(path)) for name, path in zip(names, artifacts, strict=True)]
     check_same_model(subjects)
     check_output(output_dir, overwrite)
@@ -117,7 +117,7 @@ def _model(
     if not source:
         try:
             check_class(subject.artifact)
-        except ModelError as error:
+        except (ModelError, ArtifactMismatchError) as error:
             return None, (f"Errors, distributions and samples are missing from the page. {error}",)
     try:
         model = load_original(source, subject.artifact, **given)

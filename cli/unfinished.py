@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -44,7 +45,8 @@ class Unfinished:
     def finish(self, quantized: QuantizedModel, *, as_json: bool, quiet: bool, show: Callable[[], None] | None) -> None:
         """Write the artifact and tell of it; ``show`` draws what was measured, if anything was."""
         quantized.save_pretrained(self.output_dir, overwrite=self.overwrite)
-        discard(self.folder)
+        with suppress(OSError):  # the folder goes with the command, unless somebody else has put something there
+            clear(self.folder)
         if as_json:
             print_json({"output_dir": str(self.output_dir), **quantized.metrics})
         elif not quiet:
@@ -54,7 +56,10 @@ class Unfinished:
 
 
 def unfinished_folder(output_dir: Path) -> Path:
-    """``<output_dir>.partial``; raises :class:`OutputError` where that holds anything but an unfinished run."""
+    """``<output_dir>.partial``; raises :class:`OutputError` where that holds anything but an unfinished run.
+
+    Hidden files do not count: file managers leave some wherever they look.
+    """
     target = output_dir.resolve()
     folder = target.with_name(target.name + ".partial")
     try:
@@ -65,7 +70,8 @@ def unfinished_folder(output_dir: Path) -> Path:
             "choose another output directory."
         ) from None
     if there:
-        foreign = sorted({path.name for path in folder.iterdir()} - {path.name for path in _own(folder)})
+        shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        foreign = sorted(shown - {path.name for path in _own(folder)})
         if foreign:
             raise OutputError(
                 f"The folder '{folder}', where the unfinished run would be kept, holds '{foreign[0]}', which is no "
@@ -81,13 +87,6 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def discard(folder: Path) -> None:
-    """Remove an unfinished run with its folder."""
-    clear(folder)
-    if folder.is_dir():
-        folder.rmdir()
 
 
 def _own(folder: Path) -> list[Path]:

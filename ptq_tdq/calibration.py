@@ -26,7 +26,7 @@ from ptq_tdq.identity import base_config, first_nonfinite
 from ptq_tdq.plan import Plan, make_plan
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
 from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
-from ptq_tdq.structure import exchanged_modules
+from ptq_tdq.structure import as_configured, changed_settings, exchanged_modules
 from ptq_tdq.wrap import folded_copy
 
 _log = logging.getLogger(__name__)
@@ -88,12 +88,14 @@ def calibrate(
     calls = _calls_of(original, config, calls)
     plan = _plan_of(original.denoiser, config, calls)
     folded = folded_copy(original.denoiser)
-    exchanged = exchanged_modules(folded, calls.axis.argument)
+    built = as_configured(folded, calls.axis.argument)
+    exchanged = exchanged_modules(folded, built) if built else {}
+    settings = changed_settings(folded, built) if built else {}
     quantized = QuantizedModel(folded, calls.axis, plan.layers)
     quantized.provenance = provenance(original, config, calls, model_id)
     quantized.provenance |= {"one_step": bool(plan.special.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.provenance |= {"exchanged_modules": exchanged}
-    quantized.notices = (*plan.notices, *_close_steps(calls), *_exchanged(exchanged))
+    quantized.notices = (*plan.notices, *_close_steps(calls), *_exchanged(exchanged), *_changed(settings))
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
     folders = {"run_directory": run_directory is not None, "weights_directory": weights_directory is not None}
     processes.check_alike(lambda: identity(quantized.provenance) | folders)
@@ -191,6 +193,15 @@ def _exchanged(modules: Mapping[str, str | None]) -> Iterator[str]:
         yield (
             f"Modules that are not those that the model's configuration builds: {len(modules)} ('{name}' {first}); its "
             "artifact is loaded with a model that is changed so, as model=..."
+        )
+
+
+def _changed(settings: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence where modules have settings that the configuration of an artifact does not hold."""
+    for name, value in [*settings.items()][:1]:
+        yield (
+            f"Settings that the model's configuration does not hold: {len(settings)} ('{name}' is {value!r}); "
+            "give them to the loaded model again, or load the artifact with a model that has them, as model=..."
         )
 
 

@@ -105,7 +105,7 @@ def holding(path: Path) -> Iterator[bool | None]:
     if sys.platform == "win32":  # without such locks
         yield None
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes to opens, too
     try:
         yield _hold(descriptor)
     finally:

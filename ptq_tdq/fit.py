@@ -45,9 +45,17 @@ def check_fit(model: nn.Module, artifact: Artifact) -> None:
     _check_state(model, artifact)
 
 
-def classes_of(model: nn.Module) -> dict[str, type[nn.Module]]:
-    """The class of each module; dropout, which passes on what it gets when a model samples, is an Identity."""
-    found = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+def classes_of(model: nn.Module) -> dict[str, type]:
+    """The class of each module, and of each attention processor that is not diffusers' own.
+
+    Dropout, which passes on what it gets when a model samples, is an Identity.
+    """
+    found: dict[str, type] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found[name] = type(module)
+        processor = type(vars(module).get("processor"))
+        if processor is not type(None) and not processor.__module__.startswith("diffusers."):
+            found[f"{name}.processor"] = processor
     return {name: nn.Identity if cls in DROPOUT else cls for name, cls in found.items()}
 
 

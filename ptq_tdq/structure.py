@@ -27,6 +27,7 @@ from ptq_tdq.wrap import fold, folded_copy
 
 LARGEST_INTEGER = 2**24  # in a configuration; a list of so many entries is still small
 COUNTS = {"num_groups", "heads", "num_heads", "num_attention_heads"}  # attributes of modules that are above 0
+IN_TRAINING = {"training", "gradient_checkpointing"}  # attributes that are nothing to a model that samples
 # A model makes each of its tensors and initializes it, in two to three calls; what it makes beside them (encodings of
 # positions) is small. Both limits are for files of a few values, where that "small" is more than the model itself.
 CALLS_PER_TENSOR, SPARE_CALLS = 8, 1_000
@@ -75,26 +76,50 @@ class TensorCounts:
         return cls(len(tensors), sum(tensor.numel() for tensor in tensors))
 
 
-def exchanged_modules(model: nn.Module, time: str) -> dict[str, str | None]:
-    """The modules of ``model`` that are of another class than its configuration builds, with their class.
+def as_configured(model: nn.Module, time: str) -> nn.Module | None:
+    """What the configuration of ``model``, folded and with the time argument ``time``, builds on the meta device.
 
-    The class is None for a module that the model lacks. ``model`` is folded, ``time`` its time argument. Classes that
-    are not diffusers' own are built by their users, and have none.
+    None for classes that are not diffusers' own, which their users build, and where nothing can be built of it.
     """
     config, state = base_config(model), model.state_dict().values()
     cls = diffusers_class(config["_class_name"])
     if cls is None or not isinstance(model, cls):
-        return {}
-    own, built = classes_of(model), None
+        return None
     with suppress(ArtifactMismatchError), building():  # what is refused here is refused when it is loaded, too
-        built = classes_of(meta_model(config, time, TensorCounts(len(state), sum(tensor.numel() for tensor in state))))
-        built[""] = cls  # for which diffusers may build a newer one
-    names = [] if built is None else [name for name in {**own, **built} if own.get(name) is not built.get(name)]
+        return meta_model(config, time, TensorCounts(len(state), sum(tensor.numel() for tensor in state)))
+    return None
+
+
+def exchanged_modules(model: nn.Module, built: nn.Module) -> dict[str, str | None]:
+    """The modules of ``model`` that are of another class than in what its configuration builds, with their class.
+
+    The class is None for a module that the model lacks. The model itself is to be of the class that its configuration
+    names, for which diffusers may build a newer one.
+    """
+    own, known = classes_of(model), {**classes_of(built), "": diffusers_class(type(model).__name__)}
+    names = [name for name in {**own, **known} if own.get(name) is not known.get(name)]
     return {name: own[name].__name__ if name in own else None for name in names}
 
 
+def changed_settings(model: nn.Module, built: nn.Module) -> dict[str, bool | float | str]:
+    """Plain attributes of modules that what the configuration builds has otherwise or lacks, such as FreeU's factors.
+
+    ``built`` is what :func:`as_configured` gives for ``model``. Private ones, and those that only training reads, are
+    left out.
+    """
+    known = dict(built.named_modules())
+    return {
+        f"{name}.{key}".lstrip("."): value
+        for name, module in model.named_modules()
+        if name in known and type(module) is type(known[name])
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str) and key not in IN_TRAINING and key[0] != "_"
+        if vars(known[name]).get(key) != value
+    }
+
+
 def check_built(artifact: Artifact) -> None:
-    """Refuse an artifact of a model that its configuration does not build: some of its modules were exchanged.
+    """Refuse an artifact of a model that its configuration does not build: something in it was exchanged.
 
     Raises :class:`ArtifactMismatchError` naming the first of them.
     """

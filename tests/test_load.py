@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from denoisers import DENOISERS, Denoiser, prediction
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from recorded import calls_of
 from torch import Tensor, nn
 from unets import tiny_unet
@@ -20,7 +21,7 @@ from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.identity import model_sha256
 from ptq_tdq.integrations.diffusers import as_diffusers
-from ptq_tdq.structure import exchanged_modules, hollow_model
+from ptq_tdq.structure import as_configured, changed_settings, exchanged_modules, hollow_model
 from ptq_tdq.wrap import folded_copy
 
 QUICK = preset(
@@ -130,17 +131,65 @@ def test_a_module_that_was_exchanged_before_calibration_is_not_lost(act: nn.Modu
         as_diffusers(quantized).save_pretrained(tmp_path / "component")
 
 
+def changes(model: nn.Module, time: str = "timestep") -> dict[str, Any]:
+    folded = folded_copy(model)
+    built = as_configured(folded, time)
+    assert built is not None
+    return exchanged_modules(folded, built) | changed_settings(folded, built)
+
+
 @pytest.mark.parametrize("denoiser", DENOISERS, ids=lambda denoiser: denoiser.name)
+@torch.no_grad()
 def test_nothing_was_exchanged_in_a_model_as_it_is_built(denoiser: Denoiser) -> None:
     model = denoiser.build()
-    assert not exchanged_modules(folded_copy(model), denoiser.time_argument)
+    model(**denoiser.inputs(2, torch.tensor([700.0, 300.0])))
+    assert not changes(model, denoiser.time_argument)
 
 
 def test_dropout_that_was_taken_out_is_no_other_model() -> None:
     model = tiny_unet()
     for block in model.mid_block.resnets:
         block.dropout = nn.Identity()
-    assert not exchanged_modules(folded_copy(model), "timestep")
+    assert not changes(model)
+
+
+def test_what_only_training_reads_and_diffusers_own_attention_are_no_other_model() -> None:
+    model = tiny_unet()
+    model.enable_gradient_checkpointing()
+    model.mid_block.attentions[0].set_processor(AttnProcessor())
+    assert not changes(model.train())
+
+
+class Halved(AttnProcessor2_0):
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().__call__(*args, **kwargs) / 2
+
+
+@torch.no_grad()
+def test_an_attention_processor_of_ones_own_is_not_lost(tmp_path: Path) -> None:
+    model, given = tiny_unet(), {**inputs(), "timestep": torch.tensor([999, 600, 200, 0])}
+    model.mid_block.attentions[0].set_processor(Halved())
+    quantized = calibrate(model, QUICK, calls_of(model, **given))
+    quantized.save_pretrained(tmp_path / "out")
+    with pytest.raises(ArtifactMismatchError, match=r"attentions.0.processor' was of class Halved"):
+        load_quantized(tmp_path / "out")
+    loaded = load_quantized(tmp_path / "out", model=model)
+    assert torch.equal(prediction(loaded(**given)), prediction(quantized(**given)))
+
+
+@torch.no_grad()
+def test_settings_that_no_configuration_holds_are_told_and_can_be_given_again(tmp_path: Path) -> None:
+    unet = next(denoiser for denoiser in DENOISERS if denoiser.name == "UNet2DConditionModel (SD 1.5)")
+    model, given = unet.build(), unet.inputs(2, torch.tensor([700.0, 300.0]))
+    freeu = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
+    model.enable_freeu(**freeu)
+    quantized = calibrate(model, QUICK, calls_of(model, **given, num_train_timesteps=1000))
+    assert any("('up_blocks.0.s1' is 0.9); give them to the loaded model again" in n for n in quantized.notices)
+    quantized.save_pretrained(tmp_path / "out")
+    loaded = load_quantized(tmp_path / "out")
+    assert not torch.equal(prediction(loaded(**given)), prediction(quantized(**given)))
+    loaded.enable_freeu(**freeu)
+    assert torch.equal(prediction(loaded(**given)), prediction(quantized(**given)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -208,13 +209,19 @@ def _hidden(target: Path) -> str:
 
 
 def _clear(target: Path) -> None:
-    """Remove what killed writers have left; what one of them was about to replace comes back."""
+    """Remove what killed writers of this user have left; what one of them was about to replace comes back."""
     for folder in target.parent.glob(f"{_hidden(target)}*.tmp"):
         with suppress(OSError), holding(folder) as held:
-            if held and any(folder.iterdir()):  # an empty one may have been made a moment ago
+            if held and _is_ours(folder) and any(folder.iterdir()):  # an empty one may have been made a moment ago
                 if not target.exists() and (folder / _OLD).exists():
                     os.rename(folder / _OLD, target)
                 shutil.rmtree(folder)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether there is a folder, and no link to one, of the user who runs this."""
+    found = path.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def _sync_tree(folder: Path) -> None:

@@ -18,6 +18,9 @@ from ptq_tdq.calls.arguments import Group, Place, Rows, join
 from ptq_tdq.errors import CalibrationSetError, TimestepError
 from ptq_tdq.timeaxis import TimeAxis
 
+# What a header raises that nobody wrote for its tensors.
+_ALTERED = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, MemoryError)
+
 
 @dataclass
 class Calls:
@@ -119,9 +122,10 @@ class Calls:
             groups = [file.unpack(packed, tensors) for packed in header["groups"]]
             loaded = cls(TimeAxis.from_dict(header["axis"]), groups, dict(header["recipe"]), tensors["trajectory"])
             lengths = {len(leaf) for group in groups for leaf in group.rows if len(leaf) != len(group)}
-            if lengths or loaded.trajectory.shape != loaded.t.shape:
+            # their number comes first: what groups name again and again takes no more than the trajectories account for
+            if lengths or loaded.trajectory.shape != (len(loaded),) or loaded.t.shape != (len(loaded),):
                 raise ValueError
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, TimestepError) as error:
+        except (*_ALTERED, TimestepError) as error:
             raise CalibrationSetError(file.FOREIGN.format(path)) from error
         return loaded
 

@@ -42,17 +42,15 @@ def takes_norm(layer: nn.Module | None, kind: type[IntegerLayer] = IntegerLayer)
     return whole and getattr(layer, "padding_mode", "zeros") == "zeros"
 
 
-class Fused:
-    """Computes instead of a block's ``forward``, or by it where the arguments are other ones."""
+class Watched:
+    """Modules and parts of them by their places, which somebody may exchange, hook into or give a ``forward``."""
 
-    def __init__(self, block: Any) -> None:
-        self.block, self.kinds = block, list(map(type, block.modules()))
-        self.modules: list[nn.Module] = list(block.modules())
-        inner = [(m._modules, name) for m in self.modules for name, child in m._modules.items() if child is not None]
-        self.siblings, self.names = [siblings for siblings, _ in inner], [name for _, name in inner]
-        self.children: list[Any] = [siblings[name] for siblings, name in inner]
+    def __init__(self, modules: list[nn.Module], places: list[tuple[dict[str, nn.Module | None], str]]) -> None:
+        self.modules, self.kinds = modules, list(map(type, modules))
+        self.siblings, self.names = [siblings for siblings, _ in places], [name for _, name in places]
+        self.children: list[Any] = [siblings[name] for siblings, name in places]
         self.own: list[dict[str, Any]] = list(map(vars, self.children))
-        self.forwards: list[Any] = []
+        self.forwards: list[Any] = []  # where the modules have got their forms: another one is somebody's own
         self.hooks = [hooks for m in self.children for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,10 +59,6 @@ class Fused:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, own=list(map(vars, state["children"])))
-
-    def seal(self) -> None:
-        """All blocks in it have got their forms: another ``forward`` is somebody's own."""
-        self.forwards = [forward if isinstance(forward, Fused) else None for forward in self._own_forwards()]
 
     @property
     def untouched(self) -> bool:
@@ -81,6 +75,20 @@ class Fused:
 
     def _own_forwards(self) -> list[Any]:
         return list(map(dict.get, self.own, repeat("forward")))
+
+
+class Fused(Watched):
+    """Computes instead of a block's ``forward``, or by it where the arguments are other ones."""
+
+    def __init__(self, block: Any) -> None:
+        modules = list(block.modules())
+        inner = [(m._modules, name) for m in modules for name, child in m._modules.items() if child is not None]
+        super().__init__(modules, inner)
+        self.block = block
+
+    def seal(self) -> None:
+        """All blocks in it have got their forms."""
+        self.forwards = [forward if isinstance(forward, Fused) else None for forward in self._own_forwards()]
 
     def plainly(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.block).forward(self.block, *args, **kwargs)
@@ -105,34 +113,24 @@ class FusedTimesteps(Fused):
         return y.clone()  # which whoever asks may write to
 
 
-class FusedOutput:
+class FusedOutput(Watched):
     """The last norm, SiLU and convolution of a U-Net: the first two hand x on, and the convolution does their part."""
 
-    names = "conv_norm_out", "conv_act", "conv_out"
+    places = "conv_norm_out", "conv_act", "conv_out"
 
     def __init__(self, model: Any, norm: Norm) -> None:
-        self.model, self.norm = model, norm
-        self.modules: list[Any] = [getattr(model, name) for name in self.names]
-        self.forwards: list[Any] = [*(partial(self.hand_on, module) for module in self.modules[:-1]), self]
-        for module, forward in zip(self.modules, self.forwards, strict=True):
-            vars(module)["forward"] = forward
+        super().__init__([getattr(model, name) for name in self.places], [(model._modules, n) for n in self.places])
+        self.norm = norm
+        self.forwards = [*(partial(self.hand_on, module) for module in self.modules[:-1]), self]
+        for own, forward in zip(self.own, self.forwards, strict=True):
+            own["forward"] = forward
 
     @classmethod
     def of(cls, model: Any) -> FusedOutput | None:
         """For a model that ends so."""
-        norm, activation, last = (model._modules.get(name) for name in cls.names)
+        norm, activation, last = (model._modules.get(name) for name in cls.places)
         known = norm_of(norm)
         return cls(model, known) if known and isinstance(activation, nn.SiLU) and takes_norm(last) else None
-
-    @property
-    def untouched(self) -> bool:
-        """Whether none of the modules is another, has hooks, or a ``forward`` that somebody gave it."""
-        hooks = [hooks for m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        return (
-            not any(hooks)
-            and list(map(self.model._modules.get, self.names)) == self.modules
-            and [vars(m).get("forward") for m in self.modules] == self.forwards
-        )
 
     def hand_on(self, module: nn.Module, input: Tensor) -> Tensor:
         """In the place of the norm's and the activation's ``forward``."""
@@ -140,7 +138,7 @@ class FusedOutput:
 
     def __call__(self, input: Tensor) -> Any:
         """In the place of the convolution's."""
-        last = self.modules[-1]
+        last: Any = self.modules[-1]
         if self.untouched:
             return last.run(input, norm=self.norm, activation=SILU).contiguous()
         return type(last).forward(last, input)

@@ -53,7 +53,7 @@ def fuse(model: nn.Module) -> list[str]:
     for module in model.modules() if resnets else ():
         if isinstance(module, WeightOnlyLayer):
             module.to_rows = True
-    output = [FusedOutput.names[-1]] if FusedOutput.of(model) else []
+    output = [FusedOutput.places[-1]] if FusedOutput.of(model) else []
     return [*done, *output, *_fuse_time(resnets)]
 
 

@@ -17,6 +17,7 @@ from ptq_tdq.study.matrix import FULL_PRECISION, Cell
 Line = dict[str, Any]
 MOST_BYTES = 1 << 28
 _NAMES = "preset", "scheme", "method"  # which tables show
+_BEGIN = b'{"'  # of each line
 LARGEST = 1e30  # that a metric or a time may be: tables square them
 
 
@@ -50,12 +51,16 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def _whole(data: bytes) -> int:
-    """How many bytes are whole lines; the last one is whole without its end, too, where it is JSON."""
+    """How many bytes are whole lines, or no line of a study at all.
+
+    The last one is whole without its end, too, where it is JSON; it was cut off where it only begins as lines do.
+    """
     end = data.rfind(b"\n") + 1
+    last = data[end:]
     try:
-        json.loads(data[end:])
+        json.loads(last)
     except (ValueError, RecursionError):
-        return end
+        return end if _BEGIN.startswith(last[: len(_BEGIN)]) else len(data)
     return len(data)
 
 

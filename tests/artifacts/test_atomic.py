@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,37 @@ def _full_from(last: int, patch: pytest.MonkeyPatch) -> Callable[[int], int]:
     for name in ("mkdir", "rename", "replace", "fsync", "open"):
         patch.setattr(os, name, refusing(getattr(os, name), name != "open"))
     return take
+
+
+def _as_pipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(folder)
+    os.mkfifo(folder)
+
+
+def _as_link(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.symlink_to(folder.rename(folder.with_name("elsewhere")))
+
+
+def _of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+
+
+@both
+@pytest.mark.parametrize("change", [_as_pipe, _as_link, _of_another_user])
+def test_what_is_only_named_like_a_writer_s_folder_is_left_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path, pytest.MonkeyPatch], None],
+    write,  # type: ignore[no-untyped-def]
+) -> None:
+    with publish_directory(tmp_path / "out", ANYTHING) as folder:
+        planted = folder.parent
+    (planted / "old").mkdir(parents=True)
+    (tmp_path / "out").rmdir()
+    change(planted, monkeypatch)
+    before = sorted(os.listdir(tmp_path))
+    write(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "out"]) and (tmp_path / "out").stat().st_size
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ptq_tdq.calib_data import (
     load_model,
     with_scheduler,
 )
+from ptq_tdq.calib_data.source import find_parts
 from ptq_tdq.errors import ConfigError, ModelError, NonFiniteError
 from ptq_tdq.identity import model_sha256
 
@@ -187,6 +189,36 @@ def test_a_folder_without_a_denoiser_says_what_it_holds(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["StableCascadeUNet", "T5FilmDecoder"])
+def test_a_denoiser_may_call_its_time_step_by_a_longer_name(tmp_path: Path, name: str) -> None:
+    write_json(tmp_path / "config.json", {"_class_name": name})
+    assert find_parts(tmp_path).denoiser == tmp_path
+    write_json(tmp_path / "model_index.json", {"vae": ["diffusers", "AutoencoderKL"], "prior": ["diffusers", name]})
+    assert find_parts(tmp_path).component == "prior"
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_long_file(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 25)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [(a_pipe, "it is not a regular file"), (a_long_file, "it has more than 16,777,216 bytes")]
+)
+def test_a_configuration_that_is_no_fair_file_is_not_read(
+    unet: UNet2DModel, tmp_path: Path, make: Callable[[Path], None], said: str
+) -> None:
+    DDIMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    (tmp_path / "unet" / "config.json").unlink()
+    make(tmp_path / "unet" / "config.json")
+    with pytest.raises(ModelError, match=rf"unet/config\.json' cannot be read as JSON \({said}\)"):
+        load_model(str(tmp_path))
+
+
 def test_the_name_of_a_pipeline_is_none() -> None:
     with pytest.raises(ModelError, match=r"str is no pipeline .* load_model\(\) reads folders"):
         from_pipeline("reference")
@@ -243,6 +275,34 @@ def test_an_unknown_scheduler_is_refused(bare: Path) -> None:
         load_model(str(bare))
 
 
+@pytest.mark.parametrize(
+    "change", [{"block_out_channels": []}, {"time_embedding_type": "x"}, {"norm_num_groups": 0}, {"act_fn": [1]}]
+)
+def test_a_configuration_that_no_model_takes_is_one_sentence(bare: Path, change: dict[str, Any]) -> None:
+    write_json(bare / "config.json", json.loads((bare / "config.json").read_text()) | change)
+    with pytest.raises(ModelError, match=r"The UNet2DModel in '.*' cannot be loaded \(.*\); its files are"):
+        load_model(str(bare))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_train_timesteps": -5}, r"cannot be (made|loaded) \(.+\); "),
+        ({"num_train_timesteps": 10**12}, r"has 1,000,000,000,000 training steps, more than the 1,000,000 that"),
+        ({"num_train_timesteps": 1_000_001}, r"has 1,000,001 training steps"),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_schedule_that_cannot_be_is_one_sentence(
+    unet: UNet2DModel, tmp_path: Path, change: dict[str, Any], sentence: str, whole: bool
+) -> None:
+    DDIMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    write_json(path, json.loads(path.read_text()) | change)
+    with pytest.raises(ModelError, match=sentence):
+        load_model(str(tmp_path if whole else tmp_path / "unet"))
+
+
 def test_a_model_without_timestep_is_refused() -> None:
     class Plain(nn.Module):
         def forward(self, sample: Tensor) -> Tensor:
@@ -292,6 +352,16 @@ def test_another_scheduler_keeps_the_noise_schedule_of_the_model() -> None:
 def test_a_scheduler_that_does_not_fit_is_one_sentence(name: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         with_scheduler(load_model(), name)
+
+
+def test_whatever_a_scheduler_raises_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise UnboundLocalError("betas")
+
+    model = load_model()
+    monkeypatch.setattr(DDIMScheduler, "from_config", fail)
+    with pytest.raises(ConfigError, match=r"DDIMScheduler cannot be made from the model's own schedule \(betas\)"):
+        with_scheduler(model, "DDIMScheduler")
 
 
 def test_a_hub_id_without_the_hub_says_to_pass_a_folder(tmp_path: Path) -> None:

@@ -181,10 +181,23 @@ def test_a_model_that_breaks_down_names_the_time_step_and_the_layer(model: Any) 
         model.sampler.run(model.denoiser, [0], generators(1), 4, new_schedule(model.sampler))
 
 
+@pytest.mark.parametrize("sample_size", [10**7, 10**9])  # more than there is memory, than torch can count
+def test_samples_that_no_memory_holds_are_one_sentence(unet: UNet2DModel, sample_size: int) -> None:
+    unet.register_to_config(sample_size=sample_size)
+    sampler = LoopSampler(unet, DDIMScheduler())
+    with pytest.raises(ModelError, match=rf"1 samples of shape \[3, {sample_size}, .* correct sample_size"):
+        sampler.run(unet, [None], generators(1), 1, new_schedule(sampler))
+
+
 @pytest.mark.parametrize("steps", [0, -3, 1001])
 def test_an_impossible_number_of_steps_is_refused(steps: int) -> None:
     with pytest.raises(ConfigError, match=str(steps)):
         start_schedule(DDIMScheduler(), steps)
+
+
+def test_a_schedule_that_no_number_of_steps_fits_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="DDPMScheduler cannot run 2 inference steps; choose another"):
+        start_schedule(DDPMScheduler(steps_offset="x"), 2)
 
 
 def test_a_denoiser_that_needs_more_says_so() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,14 @@ import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
+    KandinskyV22CombinedPipeline,
     StableDiffusionPipeline,
+    UnCLIPPipeline,
+    UnCLIPScheduler,
 )
-from pipelines import PIPELINES, SmallPipeline
+from pipelines import PIPELINES, SmallPipeline, kandinsky, unclip
 from unets import tiny_unet
 
 from ptq_tdq.calib_data import (
@@ -167,6 +173,63 @@ def test_a_pipeline_that_counts_its_batch_draws_each_class() -> None:
     assert set(zip(calls.trajectory.tolist(), labels, strict=True)) == set(enumerate(drawn(model.sampler, 3, seed=0)))
 
 
+KANDINSKY, UNCLIP = (KandinskyV22CombinedPipeline, kandinsky), (UnCLIPPipeline, unclip)
+
+
+@pytest.mark.filterwarnings("ignore:`callback_steps` is deprecated")
+@pytest.mark.parametrize(
+    ("kind", "component", "scheduler", "steps", "t"),
+    [
+        (KANDINSKY, "unet", DDPMScheduler, "num_inference_steps", [0, 333, 666]),
+        (KANDINSKY, "prior_prior", UnCLIPScheduler, "prior_num_inference_steps", [0, 500, 999]),
+        (UNCLIP, "prior", UnCLIPScheduler, "prior_num_inference_steps", [0, 500, 999]),
+        (UNCLIP, "decoder", UnCLIPScheduler, "decoder_num_inference_steps", [0, 500, 999]),
+        (UNCLIP, "super_res_first", UnCLIPScheduler, "super_res_num_inference_steps", [500, 999]),
+        (UNCLIP, "super_res_last", UnCLIPScheduler, "super_res_num_inference_steps", [0]),
+    ],
+)
+def test_each_denoiser_runs_by_its_own_scheduler_and_steps(
+    kind: tuple[Any, Any], component: str, scheduler: type, steps: str, t: list[float]
+) -> None:
+    cls, components = kind
+    pipe = cls(**components())
+    size = {"height": 64, "width": 64} if cls is KandinskyV22CombinedPipeline else {}
+    others = [key for key in inspect.signature(cls.__call__).parameters if key.endswith("num_inference_steps")]
+    call = {**size, **dict.fromkeys(others, 2)}
+    del call[steps]
+    model = from_pipeline(pipe, component=component, call=call)
+    assert type(model.scheduler) is scheduler
+    calls = collect(model, samples_per_step=2, calibration_steps=3, num_inference_steps=3)
+    assert calls.t.unique().tolist() == t
+    other, called = copy.deepcopy(model.denoiser), []
+    other.register_forward_pre_hook(lambda *_: called.append(1))
+    sampled = model.sampler.run(other, model.sampler.conditions(1), generators(1), 3, new_schedule(model.sampler))
+    assert len(called) == len(t) and bool(sampled.latents.isfinite().all())
+    with pytest.raises(ConfigError, match=f"takes no argument '{steps}' here"):
+        from_pipeline(pipe, component=component, call={**call, steps: 2})
+
+
+@pytest.mark.filterwarnings("ignore:`callback_steps` is deprecated")
+def test_a_run_that_never_calls_the_denoiser_is_one_sentence() -> None:
+    pipe = KandinskyV22CombinedPipeline(**kandinsky())
+    pipe.unet = copy.deepcopy(pipe.unet)  # its decoder's pipeline keeps the other
+    call = {"height": 64, "width": 64, "prior_num_inference_steps": 2}
+    model = from_pipeline(pipe, component="unet", call=call)
+    with pytest.raises(ModelError, match=r"KandinskyV22CombinedPipeline never called its unet, so .* or give the"):
+        collect(model, **FEW)
+
+
+def test_a_pipeline_without_a_scheduler_is_one_sentence() -> None:
+    class Bare(DiffusionPipeline):
+        def __init__(self, unet: Any) -> None:
+            self.register_modules(unet=unet)
+
+        def __call__(self, generator: Any = None) -> None: ...
+
+    with pytest.raises(ModelError, match=r"^Bare has no scheduler of its unet; record calls of it\.$"):
+        from_pipeline(Bare(tiny_unet()))
+
+
 def test_a_pipeline_in_memory_is_as_good_as_its_folder(saved_pipeline: Saved) -> None:
     _, folder = saved_pipeline("DiTPipeline")
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
@@ -255,9 +318,10 @@ def test_a_shape_that_the_pipeline_refuses_is_one_sentence(saved_pipeline: Saved
         collect(model, **FEW)
 
 
-def test_a_prompt_file_is_read_line_by_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_prompt_file_is_read_line_by_line(tmp_path: Path, encoding: str) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("  A red fox \n\nEin Bär\n", encoding="utf-8")
+    file.write_text("  A red fox \n\nEin Bär\n", encoding=encoding)
     assert read_prompts(file) == ["A red fox", "Ein Bär"]
 
 

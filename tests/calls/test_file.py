@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ptq_tdq import Calls, record
 from ptq_tdq.errors import CalibrationSetError, OutputError
+from ptq_tdq.timeaxis import TimeAxis
 
 
 class Net(nn.Module):
@@ -120,12 +121,27 @@ def edited(path: Path, change: Any) -> None:
         lambda h, t: t.update(trajectory=torch.zeros(1, dtype=torch.int64)),
         lambda h, t: t.update({"0.0": torch.zeros(1, 4)}),
         lambda h, t: h.update(recipe=3),
+        lambda h, t: h["groups"][0]["dict"].update(timestep={"each": ["0.0"] * 4}),
     ],
 )
 def test_a_header_that_nobody_wrote(path: Path, change: Any) -> None:
     edited(path, change)
     with pytest.raises(CalibrationSetError, match="is no calibration set of ptq-tdq"):
         Calls.load(path)
+
+
+def test_groups_that_name_the_same_rows_take_no_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edited(path, lambda h, t: h.update(groups=h["groups"][:1] * 400))
+    seen: list[int] = []
+
+    def counted(axis: TimeAxis, value: Tensor) -> Tensor:
+        seen.append(len(value))
+        return value
+
+    monkeypatch.setattr(TimeAxis, "t", counted)
+    with pytest.raises(CalibrationSetError, match="is no calibration set of ptq-tdq"):
+        Calls.load(path)
+    assert sum(seen) <= len(made())
 
 
 def test_a_pipe_and_a_file_far_larger_than_its_tensors_are_not_read(path: Path, tmp_path: Path) -> None:

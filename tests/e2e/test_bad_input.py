@@ -242,8 +242,14 @@ def exchanged_artifact() -> Artifact:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: with_config(small_artifact(), _class_name="Net"), "is of a 'Net', which diffusers does not have"),
-        (exchanged_artifact, "is of a 'UNet2DModel' that is not as its configuration builds it ('conv_act' was"),
+        (
+            lambda: with_config(small_artifact(), _class_name="Net"),
+            "is of a 'Net', which diffusers does not have; use it",
+        ),
+        (
+            exchanged_artifact,
+            "is of a model whose module 'conv_act' was of class GELU, which its configuration does not",
+        ),
     ],
     ids=["class", "module"],
 )
@@ -256,7 +262,7 @@ def test_an_artifact_of_a_model_that_commands_cannot_build(
     for command in (sample, (*sample, "--model", tmp_path), ("evaluate",), ("inspect", "--runtime"), *export):
         result = cli(command[0], tmp_path / "own", *command[1:])
         assert result.code != 0
-        assert said in result.err and "; use it in Python" in result.err
+        assert said in result.err
     result = cli("report", tmp_path / "own", "--output-dir", tmp_path / "report")  # of what the artifact holds
     assert result.code == 0
     assert f"missing from the page. The artifact {said}" in result.err

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +179,30 @@ def test_a_stdout_that_takes_nothing_is_no_traceback(end: str) -> None:
         assert done.stderr.count("\n") == 1
     else:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_output_whose_name_is_no_text_is_told(calibrated: Any, pipeline: Path, tmp_path: Path) -> None:
+    out = tmp_path / os.fsdecode(b"a\xff")
+    command = ("report", calibrated(pipeline), "--samples", "0", "--output-dir", out)
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most places
+    done = subprocess.run([sys.executable, "-P", "-m", "ptq_tdq", *command], env=environment, capture_output=True)
+    assert done.returncode == 0 and rb"a\udcff/report.html" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(errno.ENOSPC, "No space left"), (errno.EFBIG, "File too large"), (errno.ENOENT, "No usable temporary directory")],
+)
+def test_a_full_disk_is_not_taken_for_stdout(
+    number: int, text: str, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(number, text)
+
+    monkeypatch.setattr("ptq_tdq.cli.inspect.read_artifact", fail)
+    result = cli("inspect", tmp_path)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(f"Error: A temporary file cannot be written ({text}); ") and "TMPDIR" in result.err
 
 
 @pytest.mark.parametrize(("environment", "expected"), [({}, "Commands:"), (AT_A_KEY, "plain,calibrate\n")])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
 from PIL import Image
@@ -95,6 +96,18 @@ def test_graphs_of_each_step_of_recorded_calls_need_a_number(
     assert found.code == 2 and "give --steps, or the calls themselves" in found.err
 
 
+def test_graphs_of_steps_with_outputs_in_eight_bits(
+    cli: Callable[..., Any], pipeline: Path, calibrated: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    given = ("--format", "onnx", "--runtime", "qdq", "--steps", "3", "--int8-outputs", "--output", tmp_path / "graphs")
+    found = cli("export", calibrated(pipeline), *given)
+    assert found.code == 0, found.err
+    pipe = DDIMPipeline(unet=OnnxDenoiser(tmp_path / "graphs", threads=1), scheduler=DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(batch_size=2, num_inference_steps=3, generator=torch.manual_seed(0), output_type="np").images
+    assert images.shape == (2, 8, 8, 3)
+
+
 def test_the_command_knows_all_runtimes() -> None:
     assert (*FORMS, QDQ) == RUNTIMES
 
@@ -111,10 +124,24 @@ def test_calls_that_are_not_there(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_runtime_belongs_to_a_graph(
-    cli: Callable[..., Any], pipeline: Path, calibrated: Callable[[Path], Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--runtime", "openvino"), "--runtime goes with --format onnx. Got --format csv instead."),
+        (
+            ("--format", "onnx", "--int8-outputs"),
+            "--int8-outputs goes with --runtime qdq; the other graphs have outputs in floating point.",
+        ),
+    ],
+)
+def test_options_belong_to_a_kind_of_graph(
+    flags: tuple[str, ...],
+    said: str,
+    cli: Callable[..., Any],
+    pipeline: Path,
+    calibrated: Callable[[Path], Path],
+    tmp_path: Path,
 ) -> None:
-    result = cli("export", calibrated(pipeline), "--runtime", "openvino", "--output", tmp_path / "tables.csv")
-    assert result.code == 2
-    assert result.err == "Error: --runtime goes with --format onnx. Got --format csv instead.\n"
+    result = cli("export", calibrated(pipeline), *flags, "--output", tmp_path / "out")
+    assert (result.code, result.err) == (2, f"Error: {said}\n")
     assert list(tmp_path.iterdir()) == []

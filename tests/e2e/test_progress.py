@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ptq_tdq.cli.progress import Progress
+from ptq_tdq.errors import printable
 
 HIDE, SHOW, UP = "\x1b[?25l", "\x1b[?25h", re.compile(r"\x1b\[\d*A")
 
@@ -52,3 +53,14 @@ def test_off_a_terminal_the_parts_are_named_on_request(capsys: pytest.CaptureFix
         with say.calls("Measuring", 2):
             pass
         assert capsys.readouterr().err == expected
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("text", ["\x1b]0;PWNED\x07\x1b[2Jx", "[/]"])
+def test_a_terminal_obeys_nothing_that_is_told(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    say = Progress(quiet=False, verbose=True)
+    for tell in (say.notice, say.line, lambda name: say.counting(name, 1, 2)):
+        tell(text)
+        say.stop()
+        shown = capsys.readouterr().err
+        assert printable(text) in shown and "\x07" not in shown and "\x1b[2J" not in shown

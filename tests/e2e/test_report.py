@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -133,6 +134,13 @@ def test_without_the_base_model_it_writes_what_the_artifact_holds(
 
     named = cli("report", artifact, "--model", model, "--output-dir", tmp_path / "other", *FLAGS)
     assert named.code == 1 and named.err.startswith("Error: There is no folder") and not (tmp_path / "other").exists()
+
+
+def test_a_folder_of_any_name_is_reported(cli: Any, calibrated: Any, conditional: Path, tmp_path: Path) -> None:
+    artifact = shutil.copytree(calibrated(conditional), tmp_path / os.fsdecode(b"a\xff\x1b"))
+    result = cli("report", artifact, "--model", conditional, "--output-dir", tmp_path / "report", *FLAGS)
+    assert result.code == 0, result.err
+    assert data_of(tmp_path / "report" / "report.html")["artifacts"][0]["name"] == r"a\udcff\x1b"
 
 
 def test_bad_requests_write_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from ptq_tdq.cli.unfinished import Unfinished
 from ptq_tdq.files import holding
 
 
@@ -193,6 +195,24 @@ def test_a_folder_of_the_user_with_the_name_of_an_unfinished_run_is_left_alone(
         result = cli("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small, *flags)
         assert result.code == 1 and "holds 'letter.txt', which is no part of one" in result.err
     assert contents(tmp_path) == {"out.partial/letter.txt": b"mine"}
+
+
+def test_what_others_put_beside_an_unfinished_run_stays_and_does_no_harm(
+    cli: Any, small: tuple[str, ...], pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, finish = tmp_path / "out.partial", Unfinished.finish
+
+    def with_letter(run: Unfinished, *args: Any, **kwargs: Any) -> None:
+        (partial / "letter.txt").write_text("theirs")
+        finish(run, *args, **kwargs)
+
+    partial.mkdir()
+    (partial / ".DS_Store").write_text("theirs")  # of a file manager
+    monkeypatch.setattr(Unfinished, "finish", with_letter)
+    result = cli("calibrate", "--model", pipeline, "--output-dir", tmp_path / "out", *small, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert json.loads(result.out)["output_dir"] == str(tmp_path / "out")
+    assert sorted(path.name for path in partial.iterdir()) == [".DS_Store", "letter.txt"]
 
 
 @pytest.mark.parametrize("name", ["run.json", "weights-0000.safetensors", "finetune-0000.safetensors"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -25,6 +27,7 @@ from ptq_tdq.export.onnx import OnnxDenoiser, export_onnx_steps
 from ptq_tdq.export.onnx.by_step import groups_of_steps
 from ptq_tdq.export.onnx.file import write_steps
 from ptq_tdq.export.onnx.skeleton import Skeleton
+from ptq_tdq.export.onnx.weights import range_weights
 from ptq_tdq.load import build_quantized
 
 STEPS = 5
@@ -98,6 +101,46 @@ def test_mixed_steps_and_unknown_ones(exported: tuple[Artifact, Path], sampled: 
     assert sqnr_db(simulated(**arguments)[0], denoiser(**arguments)[0]) > 25
     with pytest.raises(TimestepError, match="no graph for t = 7, only for"):
         denoiser(**{**arguments, "timestep": torch.tensor([7, 7])})
+
+
+@pytest.fixture(scope="module", params=["W4A6", "W8A8-affine", "W8A8-symmetric"])
+def narrow(
+    request: Any, tmp_path_factory: pytest.TempPathFactory, artifact_of: Callable[[str], Artifact], sampled: Calls
+) -> tuple[Artifact, Path]:
+    """As ``exported``, with outputs of convolutions in 8 bits."""
+    artifact, folder = artifact_of(request.param), tmp_path_factory.mktemp("narrow")
+    export_onnx_steps(artifact, folder, sampled, int8_outputs=True)
+    return artifact, folder
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_wide_sums)])
+@torch.no_grad()
+def test_outputs_in_eight_bits_cost_little(
+    narrow: tuple[Artifact, Path], runtime: str, sampled: Calls, unet: nn.Module
+) -> None:
+    artifact, folder = narrow
+    denoiser, simulated = OnnxDenoiser(folder, runtime=runtime, threads=1), build_quantized(artifact)
+    for row in range(len(sampled)):
+        arguments = sampled.inputs(torch.tensor([row]))
+        full, wide, found = (model(**arguments)[0] for model in (unet, simulated, denoiser))
+        assert sqnr_db(full, found) > sqnr_db(full, wide) - 5
+
+
+def test_all_inner_convolutions_are_kernels_of_integers(narrow: tuple[Artifact, Path], tmp_path: Path) -> None:
+    """onnxruntime's own graph: what it has left in floating point is known, and why."""
+    artifact, folder = narrow
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(next(folder.glob("*.onnx"))), options, providers=["CPUExecutionProvider"])
+    kinds = Counter(
+        node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    )
+    records = [r for r in artifact.layers if r.kind == "conv2d"]
+    inner = [r for r in records if r.inputs and r.name != "conv_out"]
+    assert len(inner) > 10
+    affine = {w.name.removesuffix(".weight") for r in inner for w in range_weights(artifact, r) if w.rest is not None}
+    expected = sum(len(r.inputs) for r in inner if not any(n.startswith(r.name) for n in affine))
+    assert kinds["QLinearConv"] == expected
 
 
 def test_static_intervals_need_one_graph(tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]) -> None:

@@ -14,10 +14,18 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from calibrated import QUICK, Calibrated
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from calibrated import QUICK, Calibrated, load
+from diffusers import (
+    ControlNetModel,
+    ControlNetXSAdapter,
+    KandinskyV22CombinedPipeline,
+    PipelineQuantizationConfig,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionControlNetXSPipeline,
+)
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from pipelines import kandinsky
 from recorded import calls_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +34,7 @@ from ptq_tdq import QuantizedModel, calibrate, load_quantized, record
 from ptq_tdq.calib_data import first_call, from_pipeline
 from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.evaluate.metrics import sqnr_db
-from ptq_tdq.integrations.diffusers import as_diffusers
+from ptq_tdq.integrations.diffusers import PtqTdqConfig, as_diffusers
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.plan import make_plan
 
@@ -134,6 +142,47 @@ def test_a_control_net_takes_the_original_s_place_as_diffusers_own_class(stable_
         drawn = stable_diffusion.draw(pipe, image=image)
     pipe.controlnet = as_diffusers(calibrate(net, QUICK, calls))  # pipelines ask for the class
     assert sqnr_db(drawn, stable_diffusion.draw(pipe, image=image)) > 25
+
+
+def test_control_net_xs_takes_diffusers_own_class(stable_diffusion: Calibrated) -> None:
+    full = stable_diffusion.pipe()
+    layers = {"layers_per_block": 2, "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    unet = type(full.unet).from_config(full.unet.config, **layers).eval()
+    net = ControlNetXSAdapter.from_unet(unet, size_ratio=0.5, conditioning_embedding_out_channels=(16, 32)).eval()
+    components = {key: value for key, value in full.components.items() if key != "image_encoder"} | {"unet": unet}
+    pipe = StableDiffusionControlNetXSPipeline(**components, controlnet=net, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 16, 16)
+    with record(pipe.unet) as calls:
+        drawn = stable_diffusion.draw(pipe, image=image)
+    pipe.unet = as_diffusers(calibrate(pipe.unet, QUICK, calls))
+    assert sqnr_db(drawn, stable_diffusion.draw(pipe, image=image)) > 20
+
+
+@pytest.mark.filterwarnings("ignore:`callback_steps` is deprecated")
+def test_a_combined_pipeline_runs_what_the_pipelines_in_it_hold(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pipe = KandinskyV22CombinedPipeline(**kandinsky())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "full")
+    call = {"height": 64, "width": 64, "prior_num_inference_steps": 2}
+
+    def draw(pipe: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        given = {"num_inference_steps": 2, "output_type": "np", "return_dict": False}
+        return torch.as_tensor(pipe("A red fox", generator=generator, **call, **given)[0])
+
+    full = draw(pipe)
+    quantized = calibrate(pipe, QUICK, component="unet", call=call)
+    quantized.save_pretrained(tmp_path / "out")
+    pipe.unet = quantized
+    assert torch.equal(draw(pipe), full)
+    pipe.decoder_pipe.unet = quantized
+    drawn = draw(pipe)
+    assert 20 < sqnr_db(full, drawn) < 60
+    config = PipelineQuantizationConfig(quant_mapping={"unet": PtqTdqConfig(tmp_path / "out")})
+    assert torch.equal(draw(load(tmp_path / "full", quantization_config=config)), drawn)
+    assert torch.equal(draw(load(tmp_path / "full", unet=as_diffusers(quantized))), drawn)
 
 
 def test_an_image_prompt_beside_the_text(pipe: Any, stable_diffusion: Calibrated) -> None:

@@ -15,10 +15,13 @@ import diffusers
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -359,6 +362,113 @@ def ddpm() -> dict[str, Any]:
         ),
         "scheduler": diffusers.DDPMScheduler(),
     }
+
+
+def kandinsky() -> dict[str, Any]:
+    """Of KandinskyV22CombinedPipeline: a prior and a decoder, whose pipelines are in it."""
+    tokenizer = clip_tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=2 * CLIP_WIDTH,
+        projection_dim=CLIP_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    return {
+        "unet": image_unet(
+            in_channels=4,
+            out_channels=8,
+            encoder_hid_dim=CLIP_WIDTH,
+            encoder_hid_dim_type="image_proj",
+            addition_embed_type="image",
+        ),
+        "scheduler": diffusers.DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, clip_sample=False, variance_type="learned_range"
+        ),
+        "movq": diffusers.VQModel(
+            block_out_channels=(8,) * 4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            norm_num_groups=4,
+            norm_type="group",
+            num_vq_embeddings=12,
+            vq_embed_dim=4,
+        ),
+        "prior_prior": image_prior(),
+        "prior_image_encoder": CLIPVisionModelWithProjection(vision).eval(),
+        "prior_text_encoder": clip(CLIPTextModelWithProjection, tokenizer),
+        "prior_tokenizer": tokenizer,
+        "prior_scheduler": image_prior_scheduler(),
+        "prior_image_processor": CLIPImageProcessorPil(),
+    }
+
+
+def unclip() -> dict[str, Any]:
+    """Of UnCLIPPipeline: four denoisers and three schedulers, none of which is called scheduler."""
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+    tokenizer = clip_tokenizer()
+    upscalers = [
+        diffusers.UNet2DModel(
+            sample_size=16,
+            in_channels=6,
+            out_channels=3,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("ResnetDownsampleBlock2D",) * 2,
+            up_block_types=("ResnetUpsampleBlock2D",) * 2,
+            norm_num_groups=4,
+        )
+        for _ in range(2)
+    ]
+    return {
+        "prior": image_prior(),
+        "decoder": image_unet(in_channels=3, out_channels=6, class_embed_type="identity"),
+        "text_encoder": clip(CLIPTextModelWithProjection, tokenizer),
+        "tokenizer": tokenizer,
+        "text_proj": UnCLIPTextProjModel(
+            clip_extra_context_tokens=2,
+            clip_embeddings_dim=CLIP_WIDTH,
+            time_embed_dim=4 * 16,
+            cross_attention_dim=24,
+        ),
+        "super_res_first": upscalers[0],
+        "super_res_last": upscalers[1],
+        "prior_scheduler": image_prior_scheduler(),
+        "decoder_scheduler": diffusers.UnCLIPScheduler(variance_type="learned_range"),
+        "super_res_scheduler": diffusers.UnCLIPScheduler(),
+    }
+
+
+def image_unet(**options: Any) -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        resnet_time_scale_shift="scale_shift",
+        attention_head_dim=8,
+        cross_attention_dim=24,
+        **options,
+    )
+
+
+def image_prior() -> diffusers.PriorTransformer:
+    return diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=CLIP_WIDTH, additional_embeddings=4
+    )
+
+
+def image_prior_scheduler() -> diffusers.UnCLIPScheduler:
+    return diffusers.UnCLIPScheduler(
+        variance_type="fixed_small_log", prediction_type="sample", num_train_timesteps=1000, clip_sample_range=5.0
+    )
 
 
 GUIDED = IMAGE | {"guidance_scale": 4.0}

@@ -62,6 +62,16 @@ def test_a_line_that_a_kill_cut_off_does_not_count_and_is_replaced(tmp_path: Pat
     assert read_lines(path) == [line(full), line(cell)]
 
 
+@pytest.mark.parametrize("kept", [1, 2, 30])
+def test_the_first_line_may_be_cut_off_anywhere(tmp_path: Path, kept: int) -> None:
+    path, (full, _) = tmp_path / "r.jsonl", make()
+    append_line(path, line(full))
+    path.write_bytes(path.read_bytes()[:kept])
+    assert read_lines(path) == []
+    append_line(path, line(full))
+    assert read_lines(path) == [line(full)]
+
+
 def test_a_last_line_without_an_end_blank_lines_and_a_mark_of_its_bytes_do_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     full, cell = make()
@@ -147,12 +157,14 @@ def test_other_prompts_in_the_file_are_refused_where_lines_know_theirs() -> None
         unfinished(make(), lines, "m", "q")
 
 
-@pytest.mark.parametrize("text", ["{}\n", "[1]\n", "text\n", "\0\n", '{"choices": {}}\n'])
-def test_a_file_of_anything_else_is_one_sentence(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "r.jsonl"
+@pytest.mark.parametrize("text", ["{}\n", "[1]\n", "text\n", "\0\n", '{"choices": {}}\n', "a line", "[1, ", "\0"])
+def test_a_file_of_anything_else_is_one_sentence_and_loses_nothing(tmp_path: Path, text: str) -> None:
+    path, (full, _) = tmp_path / "r.jsonl", make()
     path.write_text(text)
     with pytest.raises(UsageError, match=r"Line 1 of .* is no result"):
         read_lines(path)
+    append_line(path, line(full))
+    assert path.read_text().startswith(text)
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
@@ -23,15 +24,50 @@ from ptq_tdq.artifacts.artifact import IntervalTable
 from ptq_tdq.errors import ModelError
 from ptq_tdq.export.onnx.floating import Paired
 from ptq_tdq.export.onnx.geometry import is_linear
+from ptq_tdq.export.onnx.lookup import Lookup
+from ptq_tdq.export.onnx.nodes import Builder
+from ptq_tdq.export.onnx.outputs import Outputs
+from ptq_tdq.export.onnx.portable import by_instances
 from ptq_tdq.export.onnx.runtimes import WEIGHTS
-from ptq_tdq.export.onnx.weights import RangeWeight, as_columns
+from ptq_tdq.export.onnx.weights import RangeWeight, as_columns, range_weights
+from ptq_tdq.records import LayerRecord, QuantizerRecord
 from ptq_tdq.timeaxis import lookup
 
 SHARED = 1 << 10  # bytes of an array that goes to the common file
 
 
 class Static(Paired):
-    """Lowers to Q/DQ pairs; every interval is known."""
+    """Lowers to Q/DQ pairs; every interval is known.
+
+    ``outputs`` are the intervals of what convolutions give, one for each channel range of a layer; the others' outputs
+    stay in floating point.
+    """
+
+    divides = False
+
+    def __init__(self, b: Builder, lookup: Lookup, artifact: Artifact, outputs: Outputs | None = None) -> None:
+        super().__init__(b, lookup, artifact)
+        self.outputs = outputs or {}
+
+    def layer(self, record: LayerRecord, module: nn.Module, x: ir.Value, rank: int) -> ir.Value:
+        weights = range_weights(self.artifact, record)
+        if record.name not in self.outputs or any(weight.rest is not None for weight in weights):
+            return super().layer(record, module, x, rank)
+        b, bias, inputs, terms = self.b, self.bias(record), self.split(record, x, rank), list[ir.Value]()
+        for q, part, weight, interval in zip(record.inputs, inputs, weights, self.outputs[record.name], strict=True):
+            values, real = self.codes(q, part, rank).values, self.weight(module, weight)
+            first = None if bias is None or terms else self.of_sums(bias, q, weight)  # the first range brings the bias
+            codes = b("QuantizeLinear", self.operation(module, values, real, first), *interval)
+            terms.append(b("DequantizeLinear", codes, *interval))
+        return b.total(terms)
+
+    def of_sums(self, bias: NDArray[np.float32], q: QuantizerRecord, weight: RangeWeight) -> ir.Value:
+        """The bias [O] as INT32 in the scale of the sums."""
+        x_scale = self.lookup.intervals[q.name].scale
+        assert x_scale is not None
+        scale, most = x_scale * weight.scale, np.iinfo(np.int32)
+        codes = np.rint(bias / scale.astype(np.float64)).clip(most.min, most.max)
+        return self.b("DequantizeLinear", codes.astype(np.int32), scale, axis=0)
 
     def weight(self, module: nn.Module, weight: RangeWeight) -> ir.Value:
         b, linear = self.b, is_linear(module)
@@ -41,6 +77,9 @@ class Static(Paired):
         scale = b.initializer(f"{weight.name}_scale", weight.scale)
         zero = None if rest is None else b.initializer(f"{weight.name}_zero_point", rest.astype(np.int8))
         return b("DequantizeLinear", stored, scale, zero, axis=1 if linear else 0)
+
+    def group_norm(self, node: ir.Node) -> ir.Value | None:
+        return by_instances(self.b, node)
 
 
 def frozen(artifact: Artifact, t: float) -> Artifact:

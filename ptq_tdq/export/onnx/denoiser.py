@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ptq_tdq.errors import ArtifactMismatchError, ModelError, RuntimeUnsupportedError, TimestepError, UsageError
 from ptq_tdq.export.onnx.facts import Facts
 from ptq_tdq.export.onnx.places import alike, places_of, rounds
-from ptq_tdq.export.onnx.runtimes import QDQ, RUNTIMES, WEIGHTS
+from ptq_tdq.export.onnx.runtimes import QDQ, RUNTIMES, WEIGHTS, Run
 from ptq_tdq.export.onnx.signature import RETURN_DICT, Leaf
 from ptq_tdq.export.onnx.skeleton import BATCH, METADATA
 from ptq_tdq.processor import instruction_set, sums_eight_bits
@@ -228,16 +228,20 @@ class OnnxDenoiser(nn.Module):
 
     def _run(self, feed: Feed) -> list[NDArray[Any]]:
         """The outputs of the graph, or of that for the step of all rows."""
+        steps, run = self._graphs[0]
+        results = (run if steps is None else self._of_step(feed))(feed)
+        if self.call.checked and not results.pop().all():
+            raise ModelError(
+                "The model's code decides by values of its arguments, and otherwise than in the calls of the graph's "
+                "export; export it with such calls."
+            )
+        return results
+
+    def _of_step(self, feed: Feed) -> Run:
         t = float(self.axis.t(torch.from_numpy(feed[self.call.time]))[0])
         for steps, run in self._graphs:
-            if steps is None or any(abs(t - step) < NEAR for step in steps):
-                results = run(feed)
-                if self.call.checked and not results.pop().all():
-                    raise ModelError(
-                        "The model's code decides by values of its arguments, and otherwise than in the calls of the "
-                        "graph's export; export it with such calls."
-                    )
-                return results
+            if any(abs(t - step) < NEAR for step in steps or []):
+                return run
         known = ", ".join(f"{step:g}" for step in sorted(step for steps, _ in self._graphs for step in steps or []))
         raise TimestepError(f"There is no graph for t = {t:g}, only for {known}; export those steps too.")
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import onnx
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from ptq_tdq.artifacts import Artifact, Contents, publish_directory, write_atomic
@@ -20,6 +21,7 @@ from ptq_tdq.export.onnx.floating import Floating
 from ptq_tdq.export.onnx.lowering import lower, of_one_step
 from ptq_tdq.export.onnx.onnxruntime_form import OnnxRuntime
 from ptq_tdq.export.onnx.openvino_form import OpenVINO
+from ptq_tdq.export.onnx.outputs import Outputs, outputs_of
 from ptq_tdq.export.onnx.portable import Portable
 from ptq_tdq.export.onnx.runtimes import QDQ, WEIGHTS
 from ptq_tdq.export.onnx.skeleton import METADATA, Skeleton, make_skeleton
@@ -94,20 +96,37 @@ def export_onnx_float(artifact: Given, file: str | Path, calls: Calls, *, model:
 
 
 def export_onnx_steps(
-    artifact: Given, folder: str | Path, calls: Calls, *, model: nn.Module | None = None, overwrite: bool = False
+    artifact: Given,
+    folder: str | Path,
+    calls: Calls,
+    *,
+    model: nn.Module | None = None,
+    overwrite: bool = False,
+    int8_outputs: bool = False,
 ) -> list[list[float]]:
     """Write a folder of static graphs (``t0981.onnx``, ...) for the time steps of ``calls``, and their weights.
 
-    :mod:`ptq_tdq.export.onnx.by_step` says what they are. Returns the steps of each graph. Raises :class:`ModelError`
-    for dynamic quantizers, and as :func:`export_onnx` does.
+    :mod:`ptq_tdq.export.onnx.by_step` says what they are. With ``int8_outputs`` convolutions give 8 bits over the range
+    that their outputs have in ``calls``, which should hold some samples then: onnxruntime runs only such convolutions
+    in integers. Returns the steps of each graph. Raises :class:`ModelError` for dynamic quantizers, and as
+    :func:`export_onnx` does.
     """
     artifact = as_artifact(artifact)
     groups = groups_of_steps(artifact, [float(t) for t in calls.t.unique()])
+    quantized = build_quantized(artifact, model)
+
+    def write(fixed: set[str]) -> Skeleton:
+        skeleton = make_skeleton(artifact, calls, model, fixed)
+        write_steps(artifact, target, skeleton, groups)
+        return skeleton
+
     with publish_directory(folder, _STEPS if overwrite else None) as target:
-        _of_right_sizes(
-            lambda fixed: write_steps(artifact, target, make_skeleton(artifact, calls, model, fixed), groups),
-            lambda _: try_file(target, calls, build_quantized(artifact, model)),
-        )
+        skeleton = _of_right_sizes(write, lambda _: try_file(target, calls, quantized))
+        if int8_outputs:
+            of_groups = (torch.isin(calls.t, torch.tensor(steps, dtype=calls.t.dtype)) for steps in groups)
+            outputs = [outputs_of(quantized, calls.select(rows.nonzero().flatten())) for rows in of_groups]
+            write_steps(artifact, target, skeleton, groups, outputs)
+            try_file(target, calls, quantized)  # of the same sizes: codes that fall elsewhere are more than their bar
     return groups
 
 
@@ -126,11 +145,21 @@ def _of_right_sizes(make: Callable[[set[str]], T], wrong: Callable[[T], set[str]
     return made
 
 
-def write_steps(artifact: Artifact, folder: Path, skeleton: Skeleton, groups: list[list[float]]) -> None:
-    """The files of a folder, one graph for each group; ``skeleton`` is of the same artifact."""
+def write_steps(
+    artifact: Artifact,
+    folder: Path,
+    skeleton: Skeleton,
+    groups: list[list[float]],
+    outputs: list[Outputs] | None = None,
+) -> None:
+    """The files of a folder, one graph for each group of steps; ``skeleton`` is of the same artifact.
+
+    ``outputs`` are the intervals of layers' outputs in each group; those of the graph stay in floating point.
+    """
     weights = SharedWeights(folder)
-    for steps in groups:
-        lowered = lower(skeleton, frozen(artifact, steps[0]), Static)
+    for steps, own in zip(groups, outputs or [Outputs()] * len(groups), strict=True):
+        inner = {name: intervals for name, intervals in own.items() if name not in skeleton.ends}
+        lowered = lower(skeleton, frozen(artifact, steps[0]), Static, outputs=inner)
         lowered.metadata_props[METADATA] = json.dumps({**_facts(artifact, skeleton, QDQ, Static), "steps": steps})
         weights.take(lowered)
         file = folder / f"t{steps[0]:04g}.onnx"

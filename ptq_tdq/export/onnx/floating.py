@@ -28,8 +28,8 @@ class Paired(Portable):
     def product(
         self, a: QuantizerRecord, x: ir.Value, b: QuantizerRecord, y: ir.Value, transposed: bool, rank: int
     ) -> ir.Value:
-        left, right = self.quantizer(a, x, rank), self.quantizer(b, y, rank)
-        return self.b("MatMul", left, self.b("Transpose", right, perm=swapped(rank)) if transposed else right)
+        y = self.b("Transpose", y, perm=swapped(rank)) if transposed else y
+        return self.b("MatMul", self.quantizer(a, x, rank), self.quantizer(b, y, rank))
 
 
 class Floating(Paired):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -19,13 +20,13 @@ from ptq_tdq.rotate import factors, signs
 COLUMNS = 32  # of a rotation's right factor: what runtimes multiply small matrices with fastest
 
 
-def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable]) -> ir.Model:
-    """A copy of the skeleton without opaque nodes."""
+def lower(skeleton: Skeleton, artifact: Artifact, form: type[Portable], **choices: Any) -> ir.Model:
+    """A copy of the skeleton without opaque nodes; ``choices`` are the form's own."""
     model = skeleton.model.clone()
     graph = model.graph
     b, first = Builder(graph), graph[0]
     time = next(value for value in graph.inputs if value.name == skeleton.signature.time)
-    lowering = form(b, Lookup(b, artifact, time, skeleton.batch, of_one_step(artifact, form)), artifact)
+    lowering = form(b, Lookup(b, artifact, time, skeleton.batch, of_one_step(artifact, form)), artifact, **choices)
     b.flush(first)
     _lower_nodes(graph, b, lowering, artifact, skeleton)
     for node in [n for n in graph if n.op_type == "GroupNormalization"]:

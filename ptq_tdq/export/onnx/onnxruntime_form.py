@@ -24,7 +24,7 @@ from ptq_tdq.export.onnx.geometry import conv_attributes, is_dense, is_grouped, 
 from ptq_tdq.export.onnx.lookup import Columns, Lookup
 from ptq_tdq.export.onnx.nodes import Builder, axes
 from ptq_tdq.export.onnx.patches import Patches, Size
-from ptq_tdq.export.onnx.portable import Portable, swapped
+from ptq_tdq.export.onnx.portable import Portable, by_instances, swapped
 from ptq_tdq.export.onnx.weights import RangeWeight, along_channels, range_weights, store_signed
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 
@@ -131,12 +131,4 @@ class OnnxRuntime(Portable):
         return b("Mul", b("Cast", acc, to=ir.DataType.FLOAT), b("Max", factor, np.float32(0)) if by_row else factor)
 
     def group_norm(self, node: ir.Node) -> ir.Value | None:
-        """GroupNormalization by way of InstanceNormalization, which onnxruntime has a kernel for."""
-        b, (x, weight, bias) = self.b, node.inputs
-        assert x is not None and x.shape is not None
-        groups, epsilon = node.attributes["num_groups"].as_int(), node.attributes["epsilon"].as_float()
-        one, zero = np.ones(groups, np.float32), np.zeros(groups, np.float32)
-        rows = b("InstanceNormalization", b("Reshape", x, axes(0, groups, -1)), one, zero, epsilon=epsilon)
-        y = b("Reshape", rows, b("Shape", x))
-        weight, bias = (b("Reshape", v, axes(-1, *[1] * (x.shape.rank() - 2))) for v in (weight, bias))
-        return b("Add", b("Mul", y, weight), bias)
+        return by_instances(self.b, node)

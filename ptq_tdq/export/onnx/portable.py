@@ -216,6 +216,18 @@ class Portable:
         return list(parts)
 
 
+def by_instances(b: Builder, node: ir.Node) -> ir.Value:
+    """GroupNormalization by way of InstanceNormalization, which onnxruntime and older importers have kernels for."""
+    x, weight, bias = node.inputs
+    assert x is not None and x.shape is not None
+    groups, epsilon = node.attributes["num_groups"].as_int(), node.attributes["epsilon"].as_float()
+    one, zero = np.ones(groups, np.float32), np.zeros(groups, np.float32)
+    rows = b("InstanceNormalization", b("Reshape", x, axes(0, groups, -1)), one, zero, epsilon=epsilon)
+    y = b("Reshape", rows, b("Shape", x))
+    weight, bias = (b("Reshape", v, axes(-1, *[1] * (x.shape.rank() - 2))) for v in (weight, bias))
+    return b("Add", b("Mul", y, weight), bias)
+
+
 def swapped(rank: int) -> list[int]:
     """The order of axes that swaps the last two."""
     return [*range(rank - 2), rank - 1, rank - 2]

@@ -52,6 +52,12 @@ class Skeleton:
         return sorted({name for name in self.sizes.values() if isinstance(name, str)})
 
     @property
+    def ends(self) -> set[str]:
+        """Names of the layers whose output is one of the graph's."""
+        layers = (node for node in self.model.graph if node.domain == DOMAIN and node.op_type == "Layer")
+        return {node.attributes["name"].as_string() for node in layers if node.outputs[0].is_graph_output()}
+
+    @property
     def batch(self) -> str:
         """The exporter's symbol for the number of samples, or that number."""
         return next((symbol for symbol, own in self.sizes.items() if own == BATCH), str(self.signature.samples))
