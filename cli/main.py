@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
@@ -101,22 +101,27 @@ def main(args: list[str] | None = None) -> None:
             click.echo(state.get("on_stop", "Stopped."), err=True)
         sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
     except OSError as error:
-        if error.filename == STDOUT and error.errno in UNWRITABLE:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to say, not even at exit
-            if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough
-                sys.exit(1)
-            what, advice = "The result", "send stdout elsewhere, or free some space"
-        elif error.errno in FULL or (error.errno, error.filename) == NO_FOLDER:  # outputs have errors of their own
-            what = "A temporary file" if error.filename is None else f"'{error.filename}'"
-            advice = "free some space, or set TMPDIR to a folder that has some"
-        else:
-            raise
-        _fail(f"{what} cannot be written ({reason(error)}); {advice}.", 1, told=True)
+        _fail_to_write(error)
     except PtqTdqError as error:
         if state.get("verbose"):
             traceback.print_exc()
         told = isinstance(error, WorkerError) or (launch.is_first() if error.reported else launch.is_first_here())
         _fail(str(error), 2 if isinstance(error, UsageError) else 1, told=told)
+
+
+def _fail_to_write(error: OSError) -> NoReturn:
+    """End a command whose result, or whose temporary files, had no place; outputs have errors of their own."""
+    if error.filename == STDOUT and error.errno in UNWRITABLE:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to say, not even at exit
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough
+            sys.exit(1)
+        what, advice = "The result", "send stdout elsewhere, or free some space"
+    elif error.errno in FULL or (error.errno, error.filename) == NO_FOLDER:
+        what = "A temporary file" if error.filename is None else f"'{error.filename}'"
+        advice = "free some space, or set TMPDIR to a folder that has some"
+    else:
+        raise error
+    _fail(f"{what} cannot be written ({reason(error)}); {advice}.", 1, told=True)
 
 
 class _Named:
@@ -175,7 +180,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _fail(message: str, code: int, *, told: bool) -> None:
+def _fail(message: str, code: int, *, told: bool) -> NoReturn:
     """End with an error; ``told`` by the first of several processes, of a machine where others may not know of it."""
     if told:
         click.echo("Error: " + printable(" ".join(message.split())), err=True)

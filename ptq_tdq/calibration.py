@@ -26,7 +26,7 @@ from ptq_tdq.identity import base_config, first_nonfinite
 from ptq_tdq.plan import Plan, make_plan
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
 from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, UnitReport, make_forecast, reconstruct
-from ptq_tdq.structure import as_configured, changed_settings, exchanged_modules
+from ptq_tdq.structure import beside_configuration
 from ptq_tdq.wrap import folded_copy
 
 _log = logging.getLogger(__name__)
@@ -88,9 +88,7 @@ def calibrate(
     calls = _calls_of(original, config, calls)
     plan = _plan_of(original.denoiser, config, calls)
     folded = folded_copy(original.denoiser)
-    built = as_configured(folded, calls.axis.argument)
-    exchanged = exchanged_modules(folded, built) if built else {}
-    settings = changed_settings(folded, built) if built else {}
+    exchanged, settings = beside_configuration(folded, calls.axis.argument)
     quantized = QuantizedModel(folded, calls.axis, plan.layers)
     quantized.provenance = provenance(original, config, calls, model_id)
     quantized.provenance |= {"one_step": bool(plan.special.single), "buffer_dtypes": buffer_dtypes(quantized.model)}

@@ -90,6 +90,15 @@ def as_configured(model: nn.Module, time: str) -> nn.Module | None:
     return None
 
 
+def beside_configuration(model: nn.Module, time: str) -> tuple[dict[str, str | None], dict[str, bool | float | str]]:
+    """What of ``model``, folded and with the time argument ``time``, its configuration does not build.
+
+    That is :func:`exchanged_modules` and :func:`changed_settings`; nothing where there is no :func:`as_configured`.
+    """
+    built = as_configured(model, time)
+    return ({}, {}) if built is None else (exchanged_modules(model, built), changed_settings(model, built))
+
+
 def exchanged_modules(model: nn.Module, built: nn.Module) -> dict[str, str | None]:
     """The modules of ``model`` that are of another class than in what its configuration builds, with their class.
 

@@ -21,7 +21,7 @@ from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.identity import model_sha256
 from ptq_tdq.integrations.diffusers import as_diffusers
-from ptq_tdq.structure import as_configured, changed_settings, exchanged_modules, hollow_model
+from ptq_tdq.structure import as_configured, beside_configuration, hollow_model
 from ptq_tdq.wrap import folded_copy
 
 QUICK = preset(
@@ -133,9 +133,9 @@ def test_a_module_that_was_exchanged_before_calibration_is_not_lost(act: nn.Modu
 
 def changes(model: nn.Module, time: str = "timestep") -> dict[str, Any]:
     folded = folded_copy(model)
-    built = as_configured(folded, time)
-    assert built is not None
-    return exchanged_modules(folded, built) | changed_settings(folded, built)
+    assert as_configured(folded, time) is not None
+    exchanged, settings = beside_configuration(folded, time)
+    return exchanged | settings
 
 
 @pytest.mark.parametrize("denoiser", DENOISERS, ids=lambda denoiser: denoiser.name)
