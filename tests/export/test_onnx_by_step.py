@@ -16,6 +16,7 @@ from own_denoiser import Own
 from processors import needs_wide_sums
 from recorded import calls_of
 from torch import nn
+from unets import tiny_unet
 
 from ptq_tdq import calibrate, preset
 from ptq_tdq.artifacts import Artifact
@@ -23,7 +24,7 @@ from ptq_tdq.calib_data.loop import LoopSampler
 from ptq_tdq.calls import Calls, record
 from ptq_tdq.errors import ModelError, TimestepError
 from ptq_tdq.evaluate.metrics import sqnr_db
-from ptq_tdq.export.onnx import OnnxDenoiser, export_onnx_steps
+from ptq_tdq.export.onnx import OnnxDenoiser, export_onnx, export_onnx_steps
 from ptq_tdq.export.onnx.by_step import groups_of_steps
 from ptq_tdq.export.onnx.file import write_steps
 from ptq_tdq.export.onnx.skeleton import Skeleton
@@ -149,6 +150,21 @@ def test_static_intervals_need_one_graph(tmp_path: Path, quantize_model: Callabl
     (steps,) = export_onnx_steps(artifact, tmp_path / "graphs", calls, model=model)
     assert len(steps) == STEPS
     assert len(list((tmp_path / "graphs").glob("*.onnx"))) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_model_in_half_precision_becomes_graphs_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, t = tiny_unet().to(dtype), torch.tensor([900, 300])
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    calls = calls_of(model, x, t, num_train_timesteps=1000)
+    config = preset("default", scheme="W8A8", method="static", rounding="nearest", activation_iterations=0)
+    quantized = calibrate(model, config, calls)
+    export_onnx_steps(quantized, tmp_path / "graphs", calls, int8_outputs=True)
+    export_onnx(quantized, tmp_path / "model.onnx", "portable", calls)
+    for name in ("graphs", "model.onnx"):
+        found = OnnxDenoiser(tmp_path / name, threads=1)(x, t)[0]
+        assert found.dtype == dtype and sqnr_db(quantized(x, t)[0], found) > 20
 
 
 def test_weights_alone_need_one_graph(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def export_onnx(
         )
     graph = _of_right_sizes(
         lambda fixed: encode_onnx(artifact, FORMS[runtime], make_skeleton(artifact, calls, model, fixed), runtime),
-        lambda graph: try_out(graph, calls, build_quantized(artifact, model)),
+        lambda graph: try_out(graph, calls, _in_float32(artifact, model)),
     )
     write_atomic(file, graph)
 
@@ -113,7 +113,7 @@ def export_onnx_steps(
     """
     artifact = as_artifact(artifact)
     groups = groups_of_steps(artifact, [float(t) for t in calls.t.unique()])
-    quantized = build_quantized(artifact, model)
+    quantized = _in_float32(artifact, model)
 
     def write(fixed: set[str]) -> Skeleton:
         skeleton = make_skeleton(artifact, calls, model, fixed)
@@ -131,7 +131,12 @@ def export_onnx_steps(
 
 
 def _weights_alone(artifact: Artifact, model: nn.Module | None) -> QuantizedModel:
-    return build_quantized(artifact, model).quantize(activations=False)
+    return _in_float32(artifact, model).quantize(activations=False)
+
+
+def _in_float32(artifact: Artifact, model: nn.Module | None) -> QuantizedModel:
+    """The simulated model in the dtype of graphs, of whatever dtype the artifact is."""
+    return build_quantized(artifact, model).float()
 
 
 def _of_right_sizes(make: Callable[[set[str]], T], wrong: Callable[[T], set[str]]) -> T:
