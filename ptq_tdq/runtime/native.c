@@ -462,12 +462,16 @@ typedef struct {
     const float *weight_scale, *bias;
 } Convolution;
 
-/* One block of weights and one image. Codes have 16 bits where the processor WIDENs them for weights of 8 bits; nibbles
- * are bytes already, less their zero points, where it UNPACKs them. */
+/* One block of weights, of nibbles or of bytes, and one image. Codes have 16 bits where the processor WIDENs them for
+ * weights of 8 bits. Nibbles become bytes, less their zero points, before the products where it UNPACKs them, or where
+ * MANY pixels share that: units that multiply may be those that unpack (Intel), or others (AMD). */
 typedef struct {
     const void *codes, *weights;
     const int8_t *weight_zero;
+    int64_t nibbles;
 } Operands;
+
+enum { MANY = 128 };
 
 /* Where the codes of a kernel position begin, counted from those of the first position. */
 static inline int64_t offset(const Convolution *c, int64_t kh, int64_t kw) {
@@ -539,7 +543,7 @@ static inline __attribute__((always_inline)) void vnni_tile(const Convolution *c
 
 static void tile(const Convolution *c, const Operands *o, int64_t outputs, const int64_t at[PIXELS],
                  int32_t out[PIXELS][BLOCK]) {
-    if (c->nibbles)
+    if (o->nibbles)
         outputs <= 16 ? vnni_tile(c, o, 1, 1, at, out) : vnni_tile(c, o, 1, 2, at, out);
     else
         outputs <= 16 ? vnni_tile(c, o, 0, 1, at, out) : vnni_tile(c, o, 0, 2, at, out);
@@ -1017,7 +1021,8 @@ static int convolve_onto(const Convolution *c, const uint8_t *codes, const float
                          const Sum *s, float *out) {
     const int64_t blocks = (c->outputs + BLOCK - 1) / BLOCK, image = c->in_height * c->in_width * c->channels;
     const int64_t size = c->kernel_height * c->kernel_width * c->channels * BLOCK;
-    const int unpacks = UNPACK && c->nibbles, widens = WIDEN && !c->nibbles;
+    const int shared = UNPACK || c->batch * c->out_height * c->out_width >= MANY;
+    const int unpacks = c->nibbles && shared, widens = WIDEN && !c->nibbles;
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
@@ -1030,7 +1035,7 @@ static int convolve_onto(const Convolution *c, const uint8_t *codes, const float
             const int64_t n = unpacks ? i % c->batch : i / blocks, block = unpacks ? i / c->batch : i % blocks;
             const int64_t first = block * BLOCK;
             const uint8_t *from = codes + n * image, *weights = c->weights + block * size / (c->nibbles ? 2 : 1);
-            Operands o = {from, weights, c->weight_zero + first};
+            Operands o = {from, weights, c->weight_zero + first, c->nibbles && !unpacks};
             if (unpacks) {
                 if (present != block) unpack(weights, o.weight_zero, size, work);
                 present = block;
