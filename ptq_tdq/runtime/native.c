@@ -493,6 +493,22 @@ static inline __m512i nibble_weights(const uint8_t *from, __m512i zero) {
     return _mm512_sub_epi8(codes, zero);
 }
 
+/* The zero points of 16 outputs, each beside its 4 channels. */
+static inline __m512i nibble_zeros(const int8_t *weight_zero) {
+    const __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)weight_zero));
+    return _mm512_shuffle_epi8(first, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
+}
+
+/* Nibbles of one block -> size bytes, less the zero points. */
+#define UNPACKED
+static void unpack(const uint8_t *from, const int8_t *weight_zero, int64_t size, int8_t *to) {
+    const __m512i low = nibble_zeros(weight_zero), high = nibble_zeros(weight_zero + 16);
+    for (const int8_t *end = to + size; to < end; to += 128, from += 64) {
+        _mm512_storeu_si512(to, nibble_weights(from, low));
+        _mm512_storeu_si512(to + 64, nibble_weights(from + 32, high));
+    }
+}
+
 /* 8 pixels x 1 or 2 vectors of 16 outputs: 16 of the 32 registers. */
 static inline __attribute__((always_inline)) void vnni_sums(const Convolution *c, const Operands *o, int nibbles,
                                                             int vectors, const int64_t at[PIXELS],
@@ -501,10 +517,7 @@ static inline __attribute__((always_inline)) void vnni_sums(const Convolution *c
     const int64_t bytes = nibbles ? 32 : 64;
     __m512i zero[2];
 #pragma GCC unroll 2
-    for (int l = 0; l < vectors; l++) {
-        const __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(o->weight_zero + l * 16)));
-        zero[l] = _mm512_shuffle_epi8(first, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
-    }
+    for (int l = 0; l < vectors; l++) zero[l] = nibble_zeros(o->weight_zero + l * 16);
 #pragma GCC unroll 8
     for (int p = 0; p < PIXELS; p++) {
         from[p] = (const uint8_t *)o->codes + at[p];
@@ -935,6 +948,7 @@ int attention(const Attention *a, const float *q, const float *k, const float *v
     return failed;
 }
 
+#ifndef UNPACKED
 /* Nibbles of one block -> size bytes, less the zero points. */
 static void unpack(const uint8_t *from, const int8_t *weight_zero, int64_t size, int8_t *to) {
     enum { ROW = BLOCK * NIBBLE_GROUP };
@@ -946,6 +960,7 @@ static void unpack(const uint8_t *from, const int8_t *weight_zero, int64_t size,
             to[2 * i + 1] = (int8_t)((from[i] >> 4) - zero[2 * i + 1]);
         }
 }
+#endif
 
 static void widen(const uint8_t *restrict from, int64_t size, uint16_t *restrict to) {
     for (int64_t i = 0; i < size; i++) to[i] = from[i];
