@@ -10,7 +10,6 @@ from ptq_tdq.config import Config
 from ptq_tdq.gptq import absorbed, compensated, gptq, layer_error, nearest, solve_order
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.recon.moments import Inputs, inputs, same_input
-from ptq_tdq.recon.replay import Replay
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.scheme import QType
@@ -27,9 +26,8 @@ def round_unit(unit: Unit, full: UnitCall, mine: UnitCall, config: Config, gener
     for layer in unit.layers():
         layer.weights_enabled = False
     factors = FACTORS if config.weights.weight_granularity == "per_channel" else (1.0,)
-    replay = Replay(unit.module)
     for layers in same_input(unit, mine):
-        found = inputs(unit, layers, full, mine, generator, replay)
+        found = inputs(unit, layers, full, mine, generator)
         for layer in layers:
             with torch.no_grad():
                 _round(layer, found.pop(0), config, factors)

@@ -24,7 +24,6 @@ from ptq_tdq.recon.closed_form import FACTORS, PIECE
 from ptq_tdq.recon.engine import JUDGES
 from ptq_tdq.recon.moments import COLUMNS, rows_of
 from ptq_tdq.recon.pace import Pace, Rates, unit_paces
-from ptq_tdq.recon.replay import KEPT_BYTES
 from ptq_tdq.recon.size import UnitSize, at_once, stream_bytes, unit_sizes
 from ptq_tdq.recon.weights import CHECKS, LEARNED_BITS
 from ptq_tdq.scheme import MAX_BITS
@@ -150,8 +149,7 @@ def _unit_bytes(size: UnitSize, layers: Sequence[QuantLayer], config: Config, ro
     some = min(rows, at_once(size))
     work = [some * size.most, min(some, config.learning.batch_size) * size.made]
     if config.weights.rounding in ("gptq", "learned"):
-        kept = 2 * some * size.most + min(KEPT_BYTES, 2 * rows * size.made)
-        work += [kept + _closed_form_bytes(layer, size, rows) for layer in layers]
+        work += [2 * some * size.most + _closed_form_bytes(layer, size, rows) for layer in layers]
     weights = sum(layer.weight.numel() for layer in layers)
     return 2 * rows * streams + max(work) + 8 * weights
 

@@ -13,7 +13,6 @@ from ptq_tdq import processes
 from ptq_tdq.hooks import hooked
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import layer_input, weight_groups
-from ptq_tdq.recon.replay import Replay
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit, as_slice, check_finite
 from ptq_tdq.recon.windows import picker, positions
@@ -139,12 +138,9 @@ def same_input(unit: Unit, call: UnitCall) -> list[list[QuantLayer]]:
 
 
 def inputs(
-    unit: Unit, layers: Sequence[QuantLayer], full: UnitCall, mine: UnitCall, generator: torch.Generator, replay: Replay
+    unit: Unit, layers: Sequence[QuantLayer], full: UnitCall, mine: UnitCall, generator: torch.Generator
 ) -> list[list[Inputs]]:
-    """Rows of what layers with one input compute with, for each of their groups: all samples at random positions.
-
-    ``replay`` has what the unit's modules gave when the layers before these were looked at.
-    """
+    """Rows of what layers with one input compute with, for each of their groups: all samples at random positions."""
     chunks = [layer.weight.flatten(1).float().chunk(weight_groups(layer.layer)) for layer in layers]
     found = [[Inputs(len(w), w.shape[1], w.device) for w in own] for own in chunks]
     weights = [[_scaled(w.t(), 0) for w in own] for own in chunks]
@@ -158,13 +154,9 @@ def inputs(
             for count in places:
                 torch.randperm(count, generator=generator)
             continue
-        batch, first = as_slice(here), int(here[0])
-        with replay.running("quantized", first, _rounded):
-            mine_raw = _input(unit, layers[0], mine, batch)
-        with (
-            switched(unit.module, weights=False, activations=False),
-            replay.running("full precision", first, lambda module: layers[0] not in module.modules()),
-        ):
+        batch = as_slice(here)
+        mine_raw = _input(unit, layers[0], mine, batch)
+        with switched(unit.module, weights=False, activations=False):
             full_raw = _input(unit, layers[0], full, batch)
         if mine_raw is None or not len(mine_raw):  # an expert that nothing was sent to
             continue
@@ -179,10 +171,6 @@ def inputs(
             _pick(layer, own, groups, quantized, original, len(unit.t), generator)
     processes.follow(generator)
     return found
-
-
-def _rounded(module: nn.Module) -> bool:
-    return all(layer.weights_enabled for layer in module.modules() if isinstance(layer, QuantLayer))
 
 
 def _pick(

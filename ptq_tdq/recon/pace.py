@@ -41,8 +41,8 @@ LONG = 0.3  # seconds of a call that is timed; a longer one has one sample and i
 class Pace:
     """Seconds of one unit for one sample: as it is, behind quantizers, and for a step of learning with gradients.
 
-    ``reach`` is how many times the unit runs until it has given the inputs of its layers, one after the other.
-    ``quantizers`` is how many there are of its activations.
+    ``reach`` is how much of the unit comes before the inputs of its layers, each input on its own: 0.5 for one layer in
+    the middle. ``quantizers`` is how many there are of its activations.
     """
 
     plain: float = 0.0
@@ -112,28 +112,21 @@ class _Clock:
 
 
 def _reach(unit: nn.Module, run: Callable[[], Any]) -> float:
-    """Parts of a run that come before each tensor which layers are given, but for what a :class:`Replay` has of it.
-
-    That is the way from where the module in the unit began that a layer is in, and all of the unit once.
-    """
-    inputs, found, began = list[Tensor | None](), list[float](), [time.process_time()]
-
-    def on_module(*_: Any) -> None:
-        began.append(time.process_time())
+    """The sum of the parts of a run that come before each tensor which layers are given."""
+    inputs, found = list[Tensor | None](), list[float]()
 
     def on_call(layer: nn.Module, args: Any, kwargs: Any) -> None:
         x = layer_input(args, kwargs)
         if not inputs or inputs[-1] is not x:
             inputs.append(x)
-            found.append(time.process_time() - began[-1])
+            found.append(time.process_time())
 
     layers = [module for module in unit.modules() if isinstance(module, QuantLayer)]
-    with (
-        hooked(module.register_forward_pre_hook(on_module) for module in unit.children()),
-        hooked(layer.register_forward_pre_hook(on_call, with_kwargs=True) for layer in layers),
-    ):
+    with hooked(layer.register_forward_pre_hook(on_call, with_kwargs=True) for layer in layers):
+        began = time.process_time()
         run()
-    return sum(found) / max(time.process_time() - began[0], 1e-9) + (len(inputs) > 1)
+        taken = time.process_time() - began
+    return sum(now - began for now in found) / max(taken, 1e-9)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from unit_calls import call_of
 
 from ptq_tdq.modules import QuantLayer, layer_kind
 from ptq_tdq.recon.moments import inputs
-from ptq_tdq.recon.replay import Replay
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 
@@ -45,7 +44,7 @@ def test_moments_of_the_inputs_give_those_of_the_outputs(name: str, centred: boo
     full = torch.randn(N, *shape) + 1
     seen = full + 0.2 * torch.randn(N, *shape)
     calls = [call_of("a", value) for value in (full, seen)]
-    (found,) = inputs(unit, [wrapped], *calls, torch.Generator().manual_seed(0), Replay(wrapped))
+    (found,) = inputs(unit, [wrapped], *calls, torch.Generator().manual_seed(0))
 
     def outputs(x: Tensor) -> Tensor:
         y = layer(x) if layer.bias is None else layer(x) - layer(torch.zeros_like(x))
@@ -80,7 +79,7 @@ def test_moments_of_hostile_inputs_are_finite_and_semidefinite(size: float, cent
     full[:, 0], full[:, 1], full[:, 3], full[:, 4] = 0.0, 0.7, full[:, 2], 1 + 1e-6 * full[:, 4]
     unit = Unit("a", wrapped, torch.zeros(200))
     calls = [call_of("a", value * size) for value in (full, 0.9 * full)]
-    ((rows,),) = inputs(unit, [wrapped], *calls, torch.Generator().manual_seed(0), Replay(wrapped))
+    ((rows,),) = inputs(unit, [wrapped], *calls, torch.Generator().manual_seed(0))
     rows.close(centred=centred)
     hessian, (cross,) = rows.moments(slice(0, 6))
     assert all(bool(value.isfinite().all()) for value in (hessian, cross, rows.mean, rows.lost))
@@ -100,8 +99,6 @@ def test_differences_beyond_float32_are_finite() -> None:
     calls = [call_of("a", value) for value in (full, -full)]
     with torch.no_grad():
         wrapped.weight.mul_(0.1)
-    ((rows,),) = inputs(
-        Unit("a", wrapped, torch.zeros(20)), [wrapped], *calls, torch.Generator().manual_seed(0), Replay(wrapped)
-    )
+    ((rows,),) = inputs(Unit("a", wrapped, torch.zeros(20)), [wrapped], *calls, torch.Generator().manual_seed(0))
     expected = (2 * full.double() @ wrapped.weight.double().t()).mean(0)
     torch.testing.assert_close(rows.close(centred=True).lost, expected, rtol=1e-5, atol=1e33)
