@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,9 +22,10 @@ from ptq_tdq.wrap import switched
 ROWS = 32  # inputs that are looked at for each column of the weight, about
 KEPT = 1 << 28  # numbers that are kept of all of them, at most
 PIECE = 1 << 23  # numbers that are picked at once
-COMPARED = 1 << 20  # numbers of both streams whose difference is taken at once
+CACHED = 1 << 19  # numbers that stay in the cache while they are gone over several times
 SUMMED = 1 << 13  # rows whose products are summed in float32
 COLUMNS = 6144  # of the weight that are solved for together, at most
+MODERATE = 40  # numbers between 2 to the power of this and one over it are multiplied in float32 as they are
 
 
 class Inputs:
@@ -32,9 +33,9 @@ class Inputs:
 
     ``mean`` [K] is the mean of x_hat and ``lost`` [O] that of d = W (x - x_hat), x being the full-precision inputs;
     both float64. Where the layer is solved in several blocks, e is what rounding the blocks so far has lost. Rows are
-    kept in float32, once :meth:`close` has taken the means (where ``centred``) and powers of two out of them: a second
-    moment less the square of a mean is noise where inputs hardly vary, and squares of all that float32 holds need
-    float64, in which the sums are.
+    kept in float32, once :meth:`close` has taken the means (where ``centred``) and, of sizes that are not moderate,
+    powers of two out of them: a second moment less the square of a mean is noise where inputs hardly vary, and squares
+    of all that float32 holds need float64, in which the sums are.
     """
 
     def __init__(self, outputs: int, columns: int, device: torch.device) -> None:
@@ -58,14 +59,18 @@ class Inputs:
         self.mean, self.lost = processes.total(self.mean), processes.total(self.lost)
         for mean, pieces in ((self.mean, self._x), (self.lost, self._lost[0])):
             mean /= self.count or 1  # an expert that no sample reached has no moments
-            largest = torch.zeros_like(mean)
-            for rows in pieces:
+            near = mean.float()
+            rest, largest = (mean - near).float(), torch.zeros_like(near)
+            for rows in _cached(pieces):
                 if centred:
-                    rows.copy_(rows.double().sub_(mean))
+                    rows.sub_(near).sub_(rest)
                 torch.maximum(largest, rows.abs().amax(0), out=largest)
-            self._exponents.append(torch.frexp(processes.greatest(largest)).exponent.double())
-            for rows in pieces:
-                rows.copy_(torch.ldexp(rows.double(), -self._exponents[-1]))
+            exponents = _exponents(processes.greatest(largest))
+            self._exponents.append(exponents.double())
+            half = torch.div(exponents, 2, rounding_mode="floor")
+            scales = [torch.ldexp(torch.ones_like(near), -part) for part in (half, exponents - half)]
+            for rows in _cached(pieces) if bool(exponents.any()) else ():
+                rows.mul_(scales[0]).mul_(scales[1])  # one factor alone may be more than float32 holds
         return self
 
     def blocks(self, taps: int) -> list[slice]:
@@ -138,7 +143,7 @@ def inputs(
     """Rows of what layers with one input compute with, for each of their groups: all samples at random positions."""
     chunks = [layer.weight.flatten(1).float().chunk(weight_groups(layer.layer)) for layer in layers]
     found = [[Inputs(len(w), w.shape[1], w.device) for w in own] for own in chunks]
-    weights = [[_small(w.t(), 0) for w in own] for own in chunks]
+    weights = [[_scaled(w.t(), 0) for w in own] for own in chunks]
 
     def look(sample: Tensor) -> list[int]:
         x = _input(unit, layers[0], mine, sample)
@@ -174,7 +179,7 @@ def _pick(
 ) -> None:  # fmt: skip
     """Add rows of a batch of one layer's inputs, as many of each sample as ``samples`` of them are to give.
 
-    ``weights`` are those of the groups, [K, O], as :func:`_small` gives them.
+    ``weights`` are those of the groups, [K, O], as :func:`_scaled` gives them.
     """
     columns, outputs = weights[0][0].shape
     each = -(-rows_of(len(weights), columns, outputs) // samples)
@@ -184,7 +189,7 @@ def _pick(
         seen, meant = map(pick, values)
         for group, (weight, own) in enumerate(zip(weights, groups, strict=True)):
             x = seen[:, group].float().contiguous()
-            own.add(x, _lost(meant[:, group], x, *weight))
+            own.add(x, _lost(meant[:, group].float(), x, *weight))
 
 
 def rows_of(groups: int, columns: int, outputs: int) -> int:
@@ -193,22 +198,36 @@ def rows_of(groups: int, columns: int, outputs: int) -> int:
 
 
 def _lost(meant: Tensor, seen: Tensor, weight: Tensor, exponents: Tensor) -> Tensor:
-    """``(meant - seen) weight`` [n, O] for numbers of any size.
-
-    Powers of two are out of ``weight`` already; without those of the difference too the product fits float32, which is
-    twice as fast as float64.
-    """
-    found, rows = [], max(1, COMPARED // seen.shape[1])
+    """``(meant - seen) weight`` [n, O] for numbers of any size; ``weight`` has lost powers of two, ``exponents``."""
+    found, rows = [], max(1, CACHED // seen.shape[1])
     for a, b in zip(meant.split(rows), seen.split(rows), strict=True):
-        difference, of_rows = _small(a.double() - b, 1)
-        found.append(torch.ldexp(torch.ldexp((difference @ weight).double(), of_rows), exponents).float())
+        difference = a - b
+        if bool(difference.abs().amax().isinf()):
+            difference = a.double() - b
+        difference, of_rows = _scaled(difference, 1)
+        output = difference @ weight
+        for exponent in (of_rows, exponents):
+            output = torch.ldexp(output.double(), exponent).float() if bool(exponent.any()) else output
+        found.append(output)
     return torch.cat(found)
 
 
-def _small(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``x`` as float32 numbers below 1, and the exponents that were taken out of its rows or columns."""
-    exponent = torch.frexp(x.abs().amax(dim, keepdim=True)).exponent.double()
-    return torch.ldexp(x.double(), -exponent).float(), exponent
+def _scaled(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``x`` with rows or columns that float32 multiplies, and the exponents of two that were taken out of them."""
+    exponent = _exponents(x.abs().amax(dim, keepdim=True))
+    return torch.ldexp(x.double(), -exponent).float() if bool(exponent.any()) else x.float(), exponent
+
+
+def _exponents(largest: Tensor) -> Tensor:
+    """Of sizes, the powers of two to be taken out: none where all are moderate."""
+    exponents = torch.frexp(largest).exponent
+    return exponents if bool((exponents.abs() > MODERATE).any()) else torch.zeros_like(exponents)
+
+
+def _cached(pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Rows of all pieces, few at a time."""
+    for piece in pieces:
+        yield from piece.split(max(1, CACHED // max(1, piece.shape[1])))
 
 
 def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice | Tensor) -> Tensor | None:

@@ -462,12 +462,16 @@ typedef struct {
     const float *weight_scale, *bias;
 } Convolution;
 
-/* One block of weights and one image. Codes have 16 bits where the processor WIDENs them for weights of 8 bits; nibbles
- * are bytes already, less their zero points, where it UNPACKs them. */
+/* One block of weights, of nibbles or of bytes, and one image. Codes have 16 bits where the processor WIDENs them for
+ * weights of 8 bits. Nibbles become bytes, less their zero points, before the products where it UNPACKs them, or where
+ * MANY pixels share that: units that multiply may be those that unpack (Intel), or others (AMD). */
 typedef struct {
     const void *codes, *weights;
     const int8_t *weight_zero;
+    int64_t nibbles;
 } Operands;
+
+enum { MANY = 128 };
 
 /* Where the codes of a kernel position begin, counted from those of the first position. */
 static inline int64_t offset(const Convolution *c, int64_t kh, int64_t kw) {
@@ -489,6 +493,22 @@ static inline __m512i nibble_weights(const uint8_t *from, __m512i zero) {
     return _mm512_sub_epi8(codes, zero);
 }
 
+/* The zero points of 16 outputs, each beside its 4 channels. */
+static inline __m512i nibble_zeros(const int8_t *weight_zero) {
+    const __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)weight_zero));
+    return _mm512_shuffle_epi8(first, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
+}
+
+/* Nibbles of one block -> size bytes, less the zero points. */
+#define UNPACKED
+static void unpack(const uint8_t *from, const int8_t *weight_zero, int64_t size, int8_t *to) {
+    const __m512i low = nibble_zeros(weight_zero), high = nibble_zeros(weight_zero + 16);
+    for (const int8_t *end = to + size; to < end; to += 128, from += 64) {
+        _mm512_storeu_si512(to, nibble_weights(from, low));
+        _mm512_storeu_si512(to + 64, nibble_weights(from + 32, high));
+    }
+}
+
 /* 8 pixels x 1 or 2 vectors of 16 outputs: 16 of the 32 registers. */
 static inline __attribute__((always_inline)) void vnni_sums(const Convolution *c, const Operands *o, int nibbles,
                                                             int vectors, const int64_t at[PIXELS],
@@ -497,10 +517,7 @@ static inline __attribute__((always_inline)) void vnni_sums(const Convolution *c
     const int64_t bytes = nibbles ? 32 : 64;
     __m512i zero[2];
 #pragma GCC unroll 2
-    for (int l = 0; l < vectors; l++) {
-        const __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(o->weight_zero + l * 16)));
-        zero[l] = _mm512_shuffle_epi8(first, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
-    }
+    for (int l = 0; l < vectors; l++) zero[l] = nibble_zeros(o->weight_zero + l * 16);
 #pragma GCC unroll 8
     for (int p = 0; p < PIXELS; p++) {
         from[p] = (const uint8_t *)o->codes + at[p];
@@ -539,7 +556,7 @@ static inline __attribute__((always_inline)) void vnni_tile(const Convolution *c
 
 static void tile(const Convolution *c, const Operands *o, int64_t outputs, const int64_t at[PIXELS],
                  int32_t out[PIXELS][BLOCK]) {
-    if (c->nibbles)
+    if (o->nibbles)
         outputs <= 16 ? vnni_tile(c, o, 1, 1, at, out) : vnni_tile(c, o, 1, 2, at, out);
     else
         outputs <= 16 ? vnni_tile(c, o, 0, 1, at, out) : vnni_tile(c, o, 0, 2, at, out);
@@ -931,6 +948,7 @@ int attention(const Attention *a, const float *q, const float *k, const float *v
     return failed;
 }
 
+#ifndef UNPACKED
 /* Nibbles of one block -> size bytes, less the zero points. */
 static void unpack(const uint8_t *from, const int8_t *weight_zero, int64_t size, int8_t *to) {
     enum { ROW = BLOCK * NIBBLE_GROUP };
@@ -942,6 +960,7 @@ static void unpack(const uint8_t *from, const int8_t *weight_zero, int64_t size,
             to[2 * i + 1] = (int8_t)((from[i] >> 4) - zero[2 * i + 1]);
         }
 }
+#endif
 
 static void widen(const uint8_t *restrict from, int64_t size, uint16_t *restrict to) {
     for (int64_t i = 0; i < size; i++) to[i] = from[i];
@@ -1017,7 +1036,8 @@ static int convolve_onto(const Convolution *c, const uint8_t *codes, const float
                          const Sum *s, float *out) {
     const int64_t blocks = (c->outputs + BLOCK - 1) / BLOCK, image = c->in_height * c->in_width * c->channels;
     const int64_t size = c->kernel_height * c->kernel_width * c->channels * BLOCK;
-    const int unpacks = UNPACK && c->nibbles, widens = WIDEN && !c->nibbles;
+    const int shared = UNPACK || c->batch * c->out_height * c->out_width >= MANY;
+    const int unpacks = c->nibbles && shared, widens = WIDEN && !c->nibbles;
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
@@ -1030,7 +1050,7 @@ static int convolve_onto(const Convolution *c, const uint8_t *codes, const float
             const int64_t n = unpacks ? i % c->batch : i / blocks, block = unpacks ? i / c->batch : i % blocks;
             const int64_t first = block * BLOCK;
             const uint8_t *from = codes + n * image, *weights = c->weights + block * size / (c->nibbles ? 2 : 1);
-            Operands o = {from, weights, c->weight_zero + first};
+            Operands o = {from, weights, c->weight_zero + first, c->nibbles && !unpacks};
             if (unpacks) {
                 if (present != block) unpack(weights, o.weight_zero, size, work);
                 present = block;
