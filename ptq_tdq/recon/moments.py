@@ -202,7 +202,7 @@ def _lost(meant: Tensor, seen: Tensor, weight: Tensor, exponents: Tensor) -> Ten
     found, rows = [], max(1, CACHED // seen.shape[1])
     for a, b in zip(meant.split(rows), seen.split(rows), strict=True):
         difference = a - b
-        if bool(difference.abs().amax().isinf()):
+        if bool(difference.abs().amax(1).isinf().any()):  # float32 does not hold it
             difference = a.double() - b
         difference, of_rows = _scaled(difference, 1)
         output = difference @ weight
