@@ -206,8 +206,8 @@ def _lost(meant: Tensor, seen: Tensor, weight: Tensor, exponents: Tensor) -> Ten
             difference = a.double() - b
         difference, of_rows = _scaled(difference, 1)
         output = difference @ weight
-        for exponent in (of_rows, exponents):
-            output = torch.ldexp(output.double(), exponent).float() if bool(exponent.any()) else output
+        if bool(of_rows.any()) or bool(exponents.any()):
+            output = torch.ldexp(torch.ldexp(output.double(), of_rows), exponents).float()
         found.append(output)
     return torch.cat(found)
 

@@ -91,14 +91,17 @@ def test_moments_of_hostile_inputs_are_finite_and_semidefinite(size: float, cent
         torch.testing.assert_close(hessian.diagonal(), expected, rtol=1e-4, atol=0)
 
 
-def test_differences_beyond_float32_are_finite() -> None:
-    """Both streams fit float32, what lies between them does not."""
-    layer = nn.Linear(6, 4).requires_grad_(False)
-    wrapped = QuantLayer(layer, LayerRecord("a", "linear", "a", (0, 6), 4, (QuantizerRecord("a", 4, "static", "mse"),)))
-    full = 3e38 * (1 - torch.rand(20, 6, generator=torch.Generator().manual_seed(0)) / 4)
+@pytest.mark.parametrize("weights", [0.1, 1e-30])
+def test_differences_beyond_float32_are_finite(weights: float) -> None:
+    """Both streams fit float32, what lies between them does not; nor does it without the size of the weights."""
+    layer = nn.Linear(64, 4).requires_grad_(False)
+    wrapped = QuantLayer(
+        layer, LayerRecord("a", "linear", "a", (0, 64), 4, (QuantizerRecord("a", 4, "static", "mse"),))
+    )
+    full = 3e38 * (1 - torch.rand(20, 64, generator=torch.Generator().manual_seed(0)) / 4)
     calls = [call_of("a", value) for value in (full, -full)]
     with torch.no_grad():
-        wrapped.weight.mul_(0.1)
+        wrapped.weight.copy_(weights * torch.eye(4, 64) + weights / 100)
     ((rows,),) = inputs(Unit("a", wrapped, torch.zeros(20)), [wrapped], *calls, torch.Generator().manual_seed(0))
     expected = (2 * full.double() @ wrapped.weight.double().t()).mean(0)
-    torch.testing.assert_close(rows.close(centred=True).lost, expected, rtol=1e-5, atol=1e33)
+    torch.testing.assert_close(rows.close(centred=True).lost, expected, rtol=1e-5, atol=0)
