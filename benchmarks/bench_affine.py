@@ -1,8 +1,8 @@
 """What fake quantization in C is worth to simulated models: their calls with it and with torch's operators.
 
-One JSON line per model: one thread, W4A8, CPU milliseconds of a call ("run") and of a call with the gradients of its input
-("learn": they pass every quantizer, as when intervals are learned). Both ways take turns in one process; the medians of
-several rounds, and the median of their ratios.
+One JSON line per model: one thread, W4A8, CPU milliseconds of a call ("run") and of a call with the gradients of its
+input ("learn": they pass every quantizer, as when intervals are learned). Both ways take turns in one process; the
+medians of several rounds, and the median of their ratios.
 """
 
 from __future__ import annotations
