@@ -352,6 +352,19 @@ def test_a_compiled_model_computes_the_same(tmp_path: Path) -> None:
             assert torch.equal(compiled(**later), each(**later)) and not torch.equal(compiled(**later), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("kind", ["a module of ours", "diffusers' own class", "integers"])
+def test_compiled_blocks_with_attention_compute_the_same(kind: str, calibrated: Callable[[str], Calibrated]) -> None:
+    flux = calibrated("FluxPipeline")
+    pipe = flux.pipe()
+    pipe.transformer = load_quantized(flux.artifact, backend="integer" if kind == "integers" else "simulated")
+    pipe.transformer = as_diffusers(pipe.transformer) if kind == "diffusers' own class" else pipe.transformer
+    expected = flux.draw(pipe)
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    assert torch.equal(flux.draw(pipe), expected)
+
+
 def test_integers_are_saved_as_the_artifact_that_they_came_from(stable_diffusion: Calibrated, tmp_path: Path) -> None:
     integer = load_quantized(stable_diffusion.artifact, backend="integer")
     for save in (integer.save_pretrained, integer.push_to_hub):
