@@ -12,7 +12,7 @@ from ptq_tdq.calib_data.embedded import find_embedded
 from ptq_tdq.calib_data.pipeline import PipelineSampler
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError
-from ptq_tdq.identity import first_nonfinite, model_name, model_sha256
+from ptq_tdq.identity import COMPILED, first_nonfinite, model_name, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import time_argument
@@ -106,27 +106,31 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 def _find_denoiser(pipe: Any, component: str | None) -> Original:
     if not hasattr(pipe, "components"):
         raise ModelError(f"{type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
-    quantized = [name for name, value in pipe.components.items() if isinstance(value, TimedModel)]
+    components = {name: _uncompiled(value) for name, value in pipe.components.items()}
+    quantized = [name for name, value in components.items() if isinstance(value, TimedModel)]
     known = [
         name
-        for name, value in pipe.components.items()
+        for name, value in components.items()
         if isinstance(value, nn.Module) and diffusers_class(type(value).__name__) and _takes_time(value)
     ]
     if component in quantized or (component is None and quantized and not known):
         name = component or quantized[0]
         raise ModelError(f"The {name} is quantized already; calibrate the full-precision one.")
     if component is None and len(known) != 1:
-        raise ModelError(
-            f"{type(pipe).__name__} has {'several denoisers' if known else 'no denoiser'} ({', '.join(known)}); "
-            "name one as component=..."
-        )
+        found = f"several denoisers ({', '.join(known)})" if known else "no component that is known to be a denoiser"
+        raise ModelError(f"{type(pipe).__name__} has {found}; name one as component=...")
     name = component or known[0]
-    denoiser = getattr(pipe, name, None)
+    denoiser = _uncompiled(getattr(pipe, name, None))
     if not isinstance(denoiser, nn.Module):
         raise ModelError(f"{type(pipe).__name__} has no denoiser named {name!r}; it has {', '.join(known)}.")
     check_denoiser(denoiser)
     source = getattr(pipe, "config", {}).get("_name_or_path") or model_name(denoiser)
     return Original(denoiser, str(source), model_sha256(denoiser), name)
+
+
+def _uncompiled(value: Any) -> Any:
+    """What ``torch.compile`` was given, where ``value`` is what it made of that."""
+    return value._modules.get(COMPILED, value) if isinstance(value, nn.Module) else value
 
 
 def check_denoiser(model: nn.Module) -> None:

@@ -365,6 +365,17 @@ def test_compiled_blocks_with_attention_compute_the_same(kind: str, calibrated: 
     assert torch.equal(flux.draw(pipe), expected)
 
 
+def test_a_pipeline_with_a_compiled_denoiser_is_calibrated_as_without(stable_diffusion: Calibrated) -> None:
+    pipe = stable_diffusion.pipe()
+    call = {"height": 16, "width": 16}
+    expected = calibrate(pipe, QUICK, call=call)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    found = calibrate(pipe, QUICK, call=call)
+    assert found.provenance["calibration_set"] == expected.provenance["calibration_set"]
+    state = expected.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
+
+
 def test_integers_are_saved_as_the_artifact_that_they_came_from(stable_diffusion: Calibrated, tmp_path: Path) -> None:
     integer = load_quantized(stable_diffusion.artifact, backend="integer")
     for save in (integer.save_pretrained, integer.push_to_hub):
