@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ptq_tdq.calib_data.embedded import find_embedded
 from ptq_tdq.calib_data.pipeline import PipelineSampler
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError
-from ptq_tdq.identity import COMPILED, first_nonfinite, model_name, model_sha256
+from ptq_tdq.identity import COMPILED, dtype_name, first_nonfinite, model_name, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import time_argument
 from ptq_tdq.timed_model import TimedModel
+
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of weights that layers compute with
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +140,8 @@ def check_denoiser(model: nn.Module) -> None:
     """Check that a model can be quantized over time.
 
     Raises :class:`ModelError` when its ``forward`` has no time argument, when it is quantized, has adapters beside its
-    layers, or has no parameters; :class:`NonFiniteError` naming the layer for NaN or Inf in a weight.
+    layers, hooks of diffusers or no parameters, or weights that nothing can be computed with; :class:`NonFiniteError`
+    naming the layer for NaN or Inf in a weight.
     """
     time_argument(model)
     _check_plain(model)
@@ -153,8 +157,25 @@ def _check_plain(model: nn.Module) -> None:
             "The model has adapters that are not part of it; fuse them first (pipe.fuse_lora(), "
             "pipe.unload_lora_weights()), or load them onto the quantized model."
         )
+    registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    if hooks := [hook for registry in registries for hook in getattr(registry, "hooks", ())]:
+        raise ModelError(
+            f"The model has hooks of diffusers ('{hooks[0]}'): what caches, casts or offloads comes after calibration. "
+            "Take them off (disable_cache(), or load the model again), and enable them on the quantized model."
+        )
     if next(model.parameters(), None) is None:
         raise ModelError("The model has no parameters: nothing would be quantized.")
+    for name, x in model.named_parameters():
+        if x.is_meta:
+            raise ModelError(
+                f"'{name}' of the model has no values here; load them, or calibrate before weights are offloaded "
+                "(pipe.remove_all_hooks())."
+            )
+        if x.is_floating_point() and x.dtype not in COMPUTED:
+            raise ModelError(
+                f"'{name}' of the model is {dtype_name(x.dtype)}, in which nothing is computed; load it in another "
+                "dtype."
+            )
 
 
 def is_embedded(model: LoadedModel) -> bool:
