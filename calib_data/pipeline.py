@@ -43,8 +43,13 @@ class PipelineSampler(Sampler):
     ) -> None:
         """Raises :class:`ConfigError` for prompts, classes or arguments that the pipeline does not take.
 
-        Raises :class:`ModelError` for a component without a scheduler.
+        Raises :class:`ModelError` for a component without a scheduler, and for a pipeline that names no generator.
         """
+        if not takes(pipe.__call__, "generator"):
+            raise ModelError(
+                f"{type(pipe).__name__} names no generator, so its noise cannot be chosen; run it yourself and record "
+                f"calls of its {component}."
+            )
         self.pipe, self.component, self.call = pipe, component, dict(call or {})
         self._scheduler_name = _find_scheduler(pipe, component)
         self._steps = self._scheduler_name.removesuffix(SCHEDULER) + STEPS
