@@ -74,8 +74,7 @@ def grid_of(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) 
         return None
     if x.dtype not in DTYPES or not scale.dtype == zero_point.dtype == torch.float32:
         return None
-    library = _library()
-    if library is None or not all(map(_is_plain, (x, scale, zero_point))):
+    if not all(map(_is_plain, (x, scale, zero_point))) or (library := _library()) is None:
         return None
     order = list(range(x.ndim))
     if not x.is_contiguous():
