@@ -104,7 +104,7 @@ def test_mixed_steps_and_unknown_ones(exported: tuple[Artifact, Path], sampled: 
         denoiser(**{**arguments, "timestep": torch.tensor([7, 7])})
 
 
-@pytest.fixture(scope="module", params=["W4A6", "W8A8-affine", "W8A8-symmetric"])
+@pytest.fixture(scope="module", params=["W4A6", "W8A8-symmetric"])
 def narrow(
     request: Any, tmp_path_factory: pytest.TempPathFactory, artifact_of: Callable[[str], Artifact], sampled: Calls
 ) -> tuple[Artifact, Path]:
