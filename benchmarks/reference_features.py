@@ -15,7 +15,7 @@ import torch
 from reference_model.data import load_images, to_unit
 from safetensors.numpy import save
 
-from ptq_tdq.artifacts import write_atomic
+from ptq_tdq.atomic import write_atomic
 from ptq_tdq.calib_data.reference import load_classifier, load_second_classifier, reference_path
 from ptq_tdq.evaluate.frechet import feature_statistics
 from ptq_tdq.evaluate.quality import accuracy

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq_tdq.artifacts import check_folder
+from ptq_tdq.atomic import check_folder
 from ptq_tdq.cache import cache_folder
 from ptq_tdq.calib_data.finite import finite_outputs
 from ptq_tdq.calib_data.original import LoadedModel

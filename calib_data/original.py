@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ptq_tdq.calib_data.embedded import find_embedded
 from ptq_tdq.calib_data.pipeline import PipelineSampler
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError
-from ptq_tdq.identity import first_nonfinite, model_name, model_sha256
+from ptq_tdq.identity import COMPILED, dtype_name, first_nonfinite, model_name, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import time_argument
 from ptq_tdq.timed_model import TimedModel
+
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of weights that layers compute with
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,22 +109,21 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 def _find_denoiser(pipe: Any, component: str | None) -> Original:
     if not hasattr(pipe, "components"):
         raise ModelError(f"{type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
-    quantized = [name for name, value in pipe.components.items() if isinstance(value, TimedModel)]
+    components = {name: _uncompiled(value) for name, value in pipe.components.items()}
+    quantized = [name for name, value in components.items() if isinstance(value, TimedModel)]
     known = [
         name
-        for name, value in pipe.components.items()
+        for name, value in components.items()
         if isinstance(value, nn.Module) and diffusers_class(type(value).__name__) and _takes_time(value)
     ]
     if component in quantized or (component is None and quantized and not known):
         name = component or quantized[0]
         raise ModelError(f"The {name} is quantized already; calibrate the full-precision one.")
     if component is None and len(known) != 1:
-        raise ModelError(
-            f"{type(pipe).__name__} has {'several denoisers' if known else 'no denoiser'} ({', '.join(known)}); "
-            "name one as component=..."
-        )
+        found = f"several denoisers ({', '.join(known)})" if known else "no component that is known to be a denoiser"
+        raise ModelError(f"{type(pipe).__name__} has {found}; name one as component=...")
     name = component or known[0]
-    denoiser = getattr(pipe, name, None)
+    denoiser = _uncompiled(getattr(pipe, name, None))
     if not isinstance(denoiser, nn.Module):
         raise ModelError(f"{type(pipe).__name__} has no denoiser named {name!r}; it has {', '.join(known)}.")
     check_denoiser(denoiser)
@@ -129,11 +131,17 @@ def _find_denoiser(pipe: Any, component: str | None) -> Original:
     return Original(denoiser, str(source), model_sha256(denoiser), name)
 
 
+def _uncompiled(value: Any) -> Any:
+    """What ``torch.compile`` was given, where ``value`` is what it made of that."""
+    return value._modules.get(COMPILED, value) if isinstance(value, nn.Module) else value
+
+
 def check_denoiser(model: nn.Module) -> None:
     """Check that a model can be quantized over time.
 
     Raises :class:`ModelError` when its ``forward`` has no time argument, when it is quantized, has adapters beside its
-    layers, or has no parameters; :class:`NonFiniteError` naming the layer for NaN or Inf in a weight.
+    layers, hooks of diffusers or no parameters, or weights that nothing can be computed with; :class:`NonFiniteError`
+    naming the layer for NaN or Inf in a weight.
     """
     time_argument(model)
     _check_plain(model)
@@ -149,8 +157,25 @@ def _check_plain(model: nn.Module) -> None:
             "The model has adapters that are not part of it; fuse them first (pipe.fuse_lora(), "
             "pipe.unload_lora_weights()), or load them onto the quantized model."
         )
+    registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    if hooks := [hook for registry in registries for hook in getattr(registry, "hooks", ())]:
+        raise ModelError(
+            f"The model has hooks of diffusers ('{hooks[0]}'): what caches, casts or offloads comes after calibration. "
+            "Take them off (disable_cache(), or load the model again), and enable them on the quantized model."
+        )
     if next(model.parameters(), None) is None:
         raise ModelError("The model has no parameters: nothing would be quantized.")
+    for name, x in model.named_parameters():
+        if x.is_meta:
+            raise ModelError(
+                f"'{name}' of the model has no values here; load them, or calibrate before weights are offloaded "
+                "(pipe.remove_all_hooks())."
+            )
+        if x.is_floating_point() and x.dtype not in COMPUTED:
+            raise ModelError(
+                f"'{name}' of the model is {dtype_name(x.dtype)}, in which nothing is computed; load it in another "
+                "dtype."
+            )
 
 
 def is_embedded(model: LoadedModel) -> bool:

@@ -43,8 +43,14 @@ class PipelineSampler(Sampler):
     ) -> None:
         """Raises :class:`ConfigError` for prompts, classes or arguments that the pipeline does not take.
 
-        Raises :class:`ModelError` for a component without a scheduler.
+        Raises :class:`ModelError` for a component without a scheduler, and for a pipeline that names neither steps nor
+        a generator.
         """
+        if not (takes(pipe.__call__, "num_inference_steps") or takes(pipe.__call__, "generator")):
+            raise ModelError(
+                f"{type(pipe).__name__} names neither num_inference_steps nor a generator, so how it samples cannot be "
+                f"chosen; run it yourself and record calls of its {component}."
+            )
         self.pipe, self.component, self.call = pipe, component, dict(call or {})
         self._scheduler_name = _find_scheduler(pipe, component)
         self._steps = self._scheduler_name.removesuffix(SCHEDULER) + STEPS

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ptq_tdq.artifacts import FileKind, alone, check_file_target, check_folder, write_atomic
+from ptq_tdq.atomic import FileKind, alone, check_file_target, check_folder, write_atomic
 from ptq_tdq.calib_data import LoadedModel, is_embedded, load_model
 from ptq_tdq.cli.cells import CellBars
 from ptq_tdq.cli.options import (

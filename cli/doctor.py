@@ -12,8 +12,9 @@ import torch
 from packaging.requirements import Requirement
 
 from ptq_tdq.cli.options import json_option, print_json
+from ptq_tdq.native.library import c_compiler
 from ptq_tdq.processor import has_bfloat16, instruction_set, sums_eight_bits
-from ptq_tdq.runtime.native import c_compiler, open_library
+from ptq_tdq.runtime.native import open_library
 
 EXTRAS = {
     "report": "HTML pages and figures (report)",

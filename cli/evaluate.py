@@ -10,8 +10,8 @@ import click
 from rich.table import Table
 from torch import Tensor, nn
 
-from ptq_tdq.artifacts import Contents, check_base_model, check_target, publish_directory, read_artifact
-from ptq_tdq.artifacts.atomic import write_file
+from ptq_tdq.artifacts import check_base_model, read_artifact
+from ptq_tdq.atomic import Contents, check_target, publish_directory, write_file
 from ptq_tdq.calib_data import LoadedModel, collect_cached, make_recipe, with_scheduler
 from ptq_tdq.cli.options import (
     FilePath,

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from ptq_tdq.artifacts import Artifact, FileKind, check_base_model, check_file_target, check_target, read_artifact
+from ptq_tdq.artifacts import Artifact, check_base_model, read_artifact
+from ptq_tdq.atomic import FileKind, check_file_target, check_target
 from ptq_tdq.calib_data import collect
 from ptq_tdq.calls import Calls
 from ptq_tdq.cli.options import (

@@ -9,7 +9,8 @@ from typing import Any
 import click
 from torch import Tensor
 
-from ptq_tdq.artifacts import Artifact, FileKind, check_base_model, check_file_target, read_artifact, write_atomic
+from ptq_tdq.artifacts import Artifact, check_base_model, read_artifact
+from ptq_tdq.atomic import FileKind, check_file_target, write_atomic
 from ptq_tdq.calib_data import with_scheduler
 from ptq_tdq.calib_data.sampler import Sampled
 from ptq_tdq.cli.options import (

@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 
 from ptq_tdq import processes
-from ptq_tdq.artifacts import alone, check_output
+from ptq_tdq.artifacts import check_output
+from ptq_tdq.atomic import alone
 from ptq_tdq.cli.options import print_json
 from ptq_tdq.cli.progress import show_files
 from ptq_tdq.errors import OutputError

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ptq_tdq.native.affine import grid_of
 from ptq_tdq.scheme import QType
 
 
@@ -57,29 +59,38 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, factor: float | None
     ) -> Tensor:
+        ctx.factor, kept = factor, ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        ctx.grid = grid = grid_of(x, scale, zero_point, qmin, qmax)
+        if grid is not None:
+            y, u = grid.fake_quantize(x, scale, zero_point, kept)
+            ctx.save_for_backward(u, scale, zero_point)
+            return y
         u = x.to(scale.dtype) / scale  # a 0-dim scale alone would not promote a low-precision x
-        kept = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         level = torch.round(u) if kept else u.round_()  # new memory takes as long as several operations
         # bounds that are numbers: clamping between tensors takes several times as long
         level = level.add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
         if not kept:
             return level.mul_(scale).to(x.dtype)
-        ctx.save_for_backward(u, level, scale)
-        ctx.factor = factor
+        ctx.save_for_backward(u, scale, level)
         return (level * scale).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, level, scale = ctx.saved_tensors
-        residual = level - u
-        outside = residual.abs() > 0.5
-        grad_x = grad.masked_fill(outside, 0.0) if ctx.needs_input_grad[0] else None
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            # d x_hat / d s = round(x/s) - x/s inside the range, qmin - z or qmax - z outside
-            grad_scale = torch.where(outside, level, residual).mul_(grad).sum_to_size(scale.shape)
-            grad_scale = grad_scale if ctx.factor is None else grad_scale * ctx.factor
-        return grad_x, grad_scale, None, None, None, None
+        u, scale, other = ctx.saved_tensors
+        of_x, of_scale = (_gradients if ctx.grid is None else ctx.grid.gradients)(u, scale, other, grad)
+        if ctx.factor is not None:
+            of_scale = of_scale * ctx.factor
+        return of_x, of_scale, None, None, None, None
+
+
+def _gradients(u: Tensor, scale: Tensor, level: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the scale."""
+    residual = level - u
+    outside = residual.abs() > 0.5
+    # d x_hat / d s = round(x/s) - x/s inside the range, qmin - z or qmax - z outside
+    of_scale = torch.where(outside, level, residual).mul_(grad).sum_to_size(scale.shape)
+    return grad.masked_fill(outside, 0.0), of_scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, *, factor: float | None = None) -> Tensor:

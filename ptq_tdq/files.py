@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISREG
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,21 +28,33 @@ def read_file(path: Path, most: int | None = None) -> bytes:
     Raises :class:`OSError` for anything else (a pipe or a device may never end), also for a name that the system cannot
     take; :func:`reason` says what is wrong.
     """
-    check_file(path, most)
-    return path.read_bytes()
+    with _opened(path, most) as file:
+        return file.read()
 
 
 def check_file(path: Path, most: int | None = None) -> int:
     """The size of a regular file of at most ``most`` bytes; raises as :func:`read_file` does."""
     try:
-        info = path.stat()
+        return _size(path.stat(), most)
     except ValueError as error:  # a NUL in the name
         raise OSError(0, str(error)) from None
-    if not S_ISREG(info.st_mode):
+
+
+@contextmanager
+def _opened(path: Path, most: int | None) -> Iterator[BinaryIO]:
+    """A regular file, to be read; raises as :func:`read_file` does, also for what takes its place meanwhile."""
+    check_file(path, most)  # opening alone may do something to a device
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        _size(os.fstat(file.fileno()), most)
+        yield file
+
+
+def _size(found: os.stat_result, most: int | None) -> int:
+    if not S_ISREG(found.st_mode):
         raise OSError(0, "it is not a regular file")
-    if most is not None and info.st_size > most:
+    if most is not None and found.st_size > most:
         raise OSError(0, f"it has more than {most:,} bytes")
-    return info.st_size
+    return found.st_size
 
 
 def check_tensors(path: Path, most: int | None = None) -> None:
@@ -50,8 +62,8 @@ def check_tensors(path: Path, most: int | None = None) -> None:
 
     Nothing but the header is read.
     """
-    size = check_file(path, most)
-    with path.open("rb") as file:
+    with _opened(path, most) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if length > min(size, _MOST_HEADER):
             raise OSError(0, "it has no header of tensors")

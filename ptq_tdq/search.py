@@ -70,7 +70,8 @@ def _pieces(x: Tensor) -> list[Tensor]:
 
 def _error(x: Tensor, scale: Tensor, zero: Tensor, qtype: QType, size: Tensor) -> Tensor:
     """``|x - x_hat|^p`` of ``x`` [n] or [G, n] for F intervals of each row [F, G]: [F, G, n], in units of ``size``."""
-    return ((x - fake_quantize(x, scale[..., None], zero[..., None], qtype)) / size).abs_().pow_(POWER)
+    rounded = fake_quantize(x[None], scale[..., None], zero[..., None], qtype)
+    return ((x - rounded) / size).abs_().pow_(POWER)
 
 
 def _better(

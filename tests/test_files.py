@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from ptq_tdq import files
 from ptq_tdq.files import check_tensors, holding, read_file, read_image, reason, size_text
 
 
@@ -46,6 +48,26 @@ def test_what_may_never_end_is_not_opened(name: str, tmp_path: Path) -> None:
     with pytest.raises(OSError) as error:
         read_file(tmp_path / name)
     assert reason(error.value) == "it is not a regular file"
+
+
+@pytest.mark.parametrize(("other", "said"), [(os.mkfifo, "not a regular file"), (Path.touch, "")], ids=["pipe", "file"])
+def test_what_takes_its_place_is_looked_at_again(
+    other: Callable[[Path], None], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+
+    def check_and_exchange(path: Path, most: int | None) -> None:
+        path.unlink()
+        other(path)
+
+    monkeypatch.setattr(files, "check_file", check_and_exchange)
+    if said:
+        with pytest.raises(OSError) as error:
+            read_file(path, 5)
+        assert said in reason(error.value)
+    else:
+        assert read_file(path, 5) == b""
 
 
 @pytest.mark.parametrize(("name", "said"), [("a\0b", "null"), ("a" * 300, "too long"), ("absent", "No such file")])

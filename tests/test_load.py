@@ -209,6 +209,23 @@ def test_a_model_in_half_precision_comes_back_in_it(dtype: torch.dtype, tmp_path
     assert sqnr_db(expected, found) > 25
 
 
+@torch.no_grad()
+def test_integers_of_a_model_in_double_precision_compute_in_single(tmp_path: Path) -> None:
+    class Normed(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Tanh())
+            self.double()
+
+    model, given = Normed().eval(), inputs(torch.float64)
+    quantized = calibrate(model, QUICK, calls_of(model, **given, num_train_timesteps=1000))
+    quantized.save_pretrained(tmp_path / "out")
+    integer = load_quantized(tmp_path / "out", model=Normed(), backend="integer")
+    found = integer(**given)
+    assert found.dtype == integer.dtype == torch.float64
+    assert sqnr_db(quantized(**given), found) > 30
+
+
 class Encoded(nn.Module):
     """A denoiser around torch's encoder, whose fast path goes around the layers inside."""
 

@@ -1,16 +1,6 @@
 """Artifact directories: plain data on disk, checked byte by byte."""
 
 from ptq_tdq.artifacts.artifact import Artifact, IntervalTable, check_artifact, check_base_model
-from ptq_tdq.artifacts.atomic import (
-    Contents,
-    FileKind,
-    alone,
-    check_file_target,
-    check_folder,
-    check_target,
-    publish_directory,
-    write_atomic,
-)
 from ptq_tdq.artifacts.card import model_card, public_name
 from ptq_tdq.artifacts.component import component_document, component_tensors, decode_component
 from ptq_tdq.artifacts.document import CONFIG_FILE, SCHEMA_VERSION, check_draft, schema
@@ -22,17 +12,11 @@ __all__ = [
     "CONFIG_FILE",
     "SCHEMA_VERSION",
     "Artifact",
-    "Contents",
-    "FileKind",
     "IntervalTable",
-    "alone",
     "check_artifact",
     "check_base_model",
     "check_draft",
-    "check_file_target",
-    "check_folder",
     "check_output",
-    "check_target",
     "component_document",
     "component_tensors",
     "decode_component",
@@ -40,11 +24,9 @@ __all__ = [
     "model_card",
     "pack",
     "public_name",
-    "publish_directory",
     "read_artifact",
     "schema",
     "summarize",
     "unpack",
     "write_artifact",
-    "write_atomic",
 ]

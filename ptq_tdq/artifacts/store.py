@@ -13,7 +13,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ptq_tdq.artifacts.artifact import DERIVED_KEYS, Artifact, IntervalTable, check_artifact
-from ptq_tdq.artifacts.atomic import Contents, check_target, publish_directory, write_file
 from ptq_tdq.artifacts.document import (
     CONFIG_FILE,
     SCHEMA_VERSION,
@@ -24,6 +23,7 @@ from ptq_tdq.artifacts.document import (
     sign,
 )
 from ptq_tdq.artifacts.packing import pack, unpack
+from ptq_tdq.atomic import Contents, check_target, publish_directory, write_file
 from ptq_tdq.errors import ArtifactCorruptError, ArtifactError, ConfigError
 from ptq_tdq.files import check_tensors, read_file, reason
 from ptq_tdq.records import LayerRecord

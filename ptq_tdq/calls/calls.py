@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.artifacts.atomic import write_atomic
+from ptq_tdq.atomic import write_atomic
 from ptq_tdq.calls import file
 from ptq_tdq.calls.arguments import Group, Place, Rows, join
 from ptq_tdq.errors import CalibrationSetError, TimestepError

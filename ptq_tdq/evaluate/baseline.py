@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ptq_tdq.artifacts import write_atomic
+from ptq_tdq.atomic import write_atomic
 from ptq_tdq.calib_data import LoadedModel, is_embedded
 from ptq_tdq.calib_data.collect import Progress
 from ptq_tdq.calls import Calls

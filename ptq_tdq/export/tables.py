@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ptq_tdq.artifacts.atomic import write_atomic
+from ptq_tdq.atomic import write_atomic
 from ptq_tdq.errors import UsageError
 from ptq_tdq.load import Given, as_artifact
 from ptq_tdq.scheme import QType

@@ -136,8 +136,9 @@ def read(model: Original, artifact: Artifact, config: FinetuneConfig, data: Call
         assert isinstance(model, LoadedModel)
         data = collect(model, **recipe(config))
     data.check()
+    data = data.to(next(model.denoiser.parameters()).device)
     require_rows(folded_copy(model.denoiser), data)
-    return RecordedCalls(replace(data.to(next(model.denoiser.parameters()).device), axis=artifact.time_axis))
+    return RecordedCalls(replace(data, axis=artifact.time_axis))
 
 
 def recipe(config: FinetuneConfig) -> dict[str, Any]:

@@ -32,13 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ptq_tdq.artifacts import (
-    Artifact,
-    component_document,
-    component_tensors,
-    decode_component,
-    publish_directory,
-)
+from ptq_tdq.artifacts import Artifact, component_document, component_tensors, decode_component
+from ptq_tdq.atomic import publish_directory
 from ptq_tdq.errors import ArtifactCorruptError, ConfigError, MissingExtraError, ModelError
 from ptq_tdq.identity import base_config, dtype_name
 from ptq_tdq.load import Given, as_artifact, build_quantized, find_artifact

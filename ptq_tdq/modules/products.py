@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ptq_tdq.errors import ModelError
 from ptq_tdq.intervals import source_class
 from ptq_tdq.modules.activation import ActivationQuantizer
+from ptq_tdq.native.address import untraced
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.timeaxis import at, present
 
@@ -221,6 +222,7 @@ def _listening(cls: type[nn.Module]) -> Any:
     Hooks would not do: torch does not run them when Ctrl-C ends a call, and the next call would find the mode in force.
     """
 
+    @untraced  # a graph that breaks inside of the mode would lose it
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _Intercept(self) as mode:
             out = cls.__call__(self, *args, **kwargs)

@@ -20,7 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ptq_tdq import processes
-from ptq_tdq.artifacts import IntervalTable, write_atomic
+from ptq_tdq.artifacts import IntervalTable
+from ptq_tdq.atomic import write_atomic
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError, ResumeError
 from ptq_tdq.files import check_tensors, read_file

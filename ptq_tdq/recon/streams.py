@@ -183,7 +183,8 @@ def sweep(model: nn.Module, units: Sequence[str], chunks: Sequence[Chunk], store
             if len(names) > 1:
                 raise ModelError(
                     "The model's forward pass takes different ways for different samples "
-                    f"(at {sorted(filter(None, names))})."
+                    f"(at {', '.join(sorted(filter(None, names)))}); record calls that all take the same one, without "
+                    "arguments that leave layers out in some of them."
                 )
             present, count = list(filter(None, calls)), len(chunks)
             full, quantized = (merge(half, store) for half in (present[:count], present[count:]))

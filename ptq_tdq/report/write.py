@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ptq_tdq.artifacts import Contents, check_target, publish_directory
+from ptq_tdq.atomic import Contents, check_target, publish_directory
 from ptq_tdq.evaluate.images import grid_png
 from ptq_tdq.report.data import report_data
 from ptq_tdq.report.figures import draw_figures

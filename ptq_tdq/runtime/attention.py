@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ptq_tdq.native.address import address, untraced
 from ptq_tdq.records import LayerRecord
-from ptq_tdq.runtime.address import address, untraced
 from ptq_tdq.runtime.kernels import levels
 from ptq_tdq.runtime.step import Interval, Step
 from ptq_tdq.scheme import QType

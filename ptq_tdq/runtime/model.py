@@ -45,9 +45,9 @@ class IntegerModel(TimedModel):
     """Quantized convolutions and linears run as u8 x s8 products with int32 sums, and attention on codes.
 
     Scale and zero point come from the artifact's tables at the model's own time step. All else is float32, also where
-    the model was of half precision: floating inputs are cast, and outputs are cast back to the model's ``dtype``, or to
-    that of x where it is lower. Calls of several threads do not disturb each other. ``facts`` says what runs. CPU only,
-    inference only.
+    the model was of half or double precision: floating inputs are cast, and outputs are cast back to the model's
+    ``dtype``, or to that of x where it is lower. Calls of several threads do not disturb each other. ``facts`` says
+    what runs. CPU only, inference only.
     """
 
     def __init__(self, model: nn.Module, artifact: Artifact) -> None:
@@ -69,7 +69,7 @@ class IntegerModel(TimedModel):
             else:
                 layer = engine.layer(model.get_submodule(record.name), record, artifact, self.step)
                 _replace(model, record.name, layer)
-        _load_rest(model, artifact)
+        _load_rest(model, artifact, self._dtype)
         _know_dtype(model)
         model.register_forward_pre_hook(self.step.begin)
         model.register_forward_hook(self.step.end, always_call=True)
@@ -240,15 +240,15 @@ def _planes(codes: Tensor, channels: tuple[int, int] | None, geometry: Geometry)
     return [plane.contiguous() for plane in codes.unbind(2)]
 
 
-def _load_rest(model: nn.Module, artifact: Artifact) -> None:
-    """The tensors that stay in floating point, in float32 where they are of half precision.
+def _load_rest(model: nn.Module, artifact: Artifact, dtype: torch.dtype) -> None:
+    """The tensors that stay in floating point, in float32 where they are of half precision or of the model's ``dtype``.
 
     Raises :class:`RuntimeUnsupportedError` for a tensor without values: one that is not saved, in a model of the meta
     device.
     """
     state = {k: v for k, v in artifact.float_state.items() if k.removesuffix(".bias") not in artifact.weight_codes}
     model.load_state_dict(state, strict=False, assign=True)
-    model._apply(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+    model._apply(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16, dtype) else x)
     model.requires_grad_(False)
     for name, module in model.named_modules():
         own = chain(module._parameters.items(), module._buffers.items(), vars(module).items())

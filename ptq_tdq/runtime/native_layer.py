@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptq_tdq.runtime.address import address, per_sample, untraced
+from ptq_tdq.native.address import address, per_sample, untraced
 from ptq_tdq.runtime.kernels import Before, Grid
 from ptq_tdq.runtime.native import Frame, frame_of
 from ptq_tdq.runtime.products import Convolution, NativeProducts, check_sum

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq.errors import RuntimeUnsupportedError
+from ptq_tdq.native.address import address, untraced
 from ptq_tdq.rotate import signs
-from ptq_tdq.runtime.address import address, untraced
 from ptq_tdq.runtime.attention import AttentionSizes, IntegerProduct, tops
 from ptq_tdq.runtime.kernels import Activation, Norm, TokenNorm
 from ptq_tdq.runtime.layer import ChannelRange, IntegerLayer, IntegerLinear, WeightOnlyLayer

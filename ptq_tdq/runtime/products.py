@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptq_tdq.errors import RuntimeUnsupportedError
-from ptq_tdq.runtime.address import address, per_sample, untraced
+from ptq_tdq.native.address import address, per_sample, untraced
 from ptq_tdq.runtime.step import Interval
 
 CHANNELS = 4  # the kernel takes multiples of so many

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ptq_tdq.artifacts import summarize, write_atomic
+from ptq_tdq.artifacts import summarize
+from ptq_tdq.atomic import write_atomic
 from ptq_tdq.calib_data import LoadedModel, collect, collect_cached
 from ptq_tdq.calibration import calibrate, identity, provenance, weight_identity
 from ptq_tdq.calls import Calls

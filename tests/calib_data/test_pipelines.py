@@ -230,6 +230,16 @@ def test_a_pipeline_without_a_scheduler_is_one_sentence() -> None:
         from_pipeline(Bare(tiny_unet()))
 
 
+def test_a_pipeline_that_names_nothing_of_its_sampling_is_one_sentence(saved_pipeline: Saved) -> None:
+    class Blocks(StableDiffusionPipeline):
+        def __call__(self, state: Any = None, **inputs: Any) -> None: ...  # type: ignore[override]
+
+    pipe = Blocks.from_pretrained(saved_pipeline("StableDiffusionPipeline")[1])
+    for told in ({}, {"prompts": "A red fox"}, {"call": {"height": 16}}):
+        with pytest.raises(ModelError, match=r"Blocks names neither .* record calls of its unet"):
+            from_pipeline(pipe, **told)
+
+
 def test_a_pipeline_in_memory_is_as_good_as_its_folder(saved_pipeline: Saved) -> None:
     _, folder = saved_pipeline("DiTPipeline")
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)

@@ -15,7 +15,8 @@ import torch
 from commands import launched, running
 from PIL import Image
 
-from ptq_tdq.artifacts import alone, read_artifact
+from ptq_tdq.artifacts import read_artifact
+from ptq_tdq.atomic import alone
 
 FEW = (
     *("--iterations", "6", "--trajectories", "16", "--batch-size", "8"),

@@ -104,7 +104,7 @@ def test_mixed_steps_and_unknown_ones(exported: tuple[Artifact, Path], sampled: 
         denoiser(**{**arguments, "timestep": torch.tensor([7, 7])})
 
 
-@pytest.fixture(scope="module", params=["W4A6", "W8A8-affine", "W8A8-symmetric"])
+@pytest.fixture(scope="module", params=["W4A6", "W8A8-symmetric"])
 def narrow(
     request: Any, tmp_path_factory: pytest.TempPathFactory, artifact_of: Callable[[str], Artifact], sampled: Calls
 ) -> tuple[Artifact, Path]:
@@ -152,19 +152,20 @@ def test_static_intervals_need_one_graph(tmp_path: Path, quantize_model: Callabl
     assert len(list((tmp_path / "graphs").glob("*.onnx"))) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "graphs"), (torch.float16, "model.onnx")])
 @torch.no_grad()
-def test_a_model_in_half_precision_becomes_graphs_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_model_in_half_precision_becomes_graphs_in_float32(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
     model, t = tiny_unet().to(dtype), torch.tensor([900, 300])
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
     calls = calls_of(model, x, t, num_train_timesteps=1000)
     config = preset("default", scheme="W8A8", method="static", rounding="nearest", activation_iterations=0)
     quantized = calibrate(model, config, calls)
-    export_onnx_steps(quantized, tmp_path / "graphs", calls, int8_outputs=True)
-    export_onnx(quantized, tmp_path / "model.onnx", "portable", calls)
-    for name in ("graphs", "model.onnx"):
-        found = OnnxDenoiser(tmp_path / name, threads=1)(x, t)[0]
-        assert found.dtype == dtype and sqnr_db(quantized(x, t)[0], found) > 20
+    if name == "graphs":
+        export_onnx_steps(quantized, tmp_path / name, calls, int8_outputs=True)
+    else:
+        export_onnx(quantized, tmp_path / name, "portable", calls)
+    found = OnnxDenoiser(tmp_path / name, threads=1)(x, t)[0]
+    assert found.dtype == dtype and sqnr_db(quantized(x, t)[0], found) > 20
 
 
 def test_weights_alone_need_one_graph(tmp_path: Path) -> None:

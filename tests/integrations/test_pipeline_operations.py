@@ -18,6 +18,7 @@ from calibrated import QUICK, Calibrated, load
 from diffusers import (
     ControlNetModel,
     ControlNetXSAdapter,
+    FirstBlockCacheConfig,
     KandinskyV22CombinedPipeline,
     PipelineQuantizationConfig,
     StableDiffusionControlNetPipeline,
@@ -350,6 +351,61 @@ def test_a_compiled_model_computes_the_same(tmp_path: Path) -> None:
             expected, compiled = each(**given), torch.compile(each, backend="eager")
             assert torch.equal(compiled(**given), expected)
             assert torch.equal(compiled(**later), each(**later)) and not torch.equal(compiled(**later), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("kind", ["a module of ours", "diffusers' own class", "integers"])
+def test_compiled_blocks_with_attention_compute_the_same(kind: str, calibrated: Callable[[str], Calibrated]) -> None:
+    flux = calibrated("FluxPipeline")
+    pipe = flux.pipe()
+    pipe.transformer = load_quantized(flux.artifact, backend="integer" if kind == "integers" else "simulated")
+    pipe.transformer = as_diffusers(pipe.transformer) if kind == "diffusers' own class" else pipe.transformer
+    expected = flux.draw(pipe)
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    assert torch.equal(flux.draw(pipe), expected)
+
+
+def test_a_pipeline_with_a_compiled_denoiser_is_calibrated_as_without(stable_diffusion: Calibrated) -> None:
+    pipe = stable_diffusion.pipe()
+    call = {"height": 16, "width": 16}
+    expected = calibrate(pipe, QUICK, call=call)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    found = calibrate(pipe, QUICK, call=call)
+    assert found.provenance["calibration_set"] == expected.provenance["calibration_set"]
+    state = expected.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
+
+
+HOOKS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "cache": (lambda model: model.enable_cache(FirstBlockCacheConfig(threshold=0.1)), r"hooks of diffusers \('fbc_"),
+    "cast": (lambda model: model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32), "'layerwise_casting'"),
+    "groups": (
+        lambda model: model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+        r"'group_offloading'.* comes after calibration\. Take them off",
+    ),
+    "offload": (lambda model: cpu_offload(model, "cpu"), "no values here; load them, or calibrate before"),
+    "float8": (lambda model: model.to(torch.float8_e4m3fn), "is float8_e4m3fn, in which nothing is computed"),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_what_runs_models_in_other_ways_comes_after_calibration(
+    kind: str, calibrated: Callable[[str], Calibrated]
+) -> None:
+    pipe = calibrated("FluxPipeline").pipe()
+    change, said = HOOKS[kind]
+    change(pipe.transformer)
+    with pytest.raises(ModelError, match=said):
+        calibrate(pipe, QUICK, call={"height": 16, "width": 16})
+
+
+def test_a_cache_that_was_switched_off_leaves_nothing(calibrated: Callable[[str], Calibrated]) -> None:
+    pipe = calibrated("FluxPipeline").pipe()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    pipe.transformer.disable_cache()
+    call = {"height": 16, "width": 16, "max_sequence_length": 64}
+    assert len(first_call(from_pipeline(pipe, call=call), num_inference_steps=2)) == 1
 
 
 def test_integers_are_saved_as_the_artifact_that_they_came_from(stable_diffusion: Calibrated, tmp_path: Path) -> None:

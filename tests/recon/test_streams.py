@@ -187,7 +187,7 @@ def test_samples_that_take_different_ways_are_an_error() -> None:
     chunks: list[Chunk] = [
         (partial(model, x), slice(i, i + 1), {}) for i, x in enumerate((torch.ones(1, 2), -torch.ones(1, 2)))
     ]
-    with pytest.raises(ModelError, match="different ways"):
+    with pytest.raises(ModelError, match=r"different ways for different samples \(at a, b\); record"):
         sweep(model, ["a", "b"], chunks, Store(False), lambda full, mine: (full.arguments, mine.arguments))
 
 

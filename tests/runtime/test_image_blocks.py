@@ -14,9 +14,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
+from ptq_tdq.native.library import SWITCH
 from ptq_tdq.runtime import IntegerModel
 from ptq_tdq.runtime.blocks import FusedAttention, FusedResnet
-from ptq_tdq.runtime.native import SWITCH
 from ptq_tdq.runtime.passes import MOST
 
 WIDTH, BATCH, EMBEDDED, SIZE = 12, 3, 10, (7, 5)

@@ -14,8 +14,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
+from ptq_tdq.native.library import SWITCH
 from ptq_tdq.runtime import IntegerModel
-from ptq_tdq.runtime.native import SWITCH
 from ptq_tdq.runtime.token_blocks import FusedTransformer
 
 WIDTH, OTHER_WIDTH, TOKENS, OTHERS, BATCH = 24, 20, 11, 7, 3

@@ -13,7 +13,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ptq_tdq.artifacts import Artifact, Contents, publish_directory, write_atomic
+from ptq_tdq.artifacts import Artifact
+from ptq_tdq.atomic import Contents, publish_directory, write_atomic
 from ptq_tdq.calls import Calls
 from ptq_tdq.errors import ModelError, UsageError, first_line
 from ptq_tdq.export.onnx.by_step import SharedWeights, Static, frozen, groups_of_steps

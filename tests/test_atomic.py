@@ -14,8 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from ptq_tdq.artifacts import Contents, FileKind, check_file_target, check_target, publish_directory, write_atomic
-from ptq_tdq.artifacts.atomic import write_file
+from ptq_tdq.atomic import (
+    Contents,
+    FileKind,
+    check_file_target,
+    check_target,
+    publish_directory,
+    write_atomic,
+    write_file,
+)
 from ptq_tdq.errors import OutputError
 
 
@@ -104,7 +111,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     """A real refusal by the kernel in the middle of a write: the process may not grow files beyond 64 KiB."""
     program = """
 import resource, sys
-from ptq_tdq.artifacts.atomic import Contents, publish_directory, write_atomic, write_file
+from ptq_tdq.atomic import Contents, publish_directory, write_atomic, write_file
 from ptq_tdq.errors import OutputError
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))

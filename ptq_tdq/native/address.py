@@ -15,7 +15,8 @@ R = TypeVar("R")
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """For functions that give addresses to C: torch.compile would let go of a tensor whose address is all that is left.
+    """For functions that torch.compile leaves alone, those that give addresses to C above all: it would let go of a
+    tensor whose address is all that is left.
 
     So each runs as it is written, inside a compiled model too, and its tensors live until C has returned.
     """

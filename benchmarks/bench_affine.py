@@ -1,0 +1,89 @@
+"""What fake quantization in C is worth to simulated models: their calls with it and with torch's operators.
+
+One JSON line per model: one thread, W4A8, CPU milliseconds of a call ("run") and of a call with the gradients of its
+input ("learn": they pass every quantizer, as when intervals are learned). Both ways take turns in one process; the
+medians of several rounds, and the median of their ratios.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import click
+import torch
+from bench_runtime import Subject
+from lines import append, read
+from subjects import call_of
+
+from ptq_tdq import affine, load_quantized
+from ptq_tdq.calls import main_argument, prediction
+from ptq_tdq.native.affine import grid_of
+
+RESULTS = Path(__file__).parent / "results" / "affine.jsonl"
+
+
+@click.command()
+@click.option("--models", default="embedded,random,reference-dit,sd15-quarter")
+@click.option("--batch", default=8)
+@click.option("--rounds", default=15)
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+@click.option("--render", is_flag=True, help="Only print the table.")
+def main(models: str, batch: int, rounds: int, results: Path, render: bool) -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in [] if render else models.split(","):
+            append(
+                results, {"model": name, "batch": batch, **measure(Subject(name, Path(folder) / name), batch, rounds)}
+            )
+    print(table(read(results)))
+
+
+def measure(subject: Subject, batch: int, rounds: int) -> dict[str, Any]:
+    model, inputs = load_quantized(subject.folder / "W4A8"), call_of(subject.calls, batch, 500)
+    name = main_argument(inputs, subject.calls.axis.argument)
+
+    def run() -> None:
+        with torch.no_grad():
+            model(**inputs)
+
+    def learn() -> None:
+        x = inputs[name].detach().requires_grad_()
+        prediction(model(**inputs | {name: x})).square().mean().backward()
+
+    return {what: paired(call, rounds) for what, call in (("run", run), ("learn", learn))}
+
+
+def paired(call: Callable[[], None], rounds: int) -> dict[str, float]:
+    """Milliseconds with C and with torch's operators, and how many times as long these take."""
+    ways = grid_of, lambda *_: None
+    spent: tuple[list[float], list[float]] = [], []
+    for _ in range(rounds + 1):
+        for way, times in zip(ways, spent, strict=True):
+            with patch.object(affine, "grid_of", way):
+                began = time.process_time()
+                call()
+                times.append(1000 * (time.process_time() - began))
+    c, other = (times[1:] for times in spent)  # the first round warms up
+    return {"c": median(c), "torch": median(other), "ratio": median(b / a for a, b in zip(c, other, strict=True))}
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    rows = [
+        "| model | call, C (ms) | torch (ms) | ratio | with gradients, C (ms) | torch (ms) | ratio |",
+        "|---" * 7 + "|",
+    ]
+    for line in lines:
+        cells = (line[what][key] for what in ("run", "learn") for key in ("c", "torch", "ratio"))
+        rows.append(f"| {line['model']} | {' | '.join(f'{cell:.3g}' for cell in cells)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
