@@ -1,4 +1,4 @@
-"""The one door from tensors to C: an address is given only for memory that is what the kernel takes it for."""
+"""The door from the tensors of layers to C: an address is given only for memory that is what a kernel takes it for."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ R = TypeVar("R")
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """For functions that torch.compile leaves alone, those that give addresses to C above all: it would let go of a
-    tensor whose address is all that is left.
+    """The function, which torch.compile leaves as it is written, inside a compiled model too.
 
-    So each runs as it is written, inside a compiled model too, and its tensors live until C has returned.
+    Where it gives addresses to C, their tensors live until C has returned; torch.compile would let go of a tensor whose
+    address is all that is left.
     """
     plain: Callable[P, R] = torch.compiler.disable(function)
     return plain

@@ -1,8 +1,7 @@
 /* Quantize and dequantize in one pass over memory, and the gradients of both in another.
  *
- * Plain C with OpenMP, built on demand by library.py. affine.py of the package holds the same in torch: the reference,
- * of which the results are, bit for bit; only the sums of the scales' gradients are added in another order, which is
- * the same for any number of threads.
+ * Plain C with OpenMP, built on demand by library.py. ptq_tdq/affine.py has the same in torch, with the same bits; only
+ * the sums of the scales' gradients are added in an order of their own, the same for any number of threads.
  *
  * A tensor is ``groups`` runs of ``each`` values; each run has a scale of its own.
  */
