@@ -21,7 +21,8 @@ demo: $(VENV)/.installed  ## calibrate the embedded reference model in a small w
 	@echo "This was a small run ($(DEMO)); without these flags calibrate does all of preset default."
 	@echo "Look at $(OUT)/samples.png (full precision beside quantized) and open $(OUT)/report/report.html in a browser."
 
-test: lint docs  ## lint and documentation, then every test that is not marked slow
+test: $(VENV)/.installed-dev  ## lint and documentation, then every test that is not marked slow
+	$(MAKE) --jobs 2 lint docs
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --durations 40
 
 lint: $(VENV)/.installed-dev
