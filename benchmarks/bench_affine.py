@@ -39,9 +39,8 @@ def main(models: str, batch: int, rounds: int, results: Path, render: bool) -> N
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
         for name in [] if render else models.split(","):
-            append(
-                results, {"model": name, "batch": batch, **measure(Subject(name, Path(folder) / name), batch, rounds)}
-            )
+            found = measure(Subject(name, Path(folder) / name), batch, rounds)
+            append(results, {"model": name, "batch": batch, **found})
     print(table(read(results)))
 
 

@@ -77,20 +77,20 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, scale, other = ctx.saved_tensors
-        of_x, of_scale = (_gradients if ctx.grid is None else ctx.grid.gradients)(u, scale, other, grad)
-        if ctx.factor is not None:
+        u, scale, other = ctx.saved_tensors  # other: zero points for C, else what was rounded and clamped
+        if ctx.grid is not None:  # both in one pass
+            of_x, of_scale = ctx.grid.gradients(u, scale, other, grad)
+        else:
+            residual = other - u
+            outside = residual.abs() > 0.5
+            of_x = grad.masked_fill(outside, 0.0) if ctx.needs_input_grad[0] else None
+            of_scale = None
+            if ctx.needs_input_grad[1]:
+                # d x_hat / d s = round(x/s) - x/s inside the range, qmin - z or qmax - z outside
+                of_scale = torch.where(outside, other, residual).mul_(grad).sum_to_size(scale.shape)
+        if of_scale is not None and ctx.factor is not None:
             of_scale = of_scale * ctx.factor
         return of_x, of_scale, None, None, None, None
-
-
-def _gradients(u: Tensor, scale: Tensor, level: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the scale."""
-    residual = level - u
-    outside = residual.abs() > 0.5
-    # d x_hat / d s = round(x/s) - x/s inside the range, qmin - z or qmax - z outside
-    of_scale = torch.where(outside, level, residual).mul_(grad).sum_to_size(scale.shape)
-    return grad.masked_fill(outside, 0.0), of_scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, *, factor: float | None = None) -> Tensor:
