@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "affine.jsonl"
 
 
 @click.command()
-@click.option("--models", default="embedded,random,reference-dit,sd15-quarter")
+@click.option("--models", default="embedded,random,reference-dit,sd15-quarter", help="Empty: only the search.")
 @click.option("--batch", default=8)
 @click.option("--rounds", default=15)
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
@@ -43,7 +43,7 @@ def main(models: str, batch: int, rounds: int, results: Path, render: bool) -> N
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
-        for name in [] if render else models.split(","):
+        for name in [] if render else filter(None, models.split(",")):
             found = measure(Subject(name, Path(folder) / name), batch, rounds)
             append(results, {"model": name, "batch": batch, **found})
     if not render:
