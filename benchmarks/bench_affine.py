@@ -104,7 +104,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         cells = (line[what][key] for what in ("run", "learn") for key in ("c", "torch", "ratio"))
         rows.append(f"| {line['model']} | {' | '.join(f'{cell:.3g}' for cell in cells)} |")
     for line in (line for line in lines if "weight" in line):
-        rows += [f"search of a {what}: ratio {line[what]['ratio']:.3g}" for what in ("weight", "activation")]
+        rows += [f"search, {what}: ratio {line[what]['ratio']:.3g}" for what in ("weight", "activation")]
     return "\n".join(rows)
 
 
