@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ptq_tdq.affine import choose_qparams, end_scales, fake_quantize
+from ptq_tdq.native import affine as native
 from ptq_tdq.scheme import QType
 
 SHRINK_FACTORS = tuple(1 - 0.01 * i for i in range(80))
@@ -50,45 +51,49 @@ def row_qparams(rows: Tensor, qtype: QType, *, method: str = "mse", symmetric: b
 def _piece_qparams(rows: Tensor, qtype: QType, method: str, symmetric: bool) -> QParams:
     lo, hi = rows.amin(1), rows.amax(1)
     place = _symmetric if symmetric else choose_qparams
-    best_scale, best_zero = place(lo, hi, qtype)
     if method == "minmax":
-        return QParams(best_scale, best_zero)
-    size = _size(lo, hi)
-    best = torch.full_like(best_scale, torch.inf)
-    for factors in _pieces(rows):
-        scale, zero = place(lo * factors, hi * factors, qtype)
-        error = _error(rows, scale, zero, qtype, size).mean(-1)
-        best, (best_scale, best_zero) = _better(error, best, (scale, zero), (best_scale, best_zero))
-    return QParams(best_scale, best_zero)
+        return QParams(*place(lo, hi, qtype))
+    factors = _factors(rows.device)
+    scale, zero = place(lo * factors, hi * factors, qtype)
+    best = _least(interval_errors(rows, scale, zero, qtype, _size(lo, hi)))
+    return QParams(scale.gather(0, best)[0], zero.gather(0, best)[0])
 
 
-def _pieces(x: Tensor) -> list[Tensor]:
-    """The shrink factors as columns [F, 1], as many at once as small tensors like ``x`` allow."""
-    count = max(1, PIECE // max(1, x.numel()))
-    return list(torch.tensor(SHRINK_FACTORS, device=x.device)[:, None].split(count))
+def _factors(device: torch.device) -> Tensor:
+    """The shrink factors as a column [F, 1]."""
+    return torch.tensor(SHRINK_FACTORS, device=device)[:, None]
 
 
-def _error(x: Tensor, scale: Tensor, zero: Tensor, qtype: QType, size: Tensor) -> Tensor:
-    """``|x - x_hat|^p`` of ``x`` [n] or [G, n] for F intervals of each row [F, G]: [F, G, n], in units of ``size``."""
-    rounded = fake_quantize(x[None], scale[..., None], zero[..., None], qtype)
-    return ((x - rounded) / size).abs_().pow_(POWER)
+def interval_errors(
+    x: Tensor, scale: Tensor, zero: Tensor, qtype: QType, size: Tensor, counts: Tensor | None = None
+) -> Tensor:
+    """Sums of ``|x - x_hat|^p`` over each row of ``x`` for F intervals of its own: [F, G], as ``scale`` and ``zero``.
+
+    ``x`` is [G, n], or the same [n] for all rows. An error is in units of the row's ``size`` [G], near its largest
+    value, so that its power is in range, and counts as often as ``counts`` [G, n] says, or once.
+    """
+    zero, size = zero.to(scale.dtype), size.clamp(max=2.0**126)  # 1 / size is not denormal
+    found = native.interval_errors(x, counts, size, scale, zero, (qtype.qmin, qtype.qmax), POWER)
+    if found is not None:
+        return found
+    at_once = max(1, PIECE // max(1, len(size) * x.shape[-1]))  # which stay in the processor's cache
+    errors = []
+    for some, zeros in zip(scale.split(at_once), zero.split(at_once), strict=True):
+        rounded = fake_quantize(x[None], some[..., None], zeros[..., None], qtype)
+        error = ((x - rounded) / size[:, None]).abs_().pow_(POWER)
+        errors.append((error if counts is None else error.mul_(counts)).sum(-1))
+    return torch.cat(errors)
 
 
-def _better(
-    error: Tensor, best: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The least of ``best`` [G] and ``error`` [F, G], the first of equals, and what belongs to it of old and new."""
-    index = error.argmin(0, keepdim=True)
-    least = error.gather(0, index)[0]
-    better = least < best
-    chosen = (torch.where(better, n.gather(0, index)[0], o) for n, o in zip(new, old, strict=True))
-    return torch.where(better, least, best), tuple(chosen)
+def _least(errors: Tensor) -> Tensor:
+    """The index [1, G] of the least of F errors [F, G], the first of equals; what is no number is none of them."""
+    return errors.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(0, keepdim=True)
 
 
 def _size(lo: Tensor, hi: Tensor) -> Tensor:
-    """A power of two near the largest value of each row [G, 1]: the power p of an error in this unit is in range."""
+    """A power of two near the largest value of each row."""
     largest = torch.maximum(-lo, hi).to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)[:, None]
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,12 @@ def ratio_errors(x: Tensor, qtype: QType, unit: Tensor) -> Tensor:
 
     ``unit`` is near the largest value, so that no power overflows.
     """
-    found = vector_qparams(x, qtype)
-    x, scale, zero = x.float() / unit, found.scale[..., None] / unit, found.zero_point[..., None]
-    errors = [(x - fake_quantize(x, scale * ratio, zero, qtype)).abs().pow(POWER).mean((1, 2)) for ratio in RATIOS]
-    return torch.stack(errors, 1)
+    x = x.float()
+    found, rows = vector_qparams(x, qtype), x.flatten(0, -2)
+    scale = torch.tensor(RATIOS, device=x.device)[:, None] * found.scale.flatten()
+    zero = found.zero_point.flatten().expand_as(scale)
+    errors = interval_errors(rows, scale, zero, qtype, unit.expand(len(rows)))
+    return (errors.view(-1, *x.shape[:2]).mean(2) / x.shape[2]).t()
 
 
 def activation_qparams(
@@ -153,16 +160,13 @@ def activation_qparams(
         scale = torch.maximum(down * low, up * high).clamp(min=torch.finfo(torch.float32).tiny)
         return scale, zero_point.to(torch.int32).expand_as(scale)
 
-    x, best, size = histogram.centres, torch.full_like(lo, torch.inf), _size(lo, hi)
+    factors, size = _factors(lo.device), _size(lo, hi)
     low = high = torch.ones_like(lo)  # the best factors so far
     for moves_low, moves_high in {"minmax": (), "ema": (), "mse": _BOTH_ENDS, "mse-ends": _EACH_END}[method]:
-        first_low, first_high = low, high
-        for factors in _pieces(histogram.counts):
-            shape = len(factors), len(lo)
-            new_low = (factors if moves_low else first_low).expand(shape)
-            new_high = (factors if moves_high else first_high).expand(shape)
-            scale, zero = place(new_low, new_high)
-            error = _error(x, scale, zero, qtype, size).mul_(histogram.counts).sum(-1)
-            best, (low, high) = _better(error, best, (new_low, new_high), (low, high))
+        new_low = (factors if moves_low else low).expand(len(factors), len(lo))
+        new_high = (factors if moves_high else high).expand(len(factors), len(lo))
+        scale, zero = place(new_low, new_high)
+        best = _least(interval_errors(histogram.centres, scale, zero, qtype, size, histogram.counts))
+        low, high = new_low.gather(0, best)[0], new_high.gather(0, best)[0]
     scale, zero = place(low, high)
     return QParams(scale, zero.to(torch.int32))

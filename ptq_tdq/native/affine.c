@@ -1,7 +1,7 @@
-/* Quantize and dequantize in one pass over memory, and the gradients of both in another.
+/* Quantize and dequantize in one pass over memory, the gradients of both in another, and the errors of many intervals.
  *
- * Plain C with OpenMP, built on demand by library.py. ptq_tdq/affine.py has the same in torch, with the same bits; only
- * the sums of the scales' gradients are added in an order of their own, the same for any number of threads.
+ * Plain C with OpenMP, built on demand by library.py. ptq_tdq/affine.py and search.py have the same in torch: the same
+ * bits, but for sums, which are added in an order of their own, the same for any number of threads.
  *
  * A tensor is ``groups`` runs of ``each`` values; each run has a scale of its own.
  */
@@ -134,4 +134,72 @@ int fake_quantize_gradients(
     }
     free(sums);
     return 0;
+}
+
+typedef struct {
+    int64_t intervals, groups, each;
+    int64_t shared; /* whether all groups are intervals of the same values */
+    float qmin, qmax;
+    float power; /* more than 2 and less than 4 */
+} Search;
+
+/* u^p of u >= 0, to a few bits of float32: u^2 exp2((p - 2) log2(u)). */
+INLINE float power_of(float u, float power)
+{
+    int32_t bits, exponent;
+    float part, log, whole, z;
+    memcpy(&bits, &u, sizeof bits);
+    exponent = (bits - 0x3F3504F3) >> 23; /* u = 2^exponent part, part from sqrt(1/2) to sqrt(2) */
+    bits -= exponent * (1 << 23);
+    memcpy(&part, &bits, sizeof part);
+    part = (part - 1) / (part + 1); /* log(part) = 2 artanh of this */
+    z = part * part;
+    log = exponent + 2.88539008f * part * (1 + z * (1 / 3.f + z * (1 / 5.f + z * (1 / 7.f))));
+    log *= power - 2;
+    whole = rintf(log);
+    z = 0.693147181f * (log - whole); /* exp(z), from its series */
+    z = 1 + z * (1 + z * (1 / 2.f + z * (1 / 6.f + z * (1 / 24.f + z * (1 / 120.f + z * (1 / 720.f))))));
+    bits = ((int32_t)whole + 127) * (1 << 23);
+    memcpy(&part, &bits, sizeof part);
+    return u * u * (part * z);
+}
+
+INLINE float piece_error(
+    Search search, const float *x, const float *counts, int64_t from, int64_t to, float scale, float zero, float unit)
+{
+    float qmin = search.qmin, qmax = search.qmax, power = search.power, sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = from; i < to; i++) {
+        float error = power_of(fabsf(x[i] - level(x[i] / scale, zero, qmin, qmax) * scale) * unit, power);
+        sum += counts ? counts[i] * error : error;
+    }
+    return sum;
+}
+
+/* errors[intervals, groups]: sums of counts (or of 1) times |x - x_hat|^p of each group's values, in units of its size;
+ * scale and zero are as many as errors. */
+void interval_errors(
+    Search search,
+    const float *x,
+    const float *counts,
+    const float *size,
+    const float *scale,
+    const float *zero,
+    float *errors)
+{
+    int64_t each = search.each, all = search.groups * search.intervals;
+#pragma omp parallel for schedule(static) if (all * each > FEW)
+    for (int64_t part = 0; part < all; part++) {
+        int64_t group = part / search.intervals, place = part % search.intervals * search.groups + group;
+        const float *values = x + (search.shared ? 0 : group * each), *own = counts ? counts + group * each : NULL;
+        double sum = 0;
+        for (int64_t from = 0; from < each; from += PIECE) {
+            int64_t to = from + PIECE < each ? from + PIECE : each;
+            if (own)
+                sum += piece_error(search, values, own, from, to, scale[place], zero[place], 1 / size[group]);
+            else
+                sum += piece_error(search, values, NULL, from, to, scale[place], zero[place], 1 / size[group]);
+        }
+        errors[place] = (float)sum;
+    }
 }

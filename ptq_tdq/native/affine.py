@@ -1,4 +1,4 @@
-"""Fake quantization in one pass over memory (``affine.c``), for tensors that C can take as they lie."""
+"""Fake quantization in one pass over memory, and the errors of intervals (``affine.c``), of tensors that C can take."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ class _Grid(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("groups", "each", "each_zero", "half")),
         *((name, ctypes.c_float) for name in ("qmin", "qmax")),
+    ]
+
+
+class _Search(ctypes.Structure):
+    """``Search`` of affine.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("intervals", "groups", "each", "shared")),
+        *((name, ctypes.c_float) for name in ("qmin", "qmax", "power")),
     ]
 
 
@@ -70,9 +79,9 @@ def grid_of(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) 
     the outermost of them: of samples, tokens or output channels. What torch traces has to be torch's, and for few
     values it is quicker.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or x.numel() < FEW:
+    if _is_traced() or x.numel() < FEW or x.dtype not in DTYPES:
         return None
-    if x.dtype not in DTYPES or not scale.dtype == zero_point.dtype == torch.float32:
+    if not scale.dtype == zero_point.dtype == torch.float32:
         return None
     if not all(map(_is_plain, (x, scale, zero_point))) or (library := _library()) is None:
         return None
@@ -87,6 +96,35 @@ def grid_of(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) 
     if not (alike or zero_point.numel() == 1) or max(scale.ndim, zero_point.ndim) > x.ndim:
         return None
     return Grid(library, x.stride(), scale.numel(), (qmin, qmax))
+
+
+def interval_errors(
+    x: Tensor,
+    counts: Tensor | None,
+    size: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bounds: tuple[int, int],
+    power: float,
+) -> Tensor | None:
+    """What :func:`ptq_tdq.search.interval_errors` gives; None where torch has to compute it."""
+    given = [x, size, scale, zero_point, *([] if counts is None else [counts])]
+    if _is_traced() or not all(_is_plain(tensor) and tensor.dtype == torch.float32 for tensor in given):
+        return None
+    if (library := _library()) is None:
+        return None
+    x, size, scale, zero_point = (tensor.contiguous() for tensor in (x, size, scale, zero_point))
+    counts = None if counts is None else counts.contiguous()
+    errors, shared = torch.empty_like(scale), x.ndim == 1
+    places = x.data_ptr(), None if counts is None else counts.data_ptr(), size.data_ptr()
+    search = _Search(*scale.shape, x.shape[-1], shared, *bounds, power)
+    library.interval_errors(search, *places, scale.data_ptr(), zero_point.data_ptr(), errors.data_ptr())
+    return errors
+
+
+def _is_traced() -> bool:
+    """Whether torch writes down what it computes, which C would be missing in."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -108,5 +146,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     pointers = [ctypes.c_void_p] * 5
     library.fake_quantize.argtypes = library.fake_quantize_gradients.argtypes = [_Grid, *pointers]
+    library.interval_errors.argtypes = [_Search, *pointers, ctypes.c_void_p]
+    library.interval_errors.restype = None
     library.fake_quantize.restype, library.fake_quantize_gradients.restype = None, ctypes.c_int
     return library

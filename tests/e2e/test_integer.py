@@ -229,20 +229,25 @@ def test_one_time_step_for_all_samples_is_that_of_each(artifact: Path, t: float)
     assert torch.equal(alone[:3], mixed[:3]) and not torch.equal(alone[3], mixed[3])
 
 
+@pytest.fixture(scope="module")
+def integer(common: Path) -> Any:
+    return load_quantized(common, backend="integer")
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.float64, torch.bool, torch.complex64])
 @pytest.mark.parametrize(
     "values", [7, 0, 1000, 1001, -1, 2.5, torch.nan, torch.inf, [], [3], [5, 900], [5, 2000], [[1], [2]]]
 )
-def test_the_time_of_a_call_is_that_of_its_axis(artifact: Path, values: Any, dtype: torch.dtype) -> None:
+def test_the_time_of_a_call_is_that_of_its_axis(integer: Any, values: Any, dtype: torch.dtype) -> None:
     def found(t: Callable[[Any], torch.Tensor]) -> tuple[Any, ...]:
         try:
             return (t(value.clone()).tolist(), t(value).dtype)
         except TimestepError as error:
             return (str(error),)
 
-    model, value = load_quantized(artifact, backend="integer"), torch.tensor(values, dtype=torch.complex64)
+    value = torch.tensor(values, dtype=torch.complex64)
     value = value.to(dtype) if dtype.is_complex else value.real.to(dtype)
-    assert found(model._t) == found(model.axis.t)
+    assert found(integer._t) == found(integer.axis.t)
 
 
 # One for each way in which models of diffusers use their layers: cross attention, split shortcuts, volumes, sounds,

@@ -155,7 +155,8 @@ def test_static_intervals_need_one_graph(tmp_path: Path, quantize_model: Callabl
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "graphs"), (torch.float16, "model.onnx")])
 @torch.no_grad()
 def test_a_model_in_half_precision_becomes_graphs_in_float32(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
-    model, t = tiny_unet().to(dtype), torch.tensor([900, 300])
+    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
+    model, t = tiny_unet(block_out_channels=(8,), **blocks).to(dtype), torch.tensor([900, 300])
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
     calls = calls_of(model, x, t, num_train_timesteps=1000)
     config = preset("default", scheme="W8A8", method="static", rounding="nearest", activation_iterations=0)

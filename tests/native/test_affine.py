@@ -1,4 +1,4 @@
-"""C against the same in torch: results bit for bit, gradients of scales up to the order of their sums."""
+"""C against the same in torch: results bit for bit, sums (gradients of scales, errors) up to their order."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ptq_tdq import affine
 from ptq_tdq.affine import fake_quantize
 from ptq_tdq.native import affine as native
 from ptq_tdq.scheme import QType
+from ptq_tdq.search import POWER, interval_errors
 
 FEW = native.FEW
 ODD = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, 3.4e38, -3.4e38, 0.5, 1.5, 2.5, -0.5, -1.5])
@@ -153,6 +154,53 @@ def test_sums_do_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
+
+
+def errors(x: Tensor, scale: Tensor, zero: Tensor, size: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What C and what torch find."""
+    used: list[object] = []
+
+    def watched(*args: Any) -> Any:
+        used.append(found := interval_errors_in_c(*args))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "interval_errors", watched)
+        found = interval_errors(x, scale, zero, QType(4), size, counts)
+        patch.setattr(native, "interval_errors", lambda *_: None)
+        assert isinstance(used[0], Tensor), "C computed it"
+        return found, interval_errors(x, scale, zero, QType(4), size, counts)
+
+
+interval_errors_in_c = native.interval_errors
+
+
+@pytest.mark.parametrize("size", [1e-37, 0.01, 3.0, 3e38])
+@pytest.mark.parametrize("counted", [True, False], ids=["counts", "values"])
+@pytest.mark.parametrize("shape", [(3, 700), (2, 5000), (1, 1), (700,)], ids=str)
+def test_errors_of_intervals(shape: tuple[int, ...], counted: bool, size: float) -> None:
+    """A few bits of float32 beside a power in float64 of the same quantized values."""
+    torch.manual_seed(0)
+    groups = shape[0] if len(shape) > 1 else 3
+    x = (torch.rand(shape) - 0.3) * size
+    scale, zero = (torch.rand(5, groups) + 0.1) * size / 15, torch.randint(0, 16, (5, groups))
+    counts = torch.randint(0, 9, (groups, shape[-1])).float() if counted else None
+    sizes = torch.full((groups,), size)
+    found, expected = errors(x, scale, zero, sizes, counts)
+    rounded = fake_quantize(x[None], scale[..., None], zero[..., None], QType(4)).double()
+    power = ((x.double() - rounded).abs() / size) ** POWER
+    exact = (power if counts is None else power * counts).sum(-1)
+    torch.testing.assert_close(found.double(), exact * (size / min(size, 2.0**126)) ** POWER, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_an_exact_interval_has_no_error_and_odd_numbers_have_none_that_counts() -> None:
+    scale, zero, one = torch.tensor([[0.5], [0.4]]), torch.full((2, 1), 8), torch.ones(1)
+    for found in errors(torch.arange(-4, 4)[None] * 0.5, scale, zero, one, None):
+        assert found[0, 0] == 0 < found[1, 0]
+    for value, expected in ((math.nan, math.nan), (math.inf, math.inf), (3e38, math.inf)):
+        for found in errors(torch.tensor([[value, 1.0]]), scale, zero, one, None):
+            torch.testing.assert_close(found, torch.full((2, 1), expected), equal_nan=True)
 
 
 X, ONE = torch.randn(4, 6), torch.tensor(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,12 +76,15 @@ def hostile(tiny_unet: Callable[..., UNet2DModel]) -> Callable[[Change, str], An
     return run
 
 
-@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(
-    ("case", "flush"),  # subnormal numbers count as 0, as in the command line
-    [*((case, False) for case in FINISHED), ("all zeros", True), ("tiny inputs", True)],
+    ("case", "name", "flush"),  # flush: subnormal numbers count as 0, as in the command line
+    [
+        *((case, "default", False) for case in FINISHED),
+        *zip(FINISHED, itertools.cycle(("paper", "qdiff")), itertools.repeat(False)),
+        *itertools.product(("all zeros", "tiny inputs"), PRESETS, (True,)),
+    ],
 )
-def test_what_can_be_represented_is_finished(case: str, flush: bool, name: str, hostile: Any) -> None:
+def test_what_can_be_represented_is_finished(case: str, name: str, flush: bool, hostile: Any) -> None:
     torch.set_flush_denormal(flush)
     artifact = hostile(FINISHED[case], name).to_artifact()
     encode_artifact(artifact)  # which checks every number
