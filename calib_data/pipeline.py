@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ptq_tdq.calib_data.prompts import DEFAULT_PROMPTS
 from ptq_tdq.calib_data.sampler import Sampled, Sampler, takes
-from ptq_tdq.errors import ConfigError, ModelError, PtqTdqError, first_line
+from ptq_tdq.errors import ConfigError, MissingExtraError, ModelError, PtqTdqError, first_line
 
 PROMPT, LABELS = "prompt", "class_labels"
 _TEXT = re.compile(r"(negative_)?prompt(_\d+)?")
@@ -195,6 +195,11 @@ def _refusals(pipe: Any) -> Iterator[None]:
     except PtqTdqError:
         raise
     except Exception as error:  # of any type, from the pipeline or a library behind it
+        if isinstance(error, ImportError) or type(error) is NameError:  # of what is imported only where it is there
+            raise MissingExtraError(
+                f"{type(pipe).__name__} needs a package that is not installed ({first_line(error)}); install what its "
+                "documentation names."
+            ) from error
         raise ModelError(
             f"{type(pipe).__name__} cannot sample so ({first_line(error)}); change its arguments (height, width, ...) "
             "or record calls of it."
