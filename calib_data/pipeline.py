@@ -109,7 +109,7 @@ class PipelineSampler(Sampler):
         called: list[nn.Module] = []
         listening = denoiser.register_forward_pre_hook(lambda module, args: called.append(module))
         with _refusals(pipe), _decoded(pipe) as latents, listening:
-            made = torch.as_tensor(pipe(**call)[0])
+            made = _first(pipe(**call)[0])
         if not called:
             raise ModelError(
                 f"{type(pipe).__name__} never called its {self.component}, so its samples say nothing of it; take more "
@@ -225,6 +225,13 @@ def _decoded(pipe: Any) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         del vae.decode
+
+
+def _first(made: Any) -> Tensor:
+    """What a pipeline gives, of several things (a picture and its depth) the first one."""
+    while isinstance(made, tuple):
+        made = made[0]
+    return torch.as_tensor(made)
 
 
 def _images(made: Tensor) -> Tensor | None:
