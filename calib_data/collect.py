@@ -28,7 +28,7 @@ from ptq_tdq.identity import dtype_name
 from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
-CACHED = 2  # the form of what the cache holds; raised when what the cache holds changes
+CACHED = 3  # the form of what the cache holds; raised when what the cache holds changes
 Progress = Callable[[int, int], None]
 
 
@@ -95,7 +95,7 @@ def collect(
     count = samples_per_step * asked.thinning
     conditions = drawn(model.sampler, count, seed)
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    collected = []
+    collected, heard = [], None
     for number, samples in enumerate(batches):
         part = _read(parts, samples)
         if part is None:
@@ -104,7 +104,7 @@ def collect(
                 if on_progress is not None:
                     on_progress(done + min(step + 1, num_inference_steps), len(batches) * num_inference_steps)
 
-            part = _sampled(model, asked, samples, conditions[samples.start : samples.stop], stepped)
+            part, heard = _sampled(model, asked, samples, conditions[samples.start : samples.stop], stepped, heard)
             if parts is not None:
                 part.save(_file(parts, samples))
         collected.append(part)
@@ -112,13 +112,22 @@ def collect(
 
 
 def _sampled(
-    model: LoadedModel, asked: Request, samples: range, conditions: list[Any], on_step: Callable[[int], None]
-) -> Calls:
-    """The calls of the trajectories ``samples``, which run at once."""
+    model: LoadedModel,
+    asked: Request,
+    samples: range,
+    conditions: list[Any],
+    on_step: Callable[[int], None],
+    heard: Sequence[float] | None = None,
+) -> tuple[Calls, Sequence[float] | None]:
+    """The calls of the trajectories ``samples``, which run at once.
+
+    Steps are chosen from the schedule, or from those that were ``heard``. Where the sampler makes other ones than it
+    lists, the run is made again with those, which are given back for the next.
+    """
     recorder, schedule = Recorder(model.denoiser), new_schedule(model.sampler)
     choices = [sample_generator("steps", asked.seed, i) for i in samples]
     given = [slice(-i % asked.thinning, None, asked.thinning) for i in samples]
-    wanted = _Wanted(schedule, asked.calibration_steps, asked.step_distribution, choices, given)
+    wanted = _Wanted(schedule, asked.calibration_steps, asked.step_distribution, choices, given, heard)
     recorder.begin(samples.start, len(samples), wanted, on_step)
     with recorder.listening(), finite_outputs(model.denoiser):
         model.sampler.run(
@@ -128,7 +137,9 @@ def _sampled(
             asked.num_inference_steps,
             schedule,
         )
-    return recorder.calls(axis_of(recorder, schedule))
+    if heard is None and not wanted.fit:
+        return _sampled(model, asked, samples, conditions, on_step, recorder.steps)
+    return recorder.calls(axis_of(recorder, schedule)), heard
 
 
 def drawn(sampler: Sampler, count: int, seed: int) -> list[Any]:
@@ -247,27 +258,39 @@ class _Wanted:
         distribution: StepDistribution,
         generators: Sequence[torch.Generator],
         given: Sequence[slice],
+        heard: Sequence[float] | None = None,
     ) -> None:
-        """``given`` are those of its chosen steps that a sample gives."""
+        """``given`` are those of its chosen steps that a sample gives.
+
+        ``heard`` are the times of the denoiser's own steps, where those are known from a run.
+        """
         self.schedule, self.count, self.distribution = schedule, count, distribution
-        self.generators, self.given = generators, given
-        self.chosen = torch.empty(0)
+        self.generators, self.given, self.heard = generators, given, heard
+        self.chosen = torch.empty(0, dtype=torch.bool)
         self.place = torch.empty(0)
+        self._made: set[int] = set()
 
     def __call__(self, step: int) -> Tensor:
         """Step index of the denoiser's own calls -> bool [B]."""
         if not len(self.chosen):
             self._choose()
         # a pipeline with two denoisers calls each at a part of its steps; most schedules know where they are
-        known = getattr(self.schedule, "step_index", None)
+        known = getattr(self.schedule, "step_index", None) if self.heard is None else None
         index = step if known is None else int(self.place[known])
+        self._made.add(index)
         if index < len(self.chosen):
             return self.chosen[index]
         return torch.zeros(len(self.generators), dtype=torch.bool)
 
+    @property
+    def fit(self) -> bool:
+        """Whether the run that has ended made all steps of the schedule, or some of them where all are chosen."""
+        listed = set(range(len(self.chosen)))
+        return self._made == listed or (self._made < listed and self.count >= len(listed))
+
     def _choose(self) -> None:
         """Mark (step, sample) pairs, bool [steps, B]; all steps where there are fewer than asked for."""
-        t = torch.as_tensor([float(t) for t in self.schedule.timesteps])
+        t = torch.as_tensor([float(t) for t in (self.schedule.timesteps if self.heard is None else self.heard)])
         steps, self.place = t.unique_consecutive(return_inverse=True)
         axis = _axis_of(self.schedule, "t", t.tolist())
         on_axis, total = steps * axis.scale + axis.offset, axis.num_train_timesteps

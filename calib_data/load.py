@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from ptq_tdq.processor import check_device
 from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import LONGEST
 
+_VARIANT = re.compile(r"[^.]+\.([^.]+?)(?:-\d+-of-\d+)?\.safetensors")
 _ACCELERATE = find_spec("accelerate") is not None  # loads in less memory; some models are loaded in no other way
 
 
@@ -123,8 +125,15 @@ def _make_sampler(
 
 
 def _load_pipeline(folder: Path, component: str, denoiser: nn.Module) -> Any:
+    index = read_config(folder / "model_index.json")
+    named = [cls[0] for cls in index.values() if isinstance(cls, list) and cls]
+    if own := [file.name for pattern in ("*.py", "*/*.py") for file in folder.glob(pattern) if file.stem in named]:
+        raise ModelError(
+            f"The pipeline in '{folder}' has code of its own ({own[0]}), which is never run from here; load it in "
+            "Python (DiffusionPipeline.from_pretrained(..., trust_remote_code=True)) and give it to ptq_tdq.calibrate."
+        )
     # what a safety checker would do to the pictures of an untrained or quantized model is no loss of quantization
-    given = {"safety_checker": None} if "safety_checker" in read_config(folder / "model_index.json") else {}
+    given = {"safety_checker": None} if "safety_checker" in index else {}
     advice = (
         "its files are missing or damaged, or a package that they need is not installed "
         "(pip install 'ptq-tdq[pipelines]')"
@@ -138,6 +147,7 @@ def _load_pipeline(folder: Path, component: str, denoiser: nn.Module) -> Any:
             low_cpu_mem_usage=_ACCELERATE,
             local_files_only=True,
             use_safetensors=True,
+            variant=next(filter(None, map(_variant, folder.glob("*/"))), None),
             **{component: denoiser, **given},
         )
 
@@ -158,6 +168,7 @@ def _load_weights(cls: Any, folder: Path) -> Any:
             low_cpu_mem_usage=_ACCELERATE,
             local_files_only=True,
             use_safetensors=True,
+            variant=_variant(folder),
             output_loading_info=True,
         )
     for problem in ("missing_keys", "unexpected_keys"):
@@ -168,6 +179,12 @@ def _load_weights(cls: Any, folder: Path) -> Any:
                 "copy or download the folder again."
             )
     return model.eval().requires_grad_(False)
+
+
+def _variant(folder: Path) -> str | None:
+    """What the weights in ``folder`` are a variant of ("fp16"), where there are no others."""
+    found = [_VARIANT.fullmatch(file.name) for file in folder.glob("*.safetensors")]
+    return next((name[1] for name in found if name), None) if all(found) else None
 
 
 def _class_of(folder: Path) -> Any:

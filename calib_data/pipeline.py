@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ptq_tdq.calib_data.prompts import DEFAULT_PROMPTS
 from ptq_tdq.calib_data.sampler import Sampled, Sampler, takes
-from ptq_tdq.errors import ConfigError, ModelError, PtqTdqError, first_line
+from ptq_tdq.errors import ConfigError, MissingExtraError, ModelError, PtqTdqError, first_line
 
 PROMPT, LABELS = "prompt", "class_labels"
 _TEXT = re.compile(r"(negative_)?prompt(_\d+)?")
@@ -109,7 +109,7 @@ class PipelineSampler(Sampler):
         called: list[nn.Module] = []
         listening = denoiser.register_forward_pre_hook(lambda module, args: called.append(module))
         with _refusals(pipe), _decoded(pipe) as latents, listening:
-            made = torch.as_tensor(pipe(**call)[0])
+            made = _first(pipe(**call)[0])
         if not called:
             raise ModelError(
                 f"{type(pipe).__name__} never called its {self.component}, so its samples say nothing of it; take more "
@@ -195,6 +195,11 @@ def _refusals(pipe: Any) -> Iterator[None]:
     except PtqTdqError:
         raise
     except Exception as error:  # of any type, from the pipeline or a library behind it
+        if isinstance(error, ImportError) or type(error) is NameError:  # of what is imported only where it is there
+            raise MissingExtraError(
+                f"{type(pipe).__name__} needs a package that is not installed ({first_line(error)}); install what its "
+                "documentation names."
+            ) from error
         raise ModelError(
             f"{type(pipe).__name__} cannot sample so ({first_line(error)}); change its arguments (height, width, ...) "
             "or record calls of it."
@@ -220,6 +225,13 @@ def _decoded(pipe: Any) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         del vae.decode
+
+
+def _first(made: Any) -> Tensor:
+    """What a pipeline gives, of several things (a picture and its depth) the first one."""
+    while isinstance(made, tuple):
+        made = made[0]
+    return torch.as_tensor(made)
 
 
 def _images(made: Tensor) -> Tensor | None:

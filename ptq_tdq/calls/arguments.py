@@ -7,7 +7,7 @@ prompts, guidance, pooled embeddings and whatever else a pipeline hands to its d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -265,14 +265,15 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
     model is called where a leaf may be something else, and :func:`borrowed` for that; none is odd where it refuses.
     """
     count, given = count_rows(arguments, time), (time, main_argument(arguments, time))
-    tensors = [(i, x) for i, (name, x) in enumerate(_flatten(arguments, time)[0]) if name not in given]
+    leaves = _flatten(arguments, time)[0]
+    tensors = [(i, x) for i, (name, x) in enumerate(leaves) if name not in given]
     candidates = [(i, *form) for i, x in tensors if isinstance(x, Tensor) for form in _odd_forms(x, count)]
     works: list[Odd] = []
     if not candidates:
         return frozenset()
     with suppress(*REFUSALS), without_gradients(model):
         expected = _last_row(model, arguments)
-        for odd in _subsets(candidates):
+        for odd in _subsets(candidates, _alike(candidates, [x for _, x in leaves])):
             group = split_rows(arguments, time, odd)
             errors = [
                 _error(model, group.arguments(torch.tensor(index)), expected)
@@ -300,12 +301,23 @@ def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> flo
         return math.inf
 
 
-def _subsets(candidates: Sequence[tuple[int, int, bool]]) -> Iterator[Odd]:
-    """Subsets of few forms, small ones first, none with two forms of one leaf."""
-    for size in range(min(len(candidates), MOST_ODD) + 1):
-        for some in combinations(candidates, size):
-            if len({leaf for leaf, *_ in some}) == size:
-                yield frozenset(some)
+def _subsets(candidates: Sequence[tuple[int, int, bool]], alike: Sequence[Odd] = ()) -> Iterator[Odd]:
+    """Subsets of few forms, small ones first, none with two forms of one leaf; those that are alike count as one."""
+    ones = [*(frozenset([form]) for form in candidates), *alike]
+    for size in range(min(len(ones), MOST_ODD) + 1):
+        for some in combinations(ones, size):
+            odd = frozenset[tuple[int, int, bool]]().union(*some)
+            if len({leaf for leaf, *_ in odd}) == sum(map(len, some)):
+                yield odd
+
+
+def _alike(candidates: Iterable[tuple[int, int, bool]], leaves: Sequence[Any]) -> list[Odd]:
+    """More than :data:`MOST_ODD` leaves of one length, with several rows of each sample (what a ControlNet adds)."""
+    found: dict[int, set[tuple[int, int, bool]]] = {}
+    for leaf, dim, several in candidates:
+        if several:
+            found.setdefault(len(leaves[leaf]), set()).add((leaf, dim, several))
+    return [frozenset(of) for of in found.values() if len(of) > MOST_ODD]
 
 
 def _time_rows(value: Any, name: str, count: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -75,6 +76,11 @@ class Recorder:
         self._of_samples: set[Any] = set()  # places of arguments that had a row for each of several samples
         self._looking = False
         self._passed_by = False  # whether parts of the model ran before any call of it
+
+    @property
+    def steps(self) -> list[float]:
+        """The mean time value of each step of the present trajectories."""
+        return [value for value, _ in groupby(self._times[self._began :])]
 
     def check_heard(self) -> None:
         """Raise :class:`ModelError` where the model ran and was never called as a module."""

@@ -9,7 +9,15 @@ import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UNet2DModel
 
 from ptq_tdq.cache import cache_folder
-from ptq_tdq.calib_data import LoadedModel, LoopSampler, collect, collect_cached, new_schedule, sample_generator
+from ptq_tdq.calib_data import (
+    LoadedModel,
+    LoopSampler,
+    Sampled,
+    collect,
+    collect_cached,
+    new_schedule,
+    sample_generator,
+)
 from ptq_tdq.calib_data.collect import drawn
 from ptq_tdq.calls import Calls, prediction
 from ptq_tdq.errors import NonFiniteError, OutputError, UsageError
@@ -122,6 +130,42 @@ def test_other_samplers_fractional_and_repeated_time_steps(model: LoadedModel, s
     assert all((known - t).abs().min() < 1e-3 for t in found.t)
     assert found.t.max() == 999
     assert x_of(found)[found.t == 999].abs().max() < 6, "the denoiser receives scaled noise"
+
+
+class _Others(LoopSampler):
+    """Makes only the last steps of its schedule, with others between them."""
+
+    first, between = 0, False
+
+    def run(self, denoiser: Any, conditions: Any, generators: Any, num_inference_steps: int, schedule: Any) -> Sampled:
+        schedule.set_timesteps(num_inference_steps)
+        x = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
+        for t in schedule.timesteps[self.first :]:
+            denoiser(x, t + 50)
+            if self.between:
+                denoiser(x, t)
+        return Sampled(x, None)
+
+
+@pytest.mark.parametrize(
+    ("first", "between", "steps", "t"),
+    [
+        (7, False, 3, [50, 150, 250]),
+        (8, False, 3, [50, 150]),  # all that there are
+        (0, True, 2, [0, 950]),
+        (5, True, 10, [0, 50, 100, 150, 200, 250, 300, 350, 400, 450]),
+    ],
+)
+@pytest.mark.parametrize("thinning", [1, 3])
+def test_steps_are_chosen_among_those_that_the_sampler_makes(
+    stochastic_model: LoadedModel, first: int, between: bool, steps: int, t: list[int], thinning: int
+) -> None:
+    sampler = _Others(stochastic_model.denoiser, DDIMScheduler())  # lists 900, 800, ..., 0
+    sampler.first, sampler.between = first, between
+    asked: dict[str, Any] = {"calibration_steps": steps, "num_inference_steps": 10, "thinning": thinning}
+    found = collect(replace(stochastic_model, sampler=sampler), samples_per_step=2, batch_size=2, **asked)
+    known, counts = found.t.unique(return_counts=True)
+    assert known.tolist() == pytest.approx(t) and counts.tolist() == [2] * len(t)
 
 
 def test_an_unconditional_model_has_no_labels(stochastic_model: LoadedModel) -> None:

@@ -87,6 +87,22 @@ def test_a_pipeline_saved_by_diffusers_loads(unet: UNet2DModel, tmp_path: Path) 
     assert bare_part.sha256 == model.sha256
 
 
+@pytest.mark.parametrize("size", ["10GB", "100KB"])
+def test_weights_that_are_saved_as_a_variant_alone_load(unet: UNet2DModel, tmp_path: Path, size: str) -> None:
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    assert not (tmp_path / "unet" / WEIGHTS).exists()
+    assert same_weights(unet, load_model(str(tmp_path)).denoiser)
+
+
+def test_a_pipeline_with_code_of_its_own_is_loaded_in_python(unet: UNet2DModel, tmp_path: Path) -> None:
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    write_json(tmp_path / "model_index.json", index | {"_class_name": ["own", "Own"]})
+    (tmp_path / "own.py").write_text("raise SystemExit")
+    with pytest.raises(ModelError, match=r"has code of its own \(own\.py\), .* trust_remote_code=True"):
+        load_model(str(tmp_path))
+
+
 def test_a_bare_folder_uses_its_own_scheduler_or_says_that_it_has_none(bare: Path) -> None:
     model = load_model(str(bare))
     assert isinstance(model.scheduler, DDPMScheduler)

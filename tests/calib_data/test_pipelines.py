@@ -39,7 +39,7 @@ from ptq_tdq.calib_data import (
 )
 from ptq_tdq.calib_data.collect import drawn
 from ptq_tdq.calls import prediction
-from ptq_tdq.errors import ConfigError, ModelError
+from ptq_tdq.errors import ConfigError, MissingExtraError, ModelError
 
 Saved = Callable[[str], tuple[SmallPipeline, Path]]
 NAMES = [entry.name for entry in PIPELINES]
@@ -326,6 +326,30 @@ def test_a_shape_that_the_pipeline_refuses_is_one_sentence(saved_pipeline: Saved
     model = load_model(str(saved_pipeline("StableDiffusionPipeline")[1]), call={"height": 17, "width": 16})
     with pytest.raises(ModelError, match=r"StableDiffusionPipeline cannot sample so .*17"):
         collect(model, **FEW)
+
+
+def test_of_several_things_the_first_is_taken(saved_pipeline: Saved) -> None:
+    class WithDepth(StableDiffusionPipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            picture, flag = super().__call__(*args, **kwargs)
+            return (picture, picture[..., 0]), flag
+
+        __call__.__signature__ = inspect.signature(StableDiffusionPipeline.__call__)  # type: ignore[attr-defined]
+
+    pipe = WithDepth.from_pretrained(saved_pipeline("StableDiffusionPipeline")[1])
+    model = from_pipeline(pipe, call={"height": 16, "width": 16})
+    made = model.sampler.run(model.denoiser, ["A fox"], generators(1), 2, new_schedule(model.sampler))
+    assert made.images is not None and made.images.shape == (1, 3, 16, 16)
+
+
+def test_a_package_that_a_pipeline_lacks_is_one_sentence(saved_pipeline: Saved) -> None:
+    class Lacking(StableDiffusionPipeline):
+        def __call__(self, prompt: Any = None, generator: Any = None, **more: Any) -> Any:  # type: ignore[override]
+            return ftfy.fix_text(prompt)  # type: ignore[name-defined]  # noqa: F821
+
+    pipe = Lacking.from_pretrained(saved_pipeline("StableDiffusionPipeline")[1])
+    with pytest.raises(MissingExtraError, match=r"Lacking needs a package that is not installed \(name 'ftfy' is not"):
+        collect(from_pipeline(pipe), **FEW)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

@@ -42,7 +42,8 @@ class Conditioned(nn.Module):
         if "flags" in more:  # one for all samples
             y = y + more["flags"]
         if "frames" in more:  # three for each sample
-            y = y + more["frames"].unflatten(0, (len(sample), 3)).sum(1)
+            frames = more["frames"] if isinstance(more["frames"], list) else [more["frames"]]
+            y = y + sum(x.unflatten(0, (len(sample), 3)).sum(1) for x in frames)
         if "layers" in more:  # [layers, batch, 4]
             for layer in more["layers"]:
                 if len(layer) != len(sample):
@@ -82,6 +83,7 @@ def options(count: int) -> dict[str, dict[str, Any]]:
         "as long as the batch": {"positions": torch.rand(4)},
         "shared": {"flags": torch.rand(())},
         "several": {"frames": torch.rand(3 * count, 4)},
+        "several in many": {"frames": [torch.rand(3 * count, 4) for _ in range(5)]},
         "layers first": {"layers": torch.rand(3, count, 4)},
         "layers as long as the batch": {"layers": torch.rand(count, count, 4)},
         "all": {

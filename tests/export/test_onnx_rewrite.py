@@ -55,6 +55,33 @@ def test_convolutions_may_be_given_one_number_for_all_dimensions(
     assert sqnr_db(build_quantized(artifact, model)(x, t), OnnxDenoiser(tmp_path / "model.onnx", threads=1)(x, t)) > 40
 
 
+class Positions(nn.Module):
+    """Writes positions into the memory of zeros, as CogVideoX does at sizes that its configuration does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 4), nn.Linear(4, 2)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """sample [B, N, 2]."""
+        x = self.first(sample)
+        where = x.new_zeros(1, x.shape[1] + 1, 4)
+        where.data[:, 1:].copy_(torch.arange(4.0).expand(x.shape[1], 4))
+        result: Tensor = self.last((x + where[:, 1:] + timestep[:, None, None] / 1000).tanh())
+        return result
+
+
+@torch.no_grad()
+def test_what_is_written_behind_autograd_s_back_is_in_the_graph(
+    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(0)
+    model, x, t = Positions(), torch.randn(2, 5, 2), torch.tensor([900.0, 100.0])
+    artifact, calls = quantize_model(model, sample=x, timestep=t)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=model)
+    assert sqnr_db(build_quantized(artifact, model)(x, t), OnnxDenoiser(tmp_path / "model.onnx", threads=1)(x, t)) > 40
+
+
 class Casting(nn.Module):
     """Its middle is in half precision, as its own code says."""
 

@@ -33,6 +33,11 @@ def pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | No
     return x
 
 
+def copy_(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """As ``Tensor.copy_``, whose exporter takes the source for one of the same shape."""
+    return x.copy_(source.expand(x.shape) if source.shape != x.shape else source)
+
+
 def _in_each(dimensions: int, convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A convolution whose strides, paddings and the like may be lists of one number for all dimensions.
 
@@ -46,10 +51,12 @@ def _in_each(dimensions: int, convolution: Callable[..., Tensor]) -> Callable[..
 
 
 _WORDS: dict[Any, Callable[..., Tensor]] = {
+    Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]  # of what is written there tracing loses sight
     Tensor.half: Tensor.float,
     Tensor.bfloat16: Tensor.float,
     torch.repeat_interleave: repeat_interleave,
     Tensor.repeat_interleave: repeat_interleave,
+    Tensor.copy_: copy_,
     functional.pad: pad,
     torch.conv2d: _in_each(2, torch.conv2d),
     torch.conv3d: _in_each(3, torch.conv3d),
