@@ -283,7 +283,7 @@ def present(batch: int, device: torch.device | None = None) -> Tensor:
     if t is None:
         raise ModelError(
             "A quantizer ran outside the quantized model's forward pass; call the model, not its parts, and let it "
-            "checkpoint by its own enable_gradient_checkpointing()."
+            "checkpoint by its own enable_gradient_checkpointing(), or not at all (torch.utils.checkpoint in its code)."
         )
     t = t.to(device)
     if len(t) == 1:
