@@ -278,6 +278,7 @@ def _outputs(
         plain = isinstance(whole, Tensor | list | tuple)
         fields = getattr(whole, "_fields", ()) if plain else tuple(getattr(whole, "keys", lambda: vars(whole))())
     returned = model(**fresh(one) | as_tuple)
+    fields = fields or getattr(returned, "_fields", ())
     leaves, spec = pytree.tree_flatten(returned)
     tensors = sum(isinstance(leaf, Tensor) for leaf in leaves)
     if not tensors:
