@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ptq_tdq.artifacts import CONFIG_FILE
@@ -178,6 +179,7 @@ def _load_weights(cls: Any, folder: Path) -> Any:
                 f"The weights in '{folder}' do not fit its configuration ({what}: {sorted(info[problem])[0]}); "
                 "copy or download the folder again."
             )
+    _check_types(folder, {name for name, p in model.named_parameters() if p.is_floating_point()})
     return model.eval().requires_grad_(False)
 
 
@@ -185,6 +187,17 @@ def _variant(folder: Path) -> str | None:
     """What the weights in ``folder`` are a variant of ("fp16"), where there are no others."""
     found = [_VARIANT.fullmatch(file.name) for file in folder.glob("*.safetensors")]
     return next((name[1] for name in found if name), None) if all(found) else None
+
+
+def _check_types(folder: Path, weights: Set[str]) -> None:
+    """Refuse files with integers where the model has real numbers: diffusers would take codes for weights."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for name in sorted(weights & set(opened.keys())):
+                if (kind := opened.get_slice(name).get_dtype()).startswith(("I", "U", "BOOL")):
+                    raise ModelError(
+                        f"'{name}' in '{file}' is {kind}, which is no type of weights; save it in floating point."
+                    )
 
 
 def _class_of(folder: Path) -> Any:

@@ -150,7 +150,7 @@ def check_denoiser(model: nn.Module) -> None:
 
 
 def _check_plain(model: nn.Module) -> None:
-    if any(isinstance(module, QuantLayer) for module in model.modules()):
+    if isinstance(model, TimedModel) or any(isinstance(module, QuantLayer) for module in model.modules()):
         raise ModelError("The model is quantized already; give the full-precision one.")
     if getattr(model, "peft_config", None):
         raise ModelError(

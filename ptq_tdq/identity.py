@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from ptq_tdq.errors import ModelError
 
 COMPILED = "_orig_mod"  # what a module of torch.compile calls the one that it was made of
+COMPILED_FUNCTION = "_torchdynamo_orig_callable"  # what a function of torch.compile calls that one
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -69,7 +69,7 @@ def load_quantized(
     No content of the files runs as code or is trusted: every tensor is held against the model's structure first.
 
     Raises :class:`~ptq_tdq.errors.ArtifactError` (missing, damaged, of another version, or of no model that fits),
-    :class:`~ptq_tdq.errors.ConfigError` for an unknown backend or a device that it does not have,
+    :class:`~ptq_tdq.errors.ConfigError` for an argument that is none, such as an unknown backend or a missing device,
     :class:`~ptq_tdq.errors.ModelError` for a ``model`` whose lazy layers were never called, and
     :class:`~ptq_tdq.errors.RuntimeUnsupportedError` for what cannot run in integers on this processor.
     """
@@ -95,6 +95,8 @@ def build_quantized(artifact: Artifact, model: nn.Module | None = None) -> Quant
 
 def find_artifact(source: str | Path) -> Artifact:
     """The artifact in a folder, or of a hub id; raises what :func:`~ptq_tdq.artifacts.read_artifact` raises."""
+    if not isinstance(source, str | Path):
+        raise ConfigError(f"An artifact is read from a folder or a hub id. Got a {type(source).__name__} instead.")
     return read_artifact(_folder(source))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
+from types import FunctionType
 
 from torch import nn
 
@@ -72,9 +73,13 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     layers = [seen.layers[name] for name in seen.faithful if not _skipped(config, name, roles[name])]
     owners = [name for name in seen.products if name in units and not _skipped(config, name)]
     if not seen.layers:
+        replaced = next((m for m in model.modules() if isinstance(vars(m).get("forward"), FunctionType)), None)
         raise ModelError(
             "The recorded calls reach no layer that can be quantized: these are torch's own linear layers and "
             "convolutions, and classes derived from them."
+            if replaced is None
+            else f"The forward of {type(replaced).__name__} was replaced by a function, which calls the layers of the "
+            "model itself where its quantized copy runs; define it in the class."
         )
     if not layers:
         raise ModelError(
@@ -194,7 +199,7 @@ def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], conf
     if unfaithful:
         yield (
             f"In floating point: {_some(unfaithful)}, since each is not the plain operation of its class on one input "
-            "and its own weight (a forward pass of its own, a hook, further arguments, complex weights)."
+            "and its own weight (a forward pass of its own, a hook, further arguments, complex or empty weights)."
         )
     unbatched = [name for name, layer in seen.layers.items() if layer.faithful and layer.unbatched]
     if unbatched:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ptq_tdq.ambient import FLOAT32_DEFAULT
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError, first_line
+from ptq_tdq.errors import ArtifactMismatchError, ConfigError, PtqTdqError, first_line
 from ptq_tdq.fit import check_fit, classes_of
 from ptq_tdq.identity import base_config, state_of
 from ptq_tdq.wrap import fold, folded_copy
@@ -162,9 +162,11 @@ def hollow_model(artifact: Artifact, model: nn.Module | None = None) -> nn.Modul
     So all that no file holds, such as tables of positions, has its values, and nothing else takes memory. ``model`` is
     one of the same structure, which is left as it is, for classes that are not diffusers' own. Raises what
     :func:`meta_model`, :func:`check_built`, :func:`~ptq_tdq.fit.check_fit` and :func:`~ptq_tdq.identity.state_of`
-    raise, before anything takes memory.
+    raise, and :class:`ConfigError` for a ``model`` that is no module or lacks values, before anything takes memory.
     """
     if model is not None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model must be an instance of the model's class. Got a {type(model).__name__} instead.")
         state_of(model)  # refuses what no artifact is of
         hollow = _hollow_copy(model)
         check_fit(hollow, artifact)
@@ -187,7 +189,12 @@ def _hollow_copy(model: nn.Module) -> nn.Module:
         for name, parameter in module._parameters.items():
             module._parameters[name] = None if parameter is None else known[id(parameter)]
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.cpu()
+            if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set:
+                raise ConfigError(
+                    f"The buffer {name!r} of model ({type(module).__name__}) is on the meta device, where it has no "
+                    "values, and no artifact holds it (persistent=False); give an instance that was built on the CPU."
+                )
+            module._buffers[name] = buffer if buffer is None or buffer.is_meta else buffer.cpu()
     return copied
 
 

@@ -160,6 +160,12 @@ def usual_name(parameters: Iterable[str]) -> str | None:
     return next(usual, None) or next((name for name in names if "timestep" in name or "noise_time" in name), None)
 
 
+def check_length(total: Any) -> None:
+    """Raise :class:`TimestepError` for what is no number T of training steps; None is one that nobody knows."""
+    if total is not None and (type(total) is not int or not 1 <= total <= LONGEST):
+        raise TimestepError(f"num_train_timesteps must be a whole number from 1 to {LONGEST:,}. Got {total!r} instead.")
+
+
 def find_axis(
     argument: str,
     seen: Collection[float],
@@ -277,7 +283,7 @@ def present(batch: int, device: torch.device | None = None) -> Tensor:
     if t is None:
         raise ModelError(
             "A quantizer ran outside the quantized model's forward pass; call the model, not its parts, and let it "
-            "checkpoint by its own enable_gradient_checkpointing()."
+            "checkpoint by its own enable_gradient_checkpointing(), or not at all (torch.utils.checkpoint in its code)."
         )
     t = t.to(device)
     if len(t) == 1:

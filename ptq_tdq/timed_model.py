@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from ptq_tdq.calls import bind, main_argument_name
+from ptq_tdq.calls import bind, fresh, main_argument_name
 from ptq_tdq.errors import ModelError, NonFiniteError, TimestepError
 from ptq_tdq.modules.delegating import Delegating
 from ptq_tdq.modules.products import one_by_one
@@ -164,7 +164,7 @@ class TimedModel(Delegating):
         value, own = arguments[name].clone(), own.to(arguments[name].device)
         value[~own] = value[own][:1]
         with at(step[None]):
-            return self._call(**{**arguments, name: value})
+            return self._call(**fresh({**arguments, name: value}))
 
     def _refuse_adapters(self, *args: Any, **kwargs: Any) -> None:
         """Raises :class:`ModelError`: a pipeline loads adapters, but unloads them from diffusers' own classes alone."""

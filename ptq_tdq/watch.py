@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ptq_tdq.calls import fresh
 from ptq_tdq.hooks import hooked
 from ptq_tdq.modules.layers import (
     layer_input,
@@ -124,7 +125,7 @@ class Watcher:
         """Run the model on so many rows; ``again``: to compare with the first run."""
         self.run, self.again, self.stack = Run(rows), again, [""]
         with self._watching(), torch.no_grad():
-            self.output = self.model(**arguments)
+            self.output = self.model(**fresh(arguments))
         return self.run
 
     def saw(self, name: str, layer: nn.Module) -> bool:
@@ -163,7 +164,7 @@ class Watcher:
         x, own = layer_input(args, kwargs), [p for p in module._parameters.values() if p is not None]
         if x is None or len(args) + len(kwargs) > 1 or "weight" not in module._parameters:
             return None
-        if any(id(p) not in self.parameters or p.is_complex() for p in own):
+        if any(id(p) not in self.parameters or p.is_complex() or not p.numel() for p in own):
             return None
         try:
             return layer_operation(module, x)

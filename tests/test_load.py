@@ -104,6 +104,20 @@ def test_an_instance_of_another_structure_is_refused(own: Any) -> None:
             load_quantized(own[0], model=Own(16), backend=backend)
 
 
+def test_what_is_no_instance_with_values_is_refused(own: Any) -> None:
+    folder, quantized = own
+    with torch.device("meta"):
+        hollow = nn.Sequential(nn.BatchNorm2d(3))
+        hollow.register_buffer("positions", torch.randn(8), persistent=False)
+    for backend in ("simulated", "integer"):
+        with pytest.raises(ConfigError, match=r"an instance of the model's class\. Got a type instead"):
+            load_quantized(folder, model=Own, backend=backend)
+        with pytest.raises(ConfigError, match=r"'positions' of model .* is on the meta device"):
+            load_quantized(folder, model=hollow, backend=backend)
+        with pytest.raises(ConfigError, match=r"a folder or a hub id\. Got a QuantizedModel instead"):
+            load_quantized(quantized, backend=backend)
+
+
 class SiLU(nn.SiLU):
     """Under the name of what it takes the place of."""
 

@@ -21,6 +21,7 @@ from ptq_tdq.errors import ModelError
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.plan import Plan, make_plan
 from ptq_tdq.records import LayerRecord
+from ptq_tdq.wrap import folded_copy
 
 Records = dict[str, LayerRecord]
 
@@ -575,6 +576,14 @@ def test_a_model_without_layers_of_torch_is_an_error() -> None:
     model = OwnLayers().requires_grad_(False)
     with pytest.raises(ModelError, match="torch's own linear layers and convolutions, and classes derived"):
         make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 4, 8), torch.tensor([3, 5])))
+
+
+def test_a_forward_that_is_a_function_of_the_object_is_named() -> None:
+    model, x = OwnLayers().requires_grad_(False), torch.randn(2, 4, 8)
+    model.body, forward = nn.Linear(8, 8), model.forward
+    model.forward = lambda sample, timestep: forward(sample, timestep)  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match=r"The forward of OwnLayers was replaced by a function, .* define it"):
+        make_plan(folded_copy(model), preset("qdiff"), calls_of(model, x, torch.tensor([3, 5])))
 
 
 class Styled(nn.Module):

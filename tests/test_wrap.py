@@ -352,6 +352,19 @@ def test_compiled_parts_are_what_they_were_compiled_from() -> None:
     assert model_sha256(model[:2]) == sha256
 
 
+def test_a_compiled_forward_is_that_of_the_copy() -> None:
+    class Inside(nn.Sequential):
+        def forward(self, sample: Tensor) -> Tensor:
+            y: Tensor = super().forward(sample)
+            return y
+
+    model, x = Inside(nn.Linear(4, 4)), torch.randn(2, 4)
+    model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+    copied = folded_copy(model)
+    assert copied.forward.__self__ is copied  # type: ignore[attr-defined]
+    assert torch.equal(copied(x), copied[0](x))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("make", "said"),

@@ -25,7 +25,7 @@ from ptq_tdq.timeaxis import signature_of, time_argument
 
 Rows = slice | Tensor
 SAME = 0.05  # relative difference of one row computed alone and among others; precision allows it
-PLAIN = (bool, int, float, str, type(None))  # arguments beside tensors
+PLAIN = (bool, int, float, str, type(None), torch.Size)  # arguments beside tensors
 MOST_ODD = 3  # leaves whose length does not tell what they are
 # What a denoiser raises when it is called with arguments that do not belong together.
 REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
@@ -79,15 +79,16 @@ class Group:
         return len(self.rows[0])
 
     def arguments(self, index: Rows) -> dict[str, Any]:
-        """Keyword arguments of one call with some of the rows."""
+        """Keyword arguments of one call with some of the rows, which the call may write into."""
+
+        def given(x: Tensor) -> Tensor:
+            return x.to(self.device or x.device, copy=True)
 
         def fill(leaf: Any) -> Any:
             if not isinstance(leaf, Place):
-                return leaf.to(self.device) if isinstance(leaf, Tensor) else leaf
+                return given(leaf) if isinstance(leaf, Tensor) else leaf
             part = self.rows[leaf.index][index]
-            if isinstance(part, Each):
-                return [item.to(self.device) for item in part.items]
-            return leaf.leaf(part).to(self.device)
+            return [*map(given, part.items)] if isinstance(part, Each) else given(leaf.leaf(part))
 
         filled: dict[str, Any] = pytree.tree_map(fill, self.tree)
         return filled
@@ -120,6 +121,12 @@ def places_of(group: Group) -> set[Any]:
         for path, leaf in pytree.tree_leaves_with_path(group.tree)
         if isinstance(leaf, Place) and leaf.dim == 0 and not leaf.several
     }
+
+
+def fresh(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Copies of arguments, for a call before others with the same: a model may compute in them, or take items out."""
+    copies: dict[str, Any] = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, arguments)
+    return copies
 
 
 def given_rows(group: Group, places: Set[Any]) -> Group:
@@ -166,13 +173,19 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
 
 def check_argument(value: Any) -> None:
     """Raise :class:`CalibrationSetError` for what is neither a tensor nor plain, nor a tree of these."""
-    if isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
-            check_argument(inner)
-    elif not isinstance(value, (Tensor, *PLAIN)):
+    parts = pytree.tree_leaves(value, is_leaf=lambda x: x is not value)
+    if isinstance(value, dict | list | tuple) and not any(part is value for part in parts):
+        for part in parts:
+            check_argument(part)
+        return
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    if not dense and not isinstance(value, PLAIN):  # also a dict of a class of one's own, whose items no tree knows
+        kind = type(value).__name__ if type(value).__module__ != "numpy" else f"numpy.{type(value).__name__}"
+        if isinstance(value, Tensor):
+            kind = "sparse or nested tensor"
         raise CalibrationSetError(
-            f"A call has an argument of type {type(value).__name__}, which a calibration set cannot hold; call the "
-            "denoiser with tensors and plain values, alone or in dicts, lists and tuples."
+            f"A call has an argument of type {kind}, which a calibration set cannot hold; call the denoiser with dense "
+            "tensors and plain values, alone or in plain dicts, lists and tuples."
         )
 
 
@@ -183,19 +196,21 @@ def main_argument_name(model: nn.Module, time: str | None = None) -> str:
 
 
 def main_argument(arguments: dict[str, Any], time: str) -> str:
-    """The argument that is denoised: the first one, beside the time, that holds tensors."""
+    """The argument that is denoised: the first one, beside the time, that holds tensors with rows."""
     for name, value in arguments.items():
-        if name != time and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+        if name != time and any(map(_has_rows, pytree.tree_leaves(value))):
             return name
     raise CalibrationSetError("A recorded call has no tensor beside its time step; record calls of the denoiser.")
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
 
 
 def count_rows(arguments: dict[str, Any], time: str) -> int:
     """Samples in one call: the first dimension of what is denoised, or the length of a list of them."""
     main = arguments[main_argument(arguments, time)]
-    return (
-        len(main) if isinstance(main, list) else len(next(x for x in pytree.tree_leaves(main) if isinstance(x, Tensor)))
-    )
+    return len(main) if isinstance(main, list) else len(next(filter(_has_rows, pytree.tree_leaves(main))))
 
 
 Odd = frozenset[tuple[int, int, bool]]
@@ -288,7 +303,7 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
 
 def _last_row(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
     with borrowed(model):
-        return last_row(model(**arguments))
+        return last_row(model(**fresh(arguments)))
 
 
 def _error(model: nn.Module, arguments: dict[str, Any], expected: Tensor) -> float:

@@ -21,8 +21,8 @@ def prediction(output: Any) -> Tensor:
     """What a denoiser predicts: the first tensor of its output, or its list with one tensor per row, stacked.
 
     A number (a loss beside it) has no rows and is none. A list of several shapes, such as a ControlNet's, comes as one
-    tensor [B, values]. Raises :class:`CalibrationSetError` for an output without a tensor, and for such a list without
-    a common B.
+    tensor [B, values], complex numbers as pairs of real ones [..., 2]. Raises :class:`CalibrationSetError` for an
+    output without a tensor, and for such a list without a common B.
     """
     found = _first(output)
     if isinstance(found, Tensor):
@@ -52,10 +52,14 @@ def _first(output: Any) -> Tensor | list[Tensor]:
 
 def _candidates(output: Any) -> Iterator[Tensor | list[Tensor]]:
     if _has_rows(output) or (isinstance(output, list) and output and all(map(_has_rows, output))):
-        yield output
+        yield _real(output) if isinstance(output, Tensor) else [*map(_real, output)]
     else:
         for inner in _inside(output):
             yield from _candidates(inner)
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def _has_rows(output: Any) -> bool:

@@ -25,7 +25,7 @@ from ptq_tdq.calls.arguments import (
 from ptq_tdq.calls.calls import Calls
 from ptq_tdq.errors import ModelError
 from ptq_tdq.hooks import hooked
-from ptq_tdq.timeaxis import TimeAxis, find_axis, time_argument, time_values
+from ptq_tdq.timeaxis import TimeAxis, check_length, find_axis, time_argument, time_values
 
 Wanted = Callable[[int], Tensor]
 """Step index -> bool [samples]: whose calls at that step are kept."""
@@ -44,8 +44,10 @@ def record(model: nn.Module, *, time: str | None = None, num_train_timesteps: in
             pipe(prompt, num_inference_steps=20)
 
     Raises :class:`~ptq_tdq.errors.ModelError` for a model without a time argument, and where not the model but its
-    ``forward`` was called (by other methods of its class), which nothing hears.
+    ``forward`` was called (by other methods of its class), which nothing hears;
+    :class:`~ptq_tdq.errors.TimestepError` for a length of the axis that is none.
     """
+    check_length(num_train_timesteps)
     recorder = Recorder(model, time)
     calls = Calls(TimeAxis(recorder.argument))
     with recorder.listening():
@@ -63,6 +65,7 @@ class Recorder:
     """
 
     def __init__(self, model: nn.Module, time: str | None = None) -> None:
+        _check_module(model)
         self.model, self.argument = model, time_argument(model, time)
         self.seen: set[float] = set()
         self._times: list[float] = []  # the mean of each call's
@@ -101,7 +104,7 @@ class Recorder:
     def listening(self) -> Iterator[None]:
         children = (part for part in self.model.children() if not isinstance(part, torch.jit.ScriptModule))
         parts = (part.register_forward_pre_hook(self._pass_by) for part in children)
-        with self.model.register_forward_pre_hook(self._hear, with_kwargs=True), hooked(parts):
+        with self.model.register_forward_pre_hook(self._hear, prepend=True, with_kwargs=True), hooked(parts):
             yield
 
     def begin(
@@ -161,6 +164,15 @@ class Recorder:
             finally:
                 self._looking = False
         return self._odd[form]
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"A {type(model).__name__} is no module whose calls can be recorded; pass the denoiser itself."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("The denoiser is TorchScript, which hides its layers; record the module that it was made of.")
 
 
 def _device(arguments: dict[str, Any]) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_tdq import processes
-from ptq_tdq.calls import prediction
+from ptq_tdq.calls import fresh, prediction
 from ptq_tdq.errors import ModelError, NonFiniteError
 from ptq_tdq.finetuning.config import FinetuneConfig
 from ptq_tdq.finetuning.data import Batch, Data, generator_of
@@ -76,7 +76,7 @@ class Training:
         total, rows = 0.0, 0
         with self.student.judged():
             for batch in self.data.judges():
-                predicted, _ = self.student(**batch.arguments)
+                predicted, _ = self.student(**fresh(batch.arguments))
                 total += float(_distance(predicted, self._target(batch))) * batch.rows
                 rows += batch.rows
         if not math.isfinite(total):
@@ -123,7 +123,7 @@ class Training:
 
     def _descend(self, batch: Batch) -> Tensor:
         with torch.enable_grad():
-            predicted, penalty = self.student(**batch.arguments)
+            predicted, penalty = self.student(**fresh(batch.arguments))
             if not predicted.requires_grad:
                 raise ModelError(
                     "The model's prediction has no gradients to learn from, as where its forward runs under "
@@ -137,7 +137,7 @@ class Training:
         return found
 
     def _target(self, batch: Batch) -> Tensor:
-        return self._wanted(**batch.arguments) if batch.target is None else batch.target
+        return self._wanted(**fresh(batch.arguments)) if batch.target is None else batch.target
 
     @torch.no_grad()
     def _wanted(self, **arguments: Any) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -34,12 +35,8 @@ def _linear(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return functional.linear(x, weight, bias)
 
 
-def _transposed(operation: Callable[..., Tensor]) -> Operation:
-    def run(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        sizes = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
-        return operation(x, weight, bias, *sizes)
-
-    return run
+def _transposed(operation: Callable[..., Tensor], layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return operation(x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,9 @@ QUANTIZED_LAYERS: dict[type[nn.Module], Kind] = {
     nn.Conv1d: Kind("conv1d", _conv),
     nn.Conv2d: Kind("conv2d", _conv),
     nn.Conv3d: Kind("conv3d", _conv),
-    nn.ConvTranspose1d: Kind("conv_transpose1d", _transposed(functional.conv_transpose1d), transposed=True),
-    nn.ConvTranspose2d: Kind("conv_transpose2d", _transposed(functional.conv_transpose2d), transposed=True),
-    nn.ConvTranspose3d: Kind("conv_transpose3d", _transposed(functional.conv_transpose3d), transposed=True),
+    nn.ConvTranspose1d: Kind("conv_transpose1d", partial(_transposed, functional.conv_transpose1d), transposed=True),
+    nn.ConvTranspose2d: Kind("conv_transpose2d", partial(_transposed, functional.conv_transpose2d), transposed=True),
+    nn.ConvTranspose3d: Kind("conv_transpose3d", partial(_transposed, functional.conv_transpose3d), transposed=True),
     nn.Linear: Kind("linear", _linear, channel_dim=-1),
 }
 
@@ -123,7 +120,7 @@ def outputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
 
 def multiply_accumulates(layer: nn.Module, x: Tensor, output: Tensor) -> int:
     """Multiply-accumulates of one layer for the given input and output."""
-    kind, each = find_kind(layer), own_weight(layer)[0].numel()
+    kind, each = find_kind(layer), own_weight(layer)[:1].numel()
     assert kind is not None
     return (x if kind.transposed else output).numel() * each
 

@@ -21,7 +21,7 @@ from ptq_tdq.recon.activations import observe, reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
 from ptq_tdq.recon.parts import Parts, Store
 from ptq_tdq.recon.size import UnitSize, at_once, stream_bytes, unit_sizes
-from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, sweep
+from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, rehearse, sweep
 from ptq_tdq.recon.transform import transform_unit
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import reconstruct_weights
@@ -66,10 +66,13 @@ def reconstruct(
     intervals and nearest rounding; so do those in ``repeated``, whose intervals are observed in all runs of a call.
     Finished units are kept in ``run`` and read from it. Streams of more than ``budget`` bytes are kept in memory-mapped
     files, in the folder of the run. Returns the static interval of each activation quantizer.
-    Raises :class:`~ptq_tdq.errors.NonFiniteError` naming the layer and t.
+    Raises :class:`~ptq_tdq.errors.ModelError` before the first unit for rows that follow from values, and
+    :class:`~ptq_tdq.errors.NonFiniteError` naming the layer and t.
     """
     engine = _Engine(quantized, calls, config, special, run, budget, on_unit)
     quantized.quantize(weights=False, activations=False)
+    if special.single:
+        rehearse(quantized.model, engine.units, calls)
     engine.pass_over("weights")
     engine.pass_over("activations")
     quantized.plan = _as_chosen(quantized)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from ptq_tdq import processes
 from ptq_tdq.calls import Calls
@@ -42,6 +43,7 @@ def layouts(model: nn.Module, units: Sequence[str], calls: Calls) -> list[Layout
 
 
 Shapes = list[torch.Size | None]
+SEVERAL = 8  # samples whose values are likely to differ in what they decide
 
 
 def _shapes(
@@ -56,12 +58,41 @@ def _shapes(
     def on_call(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
         found.setdefault(name, []).append((of((args, kwargs)), of(output)))
 
-    handles = (
-        model.get_submodule(name).register_forward_hook(partial(on_call, name=name), with_kwargs=True) for name in units
-    )
-    with hooked(handles), torch.no_grad():
+    with hooked(_on_calls(model, units, on_call)), torch.no_grad():
         model(**arguments)
     return found
+
+
+def rehearse(model: nn.Module, units: Sequence[str], calls: Calls) -> None:
+    """Run a few samples of each group, whose rows are to lie where the layouts say, before any unit is learned.
+
+    Raises :class:`ModelError` where values decide how many rows there are, as :meth:`Part.of` does.
+    """
+    for (_, span), known in zip(calls.spans(), layouts(model, units, calls), strict=True):
+        numbers = torch.linspace(span.start, span.stop - 1, min(SEVERAL, span.stop - span.start)).long()
+        with hooked(_on_calls(model, units, partial(_check, known, Counter(), len(numbers)))), torch.no_grad():
+            model(**calls.inputs(numbers))
+
+
+def _check(
+    known: Layouts, seen: Counter[str], count: int, _: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str
+) -> None:
+    inputs, outputs = _layout_of(known, name, seen[name])
+    seen[name] += 1
+    Part.of((args, kwargs), slice(0, count), inputs)
+    Part.of(output, slice(0, count), outputs)
+
+
+def _on_calls(model: nn.Module, units: Sequence[str], hook: Callable[..., None]) -> Iterator[RemovableHandle]:
+    """``hook`` with the name of its unit at each of them."""
+    for name in units:
+        yield model.get_submodule(name).register_forward_hook(partial(hook, name=name), with_kwargs=True)
+
+
+def _layout_of(known: Layouts, unit: str, number: int) -> tuple[Layout, Layout]:
+    """That of the arguments and the outputs of a unit when it is called after so many times; empty where none is."""
+    found = known.get(unit, [])
+    return found[min(number, len(found) - 1)] if found else ((), ())
 
 
 def _layout_pair(one: tuple[Shapes, Shapes], two: tuple[Shapes, Shapes]) -> tuple[Layout, Layout]:
@@ -112,8 +143,7 @@ class Lane(greenlet):  # type: ignore[misc]
         self._forward()
 
     def pause(self, unit: str, args: Any, kwargs: Any) -> Any:
-        known = self.layouts.get(unit, [])
-        inputs, outputs = known[min(self.seen[unit], len(known) - 1)] if known else ((), ())
+        inputs, outputs = _layout_of(self.layouts, unit, self.seen[unit])
         self.seen[unit] += 1
         call = UnitCall(unit, Parts((Part.of((args, kwargs), self.samples, inputs),)), (outputs,))
         # torch's function modes (attention products listen by one) are a stack of the thread, not of this coroutine:

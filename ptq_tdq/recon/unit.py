@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ptq_tdq import processes
 from ptq_tdq.ambient import products_in
 from ptq_tdq.config import Config
 from ptq_tdq.errors import ModelError, NonFiniteError
 from ptq_tdq.fused import power_sum
+from ptq_tdq.hooks import hooked
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.recon.parts import Part, Parts, Store
 from ptq_tdq.recon.streams import UnitCall
@@ -47,6 +49,7 @@ class Unit:
     among: Tensor | None = None
     most: int = MOST
     mine: slice | None = None
+    _found: dict[str, bool] = field(default_factory=dict)  # about the module
 
     @cached_property
     def cells(self) -> list[Tensor]:
@@ -97,6 +100,8 @@ class Unit:
         """Output of the unit for some samples of one cell, as its quantizers now stand."""
         part = call.arguments.of(index)
         args, kwargs = part[index]
+        if self._found.get("checkpoints") and torch.is_grad_enabled():
+            args, kwargs = pytree.tree_map(_differentiable, (args, kwargs))
         with at(self.t[index].to(part.device)):
             return self.module(*args, **kwargs)
 
@@ -204,13 +209,38 @@ class Unit:
         False, without a step, where the loss does not depend on what is learned.
         """
         optimizer.zero_grad()
-        self._backward(call, target, power, config, index, penalties)
+        with self._as_checkpoints_ask(call, index):
+            self._backward(call, target, power, config, index, penalties)
         learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         processes.add_gradients(learned)
         if all(parameter.grad is None for parameter in learned):
             return False
         optimizer.step()
         return True
+
+    @contextmanager
+    def _as_checkpoints_ask(self, call: UnitCall, index: Tensor) -> Iterator[None]:
+        """Gradients of the inputs and of all parameters too, in a module with checkpoints that have none without.
+
+        These compute without gradients, and once more for them: torch's reentrant ones, and older ones of models' own.
+        """
+        own = self.here(index)
+        if "checkpoints" not in self._found and len(own):
+            on: list[bool] = []
+            hooks = (x.register_forward_pre_hook(lambda *_: on.append(torch.is_grad_enabled())) for x in self.layers())
+            with hooked(hooks), torch.random.fork_rng([]):
+                self.run(call, own[:1])
+            self._found["checkpoints"] = not all(on)
+        asked = self._found.get("checkpoints", False)
+        frozen = [p for p in self.module.parameters() if asked and p.is_floating_point() and not p.requires_grad]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+                parameter.grad = None
 
     def _backward(
         self, call: UnitCall, target: Parts, power: float, config: Config, index: Tensor, penalties: Sequence[Tensor]
@@ -230,6 +260,10 @@ class Unit:
     def _loss(self, call: UnitCall, output: Any, target: Parts, power: float, index: slice | Tensor) -> Tensor:
         part = call.output(output, index)
         return reconstruction_loss(part.real(slice(0, len(self.t[index]))), target.real(index), power)
+
+
+def _differentiable(leaf: Any) -> Any:
+    return leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def backward(loss: Tensor, t: Tensor | None, *, retain_graph: bool = False) -> None:

@@ -141,6 +141,15 @@ def test_the_layout_of_ddpm_cifar10_32_loads_and_can_be_collected_from(tmp_path:
     assert found.groups[0].leaf("sample").shape == (2, 3, 32, 32)
 
 
+def test_integers_are_no_weights(bare: Path) -> None:
+    state = load_file(bare / WEIGHTS)
+    save_file(
+        state | {"conv_in.weight": (state["conv_in.weight"] * 50).int()}, bare / WEIGHTS, metadata={"format": "pt"}
+    )
+    with pytest.raises(ModelError, match=r"'conv_in\.weight' in .* is I32, which is no type of weights"):
+        load_model(str(bare))
+
+
 @dataclass
 class Touch:
     """What a pickled file may hold: unpickling it runs code."""

@@ -26,6 +26,11 @@ def test_the_residuals_of_a_controlnet_are_one_prediction(return_dict: bool) -> 
     assert torch.equal(prediction(output), torch.cat([x.flatten(1) for x in residuals], 1))
 
 
+def test_complex_numbers_are_pairs_of_real_ones() -> None:
+    x = torch.randn(2, 3, dtype=torch.complex64)
+    assert torch.equal(prediction((x,)), torch.view_as_real(x))
+
+
 def test_rows_of_different_sizes_are_no_prediction() -> None:
     rows: list[Tensor] = [torch.zeros(2, 3), torch.zeros(4, 3)]
     with pytest.raises(CalibrationSetError, match=r"different shapes \(\[2, 3\] and \[4, 3\]\)"):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from calibrated import QUICK
@@ -422,10 +423,84 @@ def test_arguments_without_names_are_refused() -> None:
         model(torch.randn(B, 4), torch.tensor([3, 5]), torch.randn(B, 4))
 
 
+class InPlace(Conditioned):
+    """Computes in its arguments, and takes items out of them."""
+
+    def forward(self, sample: Tensor, timestep: Any, extra: Any = None, **more: Any) -> tuple[Tensor]:
+        timestep /= 2
+        return super().forward(sample.mul_(0.5) + extra["list"].pop().mean(1) + more["positions"].add_(1), timestep)
+
+
+def test_a_model_may_write_into_its_arguments() -> None:
+    def run(model: nn.Module) -> Tensor:
+        given = {"extra": {"list": [torch.ones(B, 2, 4)]}, "positions": torch.zeros(4)}
+        found: Tensor = model(torch.ones(B, 4), torch.tensor([3.0, 5.0]), **given)[0]
+        return found
+
+    model = InPlace().requires_grad_(False)
+    expected = run(model)
+    with record(model) as calls:
+        assert torch.equal(run(model), expected)
+    sha256 = calls.sha256
+    calibrate(model, QUICK, calls)
+    assert calls.sha256 == sha256 and calls.t.tolist() == [3.0, 5.0]
+    assert torch.equal(replayed(model, calls)[0], expected)
+
+
+def test_calls_are_recorded_in_front_of_hooks_which_see_them_again(model: Conditioned) -> None:
+    def larger(_: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+        return args, {**given, "sample": 3 * given["sample"]}
+
+    model.register_forward_pre_hook(larger, with_kwargs=True)
+    with record(model) as calls:
+        expected = model(sample=torch.ones(B, 4), timestep=torch.tensor([3, 5]))[0]
+    assert torch.equal(replayed(model, calls)[0], expected)
+
+
+class Own(dict[str, Any]):
+    """Of which trees of tensors know nothing."""
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (Own(scale=torch.ones(B, 1)), "type Own"),
+        ({"scale": torch.eye(B).to_sparse()}, "type sparse or nested tensor"),
+        (np.bool_(True), "type numpy.bool"),
+    ],
+)
+def test_an_argument_that_looks_like_a_tree_of_tensors_is_refused(value: Any, said: str, model: Conditioned) -> None:
+    with record(model), pytest.raises(CalibrationSetError, match=f"an argument of {said}, .* plain dicts, lists"):
+        model(torch.randn(B, 4), torch.tensor([3, 5]), extra=value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Conditioned, "A type is no module"),
+        (lambda: None, "A NoneType is no module"),
+        (lambda: torch.jit.script(nn.Linear(4, 4)), "is TorchScript"),
+    ],
+)
+def test_what_is_no_module_with_calls_is_refused(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said), record(make(), time="input"):
+        pass
+
+
+@pytest.mark.parametrize("length", [-1, 10.5, "x", True])
+def test_a_length_of_the_axis_that_is_none_is_refused(length: Any, model: Conditioned) -> None:
+    with pytest.raises(TimestepError, match="must be a whole number"), record(model, num_train_timesteps=length):
+        pass
+
+
 @pytest.mark.parametrize("name", ["sample", "extra"])
 def test_an_argument_that_is_no_tree_of_tensors_is_refused(name: str, model: Conditioned) -> None:
     given = {"sample": torch.randn(B, 4), "timestep": torch.tensor([3, 5]), name: Output(None, torch.randn(B, 4))}
-    with record(model), pytest.raises(CalibrationSetError, match=r"an argument of type Output, .* in dicts, lists"):
+    with (
+        record(model),
+        pytest.raises(CalibrationSetError, match=r"an argument of type Output, .* in plain dicts, lists"),
+    ):
         model(**given)
 
 
@@ -444,6 +519,17 @@ def test_what_is_denoised_may_be_a_tuple() -> None:
     points, features = calls.inputs(torch.tensor([1, 3]))["inputs"]
     assert len(calls) == 4
     assert torch.equal(points, given[0][[1, 3]]) and torch.equal(features, given[1][[1, 3]])
+
+
+def test_a_number_beside_what_is_denoised_has_no_rows() -> None:
+    class Scaled(nn.Module):
+        def forward(self, batch: dict[str, Tensor], timestep: Tensor) -> Tensor:
+            return batch["scale"] * batch["x"]
+
+    model = Scaled()
+    with record(model) as calls:
+        model({"scale": torch.tensor(2.0), "x": torch.ones(B, 4)}, torch.tensor([3, 5]))
+    assert len(calls) == B and calls.inputs(slice(0, 1))["batch"]["x"].shape == (1, 4)
 
 
 @pytest.mark.parametrize(("values", "shared"), [((80.0, 1.0, 0.3, 0.03, 0.02, 0.01), 2), ((80.0, 60.5, 30.0), 0)])

@@ -411,6 +411,32 @@ def test_a_wrapper_may_return_the_same_whatever_return_dict_says(
         assert sqnr_db(expected[place], found[place]) > 40
 
 
+class Moments(NamedTuple):
+    mean: Tensor
+    variance: Tensor
+
+
+class Learned(Own):
+    """Predicts a variance too, under names."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+        mean = super().forward(sample, timestep)
+        return Moments(mean, mean.square())
+
+
+@torch.no_grad()
+def test_items_of_a_tuple_keep_their_names(
+    tmp_path: Path, quantize_model: Callable[..., tuple[Artifact, Calls]]
+) -> None:
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 3, 4), torch.tensor([900.0, 100.0])
+    artifact, calls = quantize_model(Learned(), sample=x, timestep=t)
+    export_onnx(artifact, tmp_path / "model.onnx", "portable", calls, model=Learned())
+    mean, variance = found = OnnxDenoiser(tmp_path / "model.onnx", threads=1)(x, t)
+    assert found.mean is mean and found.variance is variance
+    assert sqnr_db(build_quantized(artifact, Learned())(x, t).variance, variance) > 40
+
+
 class Starred(TokensFirst):
     """Takes whatever it is given, and uses none of it."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -142,6 +144,19 @@ def test_multiply_accumulates_are_those_of_the_dense_operator(name: str) -> None
         assert count == x.numel() * per_input
     else:
         assert count == layer(x).numel() * layer.weight[0].numel()
+
+
+def test_a_layer_without_outputs_computes_nothing() -> None:
+    layer, x = nn.Linear(4, 8), torch.ones(2, 4)
+    layer.weight, layer.bias = nn.Parameter(torch.empty(0, 4)), nn.Parameter(torch.empty(0))
+    assert multiply_accumulates(layer, x, layer(x)) == 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_pickled(name: str) -> None:
+    layer, shape = LAYERS[name]
+    x = torch.ones(shape)
+    assert torch.equal(pickle.loads(pickle.dumps(wrapped(layer)))(x), layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from recorded import calls_of
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from unit_calls import call_of
 
-from ptq_tdq import Calls
+from ptq_tdq import Calls, calibrate
 from ptq_tdq.config import Config
 from ptq_tdq.errors import NonFiniteError, ResumeError
 from ptq_tdq.intervals.dynamic import Dynamic
@@ -302,3 +305,62 @@ def test_relative_loss_weights_change_what_is_learned(wrap: Wrap, choose: Choose
         run(quantized := wrap(config), calls, config)
         found.append(state(quantized))
     assert any(not torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+class Greedy(torch.autograd.Function):
+    """The checkpoint of guided-diffusion, which asks for the gradients of all parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.run, ctx.x, ctx.parameters = run, x, parameters
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.run(x)
+        return None, *torch.autograd.grad(y, (x, *ctx.parameters), gradients, allow_unused=True)
+
+
+class Block(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = {
+            "none": self.run,
+            "reentrant": partial(checkpoint, self.run, use_reentrant=True),
+            "greedy": lambda x: Greedy.apply(self.run, x, *self.parameters()),
+        }[self.kind](x)
+        return x + found
+
+    def run(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.a(x).tanh())
+        return y
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.blocks = nn.Linear(1, 8), nn.ModuleList(Block(kind) for _ in range(2))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        for block in self.blocks:
+            sample = block(sample + self.time(timestep.view(-1, 1) / 1000))
+        return sample
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_blocks_with_checkpoints_that_compute_without_gradients_learn(choose: Choose) -> None:
+    x, t = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([900.0, 100.0]).repeat(4)
+    found = []
+    for kind, iterations in (("none", 4), ("reentrant", 4), ("greedy", 4), ("greedy", 0)):
+        model, config = Checkpointed(kind), choose(activation_iterations=iterations)
+        tables = calibrate(model, config, calls_of(model, x, t)).to_artifact().tables
+        found.append(torch.cat([table.scale.flatten() for table in tables.values() if table.scale is not None]))
+    plain, reentrant, greedy, start = found
+    assert torch.equal(reentrant, plain)
+    assert ((greedy != start) >= (plain != start)).all() and bool((plain != start).any())

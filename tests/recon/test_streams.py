@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ptq_tdq import Calls, QuantizedModel, calibrate, preset, record
 from ptq_tdq.config import Config
 from ptq_tdq.errors import ModelError
+from ptq_tdq.recon import UnitReport
 from ptq_tdq.recon.parts import Part, Parts, Place, Store
 from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, sweep
 from ptq_tdq.recon.unit import Unit
@@ -231,8 +232,10 @@ def test_experts_are_reconstructed_together_or_left_out(helped: str) -> None:
     skip = ("middle.experts.*",) if helped == "skip" else ()
     config = preset("default", method="static", activation_iterations=1, compute_dtype="float32", skip=skip)
     if not helped:
+        learned: list[UnitReport] = []
         with pytest.raises(ModelError, match=r"class of the module .* model's _no_split_modules, or skip the layers"):
-            calibrate(model, config, calls)
+            calibrate(model, config, calls, on_unit=learned.append)
+        assert not learned, "before anything is spent"
     else:
         units = calibrate(model, config, calls).units()
         assert units == (["first", "middle.router"] if helped == "skip" else ["first", "middle"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from collections import namedtuple
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -46,6 +47,12 @@ class DenoiserOutput(Attributes):
 
     def __getitem__(self, key: Any) -> Any:
         return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
+
+
+@cache
+def _of_fields(names: tuple[str, ...]) -> Any:
+    """The class of tuples whose items have names, as some models' outputs."""
+    return namedtuple("Output", names, rename=True)
 
 
 class OnnxDenoiser(nn.Module):
@@ -264,7 +271,9 @@ class OnnxDenoiser(nn.Module):
             values = [returned] if isinstance(returned, Tensor) else returned  # some models give a bare one for False
             values = values.values() if isinstance(values, dict) else values  # or an object all the same
             return DenoiserOutput(zip(self.call.fields, values, strict=False))
-        return returned
+        plain = any(parameter["name"] == RETURN_DICT for parameter in self.call.parameters)
+        named = not plain and isinstance(returned, tuple) and len(returned) == len(self.call.fields)
+        return _of_fields(self.call.fields)(*returned) if named else returned
 
 
 def _tables(graph: onnx.GraphProto) -> dict[str, int]:

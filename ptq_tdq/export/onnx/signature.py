@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.calls import Calls, Each, Group, Place, main_argument
+from ptq_tdq.calls import Calls, Each, Group, Place, fresh, main_argument
 from ptq_tdq.calls.arguments import REFUSALS
 from ptq_tdq.errors import ModelError
 from ptq_tdq.timed_model import TimedModel, in_float32
@@ -202,7 +202,7 @@ def describe(model: TimedModel, calls: Calls) -> tuple[Signature, Rows, int]:
     ``model`` is run a few times, to see what it returns. The time is a float where the model takes it as one, so that
     schedulers with fractional steps work. Raises :class:`ModelError` for arguments or results that no graph has.
     """
-    if not len(calls):
+    if not isinstance(calls, Calls) or not len(calls):
         raise ModelError("There is no recorded call to export the model with; record at least one.")
     group, time = max(calls.groups, key=len), calls.axis.argument
     tree = {name: value for name, value in group.tree.items() if name != RETURN_DICT}
@@ -274,10 +274,11 @@ def _outputs(
     fields: tuple[str, ...] = ()
     as_tuple = {RETURN_DICT: False} if return_dict else {}
     if return_dict:
-        whole = model(**one | {RETURN_DICT: True})
+        whole = model(**fresh(one) | {RETURN_DICT: True})
         plain = isinstance(whole, Tensor | list | tuple)
         fields = getattr(whole, "_fields", ()) if plain else tuple(getattr(whole, "keys", lambda: vars(whole))())
-    returned = model(**one | as_tuple)
+    returned = model(**fresh(one) | as_tuple)
+    fields = fields or getattr(returned, "_fields", ())
     leaves, spec = pytree.tree_flatten(returned)
     tensors = sum(isinstance(leaf, Tensor) for leaf in leaves)
     if not tensors:
@@ -297,6 +298,8 @@ def _outputs(
 
 def _result(name: str, one: Tensor, two: Tensor) -> Leaf:
     """A tensor that is ``one`` for a sample and ``two`` for two: its rows are where it is longer, if it is there."""
+    if one.is_complex():
+        raise ModelError("The model returns complex numbers, which no graph gives; let it return torch.view_as_real.")
     if one.ndim != two.ndim or (one is two and one.ndim):  # a lone sample without an axis, or no other number of them
         return Leaf(name, "rows")
     longer = [axis for axis, sizes in enumerate(zip(one.shape, two.shape, strict=True)) if sizes[0] != sizes[1]]
@@ -306,9 +309,9 @@ def _result(name: str, one: Tensor, two: Tensor) -> Leaf:
 @torch.no_grad()
 def _takes_float(model: nn.Module, arguments: dict[str, Any], time: str) -> bool:
     """Whether the model returns the same for a time step of floating point."""
-    expected = pytree.tree_leaves(model(**arguments))
+    expected = pytree.tree_leaves(model(**fresh(arguments)))
     try:
-        found = pytree.tree_leaves(model(**{**arguments, time: arguments[time].float()}))
+        found = pytree.tree_leaves(model(**fresh({**arguments, time: arguments[time].float()})))
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False
     return all(torch.equal(x, y) for x, y in zip(expected, found, strict=True) if isinstance(x, Tensor))

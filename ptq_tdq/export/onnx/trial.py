@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ptq_tdq.calls import Calls, prediction
+from ptq_tdq.calls import Calls, fresh, prediction
 from ptq_tdq.errors import ModelError, RuntimeUnsupportedError
 from ptq_tdq.export.onnx.denoiser import OnnxDenoiser
 from ptq_tdq.export.onnx.runtimes import NotRunError
@@ -73,7 +73,7 @@ def _right(denoiser: OnnxDenoiser, simulated: Callable[..., Any], calls: Iterabl
     noises = []
     for inputs in calls:
         try:
-            expected = simulated(**inputs)
+            expected = simulated(**fresh(inputs))
         except Exception:  # of many unrelated types, and any of them means that the model does not take the call
             continue
         with suppress(ModelError):
