@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ptq_tdq.artifacts import CONFIG_FILE
@@ -24,9 +26,10 @@ from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
 from ptq_tdq.errors import ConfigError, ModelError, PtqTdqError, first_line
+from ptq_tdq.files import check_tensors
 from ptq_tdq.identity import model_sha256
 from ptq_tdq.processor import check_device
-from ptq_tdq.structure import diffusers_class
+from ptq_tdq.structure import TensorCounts, asks_too_much, diffusers_class
 from ptq_tdq.timeaxis import LONGEST
 
 _ACCELERATE = find_spec("accelerate") is not None  # loads in less memory; some models are loaded in no other way
@@ -152,6 +155,9 @@ def _load_weights(cls: Any, folder: Path) -> Any:
             )
     advice = "its files are missing, truncated or of another model, so copy or download them again"
     with _refusing(ModelError, f"The {cls.__name__} in '{folder}' cannot be loaded", advice):
+        counts = _count_tensors(folder)
+        if counts.tensors and asks_too_much(cls, read_config(folder / "config.json"), counts):
+            raise ValueError("its configuration asks for a far larger model than its weights are")
         model, info = cls.from_pretrained(
             folder,
             torch_dtype=torch.float32,
@@ -168,6 +174,16 @@ def _load_weights(cls: Any, folder: Path) -> Any:
                 "copy or download the folder again."
             )
     return model.eval().requires_grad_(False)
+
+
+def _count_tensors(folder: Path) -> TensorCounts:
+    """What the weights of a folder hold, by their headers."""
+    sizes = []
+    for path in folder.glob("*.safetensors"):
+        check_tensors(path)
+        with safe_open(path, framework="pt") as opened:
+            sizes += [prod(opened.get_slice(name).get_shape()) for name in opened.keys()]  # noqa: SIM118 (not a dict)
+    return TensorCounts(len(sizes), sum(sizes))
 
 
 def _class_of(folder: Path) -> Any:
