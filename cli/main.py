@@ -41,6 +41,7 @@ COMMANDS = {
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*FULL, errno.EPIPE, errno.EIO)  # where stdout leads
 NO_FOLDER = (errno.ENOENT, None)  # number and file of the error where none is usable for temporary files
+_FULL_MEMORY = "can't allocate memory"  # in torch's words
 STDOUT = "<stdout>"  # what its errors name as their file
 SHARED = ("calibrate", "finetune")  # commands that several processes run as one
 
@@ -102,6 +103,10 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
     except OSError as error:
         _fail_to_write(error)
+    except (MemoryError, RuntimeError) as error:  # torch's own is of either kind
+        if not (isinstance(error, MemoryError) or _FULL_MEMORY in str(error)):
+            raise
+        _fail("There is too little memory for this; free some, or ask for less at once.", 1, told=True)
     except PtqTdqError as error:
         if state.get("verbose"):
             traceback.print_exc()
