@@ -366,6 +366,9 @@ def test_a_full_disk_leaves_only_what_the_next_run_needs(
     assert contents(tmp_path) == {f"out/{name}": data for name, data in reference.items()}
     with largest_file(100):
         check_refusal(cli("export", tmp_path / "out", "--output", tmp_path / "t.csv"), 1, "free some space")
+    with largest_file(60_000):  # which its configuration fits into
+        component = ("--format", "diffusers", "--output", tmp_path / "component")
+        check_refusal(cli("export", tmp_path / "out", *component), 1, "free some space")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
