@@ -22,7 +22,7 @@ from click.shell_completion import CompletionItem
 
 import ptq_tdq
 from ptq_tdq import launch
-from ptq_tdq.errors import PtqTdqError, UsageError, WorkerError, printable
+from ptq_tdq.errors import PtqTdqError, UsageError, WorkerError, of_memory, printable
 from ptq_tdq.files import reason
 
 COMMANDS = {
@@ -41,7 +41,6 @@ COMMANDS = {
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*FULL, errno.EPIPE, errno.EIO)  # where stdout leads
 NO_FOLDER = (errno.ENOENT, None)  # number and file of the error where none is usable for temporary files
-_FULL_MEMORY = "can't allocate memory"  # in torch's words
 STDOUT = "<stdout>"  # what its errors name as their file
 SHARED = ("calibrate", "finetune")  # commands that several processes run as one
 
@@ -101,17 +100,17 @@ def main(args: list[str] | None = None) -> None:
         if launch.is_first():
             click.echo(state.get("on_stop", "Stopped."), err=True)
         sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
-    except OSError as error:
-        _fail_to_write(error)
-    except (MemoryError, RuntimeError) as error:  # torch's own is of either kind
-        if not (isinstance(error, MemoryError) or _FULL_MEMORY in str(error)):
-            raise
-        _fail("There is too little memory for this; free some, or ask for less at once.", 1, told=True)
     except PtqTdqError as error:
         if state.get("verbose"):
             traceback.print_exc()
         told = isinstance(error, WorkerError) or (launch.is_first() if error.reported else launch.is_first_here())
         _fail(str(error), 2 if isinstance(error, UsageError) else 1, told=told)
+    except Exception as error:
+        if of_memory(error):
+            _fail("There is too little memory for this; free some, or ask for less at once.", 1, told=True)
+        if isinstance(error, OSError):
+            _fail_to_write(error)
+        raise
 
 
 def _fail_to_write(error: OSError) -> NoReturn:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ptq_tdq.ambient import FLOAT32_DEFAULT
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError, first_line
+from ptq_tdq.errors import ArtifactMismatchError, PtqTdqError, first_line, of_memory
 from ptq_tdq.fit import check_fit, classes_of
 from ptq_tdq.identity import base_config, state_of
 from ptq_tdq.wrap import fold, folded_copy
@@ -42,7 +42,9 @@ def diffusers_class(name: Any, base: Literal["ModelMixin", "SchedulerMixin"] = "
 
     try:
         cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    except Exception:  # diffusers imports it now, and an optional package may be missing or broken
+    except Exception as error:  # diffusers imports it now, and an optional package may be missing or broken
+        if of_memory(error):
+            raise MemoryError from error
         return None
     return cls if isinstance(cls, type) and issubclass(cls, getattr(diffusers, base)) else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +27,7 @@ from ptq_tdq.errors import (
     ModelError,
     NonFiniteError,
 )
+from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import TimeAxis
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -397,6 +399,16 @@ def test_too_little_memory_is_one_sentence(cli: Any, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(inspect, "read_artifact", fill)
     check_refusal(cli("inspect", tmp_path), 1, "too little memory")
+
+
+def test_a_class_that_memory_lacks_for_is_not_taken_for_an_unknown_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("Failed to import") from ImportError("x.so: failed to map segment from shared object")
+
+    monkeypatch.setitem(sys.modules, "diffusers", Full())
+    with pytest.raises(MemoryError):
+        diffusers_class("UNet2DModel")
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "interval_tables.safetensors", "ptq_tdq_config.json"])
