@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +27,10 @@ from ptq_tdq.calib_data.reference import NO_CLASS, reference_path
 from ptq_tdq.calib_data.sampler import Sampler
 from ptq_tdq.calib_data.source import Parts, find_folder, find_parts, read_config
 from ptq_tdq.errors import ConfigError, ModelError, PtqTdqError, first_line
+from ptq_tdq.files import check_tensors
 from ptq_tdq.identity import model_sha256
 from ptq_tdq.processor import check_device
-from ptq_tdq.structure import diffusers_class
+from ptq_tdq.structure import TensorCounts, asks_too_much, diffusers_class
 from ptq_tdq.timeaxis import LONGEST
 
 _VARIANT = re.compile(r"[^.]+\.([^.]+?)(?:-\d+-of-\d+)?\.safetensors")
@@ -163,6 +165,10 @@ def _load_weights(cls: Any, folder: Path) -> Any:
             )
     advice = "its files are missing, truncated or of another model, so copy or download them again"
     with _refusing(ModelError, f"The {cls.__name__} in '{folder}' cannot be loaded", advice):
+        held = _headers(folder)
+        counts = TensorCounts(len(held), sum(values for _, values in held.values()))
+        if held and asks_too_much(cls, read_config(folder / "config.json"), counts):
+            raise ValueError("its configuration asks for a far larger model than its weights are")
         model, info = cls.from_pretrained(
             folder,
             torch_dtype=torch.float32,
@@ -179,7 +185,12 @@ def _load_weights(cls: Any, folder: Path) -> Any:
                 f"The weights in '{folder}' do not fit its configuration ({what}: {sorted(info[problem])[0]}); "
                 "copy or download the folder again."
             )
-    _check_types(folder, {name for name, p in model.named_parameters() if p.is_floating_point()})
+    for name, parameter in model.named_parameters():  # diffusers would take codes for weights
+        kind, _ = held.get(name, ("", 0))
+        if parameter.is_floating_point() and kind.startswith(("I", "U", "BOOL")):
+            raise ModelError(
+                f"'{name}' in '{folder}' is {kind}, which is no type of weights; save it in floating point."
+            )
     return model.eval().requires_grad_(False)
 
 
@@ -189,15 +200,15 @@ def _variant(folder: Path) -> str | None:
     return next((name[1] for name in found if name), None) if all(found) else None
 
 
-def _check_types(folder: Path, weights: Set[str]) -> None:
-    """Refuse files with integers where the model has real numbers: diffusers would take codes for weights."""
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            for name in sorted(weights & set(opened.keys())):
-                if (kind := opened.get_slice(name).get_dtype()).startswith(("I", "U", "BOOL")):
-                    raise ModelError(
-                        f"'{name}' in '{file}' is {kind}, which is no type of weights; save it in floating point."
-                    )
+def _headers(folder: Path) -> dict[str, tuple[str, int]]:
+    """The type and the number of values of each tensor that a folder's weights hold, before anything is read."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        check_tensors(path)
+        with safe_open(path, framework="pt") as opened:
+            parts = ((name, opened.get_slice(name)) for name in opened.keys())  # noqa: SIM118 (not a dict)
+            found |= {name: (part.get_dtype(), prod(part.get_shape())) for name, part in parts}
+    return found
 
 
 def _class_of(folder: Path) -> Any:

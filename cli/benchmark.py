@@ -30,7 +30,7 @@ from ptq_tdq.config import PRESETS
 from ptq_tdq.errors import ConfigError, UsageError
 from ptq_tdq.evaluate.names import INCEPTION, METRICS, Metric
 from ptq_tdq.load import Backend
-from ptq_tdq.study.cell import check_plans, sampling_sha256
+from ptq_tdq.study.cell import cell_line, check_plans, sampling_sha256
 from ptq_tdq.study.matrix import METHODS, make_cells
 from ptq_tdq.study.render import (
     USUAL,
@@ -190,7 +190,7 @@ def benchmark_command(
         return
     cells = make_cells(_names(presets), _names(schemes), _names(methods), _numbers(seeds), settings, samples, backend)
     context.with_resource(alone(work_folder(results)))
-    planned = [{"preset": c.preset, "method": c.method, "evaluation": c.evaluation} for c in cells]
+    every = cells
     if shard:
         if output:
             raise UsageError("--output takes the table of all shards; join their files and give them to --render.")
@@ -199,7 +199,7 @@ def benchmark_command(
     model = load_model(source, **given)
     left = unfinished(cells, lines, model.sha256, sampling_sha256(model))
     _check_measured(metrics or [], model)
-    require_comparable([*lines, *planned], against)
+    require_comparable([*lines, *(cell_line(model, cell) for cell in every)], against)
     if grids:
         check_folder(grids)
     # all that can make a plan impossible

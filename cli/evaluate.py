@@ -20,6 +20,7 @@ from ptq_tdq.cli.options import (
     original_options,
     print_json,
     quiet_option,
+    refuse_inside,
     result_console,
     scheduler_option,
     seed_option,
@@ -112,6 +113,7 @@ def evaluate_command(
     """
     quiet_schedulers()
     if output_dir:
+        refuse_inside(output_dir, [artifact])
         check_target(output_dir, _CONTENTS if overwrite else None)
     stored = read_artifact(artifact)
     model = load_original(source, stored, **given)

@@ -17,6 +17,7 @@ from ptq_tdq.cli.options import (
     original_options,
     print_json,
     quiet_option,
+    refuse_inside,
     refuse_others,
     verbose_option,
 )
@@ -105,6 +106,7 @@ def export_command(
     like.
     """
     _check_together(kind, runtime, steps, int8_outputs, calls_file)
+    refuse_inside(output, [artifact])
     if runtime == "qdq" or kind == COMPONENT:
         check_target(output)
     elif output.is_dir():
@@ -125,11 +127,10 @@ def export_command(
         from ptq_tdq.export import onnx  # an extra
 
         check_class(stored)
+        calls = None if calls_file is None else Calls.load(calls_file)
         if not quiet:
             click.echo("Exporting the graph; this takes from seconds to minutes.", err=True)
-        if calls_file is not None:
-            calls = Calls.load(calls_file)
-        else:
+        if calls is None:
             count = (steps or _steps_of(stored)) if runtime == "qdq" else 1
             calls = _record(stored, source, count, SAMPLES if int8_outputs else 1, given)
         if runtime == "qdq":

@@ -22,6 +22,7 @@ from ptq_tdq.cli.options import (
     quiet_option,
     read_choices,
     read_settings,
+    refuse_inside,
     result_console,
     run_options,
     threads_option,
@@ -95,6 +96,7 @@ def finetune_command(
     with processes.joined(given["device"]) as given["device"]:
         first = processes.rank() == 0
         with processes.together():
+            refuse_inside(output_dir.parent, [artifact])  # its own place is for --overwrite
             run = Unfinished(context, output_dir, overwrite=overwrite, stopped="at the last checkpoint")
             stored = read_artifact(artifact)
             say = _Training(quiet=quiet or not first, verbose=verbose)

@@ -22,7 +22,7 @@ from click.shell_completion import CompletionItem
 
 import ptq_tdq
 from ptq_tdq import launch
-from ptq_tdq.errors import PtqTdqError, UsageError, WorkerError, printable
+from ptq_tdq.errors import PtqTdqError, UsageError, WorkerError, of_memory, printable
 from ptq_tdq.files import reason
 
 COMMANDS = {
@@ -100,13 +100,17 @@ def main(args: list[str] | None = None) -> None:
         if launch.is_first():
             click.echo(state.get("on_stop", "Stopped."), err=True)
         sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
-    except OSError as error:
-        _fail_to_write(error)
     except PtqTdqError as error:
         if state.get("verbose"):
             traceback.print_exc()
         told = isinstance(error, WorkerError) or (launch.is_first() if error.reported else launch.is_first_here())
         _fail(str(error), 2 if isinstance(error, UsageError) else 1, told=told)
+    except Exception as error:
+        if of_memory(error):
+            _fail("There is too little memory for this; free some, or ask for less at once.", 1, told=True)
+        if isinstance(error, OSError):
+            _fail_to_write(error)
+        raise
 
 
 def _fail_to_write(error: OSError) -> NoReturn:

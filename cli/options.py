@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +288,15 @@ def refuse_others(names: Collection[str], why: str) -> None:
         name = option.name or ""
         if name not in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"{why}; leave out {option.opts[0]}.")
+
+
+def refuse_inside(output: Path, artifacts: Iterable[Path]) -> None:
+    """Raise :class:`UsageError` for an output in the folder of one of the artifacts that are read."""
+    for artifact in artifacts:
+        if output.resolve().is_relative_to(artifact.resolve()):
+            raise UsageError(
+                f"The output '{output}' lies in the artifact, which holds nothing else; choose another path."
+            )
 
 
 def numbered(names: Sequence[str]) -> list[str]:

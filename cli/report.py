@@ -16,6 +16,7 @@ from ptq_tdq.cli.options import (
     original_options,
     print_json,
     quiet_option,
+    refuse_inside,
     scheduler_option,
     seed_option,
     steps_option,
@@ -79,6 +80,7 @@ def report_command(
         need(package, "report")
     from ptq_tdq.report.write import check_output, write_report
 
+    refuse_inside(output_dir, artifacts)
     quiet_schedulers()
     say = Progress(quiet=quiet, verbose=verbose)
     names = numbered([printable(path.resolve().name) for path in artifacts])

@@ -21,6 +21,7 @@ from ptq_tdq.cli.options import (
     original_options,
     print_json,
     quiet_option,
+    refuse_inside,
     scheduler_option,
     seed_option,
     steps_option,
@@ -88,6 +89,7 @@ def sample_command(
     All are of one model. Prompts, classes and the pipeline's arguments are those of the first one's calibration unless
     they are named here. Sounds, and latents that no VAE turns into images, are compared without a picture.
     """
+    refuse_inside(output, artifacts)
     check_file_target(output, PICTURE)
     quiet_schedulers()
     stored = [read_artifact(artifact) for artifact in artifacts]

@@ -42,6 +42,13 @@ __all__ = [
 ]
 
 
+_NO_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "failed to map segment",
+)  # torch, the system, its loader
+
+
 class PtqTdqError(Exception):
     """Base of all errors raised on purpose; its text is one sentence for the user."""
 
@@ -111,6 +118,15 @@ class ArtifactMismatchError(ArtifactError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line without a full stop; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+
+
+def of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, is of too little memory: torch's is a RuntimeError, for instance."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(said in str(error) for said in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def printable(value: Any) -> Any:

@@ -16,11 +16,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from ptq_tdq.ambient import FLOAT32_DEFAULT
 from ptq_tdq.artifacts import Artifact
-from ptq_tdq.errors import ArtifactMismatchError, ConfigError, PtqTdqError, first_line
+from ptq_tdq.errors import ArtifactMismatchError, ConfigError, PtqTdqError, first_line, of_memory
 from ptq_tdq.fit import check_fit, classes_of
 from ptq_tdq.identity import base_config, state_of
 from ptq_tdq.wrap import fold, folded_copy
@@ -41,7 +42,9 @@ def diffusers_class(name: Any, base: Literal["ModelMixin", "SchedulerMixin"] = "
 
     try:
         cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    except Exception:  # diffusers imports it now, and an optional package may be missing or broken
+    except Exception as error:  # diffusers imports it now, and an optional package may be missing or broken
+        if of_memory(error):
+            raise MemoryError from error
         return None
     return cls if isinstance(cls, type) and issubclass(cls, getattr(diffusers, base)) else None
 
@@ -156,6 +159,22 @@ def meta_model(config: dict[str, Any], time: str, counts: TensorCounts) -> nn.Mo
     return fold(structure)
 
 
+def asks_too_much(cls: Any, config: dict[str, Any], counts: TensorCounts) -> bool:
+    """Whether a model of diffusers takes far more to build than a file of ``counts`` can fill.
+
+    What else is wrong with its configuration, whoever builds it will say.
+    """
+    try:
+        _check_integers(config, counts)
+        with torch.device("meta"), _Limit(counts):
+            cls.from_config(config)
+    except ArtifactMismatchError:
+        return True
+    except Exception:
+        return False
+    return False
+
+
 def hollow_model(artifact: Artifact, model: nn.Module | None = None) -> nn.Module:
     """The artifact's model on the CPU, but for its parameters, which are on the meta device.
 
@@ -247,8 +266,18 @@ def _check_integers(config: dict[str, Any], counts: TensorCounts) -> None:
 
 
 def _check_counts(structure: nn.Module) -> None:
-    """Refuse what constructors take and calls do not: sizes that are products of two negative numbers."""
+    """Refuse what constructors take and calls do not: sizes that are products of two negative numbers.
+
+    Nor do they take paddings beyond a kernel, which no tensor's shape tells of and which may ask for any memory.
+    """
     for name, module in structure.named_modules():
+        if isinstance(module, _ConvNd) and not isinstance(module.padding, str):
+            spans = [1 + by * (size - 1) for size, by in zip(module.kernel_size, module.dilation, strict=True)]
+            if any(pad > span for pad, span in zip(module.padding, spans, strict=True)):
+                raise ArtifactMismatchError(
+                    f"The artifact's model_config is none that its model takes ('{name}' would pad its input by "
+                    f"{max(module.padding)}); make the artifact again."
+                )
         for key in COUNTS & vars(module).keys():
             value = getattr(module, key)
             if isinstance(value, int) and (value < 1 or value is True):

@@ -163,7 +163,7 @@ def test_a_choice_is_known_by_its_name_and_in_its_group(choices: dict[str, Any],
         ("a.json", ""),
         ("a.json", "[1]"),
         ("a.json", "[" * 100_000),
-        ("a.json", "\ufeff{}"),
+        ("a.json", '{"seed": 1, "seed": 2}'),
         ("a.toml", "x"),
         ("a.toml", "skip = " + "[" * 100_000),
     ],
@@ -174,6 +174,12 @@ def test_a_file_that_is_no_table_of_choices(file: str, text: str, tmp_path: Path
         read_config_file(tmp_path / file)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_config_file(tmp_path)
+
+
+@pytest.mark.parametrize(("file", "text"), [("a.json", '{"seed": 1}'), ("a.toml", "seed = 1")])
+def test_a_mark_of_a_file_s_bytes_does_no_harm(file: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("\ufeff" + text, encoding="utf-8")
+    assert read_config_file(tmp_path / file) == {"seed": 1}
 
 
 @pytest.mark.parametrize(

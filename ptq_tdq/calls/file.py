@@ -62,6 +62,10 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
         raise CalibrationSetError(FOREIGN.format(path)) from error
+    except MemoryError as error:
+        raise CalibrationSetError(
+            f"The calibration set '{path}' needs more memory than there is; free some, or record fewer calls."
+        ) from error
     if not intact:
         raise CalibrationSetError(
             f"The calibration set '{path}' was altered: its content does not match its hash; record it again."

@@ -154,8 +154,8 @@ MOST_BYTES = 1 << 20  # of a file of choices
 def read_config_file(path: Path) -> dict[str, Any]:
     """Choices of a TOML (or ``.json``) file; raises :class:`ConfigError` where it cannot be read."""
     try:
-        text = read_file(path, MOST_BYTES).decode()
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = read_file(path, MOST_BYTES).decode("utf-8-sig")
+        data = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"The config file {path} cannot be read ({reason(error)}); give a TOML or JSON file."
@@ -163,3 +163,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"The config file {path} must hold a table of choices.")
     return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of JSON, whose names are there once, as TOML demands it."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return table

@@ -14,6 +14,8 @@ loader would cast them, so it gets none to load: the whole artifact is checked a
 
 from __future__ import annotations
 
+import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -203,7 +205,13 @@ def export_component(artifact: Given, path: str | Path) -> None:
     """
     model = as_diffusers(build_quantized(as_artifact(artifact)))
     with publish_directory(path) as folder:
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # of a full disk, with the system's number in its text alone
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 class _InPlace(QuantizedModel):

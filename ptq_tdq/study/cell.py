@@ -41,6 +41,20 @@ def run_cell(model: LoadedModel, cell: Cell, work: Path, say: Say, *, grids: Pat
     gets a picture of its first samples. A calibration that diverges is a result, not an error: its line has "failed"
     instead of "results".
     """
+    line, began = cell_line(model, cell), time.perf_counter()
+    baseline = _baseline(model, cell, work, say)
+    if cell.method == FULL_PRECISION:
+        return {**line, "results": baseline.quality(), "seconds": {"evaluation": time.perf_counter() - began}}
+    say("calibration set")
+    calls = collect_cached(model, **cell.config.recipe)
+    try:
+        return {**line, **_measure(model, cell, baseline, calls, work, say, grids)}
+    except NonFiniteError as error:
+        return {**line, "failed": str(error), "results": {}, "seconds": {}}
+
+
+def cell_line(model: LoadedModel, cell: Cell) -> dict[str, Any]:
+    """What the cell's line says before it is measured."""
     line: dict[str, Any] = {
         "preset": cell.preset,
         "scheme": cell.scheme,
@@ -51,17 +65,7 @@ def run_cell(model: LoadedModel, cell: Cell, work: Path, say: Say, *, grids: Pat
         "model_sha256": model.sha256,
         "sampling_sha256": sampling_sha256(model),
     }
-    began = time.perf_counter()
-    baseline = _baseline(model, cell, work, say)
-    if cell.method == FULL_PRECISION:
-        return {**line, "results": baseline.quality(), "seconds": {"evaluation": time.perf_counter() - began}}
-    line["choices"] = cell.choices
-    say("calibration set")
-    calls = collect_cached(model, **cell.config.recipe)
-    try:
-        return {**line, **_measure(model, cell, baseline, calls, work, say, grids)}
-    except NonFiniteError as error:
-        return {**line, "failed": str(error), "results": {}, "seconds": {}}
+    return line if cell.method == FULL_PRECISION else {**line, "choices": cell.choices}
 
 
 def sampling_sha256(model: LoadedModel) -> str:

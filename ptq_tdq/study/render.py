@@ -107,8 +107,9 @@ def usual_metric(lines: Sequence[Line]) -> Metric:
 def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None) -> Table:
     """Gather a metric. ``against`` is what all are compared with: PRESET, PRESET:METHOD or :METHOD (of each preset).
 
-    Raises :class:`UsageError` where no line has the metric, where one preset and scheme is measured on several numbers
-    of samples or steps, and where the method to compare with is missing or was measured on others than a line.
+    Raises :class:`UsageError` where no line has the metric, where lines are of different models or one preset and
+    scheme is measured on several numbers of samples or steps, where one column has different choices, and where the
+    method to compare with is missing or was measured on others than a line.
     """
     if all(line["method"] == FULL_PRECISION for line in lines):
         raise UsageError("The results have no finished cell of a quantized model; run the study first.")
@@ -122,14 +123,9 @@ def make_table(lines: Sequence[Line], metric: Metric, against: str | None = None
 
 
 def _entries(lines: Sequence[Line], row: tuple[str, str], metric: Metric) -> dict[str, Entry]:
-    """The entries of a row by method, full precision last; raises :class:`UsageError` as :func:`make_table`."""
+    """The entries of a row by method, full precision last."""
     mine = [line for line in lines if (line["preset"], line["scheme"]) == row]
     places = {_measured_on(line) for line in mine}
-    if len(places) > 1:
-        raise UsageError(
-            f"{' '.join(row)} is measured on several numbers of (samples, steps): {sorted(places)}; "
-            "keep one of them in a file."
-        )
     full = [line for line in lines if line["method"] == FULL_PRECISION and _measured_on(line) in places]
     found: dict[str, list[Line]] = {}
     for line in (*mine, *full):
@@ -149,12 +145,35 @@ def _measured_on(line: Mapping[str, Any]) -> tuple[int, int]:
     return line["evaluation"]["samples"], line["evaluation"]["num_inference_steps"]
 
 
+def _require_one_study(lines: Sequence[Mapping[str, Any]]) -> None:
+    """Raise :class:`UsageError` where a table would mix what was measured of different things."""
+    for key, what in (("model_sha256", "models"), ("sampling_sha256", "prompts, classes or arguments of a pipeline")):
+        if len({line[key] for line in lines if key in line}) > 1:
+            raise UsageError(f"The lines are of different {what}; keep those of one study in a file.")
+    places, choices = dict[str, set[tuple[int, int]]](), dict[str, list[Any]]()
+    for line in lines:
+        if line["method"] != FULL_PRECISION:
+            row = f"{line['preset']} {line['scheme']}"
+            places.setdefault(row, set()).add(_measured_on(line))
+            made = {key: value for key, value in line.get("choices", {}).items() if key != "seed"}
+            choices.setdefault(f"{row} {title(line['method'])}", []).append(made)
+    for row, found in places.items():
+        if len(found) > 1:
+            raise UsageError(
+                f"{row} is measured on several numbers of (samples, steps): {sorted(found)}; "
+                "keep one of them in a file."
+            )
+    for column, of_seeds in choices.items():
+        if any(other != of_seeds[0] for other in of_seeds):
+            raise UsageError(f"{column} was calibrated with different choices; keep the lines of one study in a file.")
+
+
 def require_comparable(lines: Sequence[Mapping[str, Any]], against: str | None) -> tuple[str, str]:
     """The preset ("": each row's own) and the column that ``against`` names.
 
-    ``lines`` are cells with "preset", "method" and "evaluation", measured or not; raises :class:`UsageError` as
-    :func:`make_table`.
+    ``lines`` are cells, measured or not, with all but their results; raises :class:`UsageError` as :func:`make_table`.
     """
+    _require_one_study(lines)
     home, _, method = (against or "").partition(":")
     base = label(method) if method else BASELINE_METHOD
     if not against:

@@ -13,6 +13,7 @@ from ptq_tdq.study.results import Line, append_line
 from ptq_tdq.study.workers import Job, Runner, events, run_here, workers
 
 OnSay = Callable[[int, Cell, str], None]  # worker, cell, what it does now
+_SHARED = ("cell-*", "weights-*", "baseline-*", ".ptq-tdq-*.tmp")  # what cells, and writes that were killed, leave
 
 
 def work_folder(results: Path) -> Path:
@@ -41,7 +42,8 @@ def run_study(
     for line in _here(job, cells, on_say) if count == 1 else _apart(job, cells, count, on_say):
         append_line(results, line)
         on_line(line)
-    shutil.rmtree(job.work, ignore_errors=True)
+    for folder in (found for pattern in _SHARED for found in job.work.glob(pattern)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _here(job: Job, cells: Sequence[Cell], on_say: OnSay) -> Iterator[Line]:

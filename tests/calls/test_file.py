@@ -144,6 +144,15 @@ def test_groups_that_name_the_same_rows_take_no_memory(path: Path, monkeypatch: 
     assert sum(seen) <= len(made())
 
 
+def test_too_little_memory_is_one_sentence(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr("ptq_tdq.calls.file.digest", full)
+    with pytest.raises(CalibrationSetError, match="more memory than there is"):
+        Calls.load(path)
+
+
 def test_a_pipe_and_a_file_far_larger_than_its_tensors_are_not_read(path: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CalibrationSetError, match="it is not a regular file"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +27,7 @@ from ptq_tdq.errors import (
     ModelError,
     NonFiniteError,
 )
+from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import TimeAxis
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -312,8 +314,13 @@ def test_output_paths_that_cannot_be_written_are_refused_before_the_work(
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("export ARTIFACT --format json --output ARTIFACT/weights.safetensors", "not an interval table"),
-        ("export ARTIFACT --output ARTIFACT/README.md", "not an interval table"),
+        ("export ARTIFACT --format json --output ARTIFACT/weights.safetensors", "lies in the artifact"),
+        ("export ARTIFACT --output ARTIFACT/tables.csv", "lies in the artifact"),
+        ("finetune ARTIFACT --output-dir ARTIFACT/tuned", "lies in the artifact"),
+        ("sample ARTIFACT --output ARTIFACT/x.png", "lies in the artifact"),
+        ("evaluate ARTIFACT --output-dir ARTIFACT/found", "lies in the artifact"),
+        ("report ARTIFACT --output-dir ARTIFACT/report", "lies in the artifact"),
+        ("export ARTIFACT --format json --output letter.png", "not an interval table"),
         ("export ARTIFACT --format onnx --calls calls --output calls", "not a graph of ptq-tdq"),
         ("export ARTIFACT --format onnx-float --output letter.onnx", "'letter.csv' is there and is not"),
         ("sample ARTIFACT --output letter.png", "not a PNG image"),
@@ -331,7 +338,7 @@ def test_an_output_replaces_nothing_but_its_own_kind(
     for name in ("calls", "lines", "letter.csv", "letter.png"):
         Path(name).write_text("mine")
     result = cli(*command.replace("ARTIFACT", str(artifact)).split())
-    check_refusal(result, 2 if "'-'" in said else 1, said)
+    check_refusal(result, 2 if said.startswith(("'-'", "lies")) else 1, said)
     assert contents(artifact) == before and {path.read_text() for path in Path().iterdir()} == {"mine"}
 
 
@@ -361,6 +368,9 @@ def test_a_full_disk_leaves_only_what_the_next_run_needs(
     assert contents(tmp_path) == {f"out/{name}": data for name, data in reference.items()}
     with largest_file(100):
         check_refusal(cli("export", tmp_path / "out", "--output", tmp_path / "t.csv"), 1, "free some space")
+    with largest_file(60_000):  # which its configuration fits into
+        component = ("--format", "diffusers", "--output", tmp_path / "component")
+        check_refusal(cli("export", tmp_path / "out", *component), 1, "free some space")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -371,6 +381,34 @@ def test_a_truncated_model(cli: Any, saved: Any, tmp_path: Path) -> None:
     result = cli("calibrate", "--model", model, "--output-dir", tmp_path / "out")
     check_refusal(result, 1, str(model), "truncated or of another model, so copy or download them again")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_whose_configuration_asks_for_far_more_than_its_weights(cli: Any, saved: Any, tmp_path: Path) -> None:
+    config = saved(lambda u: None) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "layers_per_block": 10**7}))
+    result = cli("calibrate", "--model", config.parent, "--output-dir", tmp_path / "out")
+    check_refusal(result, 1, str(config.parent), "asks for a far larger model than its weights are")
+
+
+def test_too_little_memory_is_one_sentence(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ptq_tdq.cli import inspect
+
+    def fill(path: Path) -> Artifact:
+        torch.empty(1 << 60)
+        raise AssertionError
+
+    monkeypatch.setattr(inspect, "read_artifact", fill)
+    check_refusal(cli("inspect", tmp_path), 1, "too little memory")
+
+
+def test_a_class_that_memory_lacks_for_is_not_taken_for_an_unknown_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("Failed to import") from ImportError("x.so: failed to map segment from shared object")
+
+    monkeypatch.setitem(sys.modules, "diffusers", Full())
+    with pytest.raises(MemoryError):
+        diffusers_class("UNet2DModel")
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "interval_tables.safetensors", "ptq_tdq_config.json"])

@@ -108,6 +108,7 @@ CASES: dict[str, tuple[Change, str]] = {
         float_tensor(f"{CONV}.weight", torch.ones(1)),
         "weight' is missing in the m",
     ),
+    "a wide padding": (config(downsample_padding=5000), "downsamplers.0.conv' would pad its input by 5000"),
     "no class": (config(_class_name=None), "of a None, which"),
     "a class that is text no more": (config(_class_name=["UNet2DModel"]), "which this version of diffusers does not"),
     "a pipeline": (config(_class_name="DDPMPipeline"), "'DDPMPipeline', which this version"),

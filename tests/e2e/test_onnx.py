@@ -117,7 +117,7 @@ def test_calls_that_are_not_there(
 ) -> None:
     absent = tmp_path / "absent.safetensors"
     result = cli(
-        *("export", calibrated(pipeline), "--format", "onnx", "-q"), "--calls", absent, "--output", tmp_path / "x.onnx"
+        *("export", calibrated(pipeline), "--format", "onnx"), "--calls", absent, "--output", tmp_path / "x.onnx"
     )
     assert result.code == 1
     assert result.err == f"Error: There is no calibration set at '{absent}'; check the path.\n"

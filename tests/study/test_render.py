@@ -139,6 +139,22 @@ def test_cells_measured_on_other_samples_or_steps_are_not_mixed(size: dict[str, 
     assert apart.rows["qdiff", "W4A8"]["fp"].values == {0: 1.0, 1: 2.0, 2: 3.0}
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_sha256": "n"}, "of different models"),
+        ({"model_sha256": "m", "sampling_sha256": "q"}, "of different prompts"),
+        ({"model_sha256": "m", "sampling_sha256": "p", "choices": {"x": 2, "seed": 3}}, "different choices"),
+    ],
+)
+def test_what_was_measured_of_different_things_is_not_averaged(changes: dict[str, Any], said: str) -> None:
+    own = {"model_sha256": "m", "sampling_sha256": "p", "choices": {"x": 1, "seed": 0}}
+    lines = [{**each, **own} for each in LINES]
+    make_table([*lines, line("static", 3, 3.0, **{**own, "choices": {"x": 1, "seed": 3}})], METRIC)
+    with pytest.raises(UsageError, match=said):
+        make_table([*lines, line("static", 3, 3.0, **changes)], METRIC)
+
+
 def test_metrics_of_pairs_have_no_full_precision_column() -> None:
     lines = [{**each, "results": {"latent_sqnr_db": 20.0}} for each in LINES if each["method"] != "fp"]
     full = [{**each, "results": {"fd_c10": 1.0}} for each in LINES if each["method"] == "fp"]
@@ -168,7 +184,7 @@ def test_every_row_may_be_compared_with_s_1_of_one_preset() -> None:
     assert cells(text, "| qdiff | W4A8")[3] == "-" and cells(text, "| default | W4A8")[3].startswith("**-1.833**")
     with pytest.raises(UsageError, match="has no S_1 of the preset paper;"):
         make_table(LINES, METRIC, against="paper")
-    longer = line("tdq", 0, 1.0, evaluation={"samples": 9, "num_inference_steps": 3, "seed": 0})
+    longer = line("tdq", 0, 1.0, preset="default", evaluation={"samples": 9, "num_inference_steps": 3, "seed": 0})
     with pytest.raises(UsageError, match="samples and steps of S_1 of the preset qdiff"):
         make_table([*LINES, longer], METRIC, against="qdiff")
 

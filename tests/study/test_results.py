@@ -11,6 +11,7 @@ import pytest
 from ptq_tdq.errors import OutputError, UsageError
 from ptq_tdq.study.matrix import Cell, make_cells
 from ptq_tdq.study.results import append_line, read_lines, unfinished
+from ptq_tdq.study.run import run_study, work_folder
 
 
 def make(**changes: Any) -> list[Cell]:
@@ -165,6 +166,19 @@ def test_a_file_of_anything_else_is_one_sentence_and_loses_nothing(tmp_path: Pat
         read_lines(path)
     append_line(path, line(full))
     assert path.read_text().startswith(text)
+
+
+def test_what_others_keep_beside_shared_weights_outlives_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "r.jsonl"
+    for name in ("weights-0/unit", "pictures/a.png"):
+        (work_folder(results) / name).parent.mkdir(parents=True)
+        (work_folder(results) / name).touch()
+    monkeypatch.setattr("ptq_tdq.study.run.run_here", lambda *_: iter(()))
+    say = dict.fromkeys(("on_line", "on_say"), print)
+    run_study([], results, source=None, given={}, command="", count=1, grids=work_folder(results) / "pictures", **say)
+    assert [path.name for path in work_folder(results).rglob("*")] == ["pictures", "a.png"]
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
