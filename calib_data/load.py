@@ -202,7 +202,7 @@ def _variant(folder: Path) -> str | None:
 
 def _headers(folder: Path) -> dict[str, tuple[str, int]]:
     """The type and the number of values of each tensor that a folder's weights hold, before anything is read."""
-    found = {}
+    found = dict[str, tuple[str, int]]()
     for path in folder.glob("*.safetensors"):
         check_tensors(path)
         with safe_open(path, framework="pt") as opened:
