@@ -152,5 +152,5 @@ def test_a_tilde_behind_an_equals_sign_is_the_home_folder(
     cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    result = cli("choices", "--config=~/missing.toml")
+    result = cli("calibrate", "--output-dir=~/out", "--config=~/missing.toml")
     assert result.code == 2 and f"{tmp_path}/missing.toml cannot be read" in result.err
