@@ -23,7 +23,7 @@ demo: $(VENV)/.installed  ## calibrate the embedded reference model in a small w
 
 test: $(VENV)/.installed-dev  ## lint and documentation, then every test that is not marked slow
 	$(MAKE) --jobs 2 lint docs
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --durations 40
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 40
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -36,7 +36,8 @@ def doctor_command(as_json: bool) -> None:
         print_json(found)
         return
     click.echo(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
-    click.echo(f"Processor: {found['cores']} cores, {found['instructions']}; {_products(found)}")
+    cores = "1 core" if found["cores"] == 1 else f"{found['cores']} cores"
+    click.echo(f"Processor: {cores}, {found['instructions']}; {_products(found)}")
     built = f"built by {found['compiler'] or 'a compiler that is gone'}, and loaded"
     click.echo(f"Native kernels: {found['native'] or built}")
     click.echo(f"Devices for --device: {', '.join(found['devices'])}")

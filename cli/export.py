@@ -127,12 +127,13 @@ def export_command(
         from ptq_tdq.export import onnx  # an extra
 
         check_class(stored)
-        calls = None if calls_file is None else Calls.load(calls_file)
-        if not quiet:
-            click.echo("Exporting the graph; this takes from seconds to minutes.", err=True)
-        if calls is None:
+        if calls_file is not None:
+            calls = Calls.load(calls_file)
+        else:
             count = (steps or _steps_of(stored)) if runtime == "qdq" else 1
             calls = _record(stored, source, count, SAMPLES if int8_outputs else 1, given)
+        if not quiet:
+            click.echo("Exporting the graph; this takes from seconds to minutes.", err=True)
         if runtime == "qdq":
             onnx.export_onnx_steps(stored, output, calls, int8_outputs=int8_outputs)
         elif kind == "onnx":

@@ -50,13 +50,16 @@ def _set_verbose(context: click.Context, parameter: click.Parameter, value: bool
 
 
 class FilePath(click.Path):
-    """A path whose name this system can take; what is there is for the command to say."""
+    """A path whose name this system can take; what is there is for the command to say. ``~`` is the home folder, which
+    shells leave as it is behind ``--option=``.
+    """
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Path:
         if not os.fspath(value):  # of a variable that the shell does not know; it would be the current folder
             self.fail("the path is empty.", parameter, context)
         if os.fspath(value) == "-":
             self.fail("'-' is no file here; name one, or write ./- for one that is called so.", parameter, context)
+        value = os.path.expanduser(value)
         try:
             os.lstat(value)
         except (OSError, ValueError) as error:

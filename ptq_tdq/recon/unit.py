@@ -224,15 +224,14 @@ class Unit:
 
         These compute without gradients, and once more for them: torch's reentrant ones, and older ones of models' own.
         """
-        own = self.here(index)
-        if "checkpoints" not in self._found and len(own):
+        if "checkpoints" not in self._found and len(own := self.here(index)):
             on: list[bool] = []
             hooks = (x.register_forward_pre_hook(lambda *_: on.append(torch.is_grad_enabled())) for x in self.layers())
             with hooked(hooks), torch.random.fork_rng([]):
                 self.run(call, own[:1])
             self._found["checkpoints"] = not all(on)
-        asked = self._found.get("checkpoints", False)
-        frozen = [p for p in self.module.parameters() if asked and p.is_floating_point() and not p.requires_grad]
+        parameters = self.module.parameters() if self._found.get("checkpoints") else ()
+        frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)

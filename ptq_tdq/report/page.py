@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -53,6 +54,7 @@ def render_page(data: Json, pictures: dict[str, Image.Image]) -> str:
     )
 
 
+@cache
 def _environment() -> Environment:
     """The templates, with the styles and scripts that they embed."""
     parts = files("ptq_tdq.report").joinpath("templates")

@@ -146,3 +146,11 @@ def test_a_flag_s_odd_value_is_one_sentence(
     result = cli("calibrate", "--output-dir", tmp_path / "out", *flags)
     assert result.code == code and result.out == "" and len(result.err.splitlines()) == 1 and said in result.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = cli("calibrate", "--output-dir=~/out", "--config=~/missing.toml")
+    assert result.code == 2 and f"{tmp_path}/missing.toml cannot be read" in result.err

@@ -29,9 +29,7 @@ FLAGS = ("guidance_scale", "height", "width")  # arguments with a flag of their 
 SOUND = "StableAudioPipeline"
 CONDITIONED = [entry for entry in PIPELINES if entry.condition]
 # Pictures of prompts and of classes, video, sound.
-DRAWN = [
-    entry for entry in PIPELINES if entry.name in ("StableDiffusionXLPipeline", "DiTPipeline", "LTXPipeline", SOUND)
-]
+DRAWN = ("StableDiffusionXLPipeline", "DiTPipeline", "LTXPipeline", SOUND)
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,9 @@ def test_sample_draws_both_models_and_evaluate_measures_them(made: Calibrated, c
     assert json.loads(result.out)["quantized"]["latent_sqnr_db"] > 0
 
 
-@pytest.mark.parametrize("made", DRAWN, indirect=True, ids=lambda entry: entry.name)
 def test_the_report_is_one_page(made: Calibrated, cli: Any, tmp_path: Path) -> None:
+    if made.entry.name not in DRAWN:
+        pytest.skip("drawn as others are")
     result = cli("report", made.artifact, "--output-dir", tmp_path / "report", "--samples", 2, *FEW)
     assert result.code == 0, result.err
     (page,) = (tmp_path / "report").glob("*.html")

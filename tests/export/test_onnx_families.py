@@ -23,7 +23,7 @@ from ptq_tdq.export.onnx.skeleton import make_skeleton
 from ptq_tdq.load import build_quantized
 from ptq_tdq.processor import sums_eight_bits
 
-# Cross attention, classes, joint attention, position ids and t / 1000, a batch that cannot vary, videos, sequences;
+# Cross attention, classes, joint attention with position ids and t / 1000, a batch that cannot vary, videos, sequences;
 # each with one block where that says as much.
 FAMILIES: dict[str, dict[str, Any]] = {
     "UNet2DConditionModel (SD 1.5)": {
@@ -32,7 +32,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "up_block_types": ("UpBlock2D",),
     },
     "DiTTransformer2DModel": {"num_layers": 1},
-    "SD3Transformer2DModel": {},
     "FluxTransformer2DModel": {},
     "ChromaTransformer2DModel": {},
     "WanTransformer3DModel": {"num_layers": 1},

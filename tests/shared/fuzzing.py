@@ -233,7 +233,8 @@ def use_artifact(folder: Path, rng: random.Random) -> None:
     loaded = load_quantized(folder, backend=rng.choice(("simulated", "integer")))
     with torch.no_grad():
         loaded(images(2, size=4), torch.tensor([1, 9]), class_labels=torch.tensor([0, 2]))
-    show_artifact(folder)
+    if rng.random() < 0.5:  # it takes longer than all else
+        show_artifact(folder)
 
 
 def show_artifact(folder: Path) -> None:
@@ -243,7 +244,7 @@ def show_artifact(folder: Path) -> None:
     lines(printable(summary))
     title(stored)
     as_in_calibration(stored, {})
-    render_page(report_data(Survey((Subject("one", folder, stored), Subject("two", folder, stored)))), {})
+    render_page(report_data(Survey((Subject("one", folder, stored),))), {})
 
 
 def calls(files: Files, rng: random.Random) -> Files:
