@@ -107,14 +107,7 @@ def export_command(
     """
     _check_together(kind, runtime, steps, int8_outputs, calls_file)
     refuse_inside(output, [artifact])
-    if runtime == "qdq" or kind == COMPONENT:
-        check_target(output)
-    elif output.is_dir():
-        raise UsageError(f"The output '{output}' is a folder; name a file in it.")
-    else:
-        check_file_target(output, TABLE if kind in TABLES else GRAPH)
-        if kind == "onnx-float":
-            check_file_target(output.with_suffix(".csv"), TABLE)
+    _check_output(output, kind, runtime)
     stored, written = read_artifact(artifact), [output]
     if kind in TABLES:
         export_tables(stored, output, kind)
@@ -127,13 +120,12 @@ def export_command(
         from ptq_tdq.export import onnx  # an extra
 
         check_class(stored)
-        if calls_file is not None:
-            calls = Calls.load(calls_file)
-        else:
-            count = (steps or _steps_of(stored)) if runtime == "qdq" else 1
-            calls = _record(stored, source, count, SAMPLES if int8_outputs else 1, given)
+        calls = None if calls_file is None else Calls.load(calls_file)
         if not quiet:
             click.echo("Exporting the graph; this takes from seconds to minutes.", err=True)
+        if calls is None:
+            count = (steps or _steps_of(stored)) if runtime == "qdq" else 1
+            calls = _record(stored, source, count, SAMPLES if int8_outputs else 1, given)
         if runtime == "qdq":
             onnx.export_onnx_steps(stored, output, calls, int8_outputs=int8_outputs)
         elif kind == "onnx":
@@ -158,6 +150,18 @@ def _check_together(
         raise UsageError("--steps goes with --runtime qdq and without --calls, which bring their own time steps.")
     if int8_outputs and runtime != "qdq":
         raise UsageError("--int8-outputs goes with --runtime qdq; the other graphs have outputs in floating point.")
+
+
+def _check_output(output: Path, kind: str, runtime: str | None) -> None:
+    """Raise :class:`UsageError` or :class:`OutputError` for a place that what is asked for cannot be written to."""
+    if runtime == "qdq" or kind == COMPONENT:
+        check_target(output)
+        return
+    if output.is_dir():
+        raise UsageError(f"The output '{output}' is a folder; name a file in it.")
+    check_file_target(output, TABLE if kind in TABLES else GRAPH)
+    if kind == "onnx-float":
+        check_file_target(output.with_suffix(".csv"), TABLE)
 
 
 def _steps_of(stored: Artifact) -> int:

@@ -73,14 +73,7 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     layers = [seen.layers[name] for name in seen.faithful if not _skipped(config, name, roles[name])]
     owners = [name for name in seen.products if name in units and not _skipped(config, name)]
     if not seen.layers:
-        replaced = next((m for m in model.modules() if isinstance(vars(m).get("forward"), FunctionType)), None)
-        raise ModelError(
-            "The recorded calls reach no layer that can be quantized: these are torch's own linear layers and "
-            "convolutions, and classes derived from them."
-            if replaced is None
-            else f"The forward of {type(replaced).__name__} was replaced by a function, which calls the layers of the "
-            "model itself where its quantized copy runs; define it in the class."
-        )
+        raise _no_layers(model)
     if not layers:
         raise ModelError(
             "0 layers of the model match: nothing would be quantized; check the skip list and the layers kept float."
@@ -100,6 +93,20 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
         Special(frozenset(single), frozenset(r.unit for r in records.values()) - learned, frozenset(repeated)),
         sum(layer.macs for layer in layers) / seen.macs,
         *_mean_bits(seen, records),
+    )
+
+
+def _no_layers(model: nn.Module) -> ModelError:
+    """What is said of a model whose calls pass none of its layers."""
+    replaced = next((m for m in model.modules() if isinstance(vars(m).get("forward"), FunctionType)), None)
+    if replaced is None:
+        return ModelError(
+            "The recorded calls reach no layer that can be quantized: these are torch's own linear layers and "
+            "convolutions, and classes derived from them."
+        )
+    return ModelError(
+        f"The forward of {type(replaced).__name__} was replaced by a function, which calls the layers of the model "
+        "itself where its quantized copy runs; define it in the class."
     )
 
 
