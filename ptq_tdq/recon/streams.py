@@ -131,34 +131,73 @@ class UnitCall:
         return Part.of(tree, slice(0, count), layout)
 
 
-class Lane(greenlet):  # type: ignore[misc]
-    """One forward pass over ``samples``, paused at each unit: ``resume()`` gives the next call, None at the end."""
+class Coroutine(greenlet):  # type: ignore[misc]
+    """A run of ``forward`` that pauses: ``resume()`` goes on to the next pause and gives what it is left with there.
 
-    def __init__(self, forward: Callable[[], Any], samples: slice, layouts: Layouts) -> None:
+    None at the end. What torch keeps for a thread is that of each side: gradients, autocast, and the stack of function
+    modes (attention products listen by one), of which a pause takes off what lies on it since this one went on.
+    """
+
+    def __init__(self, forward: Callable[[], Any]) -> None:
         super().__init__()
-        self._forward, self.samples, self.layouts = forward, samples, layouts
-        self.seen: Counter[str] = Counter()
+        self._forward = forward
 
     def run(self, _: None = None) -> None:
-        self._forward()
-
-    def pause(self, unit: str, args: Any, kwargs: Any) -> Any:
-        inputs, outputs = _layout_of(self.layouts, unit, self.seen[unit])
-        self.seen[unit] += 1
-        call = UnitCall(unit, Parts((Part.of((args, kwargs), self.samples, inputs),)), (outputs,))
-        # torch's function modes (attention products listen by one) are a stack of the thread, not of this coroutine:
-        # what lies on it since this one went on comes off
-        modes = [_pop_mode() for _ in range(_len_torch_function_stack() - self.depth)]
+        self._enter()
         try:
-            return self.parent.switch(call)
+            self._forward()
+        finally:  # it may have been ended at a pause, too
+            _set(self.outside)
+
+    def _enter(self) -> None:
+        self.outside, self.depth = _settings(), _len_torch_function_stack()
+
+    def pause(self, given: Any) -> Any:
+        own, modes = _settings(), [_pop_mode() for _ in range(_len_torch_function_stack() - self.depth)]
+        _set(self.outside)
+        try:
+            return self.parent.switch(given)
         finally:
+            self._enter()
             for mode in reversed(modes):
                 _push_mode(mode)
+            _set(own)
 
-    def resume(self, output: Any = None) -> UnitCall | None:
-        self.depth = _len_torch_function_stack()
-        call: UnitCall | None = self.switch(output)
-        return call
+    def resume(self, answer: Any = None) -> Any:
+        return self.switch(answer)
+
+
+Settings = tuple[bool, dict[str, tuple[bool, torch.dtype]]]
+
+
+def _settings() -> Settings:
+    """Whether there are gradients; by kind of device, whether there is autocast, and to what."""
+    found = torch.accelerator.current_accelerator()
+    kinds = {"cpu", "cpu" if found is None else found.type}
+    return torch.is_grad_enabled(), {k: (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds}
+
+
+def _set(settings: Settings) -> None:
+    gradients, autocast = settings
+    torch.set_grad_enabled(gradients)
+    for kind, (enabled, dtype) in autocast.items():
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+
+
+class Lane(Coroutine):
+    """One forward pass over ``samples``, paused at each unit: ``resume()`` gives the next call."""
+
+    def __init__(self, forward: Callable[[], Any], samples: slice, layouts: Layouts) -> None:
+        super().__init__(forward)
+        self.samples, self.layouts = samples, layouts
+        self.seen: Counter[str] = Counter()
+
+    def call(self, unit: str, args: Any, kwargs: Any) -> Any:
+        """Pause at a call of a unit; returns the unit's output."""
+        inputs, outputs = _layout_of(self.layouts, unit, self.seen[unit])
+        self.seen[unit] += 1
+        return self.pause(UnitCall(unit, Parts((Part.of((args, kwargs), self.samples, inputs),)), (outputs,)))
 
 
 @contextmanager
@@ -170,7 +209,7 @@ def intercepted(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             lane = getcurrent()
-            return lane.pause(name, args, kwargs) if isinstance(lane, Lane) else original(*args, **kwargs)
+            return lane.call(name, args, kwargs) if isinstance(lane, Lane) else original(*args, **kwargs)
 
         module.forward = forward
 

@@ -49,12 +49,12 @@ def test_both_streams_are_plain_forward_passes(
     def process(full: UnitCall, other: UnitCall) -> tuple[Parts, Parts]:
         assert full.unit == other.unit == units[len(seen)]
         seen.append(full.unit)
-        unit = Unit(full.unit, model.get_submodule(full.unit), calls.t, other.spans)
-        doubled = unit.outputs(other, store)
+        unit = Unit(full.unit, model.get_submodule(full.unit), calls.t, other.spans, store=store)
+        doubled = unit.outputs(other)
         for part in doubled.parts:
             for leaf in part.leaves:
                 leaf.mul_(2)
-        return unit.outputs(full, store), doubled
+        return unit.outputs(full), doubled
 
     sweep(model, units, chunks_of(model, units, calls, 5, finals), store, process)
     assert seen == units
@@ -125,10 +125,10 @@ def test_rows_are_told_apart_wherever_they_lie(size: int) -> None:
     def process(full: UnitCall, other: UnitCall) -> tuple[Parts, Parts]:
         unit = Unit(full.unit, model.get_submodule(full.unit), calls.t, other.spans)
         for index in [unit.draw(4, torch.Generator().manual_seed(seed)) for seed in range(5)]:
-            part, whole = other.output(unit.run(other, index), index), unit.outputs(other, Store(False))
+            part, whole = other.output(unit.run(other, index), index), unit.outputs(other)
             for found, expected in zip(part.real(slice(0, 4)), whole.real(index), strict=True):
                 torch.testing.assert_close(found, expected)
-        return unit.outputs(full, Store(False)), unit.outputs(other, Store(False))
+        return unit.outputs(full), unit.outputs(other)
 
     chunks = chunks_of(model, units, calls, size, finals)
     sweep(model, units, chunks, Store(False), process)
