@@ -159,9 +159,9 @@ class Coroutine(greenlet):  # type: ignore[misc]
             return self.parent.switch(given)
         finally:
             self._enter()
+            _set(own)
             for mode in reversed(modes):
                 _push_mode(mode)
-            _set(own)
 
     def resume(self, answer: Any = None) -> Any:
         return self.switch(answer)
