@@ -65,7 +65,8 @@ def reconstruct(
     Of the ``special`` units those in ``single`` run with one time step at a time, those in ``unlearned`` keep first
     intervals and nearest rounding; so do those in ``repeated``, whose intervals are observed in all runs of a call.
     Finished units are kept in ``run`` and read from it. Streams of more than ``budget`` bytes are kept in memory-mapped
-    files, in the folder of the run. Returns the static interval of each activation quantizer.
+    files, in the folder of the run; so many bytes may wait inside a unit, and more is computed again. Returns the
+    static interval of each activation quantizer.
     Raises :class:`~ptq_tdq.errors.ModelError` before the first unit for rows that follow from values, and
     :class:`~ptq_tdq.errors.NonFiniteError` naming the layer and t.
     """
