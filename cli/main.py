@@ -43,6 +43,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*FULL, errno.EPIPE, errno.EIO)  # where stdout leads
 NO_FOLDER = (errno.ENOENT, None)  # number and file of the error where none is usable for temporary files
 STDOUT = "<stdout>"  # what its errors name as their file
+MOST = 1000  # characters of an error
 WAIT, WAITS = 0.1, 300  # seconds that a stop waits for an import, and how often
 SHARED = ("calibrate", "finetune")  # commands that several processes run as one
 
@@ -207,5 +208,8 @@ def _importing(frame: FrameType | None) -> bool:
 def _fail(message: str, code: int, *, told: bool) -> NoReturn:
     """End with an error; ``told`` by the first of several processes, of a machine where others may not know of it."""
     if told:
-        click.echo("Error: " + printable(" ".join(message.split())), err=True)
+        text = printable(" ".join(message.split()))
+        if len(text) > MOST:  # of something that was given: what is wrong comes before it, what to do behind
+            text = f"{text[: MOST // 2]} [...] {text[-MOST // 2 :]}"
+        click.echo("Error: " + text, err=True)
     sys.exit(code)

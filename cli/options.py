@@ -236,7 +236,7 @@ _FILE_OPTIONS = (
         "settings",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Any choice by name; `ptq-tdq choices` lists them.",
+        help="Any choice by name, of several values its last; `ptq-tdq choices` lists them.",
     ),
     click.option("--show-config", is_flag=True, help="Print every choice as JSON, fit for --config, and stop."),
 )
