@@ -43,6 +43,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*FULL, errno.EPIPE, errno.EIO)  # where stdout leads
 NO_FOLDER = (errno.ENOENT, None)  # number and file of the error where none is usable for temporary files
 STDOUT = "<stdout>"  # what its errors name as their file
+NO_MEMORY = "There is too little memory for this; free some, or ask for less at once."
 MOST = 1000  # characters of an error
 WAIT, WAITS = 0.1, 300  # seconds that a stop waits for an import, and how often
 SHARED = ("calibrate", "finetune")  # commands that several processes run as one
@@ -106,11 +107,13 @@ def main(args: list[str] | None = None) -> None:
     except PtqTdqError as error:
         if state.get("verbose"):
             traceback.print_exc()
+        if of_memory(error):  # whatever the error takes that for
+            _fail(NO_MEMORY, 1, told=True)
         told = isinstance(error, WorkerError) or (launch.is_first() if error.reported else launch.is_first_here())
         _fail(str(error), 2 if isinstance(error, UsageError) else 1, told=told)
     except Exception as error:
         if of_memory(error):
-            _fail("There is too little memory for this; free some, or ask for less at once.", 1, told=True)
+            _fail(NO_MEMORY, 1, told=True)
         if isinstance(error, OSError):
             _fail_to_write(error)
         raise

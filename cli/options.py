@@ -61,9 +61,9 @@ class FilePath(click.Path):
             self.fail("'-' is no file here; name one, or write ./- for one that is called so.", parameter, context)
         value = os.path.expanduser(value)
         try:
-            os.lstat(value)
+            os.stat(value)
         except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
                 self.fail(f"{str(value)[:100]!r} cannot be a path here ({reason(error)}).", parameter, context)
         return Path(os.fsdecode(super().convert(value, parameter, context)))
 
