@@ -187,10 +187,10 @@ def _stoppable() -> Iterator[None]:
         if len(waits) == WAITS or not _importing(frame):
             raise _Stopped(number)
         waits.append(threading.Timer(WAIT, os.kill, (os.getpid(), number)))
+        before.callback(waits[-1].cancel)
         waits[-1].start()
 
     with ExitStack() as before:
-        before.callback(lambda: [wait.cancel() for wait in waits])
         if threading.current_thread() is threading.main_thread():  # the only one that may
             for number in (signal.SIGTERM, signal.SIGINT):
                 if (handler := signal.getsignal(number)) is not signal.SIG_IGN:

@@ -129,7 +129,8 @@ def check_start(model: Original, artifact: Artifact, config: FinetuneConfig, dat
 
 def disk_bytes(model: Original) -> int:
     """What a run writes: a checkpoint beside the one before, and the artifact."""
-    return 4 * (2 * NUMBERS + 1) * sum(parameter.numel() for parameter in model.denoiser.parameters())
+    parameters: int = sum(parameter.numel() for parameter in model.denoiser.parameters())
+    return 4 * (2 * NUMBERS + 1) * parameters
 
 
 def read(model: Original, artifact: Artifact, config: FinetuneConfig, data: Calls | str | Path | None) -> Data:
