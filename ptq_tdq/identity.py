@@ -36,6 +36,13 @@ def base_config(model: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler was made with. What diffusers notes for itself is left out: it is a list of another order in
+    each process (``_use_default_values``, a set's).
+    """
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+
+
 def state_of(model: Any) -> dict[str, Tensor]:
     """A model's state dict; raises :class:`ModelError` for entries that are no tensors or have no values yet."""
     state: dict[str, Any] = model.state_dict()
