@@ -151,8 +151,9 @@ class PipelineSampler(Sampler):
             raise _Reached
 
         pipe.encode_prompt = stop
+        denoiser = getattr(pipe, self.component)
         for self._alone in (False, True):
-            with suppress(Exception, _Reached):
+            with suppress(Exception, _Reached), denoiser.register_forward_pre_hook(stop):  # in case it is there first
                 pipe(**self._arguments(self.prompts[:1] * 2, [torch.Generator()] * 2, 1))
             if reached:
                 break
