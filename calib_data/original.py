@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq_tdq.calib_data.embedded import find_embedded
 from ptq_tdq.calib_data.pipeline import PipelineSampler
@@ -170,6 +170,11 @@ def _check_plain(model: nn.Module) -> None:
             raise ModelError(
                 f"'{name}' of the model has no values here; load them, or calibrate before weights are offloaded "
                 "(pipe.remove_all_hooks())."
+            )
+        if type(x.data) is not Tensor:  # torchao's, and what fully_shard makes
+            raise ModelError(
+                f"'{name}' of the model is a {type(x.data).__name__}, a tensor that is quantized already, or in parts; "
+                "pass a model of plain tensors."
             )
         if x.is_floating_point() and x.dtype not in COMPUTED:
             raise ModelError(
