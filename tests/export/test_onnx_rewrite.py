@@ -56,7 +56,9 @@ def test_convolutions_may_be_given_one_number_for_all_dimensions(
 
 
 class Positions(nn.Module):
-    """Writes positions into the memory of zeros, as CogVideoX does at sizes that its configuration does not have."""
+    """Writes positions into the memory of zeros, as CogVideoX does at sizes that its configuration does not have,
+    and clamps between an integer and a real number.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class Positions(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """sample [B, N, 2]."""
-        x = self.first(sample)
+        x = torch.clamp(self.first(sample).clamp(-2, 1.99), min=-0.5, max=2)
         where = x.new_zeros(1, x.shape[1] + 1, 4)
         where.data[:, 1:].copy_(torch.arange(4.0).expand(x.shape[1], 4))
         result: Tensor = self.last((x + where[:, 1:] + timestep[:, None, None] / 1000).tanh())

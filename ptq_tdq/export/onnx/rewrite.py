@@ -50,6 +50,21 @@ def _in_each(dimensions: int, convolution: Callable[..., Tensor]) -> Callable[..
     return lambda *args, **kwargs: convolution(*map(each, args), **{key: each(x) for key, x in kwargs.items()})
 
 
+def _of_one_type(clamp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A clamp whose bounds may be an integer and a real number, for which the exporter finds no operator."""
+
+    def clamped(*args: Any, **kwargs: Any) -> Tensor:
+        real = any(isinstance(value, float) for value in (*args, *kwargs.values()))
+
+        def bound(value: Any) -> Any:
+            return float(value) if real and isinstance(value, int) else value
+
+        return clamp(*map(bound, args), **{key: bound(value) for key, value in kwargs.items()})
+
+    return clamped
+
+
+_CLAMPS = (torch.clamp, torch.clip, torch.clamp_, torch.clip_, Tensor.clamp, Tensor.clip, Tensor.clamp_, Tensor.clip_)
 _WORDS: dict[Any, Callable[..., Tensor]] = {
     Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]  # of what is written there tracing loses sight
     Tensor.half: Tensor.float,
@@ -58,6 +73,7 @@ _WORDS: dict[Any, Callable[..., Tensor]] = {
     Tensor.repeat_interleave: repeat_interleave,
     Tensor.copy_: copy_,
     functional.pad: pad,
+    **{clamp: _of_one_type(clamp) for clamp in _CLAMPS},
     torch.conv2d: _in_each(2, torch.conv2d),
     torch.conv3d: _in_each(3, torch.conv3d),
     torch.conv_transpose2d: _in_each(2, torch.conv_transpose2d),
