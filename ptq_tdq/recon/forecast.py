@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ptq_tdq.atomic import check_space
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError
-from ptq_tdq.files import nearest, size_text
+from ptq_tdq.files import size_text
 from ptq_tdq.intervals import source_class
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import weight_groups
@@ -113,13 +113,7 @@ def check_room(found: Forecast, folder: Path) -> None:
             f"The run needs about {size_text(found.memory_bytes)} of memory, of which {size_text(free + own_bytes())} "
             "are there; lower --cache-budget or --samples-per-step."
         )
-    place = nearest(folder)
-    free = shutil.disk_usage(place).free
-    if found.disk_bytes > free:
-        raise OutputError(
-            f"The run needs about {size_text(found.disk_bytes)} of disk, of which {size_text(free)} are free in "
-            f"{place}; free some space or choose another output directory."
-        )
+    check_space(found.disk_bytes, folder)
 
 
 def free_memory() -> int | None:
