@@ -167,7 +167,7 @@ def _check_plain(model: nn.Module) -> None:
                 f"'{name}' of the model has no values here; load them, or calibrate before weights are offloaded "
                 "(pipe.remove_all_hooks())."
             )
-        if type(x.data) is not Tensor:  # torchao's, and what fully_shard makes
+        if type(x.data.cpu()) is not Tensor:  # torchao's, and what fully_shard makes
             raise ModelError(
                 f"'{name}' of the model is a {type(x.data).__name__}, a tensor that is quantized already, or in parts; "
                 "pass a model of plain tensors."

@@ -23,7 +23,7 @@ DIVERGED = (
     "module_start=as-is."
 )
 PLACES = 51  # of the axis, at which a module is fitted
-ITERATIONS = 100
+PRECISE = {"maxiter": 100, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-8}
 
 Array = NDArray[Any]
 
@@ -76,7 +76,7 @@ def fit(net: nn.Sequential, features: Tensor, static: Tensor, target: Tensor, ri
         return np.square(off).mean() + ridge * moved @ moved, back(slope) + 2 * ridge * moved
 
     with np.errstate(all="ignore"):
-        found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS, "ftol": 1e-12})
+        found = minimize(loss, first, jac=True, method="L-BFGS-B", options=PRECISE)
     vector_to_parameters(torch.from_numpy(found.x).to(features), net.parameters())
     net.eval()
     if not bool(torch.isfinite(scale_of(net, features, static)).all()):

@@ -275,7 +275,11 @@ def test_a_stop_waits_for_an_import_that_would_swallow_it(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("ptq_tdq.cli.inspect.read_artifact", load)
     monkeypatch.setattr("ptq_tdq.cli.main.WAIT", 0.01)
+    before = signal.signal(stop, signal.default_int_handler)  # a background job of a shell ignores Ctrl-C
     began = perf_counter()
-    result = cli("inspect", "out")
+    try:
+        result = cli("inspect", "out")
+    finally:
+        signal.signal(stop, before)
     assert (result.code, result.err.strip()) == (expected, "Stopped.")
     assert perf_counter() - began < 5
