@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import linecache
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from ptq_tdq.calib_data.prompts import DEFAULT_PROMPTS
 from ptq_tdq.calib_data.sampler import Sampled, Sampler, takes
 from ptq_tdq.errors import ConfigError, MissingExtraError, ModelError, PtqTdqError, first_line
+from ptq_tdq.hooks import hooked
+
+_log = logging.getLogger(__name__)
 
 PROMPT, LABELS = "prompt", "class_labels"
 _TEXT = re.compile(r"(negative_)?prompt(_\d+)?")
@@ -103,7 +107,7 @@ class PipelineSampler(Sampler):
 
         def hear(module: nn.Module, args: Any) -> None:
             if not called:
-                _check_attention(pipe, self.component, own_attention)
+                _warn_of_attention(pipe, self.component, own_attention)
             called.append(module)
 
         listening = denoiser.register_forward_pre_hook(hear)
@@ -144,16 +148,18 @@ class PipelineSampler(Sampler):
         """Whether the pipeline (Wan VACE) goes on to encode a prompt by itself, and no list of prompts."""
         if not hasattr(self.pipe, "encode_prompt"):
             return False
-        pipe, reached = copy.copy(self.pipe), []
+        scheduler, reached = getattr(self.pipe, self._scheduler_name), list[bool]()
+        pipe = _exchanged(self.pipe, {id(scheduler): copy.deepcopy(scheduler)})
+        pipe.set_progress_bar_config(disable=True)
 
         def stop(*args: Any, **kwargs: Any) -> None:
             reached.append(self._alone)
             raise _Reached
 
         pipe.encode_prompt = stop
-        denoiser = getattr(pipe, self.component)
-        for self._alone in (False, True):
-            with suppress(Exception, _Reached), denoiser.register_forward_pre_hook(stop):  # in case it is there first
+        parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        for self._alone in (False, True):  # whatever computes first has been reached
+            with suppress(Exception, _Reached), hooked(part.register_forward_pre_hook(stop) for part in parts):
                 pipe(**self._arguments(self.prompts[:1] * 2, [torch.Generator()] * 2, 1))
             if reached:
                 break
@@ -267,16 +273,17 @@ def _processors(denoiser: nn.Module) -> Iterator[dict[Any, Any]]:
                 module.processor = processor
 
 
-def _check_attention(pipe: Any, component: str, own: Mapping[Any, Any]) -> None:
-    """Whether a pipeline that runs computes attention where it can be quantized; ``own`` are the processors before."""
+def _warn_of_attention(pipe: Any, component: str, own: Mapping[Any, Any]) -> None:
+    """Say where a pipeline that runs computes attention itself; ``own`` are the processors before."""
     given = [module.processor for module, before in own.items() if type(module.processor) is not type(before)]
     code = {type(each).__name__: getattr(type(each).__call__, "__code__", None) for each in given}
     by_hand = [name for name, each in code.items() if each and "get_attention_scores" in each.co_names]
     if by_hand:
-        raise ModelError(
-            f"{type(pipe).__name__} computes attention of its {component} by hand ({by_hand[0]}), where nothing is "
-            "quantized, so no quantized model runs in it; calibrate in a pipeline that leaves attention as it is."
-        )
+        _log.warning(
+            "%s computes attention of its %s by hand (%s), where nothing is quantized: a model whose attention "
+            "products are quantized will be refused in it. Set attention=false, or calibrate in another pipeline.",
+            type(pipe).__name__, component, by_hand[0],
+        )  # fmt: skip
 
 
 def _not_imported(error: Exception) -> bool:

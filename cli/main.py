@@ -23,7 +23,7 @@ from click.shell_completion import CompletionItem
 
 import ptq_tdq
 from ptq_tdq import launch
-from ptq_tdq.errors import PtqTdqError, UsageError, WorkerError, of_memory, printable
+from ptq_tdq.errors import ModelError, PtqTdqError, UsageError, WorkerError, of_memory, printable
 from ptq_tdq.files import reason
 
 COMMANDS = {
@@ -107,7 +107,7 @@ def main(args: list[str] | None = None) -> None:
     except PtqTdqError as error:
         if state.get("verbose"):
             traceback.print_exc()
-        if of_memory(error):  # whatever the error takes that for
+        if isinstance(error, ModelError) and of_memory(error):  # which a file that cannot be loaded is taken for
             _fail(NO_MEMORY, 1, told=True)
         told = isinstance(error, WorkerError) or (launch.is_first() if error.reported else launch.is_first_here())
         _fail(str(error), 2 if isinstance(error, UsageError) else 1, told=told)

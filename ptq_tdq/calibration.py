@@ -243,7 +243,7 @@ def provenance(model: Original, config: Config, calls: Calls, model_id: str | No
         "time_axis": calls.axis.to_dict(),
         "calibration_set": {"sha256": calls.sha256, "rows": len(calls), **calls.recipe},
         "seed": config.seed,
-        "versions": {name: version(name) for name in ("ptq-tdq", "torch", "diffusers", "numpy", "safetensors")}
+        "versions": {name: version(name) for name in ("ptq-tdq", "torch", "diffusers", "numpy", "scipy", "safetensors")}
         | {"python": platform.python_version()},
     }
 

@@ -69,8 +69,9 @@ def _alike(before: list[tuple[Any, int]], after: list[tuple[Any, int]]) -> bool:
 def _depends(model: nn.Module, calls: Calls, ends: list[Tensor]) -> bool:
     """Whether two calls give something else in the other order."""
     found: list[list[Tensor]] = [[], []]
+    devices = range(torch.cuda.device_count())
     for first in (0, 1):
-        with borrowed(model), torch.no_grad():
+        with borrowed(model), torch.no_grad(), torch.random.fork_rng(devices):
             for turn in range(2 * _TURNS):
                 end = (first + turn) % 2
                 torch.manual_seed(0)  # noise that a model draws is no memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -15,9 +16,13 @@ def uncompiled(value: Any) -> Any:
     return value._modules.get(COMPILED, value) if isinstance(value, nn.Module) else value
 
 
-def take_hooks(module: nn.Module, around: nn.Module) -> None:
-    """Give ``module`` the hooks of what was ``around`` it: they run before its own, and those of outputs after."""
+def take_hooks(module: nn.Module, around: nn.Module, copies: dict[int, Any]) -> None:
+    """Give a copy the hooks of what was ``around`` the original: they run before its own, and those of outputs after.
+
+    ``copies`` are those that were made, as :func:`copy.deepcopy` keeps them.
+    """
     for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-        setattr(module, name, type(getattr(module, name))({**getattr(around, name), **getattr(module, name)}))
+        given = copy.deepcopy(getattr(around, name), copies)
+        setattr(module, name, type(given)({**given, **getattr(module, name)}))
     for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
-        getattr(module, name).update(getattr(around, name))
+        getattr(module, name).update(copy.deepcopy(getattr(around, name), copies))

@@ -60,7 +60,7 @@ def folded_copy(model: nn.Module) -> nn.Module:
         for module in reversed(list(model.modules())):  # parts before what holds them
             if (compiled := module._modules.get(COMPILED)) is not None:
                 copies[id(module)] = copy.deepcopy(compiled, copies)
-                take_hooks(copies[id(module)], module)
+                take_hooks(copies[id(module)], module, copies)
         copied = copy.deepcopy(model, copies)
         for module in copied.modules():
             if (own := getattr(vars(module).get("forward"), COMPILED_FUNCTION, None)) is not None:

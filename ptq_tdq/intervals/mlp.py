@@ -23,7 +23,7 @@ DIVERGED = (
     "module_start=as-is."
 )
 PLACES = 51  # of the axis, at which a module is fitted
-PRECISE = {"maxiter": 100, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-8}
+PRECISE = {"maxiter": 200, "maxcor": 50, "ftol": 1e-12, "gtol": 1e-8}
 
 Array = NDArray[Any]
 

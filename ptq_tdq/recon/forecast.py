@@ -181,7 +181,8 @@ def unit_seconds(
     judged = (1 + _following(config)) * (1 + (config.activations.activation_iterations > 0))
     # closed-form rounding: the full-precision inputs of the layers; those in the other stream, and its outputs
     reach = waiting + (1 - waiting) * pace.reach, waiting + (1 - waiting) * (pace.reach + 1)
-    first, second = 2 * pace.plain, pace.plain + (2 + judged) * pace.quantized
+    first = pace.plain * (1 if config.weights.rounding == "nearest" else 2)
+    second = pace.plain + (2 + judged) * pace.quantized
     if config.weights.equalize == "channels" or config.weights.rotate == "auto":
         first += pace.plain
     first += sum(reach) * pace.plain if closed else pace.plain

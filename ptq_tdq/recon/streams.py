@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
+from torch.backends import cuda as backends
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
@@ -42,6 +43,8 @@ def layouts(model: nn.Module, units: Sequence[str], calls: Calls) -> list[Layout
     return found
 
 
+Autocast = dict[str, tuple[bool, torch.dtype]]
+"""By kind of device: whether it is on, and to which dtype."""
 Shapes = list[torch.Size | None]
 SEVERAL = 8  # samples whose values are likely to differ in what they decide
 
@@ -112,11 +115,14 @@ def _place(one: torch.Size | None, two: torch.Size | None) -> Place | None:
 
 @dataclass(frozen=True, eq=False)
 class UnitCall:
-    """One call of a unit, by one lane or merged over all: arguments (args, kwargs), and how outputs will hold rows."""
+    """One call of a unit, by one lane or merged over all: arguments (args, kwargs), how outputs will hold rows, and the
+    autocast that the model computes in there.
+    """
 
     unit: str
     arguments: Parts
     outputs: tuple[Layout, ...]  # of each part
+    autocast: Autocast = field(default_factory=dict)
 
     @property
     def spans(self) -> tuple[slice, ...]:
@@ -134,9 +140,12 @@ class UnitCall:
 class Coroutine(greenlet):  # type: ignore[misc]
     """A run of ``forward`` that pauses: ``resume()`` goes on to the next pause and gives what it is left with there.
 
-    None at the end. What torch keeps for a thread is that of each side: gradients, autocast, and the stack of function
-    modes (attention products listen by one), of which a pause takes off what lies on it since this one went on.
+    None at the end; ``output`` is then what it has given. Each side has its own of what torch is set to: gradients,
+    autocast, the kernels that attention may use, and the stack of function modes (attention products listen by one), of
+    which a pause takes off what lies on it since this one went on.
     """
+
+    output: Any = None
 
     def __init__(self, forward: Callable[[], Any]) -> None:
         super().__init__()
@@ -145,7 +154,7 @@ class Coroutine(greenlet):  # type: ignore[misc]
     def run(self, _: None = None) -> None:
         self._enter()
         try:
-            self._forward()
+            self.output = self._forward()
         finally:  # it may have been ended at a pause, too
             _set(self.outside)
 
@@ -167,22 +176,34 @@ class Coroutine(greenlet):  # type: ignore[misc]
         return self.switch(answer)
 
 
-Settings = tuple[bool, dict[str, tuple[bool, torch.dtype]]]
+class _Settings(NamedTuple):
+    """Whether there are gradients, autocast by kind of device, and what attention may be computed by."""
+
+    gradients: bool
+    autocast: Autocast
+    attention: tuple[bool, ...]
 
 
-def _settings() -> Settings:
-    """Whether there are gradients; by kind of device, whether there is autocast, and to what."""
+_KERNELS = [
+    (getattr(backends, f"{kind}_sdp_enabled"), getattr(backends, f"enable_{kind}_sdp"))
+    for kind in ("flash", "mem_efficient", "math", "cudnn")
+]
+
+
+def _settings() -> _Settings:
     found = torch.accelerator.current_accelerator()
     kinds = {"cpu", "cpu" if found is None else found.type}
-    return torch.is_grad_enabled(), {k: (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds}
+    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+    return _Settings(torch.is_grad_enabled(), autocast, tuple(enabled() for enabled, _ in _KERNELS))
 
 
-def _set(settings: Settings) -> None:
-    gradients, autocast = settings
-    torch.set_grad_enabled(gradients)
-    for kind, (enabled, dtype) in autocast.items():
+def _set(settings: _Settings) -> None:
+    torch.set_grad_enabled(settings.gradients)
+    for kind, (enabled, dtype) in settings.autocast.items():
         torch.set_autocast_enabled(kind, enabled)
         torch.set_autocast_dtype(kind, dtype)
+    for (_, enable), enabled in zip(_KERNELS, settings.attention, strict=True):
+        enable(enabled)
 
 
 class Lane(Coroutine):
@@ -197,7 +218,8 @@ class Lane(Coroutine):
         """Pause at a call of a unit; returns the unit's output."""
         inputs, outputs = _layout_of(self.layouts, unit, self.seen[unit])
         self.seen[unit] += 1
-        return self.pause(UnitCall(unit, Parts((Part.of((args, kwargs), self.samples, inputs),)), (outputs,)))
+        arguments, autocast = Parts((Part.of((args, kwargs), self.samples, inputs),)), _settings().autocast
+        return self.pause(UnitCall(unit, arguments, (outputs,), autocast))
 
 
 @contextmanager
@@ -231,7 +253,7 @@ def merge(calls: Sequence[UnitCall], store: Store) -> UnitCall:
         some = [pair for pair in given if span.start <= pair[0].samples.start < span.stop]
         parts.append(Part.join([part for part, _ in some], store))
         layouts.append(some[0][1])
-    return UnitCall(calls[0].unit, Parts(tuple(parts)), tuple(layouts))
+    return UnitCall(calls[0].unit, Parts(tuple(parts)), tuple(layouts), calls[0].autocast)
 
 
 Process = Callable[[UnitCall, UnitCall], tuple[Parts, Parts]]

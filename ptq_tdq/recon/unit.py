@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import add
@@ -106,7 +106,11 @@ class Unit:
         args, kwargs = part[index]
         if self._found.get("checkpoints") and torch.is_grad_enabled():
             args, kwargs = pytree.tree_map(_differentiable, (args, kwargs))
-        with at(self.t[index].to(part.device)):
+        with ExitStack() as stack:
+            stack.enter_context(at(self.t[index].to(part.device)))
+            for kind, (enabled, dtype) in call.autocast.items():
+                if enabled:  # the model's own, around the unit
+                    stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
             return self.module(*args, **kwargs)
 
     def here(self, index: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_tdq import processes
+from ptq_tdq.calls.arguments import REFUSALS
 from ptq_tdq.hooks import hooked
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import layer_input
@@ -32,17 +34,13 @@ class _Reached(Exception):
 
 
 class _Visit(Coroutine):
-    """A run of a unit over one batch, which waits at layers. ``output`` is what it gives in the end."""
+    """A run of a unit over one batch, which waits at layers; ``valid`` while it comes by these in their order."""
 
     def __init__(self, unit: Unit, call: UnitCall, batch: slice | Tensor) -> None:
-        super().__init__(self._run)
+        super().__init__(partial(unit.run, call, batch))
         self.gr_context = copy_context()
-        self.unit, self.call, self.batch = unit, call, batch
         self.wanted: nn.Module | None = None
-        self.output: Any = None
-
-    def _run(self) -> None:
-        self.output = self.unit.run(self.call, self.batch)
+        self.valid = True
 
     def input(self, layer: QuantLayer | None) -> Tensor | None:
         """Go on to a layer and give its input; None where the run has ended without it."""
@@ -57,7 +55,6 @@ class Visits:
     def __init__(self, unit: Unit, full: UnitCall, mine: UnitCall) -> None:
         self.unit, self.full, self.mine = unit, full, mine
         self.groups = _same_input(unit, mine)
-        self.undisturbed: bool | None = None  # what the first run to end tells
         self.waiting: dict[int, tuple[_Visit, _Visit]] = {}  # by the first sample: quantized, in full precision
         room = unit.waiting if len(self.groups) > 1 else 0
         for batch in unit.batches():
@@ -65,21 +62,34 @@ class Visits:
             if room < 0:
                 break
             self.waiting[_first(batch)] = _Visit(unit, mine, batch), _Visit(unit, full, batch)
+        self.undisturbed: bool | None = None if self.waiting else True  # what the first run to end tells
 
     def inputs(self, layer: QuantLayer, batch: slice | Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the layer is given in the quantized stream and in the other; None where the unit does not call it."""
-        pair = self.waiting.get(_first(batch))
+        mine, full = self.waiting.get(_first(batch), (None, None))
         with torch.no_grad():
-            if pair:
-                mine = pair[0].input(layer)
-                with self.plain():
-                    full = pair[1].input(layer)
-                if mine is not None and full is not None:
-                    return mine, full
-                self.end(batch)
-            mine = self.input(layer, self.mine, batch)
-            with self.plain():
-                return mine, self.input(layer, self.full, batch)
+            found = self._next(mine, layer, self.mine, batch)
+            with switched(self.unit.module, weights=False, activations=False):
+                return found, self._next(full, layer, self.full, batch)
+
+    def _next(self, visit: _Visit | None, layer: QuantLayer, call: UnitCall, batch: slice | Tensor) -> Tensor | None:
+        """What a layer is given in the run that waits, or else in one from the beginning."""
+        if visit is not None:
+            with self._noticing(visit):
+                if (found := visit.input(layer)) is not None:
+                    return found
+        found = self.input(layer, call, batch)
+        if visit is not None and found is not None:
+            visit.valid = False  # the layer was not rounded yet when it came by
+        return found
+
+    @contextmanager
+    def _noticing(self, visit: _Visit) -> Iterator[None]:
+        """Errors of a run that waits are those of runs that disturb each other: what is wrong otherwise shows again."""
+        try:
+            yield
+        except REFUSALS:
+            self.undisturbed = visit.valid = False
 
     def input(self, layer: QuantLayer, call: UnitCall, batch: slice | Tensor) -> Tensor | None:
         """What a layer is given when the unit runs from the beginning."""
@@ -95,32 +105,38 @@ class Visits:
             self.unit.run(call, batch)
         return found[0] if found else None
 
-    def plain(self) -> Any:
-        """The unit in full precision, for the time of a ``with`` block."""
-        return switched(self.unit.module, weights=False, activations=False)
-
     def outputs(self) -> Parts | None:
-        """What the unit gives in the quantized stream, now that all its layers are rounded.
+        """What the unit gives in the quantized stream, now that all its layers are rounded; nothing of some samples.
 
         None where runs that take turns have disturbed each other, as those of modules that keep something in themselves
         while they run: the inputs were not what they should have been.
         """
-        found = self.unit.outputs(self.mine, self.output)
-        return found if all(processes.gather([self.undisturbed is not False])) else None
+        if self.unit.among is None:
+            found = self.unit.outputs(self.mine, self._output)
+        else:
+            found = Parts(())
+            with torch.no_grad():
+                for batch in self.unit.batches():
+                    if self.undisturbed is None:
+                        self._output(batch)
+        return found if all(processes.gather([bool(self.undisturbed)])) else None
 
-    def output(self, batch: slice | Tensor) -> Any:
+    def _output(self, batch: slice | Tensor) -> Any:
         """What the unit gives for a batch."""
-        if not (pair := self.waiting.get(_first(batch))):
+        visit = self.waiting.get(_first(batch), (None,))[0]
+        if visit is not None:
+            with self._noticing(visit):
+                visit.input(None)
+            self.end(_first(batch))
+        if visit is None or not visit.valid:
             return self.unit.run(self.mine, batch)
-        pair[0].input(None)
-        self.end(batch)
         if self.undisturbed is None:
-            self.undisturbed = _same(pair[0].output, self.unit.run(self.mine, batch))
-        return pair[0].output
+            self.undisturbed = _same(visit.output, self.unit.run(self.mine, batch))
+        return visit.output
 
-    def end(self, batch: slice | Tensor) -> None:
+    def end(self, first: int) -> None:
         """Let the runs of a batch wait no longer."""
-        for visit in self.waiting.pop(_first(batch)):
+        for visit in self.waiting.pop(first):
             if not visit.dead:
                 visit.throw()
 
@@ -140,8 +156,8 @@ def visiting(unit: Unit, full: UnitCall, mine: UnitCall) -> Iterator[Visits]:
         try:
             yield visits
         finally:
-            for pair in list(visits.waiting.values()):
-                visits.end(pair[0].batch)
+            for first in list(visits.waiting):
+                visits.end(first)
 
 
 def _same_input(unit: Unit, call: UnitCall) -> list[list[QuantLayer]]:
@@ -172,5 +188,5 @@ def _first(batch: slice | Tensor) -> int:
 
 
 def _same(a: Any, b: Any) -> bool:
-    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor))
+    ours, theirs = ([x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in (a, b))
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))

@@ -92,7 +92,7 @@ def round_last(
         found = _round(unit, full, call, config, generator)
         loss, outputs = _settle(unit, call, target, config.activations.loss_power, loss, kept, found)
     if _learns(unit, config):
-        kept = _weight_state(unit)
+        kept, outputs = _weight_state(unit), None
         _learn_codes(unit, call, target, config, generator)
         loss, outputs = _settle(unit, call, target, config.activations.loss_power, loss, kept)
     return loss, outputs

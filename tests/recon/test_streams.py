@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -267,3 +267,35 @@ def test_switched_restores_each_quantizer(wrap: Wrap, choose: Callable[..., Conf
         assert not layer.weights_enabled and all(q.enabled for q in quantized.quantizers().values())
     assert layer.weights_enabled and not any(q.enabled for q in quantized.quantizers().values())
     assert not quantized.layers()["conv_out"].weights_enabled
+
+
+class InAutocast(nn.Module):
+    """A model of its own autocast, with an operation in it that has to be in bfloat16 before the blocks are."""
+
+    _no_split_modules: ClassVar = ["Linear"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.time, self.last = nn.Linear(4, 8), nn.Linear(1, 8), nn.Linear(8, 4)
+        self.blocks, self.between = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]), nn.Parameter(torch.eye(8))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = (self.first(sample) + self.time(timestep[:, None, None] / 1000)) @ self.between
+            for block in self.blocks:
+                x = x + block(x)
+            assert x.dtype == torch.bfloat16
+            out: Tensor = self.last(x)
+        return out.float()
+
+
+def test_a_model_computes_in_its_own_autocast_while_it_is_calibrated() -> None:
+    torch.manual_seed(0)
+    model = InAutocast().requires_grad_(False)
+    with record(model, num_train_timesteps=1000) as calls, torch.no_grad():
+        for t in (999.0, 500.0, 1.0):
+            model(torch.randn(3, 3, 4), torch.full((3,), t))
+    quantized = calibrate(model, preset("default", scheme="W8A8", weight_iterations=2, activation_iterations=2), calls)
+    inputs = calls.inputs(slice(0, 9))
+    expected = model(**inputs)
+    assert (quantized(**inputs) - expected).norm() < 0.03 * expected.norm()

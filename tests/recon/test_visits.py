@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from unit_calls import call_of
 
@@ -17,7 +20,7 @@ from ptq_tdq.recon.streams import Coroutine
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 
-N, WIDTH = 9, 6
+N, MOST, WIDTH = 8, 3, 6  # the last batch is smaller
 CONFIG = preset("default", scheme="W4A8")
 
 
@@ -65,11 +68,19 @@ class Keeping(Block):
         return z
 
 
+class Spare(Keeping):
+    """One of its layers is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e = linear("e")
+
+
 class Set(Block):
     """It sets torch to other things while it runs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             y = self.b(self.a(x)) @ torch.eye(WIDTH)
             z: Tensor = self.d(self.c(y.tanh()))
         return z.float()
@@ -79,7 +90,7 @@ def rounded(kind: type[Block], waiting: int) -> tuple[list[Tensor], list[Tensor]
     """Codes, scales and shifts, and then the outputs; how often the unit has run."""
     torch.manual_seed(0)
     block, generator = kind(), torch.Generator().manual_seed(1)
-    unit, runs = Unit("a", block, torch.zeros(N), most=2, waiting=waiting), list[int]()
+    unit, runs = Unit("a", block, torch.zeros(N), most=MOST, waiting=waiting), list[int]()
     full = torch.randn(N, 5, WIDTH)
     calls = [call_of("a", x) for x in (full, full + 0.1 * torch.randn(full.shape))]
     for layer in unit.layers():
@@ -95,15 +106,32 @@ def rounded(kind: type[Block], waiting: int) -> tuple[list[Tensor], list[Tensor]
     return [*state, *shifts, generator.get_state()], list(part.leaves), len(runs)
 
 
-@pytest.mark.parametrize("kind", [Block, Otherwise, Routed, Keeping, Set])
+@pytest.mark.parametrize("kind", [Block, Otherwise, Routed, Keeping, Spare, Set])
 def test_as_many_may_wait_as_there_is_room_for(kind: type[Block]) -> None:
     alone, some, all_of_them = (rounded(kind, waiting) for waiting in (0, 4, N))
     for found in (some, all_of_them):
         torch.testing.assert_close(found[:2], alone[:2], rtol=0, atol=0)
+    assert torch.backends.cuda.flash_sdp_enabled()
     if kind is Block:
-        batches, groups = 5, 3
+        batches, groups = 3, 3
         assert alone[2] == 1 + batches * (2 * groups + 1), "the first run tells the order; outputs at the end"
         assert all_of_them[2] == 1 + 2 * batches + 1, "two streams, and one run to see that none disturbs another"
+
+
+def test_what_has_waited_is_gone_without_the_garbage_collector() -> None:
+    unit = Unit("a", Block(), torch.zeros(N), most=MOST)
+    calls = [call_of("a", torch.randn(N, 5, WIDTH)) for _ in range(2)]
+    for layer in unit.layers():
+        weights.initialize(layer, CONFIG)
+    held = [weakref.ref(call) for call in calls]
+    gc.collect()
+    gc.disable()
+    try:
+        weights._round(unit, *calls, CONFIG, torch.Generator())
+        del calls
+        assert [call() for call in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_each_side_of_a_pause_keeps_what_torch_is_set_to() -> None:
