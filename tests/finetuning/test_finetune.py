@@ -138,7 +138,7 @@ def test_dynamic_intervals_are_baselines_that_learn(
     assert known["after"] < known["before"]
     again = finetune(denoiser, tuned, choose(iterations=1), calls)  # what was learned goes on
     lost = again.metrics["finetune"]["held_out"]["before"] - known["after"]  # where a network is fitted to a table
-    assert abs(lost) < 0.02 * (known["before"] - known["after"])
+    assert abs(lost) < 0.1 * (known["before"] - known["after"])
 
 
 def test_an_interval_of_dynamic_origin_becomes_a_function_of_t(
