@@ -54,11 +54,11 @@ class Bench:
     def weights(self, original: Any) -> Any:
         def reconstruct_weights(
             unit: Unit, full: UnitCall, call: UnitCall, target: Parts, config: Config, generator: torch.Generator
-        ) -> tuple[float, float]:
+        ) -> weights.WeightResult:
             self.stop_in_time()
             other = published_copy(unit)
             began = time.process_time()
-            before, after = original(unit, full, call, target, config, generator)
+            result: weights.WeightResult = original(unit, full, call, target, config, generator)
             ours = {"iterations": config.weights.weight_iterations, "seconds": time.process_time() - began}
             published = []
             for count in self.iterations:
@@ -69,8 +69,10 @@ class Bench:
                 seconds = time.process_time() - began
                 loss = other.loss(call, target, weights.LOSS_POWER)
                 published.append({"iterations": count, "seconds": seconds, "loss": loss})
-            self.write("weights", unit, ours | {"learning": self.learning, "loss": after}, published, before)
-            return before, after
+            self.write(
+                "weights", unit, ours | {"learning": self.learning, "loss": result.after}, published, result.before
+            )
+            return result
 
         return reconstruct_weights
 

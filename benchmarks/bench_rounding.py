@@ -31,7 +31,7 @@ from ptq_tdq.recon import engine, reconstruct
 from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
-from ptq_tdq.recon.weights import LOSS_POWER, reconstruct_weights, round_last
+from ptq_tdq.recon.weights import LOSS_POWER, WeightResult, reconstruct_weights, round_last
 from ptq_tdq.wrap import folded_copy
 
 RESULTS = Path(__file__).parent / "results" / "rounding.jsonl"
@@ -51,16 +51,16 @@ class Bench:
 
     def __call__(
         self, unit: Unit, full: UnitCall, call: UnitCall, target: Parts, config: Config, generator: torch.Generator
-    ) -> tuple[float, float]:
+    ) -> WeightResult:
         calibration = torch.arange(len(unit.t)) < self.rows
         self.unit, self.fresh = replace(unit, among=calibration), replace(unit, among=~calibration)
         self.call, self.target = call, target
         if unit.name in self.units:
             self.measure(full)
-        losses = reconstruct_weights(self.unit, full, call, target, config, generator)
+        result = reconstruct_weights(self.unit, full, call, target, config, generator)
         if unit.name == self.units[-1]:
             raise Done
-        return losses
+        return result
 
     def measure(self, full: UnitCall) -> None:
         for layer in self.unit.layers():
@@ -74,7 +74,7 @@ class Bench:
             for shift in self.unit.shifts():
                 shift.zero_()
             began = time.process_time()
-            _, loss = reconstruct_weights(self.unit, full, self.call, self.target, config, generator)
+            loss = reconstruct_weights(self.unit, full, self.call, self.target, config, generator).after
             if way == "learned":
                 round_last(self.unit, full, self.call, self.target, config, generator, loss)
             seconds = time.process_time() - began

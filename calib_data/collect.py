@@ -24,7 +24,7 @@ from ptq_tdq.calib_data.steps import StepDistribution, choose_steps
 from ptq_tdq.calls import Calls, Recorder
 from ptq_tdq.errors import CalibrationSetError, ConfigError
 from ptq_tdq.files import holding
-from ptq_tdq.identity import dtype_name
+from ptq_tdq.identity import dtype_name, scheduler_config
 from ptq_tdq.timeaxis import TimeAxis, find_axis
 
 PURPOSE = "calibration"  # of the noise
@@ -201,7 +201,7 @@ def _axis_of(schedule: Any, argument: str, seen: Collection[float]) -> TimeAxis:
 
 def make_recipe(model: LoadedModel, **asked: Any) -> dict[str, Any]:
     """Name all that a calibration set depends on, as plain JSON values; ``asked`` is a :class:`Request`."""
-    scheduler = json.dumps(dict(model.scheduler.config), sort_keys=True, default=str)
+    scheduler = json.dumps(scheduler_config(model.scheduler), sort_keys=True, default=str)
     return {
         "model_sha256": model.sha256,
         "dtype": dtype_name(model.denoiser.dtype),

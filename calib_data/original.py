@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq_tdq.calib_data.embedded import find_embedded
 from ptq_tdq.calib_data.pipeline import PipelineSampler
 from ptq_tdq.calib_data.sampler import Sampler
+from ptq_tdq.compiled import uncompiled
 from ptq_tdq.errors import CalibrationSetError, ConfigError, ModelError, NonFiniteError
-from ptq_tdq.identity import COMPILED, dtype_name, first_nonfinite, model_name, model_sha256
+from ptq_tdq.identity import dtype_name, first_nonfinite, model_name, model_sha256
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.structure import diffusers_class
 from ptq_tdq.timeaxis import time_argument
@@ -109,7 +110,7 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 def _find_denoiser(pipe: Any, component: str | None) -> Original:
     if not hasattr(pipe, "components"):
         raise ModelError(f"{type(pipe).__name__} is no pipeline and no module; load_model() reads folders.")
-    components = {name: _uncompiled(value) for name, value in pipe.components.items()}
+    components = {name: uncompiled(value) for name, value in pipe.components.items()}
     quantized = [name for name, value in components.items() if isinstance(value, TimedModel)]
     known = [
         name
@@ -123,17 +124,12 @@ def _find_denoiser(pipe: Any, component: str | None) -> Original:
         found = f"several denoisers ({', '.join(known)})" if known else "no component that is known to be a denoiser"
         raise ModelError(f"{type(pipe).__name__} has {found}; name one as component=...")
     name = component or known[0]
-    denoiser = _uncompiled(getattr(pipe, name, None))
+    denoiser = uncompiled(getattr(pipe, name, None))
     if not isinstance(denoiser, nn.Module):
         raise ModelError(f"{type(pipe).__name__} has no denoiser named {name!r}; it has {', '.join(known)}.")
     check_denoiser(denoiser)
     source = getattr(pipe, "config", {}).get("_name_or_path") or model_name(denoiser)
     return Original(denoiser, str(source), model_sha256(denoiser), name)
-
-
-def _uncompiled(value: Any) -> Any:
-    """What ``torch.compile`` was given, where ``value`` is what it made of that."""
-    return value._modules.get(COMPILED, value) if isinstance(value, nn.Module) else value
 
 
 def check_denoiser(model: nn.Module) -> None:
@@ -170,6 +166,11 @@ def _check_plain(model: nn.Module) -> None:
             raise ModelError(
                 f"'{name}' of the model has no values here; load them, or calibrate before weights are offloaded "
                 "(pipe.remove_all_hooks())."
+            )
+        if type(x.data.cpu()) is not Tensor:  # torchao's, and what fully_shard makes
+            raise ModelError(
+                f"'{name}' of the model is a {type(x.data).__name__}, a tensor that is quantized already, or in parts; "
+                "pass a model of plain tensors."
             )
         if x.is_floating_point() and x.dtype not in COMPUTED:
             raise ModelError(

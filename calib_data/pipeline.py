@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import linecache
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from reprlib import repr as shortened
 from typing import Any
 
@@ -17,9 +19,13 @@ from torch import Tensor, nn
 from ptq_tdq.calib_data.prompts import DEFAULT_PROMPTS
 from ptq_tdq.calib_data.sampler import Sampled, Sampler, takes
 from ptq_tdq.errors import ConfigError, MissingExtraError, ModelError, PtqTdqError, first_line
+from ptq_tdq.hooks import hooked
+
+_log = logging.getLogger(__name__)
 
 PROMPT, LABELS = "prompt", "class_labels"
 _TEXT = re.compile(r"(negative_)?prompt(_\d+)?")
+_MEDIA = re.compile(r"(?!ip_adapter|negative)(\w+_)?(image|video|audio)s?")  # which JSON does not have
 OWN = ("generator", "output_type", "return_dict", "num_images_per_prompt", PROMPT, LABELS)
 SCHEDULER, STEPS = "scheduler", "num_inference_steps"  # the ends of a component's and an argument's names
 
@@ -63,6 +69,7 @@ class PipelineSampler(Sampler):
         if not self.prompts:
             raise ConfigError("There is no prompt; give at least one.")
         self._alone = getattr(pipe, "free_noise_enabled", False)  # FreeNoise takes one prompt, and no lists
+        self._alone = self._alone or (self.condition == PROMPT and self._refuses_lists())
         self.batch = 1 if self._alone else self.batch
         self.choose(classes)
 
@@ -95,20 +102,16 @@ class PipelineSampler(Sampler):
         own, its_scheduler = (id(getattr(self.pipe, name)) for name in (self.component, self._scheduler_name))
         pipe = _exchanged(self.pipe, {own: denoiser, its_scheduler: schedule})
         pipe.set_progress_bar_config(disable=True)
-        call: dict[str, Any] = {**_with_tuples(pipe, self.call), "generator": list(generators), "return_dict": False}
-        count = len(conditions)
-        call |= {self.condition: list(conditions)} if self.condition else {}
-        if self._alone:
-            call |= {"generator": generators[0], PROMPT: conditions[0]}
-        else:  # some pipelines want as many other texts as there are prompts
-            call |= {key: [value] * count for key, value in call.items() if _TEXT.fullmatch(key) and type(value) is str}
-        for key, value in ((self._steps, num_inference_steps), ("output_type", "np")):
-            call |= {key: value} if takes(pipe.__call__, key) else {}
-        if self.condition != PROMPT and takes(pipe.__call__, "batch_size"):
-            call["batch_size"] = count
+        count, call = len(conditions), self._arguments(conditions, generators, num_inference_steps)
         called: list[nn.Module] = []
-        listening = denoiser.register_forward_pre_hook(lambda module, args: called.append(module))
-        with _refusals(pipe), _decoded(pipe) as latents, listening:
+
+        def hear(module: nn.Module, args: Any) -> None:
+            if not called:
+                _warn_of_attention(pipe, self.component, own_attention)
+            called.append(module)
+
+        listening = denoiser.register_forward_pre_hook(hear)
+        with _refusals(pipe, call), _processors(denoiser) as own_attention, _decoded(pipe) as latents, listening:
             made = _first(pipe(**call)[0])
         if not called:
             raise ModelError(
@@ -119,6 +122,52 @@ class PipelineSampler(Sampler):
             return Sampled(made.float().cpu(), _images(made))
         joined = torch.cat(latents).float().cpu()
         return Sampled(joined.reshape(count, -1, *joined.shape[1:]).squeeze(1), _images(made))
+
+    def _arguments(
+        self, conditions: Sequence[Any], generators: Sequence[torch.Generator], num_inference_steps: int
+    ) -> dict[str, Any]:
+        """Those of the pipeline, in a call that draws ``conditions``."""
+        call: dict[str, Any] = {
+            **_with_tuples(self.pipe, self.call),
+            "generator": list(generators),
+            "return_dict": False,
+        }
+        count = len(conditions)
+        call |= {self.condition: list(conditions)} if self.condition else {}
+        if self._alone:
+            call |= {"generator": generators[0], PROMPT: conditions[0]}
+        else:  # some pipelines want as many other texts as there are prompts
+            call |= {key: [value] * count for key, value in call.items() if _TEXT.fullmatch(key) and type(value) is str}
+        for key, value in ((self._steps, num_inference_steps), ("output_type", "np")):
+            call |= {key: value} if takes(self.pipe.__call__, key) else {}
+        if self.condition != PROMPT and takes(self.pipe.__call__, "batch_size"):
+            call["batch_size"] = count
+        return call
+
+    def _refuses_lists(self) -> bool:
+        """Whether the pipeline (Wan VACE) goes on to encode a prompt by itself, and no list of prompts."""
+        if not hasattr(self.pipe, "encode_prompt"):
+            return False
+        scheduler, reached = getattr(self.pipe, self._scheduler_name), list[bool]()
+        pipe = _exchanged(self.pipe, {id(scheduler): copy.deepcopy(scheduler)})
+        pipe.set_progress_bar_config(disable=True)
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            reached.append(self._alone)
+            raise _Reached
+
+        pipe.encode_prompt = stop
+        parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        for self._alone in (False, True):  # whatever computes first has been reached
+            with suppress(Exception, _Reached), hooked(part.register_forward_pre_hook(stop) for part in parts):
+                pipe(**self._arguments(self.prompts[:1] * 2, [torch.Generator()] * 2, 1))
+            if reached:
+                break
+        return reached == [True]
+
+
+class _Reached(BaseException):
+    """Ends a run that has gone far enough; no pipeline takes it for an error of its own."""
 
 
 def _find_scheduler(pipe: Any, component: str) -> str:
@@ -188,22 +237,64 @@ def _plain(value: Any) -> bool:
 
 
 @contextmanager
-def _refusals(pipe: Any) -> Iterator[None]:
-    """One sentence for whatever a pipeline says of its call."""
+def _refusals(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
+    """One sentence for whatever a pipeline says of its ``call``."""
     try:
         yield
     except PtqTdqError:
         raise
     except Exception as error:  # of any type, from the pipeline or a library behind it
-        if isinstance(error, ImportError) or type(error) is NameError:  # of what is imported only where it is there
+        name, said = type(pipe).__name__, first_line(error)
+        if isinstance(error, ImportError) or _not_imported(error):
             raise MissingExtraError(
-                f"{type(pipe).__name__} needs a package that is not installed ({first_line(error)}); install what its "
-                "documentation names."
+                f"{name} needs a package that is not installed ({said}); install what its documentation names."
+            ) from error
+        media = [key for key in inspect.signature(pipe.__call__).parameters if _MEDIA.fullmatch(key)]
+        if without := ", ".join(key for key in media if key not in call):
+            raise ModelError(
+                f"{name} cannot sample so, without {without} ({said}); change its other arguments (height, width, "
+                "...), or run it yourself with what it needs and record calls of its denoiser."
             ) from error
         raise ModelError(
-            f"{type(pipe).__name__} cannot sample so ({first_line(error)}); change its arguments (height, width, ...) "
-            "or record calls of it."
+            f"{name} cannot sample so ({said}); change its arguments (height, width, ...) or record calls of it."
         ) from error
+
+
+@contextmanager
+def _processors(denoiser: nn.Module) -> Iterator[dict[Any, Any]]:
+    """The attention processors of a denoiser by their modules, which have them again afterwards, however it ends."""
+    own = {module: module.processor for module in denoiser.modules() if hasattr(module, "processor")}
+    try:
+        yield own
+    finally:
+        for module, processor in own.items():
+            if module.processor is not processor:
+                module._modules.pop("processor", None)
+                module.processor = processor
+
+
+def _warn_of_attention(pipe: Any, component: str, own: Mapping[Any, Any]) -> None:
+    """Say where a pipeline that runs computes attention itself; ``own`` are the processors before."""
+    given = [module.processor for module, before in own.items() if type(module.processor) is not type(before)]
+    code = {type(each).__name__: getattr(type(each).__call__, "__code__", None) for each in given}
+    by_hand = [name for name, each in code.items() if each and "get_attention_scores" in each.co_names]
+    if by_hand:
+        _log.warning(
+            "%s computes attention of its %s by hand (%s), where nothing is quantized: a model whose attention "
+            "products are quantized will be refused in it. Set attention=false, or calibrate in another pipeline.",
+            type(pipe).__name__, component, by_hand[0],
+        )  # fmt: skip
+
+
+def _not_imported(error: Exception) -> bool:
+    """Whether a name is missing that the file which uses it imports, where the package is there."""
+    at = error.__traceback__
+    while at and at.tb_next:
+        at = at.tb_next
+    if at is None or type(error) is not NameError:
+        return False
+    lines = linecache.getlines(at.tb_frame.f_code.co_filename)
+    return any(re.match(rf"\s+(from|import)\b.*\b{error.name}\b", line) for line in lines)
 
 
 @contextmanager

@@ -65,7 +65,8 @@ FLAGS = {
     type=Size(),
     default=CACHE_BYTES,
     show_default="2GiB",
-    help="What flows between blocks is kept in memory up to so much; more lies in files in OUTPUT_DIR.partial.",
+    help="What flows between blocks is kept in memory up to so much; more lies in files in OUTPUT_DIR.partial. As much "
+    "again may wait inside a block while its weights are rounded; more is computed again.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what the run will take (memory, disk, time) and stop.")
 @run_options

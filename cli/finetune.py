@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ptq_tdq import processes
 from ptq_tdq.artifacts import Artifact, read_artifact
+from ptq_tdq.atomic import check_space
 from ptq_tdq.calib_data import LoadedModel, collect_cached
 from ptq_tdq.cli.options import (
     FilePath,
@@ -32,7 +33,7 @@ from ptq_tdq.cli.original import load_original
 from ptq_tdq.cli.progress import Progress
 from ptq_tdq.cli.unfinished import Unfinished
 from ptq_tdq.evaluate.trajectories import Comparison, compare, make_reference
-from ptq_tdq.finetuning import FinetuneConfig, IterationReport, check_start, finetune, recipe
+from ptq_tdq.finetuning import FinetuneConfig, IterationReport, check_start, disk_bytes, finetune, recipe
 from ptq_tdq.load import build_quantized
 from ptq_tdq.quantized_model import QuantizedModel
 
@@ -102,6 +103,8 @@ def finetune_command(
             say = _Training(quiet=quiet or not first, verbose=verbose)
             model = load_original(source, stored, **given)
             check_start(model, stored, config, data)
+            if first:
+                check_space(disk_bytes(model), run.folder)
         run.hold(resume=resume)
         with processes.first_alone():
             sampled = partial(say.counting, "Sampling in full precision")

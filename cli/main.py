@@ -12,9 +12,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib import import_module
 from io import TextIOWrapper
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -22,7 +23,7 @@ from click.shell_completion import CompletionItem
 
 import ptq_tdq
 from ptq_tdq import launch
-from ptq_tdq.errors import PtqTdqError, UsageError, WorkerError, of_memory, printable
+from ptq_tdq.errors import ModelError, PtqTdqError, UsageError, WorkerError, of_memory, printable
 from ptq_tdq.files import reason
 
 COMMANDS = {
@@ -42,6 +43,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*FULL, errno.EPIPE, errno.EIO)  # where stdout leads
 NO_FOLDER = (errno.ENOENT, None)  # number and file of the error where none is usable for temporary files
 STDOUT = "<stdout>"  # what its errors name as their file
+NO_MEMORY = "There is too little memory for this; free some, or ask for less at once."
+MOST = 1000  # characters of an error
+WAIT, WAITS = 0.1, 300  # seconds that a stop waits for an import, and how often
 SHARED = ("calibrate", "finetune")  # commands that several processes run as one
 
 
@@ -87,7 +91,7 @@ def main(args: list[str] | None = None) -> None:
     state: dict[str, Any] = {}
     _prepare_streams()
     try:
-        with _terminable(), redirect_stdout(_Named(sys.stdout, STDOUT)):
+        with _stoppable(), redirect_stdout(_Named(sys.stdout, STDOUT)):
             cli.main(args, prog_name="ptq-tdq", standalone_mode=False, obj=state)
             sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
@@ -99,15 +103,17 @@ def main(args: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt) as stop:  # click makes an Abort of the interrupt
         if launch.is_first():
             click.echo(state.get("on_stop", "Stopped."), err=True)
-        sys.exit(143 if isinstance(stop.__cause__ or stop, _Terminated) else 130)
+        sys.exit(128 + getattr(stop.__cause__ or stop, "number", signal.SIGINT))
     except PtqTdqError as error:
         if state.get("verbose"):
             traceback.print_exc()
+        if isinstance(error, ModelError) and of_memory(error):  # which a file that cannot be loaded is taken for
+            _fail(NO_MEMORY, 1, told=True)
         told = isinstance(error, WorkerError) or (launch.is_first() if error.reported else launch.is_first_here())
         _fail(str(error), 2 if isinstance(error, UsageError) else 1, told=told)
     except Exception as error:
         if of_memory(error):
-            _fail("There is too little memory for this; free some, or ask for less at once.", 1, told=True)
+            _fail(NO_MEMORY, 1, told=True)
         if isinstance(error, OSError):
             _fail_to_write(error)
         raise
@@ -163,29 +169,50 @@ def _prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a run as Ctrl-C does."""
+class _Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, by its ``number``."""
 
-
-def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM stops the body, and what comes then as before."""
-    if threading.current_thread() is not threading.main_thread():  # the only one that may
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the body, and what comes then as before. They wait for the end of an import: libraries
+    take what is raised in one for a sign that something is missing, and go on without it.
+    """
+    waits: list[threading.Timer] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if len(waits) == WAITS or not _importing(frame):
+            raise _Stopped(number)
+        waits.append(threading.Timer(WAIT, os.kill, (os.getpid(), number)))
+        before.callback(waits[-1].cancel)
+        waits[-1].start()
+
+    with ExitStack() as before:
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if (handler := signal.getsignal(number)) is not signal.SIG_IGN:
+                    before.callback(signal.signal, number, handler or signal.SIG_DFL)
+                    signal.signal(number, stop)
         yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a frame, or one that has called it since the command began, imports something."""
+    while frame is not None and frame.f_code is not main.__code__:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _fail(message: str, code: int, *, told: bool) -> NoReturn:
     """End with an error; ``told`` by the first of several processes, of a machine where others may not know of it."""
     if told:
-        click.echo("Error: " + printable(" ".join(message.split())), err=True)
+        text = printable(" ".join(message.split()))
+        if len(text) > MOST:  # of something that was given: what is wrong comes before it, what to do behind
+            text = f"{text[: MOST // 2]} [...] {text[-MOST // 2 :]}"
+        click.echo("Error: " + text, err=True)
     sys.exit(code)

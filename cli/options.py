@@ -61,9 +61,9 @@ class FilePath(click.Path):
             self.fail("'-' is no file here; name one, or write ./- for one that is called so.", parameter, context)
         value = os.path.expanduser(value)
         try:
-            os.lstat(value)
+            os.stat(value)
         except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
                 self.fail(f"{str(value)[:100]!r} cannot be a path here ({reason(error)}).", parameter, context)
         return Path(os.fsdecode(super().convert(value, parameter, context)))
 
@@ -236,7 +236,7 @@ _FILE_OPTIONS = (
         "settings",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Any choice by name; `ptq-tdq choices` lists them.",
+        help="Any choice by name, of several values its last; `ptq-tdq choices` lists them.",
     ),
     click.option("--show-config", is_flag=True, help="Print every choice as JSON, fit for --config, and stop."),
 )

@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from ptq_tdq.errors import OutputError
-from ptq_tdq.files import holding
+from ptq_tdq.files import holding, nearest, size_text
 
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or choose another folder"),
@@ -104,6 +104,17 @@ def check_folder(path: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with _workshop(folder / "probe") as probe:
             write_file(probe / _NEW, b"")
+
+
+def check_space(needed: int, folder: Path) -> None:
+    """Raise :class:`OutputError` for a run with no place for ``needed`` bytes, less those that its ``folder`` holds."""
+    place = nearest(folder)
+    free = shutil.disk_usage(place).free
+    if needed > free + sum(path.stat().st_size for path in folder.glob("*") if path.is_file()):
+        raise OutputError(
+            f"The run needs about {size_text(needed)} of disk, of which {size_text(free)} are free in {place}; free "
+            "some space or choose another output directory."
+        )
 
 
 @contextmanager

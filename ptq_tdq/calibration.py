@@ -63,7 +63,8 @@ def calibrate(
     name in the artifact. With a ``run_directory`` finished units are kept there and an interrupted run goes on where it
     stopped. With a ``weights_directory`` as well, phase W is kept there: runs that differ only in what phase A decides
     may share it, one after the other. Where more than ``cache_budget`` bytes flow between units, they lie in files that
-    are gone with the run; the result is the same. ``on_unit`` gets a report of each finished unit. ``on_notice`` gets a
+    are gone with the run; as many may be held inside a unit whose weights are rounded, and more is computed again. The
+    result is the same. ``on_unit`` gets a report of each finished unit. ``on_notice`` gets a
     sentence for each damaged file of an unfinished run, whose unit is done again; by default that is logged. The
     result's :attr:`static` holds the static MSE intervals, its :attr:`metrics` the losses of each unit
     ("reconstruction"), its :attr:`notices` what stays in floating point and why.
@@ -242,7 +243,7 @@ def provenance(model: Original, config: Config, calls: Calls, model_id: str | No
         "time_axis": calls.axis.to_dict(),
         "calibration_set": {"sha256": calls.sha256, "rows": len(calls), **calls.recipe},
         "seed": config.seed,
-        "versions": {name: version(name) for name in ("ptq-tdq", "torch", "diffusers", "numpy", "safetensors")}
+        "versions": {name: version(name) for name in ("ptq-tdq", "torch", "diffusers", "numpy", "scipy", "safetensors")}
         | {"python": platform.python_version()},
     }
 

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ptq_tdq.compiled import COMPILED, uncompiled
 from ptq_tdq.errors import ModelError
-
-COMPILED = "_orig_mod"  # what a module of torch.compile calls the one that it was made of
-COMPILED_FUNCTION = "_torchdynamo_orig_callable"  # what a function of torch.compile calls that one
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -25,15 +23,24 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def model_name(model: Any) -> str:
     """The last folder of where a model was read from, or else its class."""
+    model = uncompiled(model)
     return Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)).name
 
 
 def base_config(model: Any) -> dict[str, Any]:
     """A model's configuration as plain JSON data; of a module that is not diffusers' own, its class name."""
+    model = uncompiled(model)
     if not hasattr(model, "to_json_string"):
         return {"_class_name": type(model).__name__}
     config: dict[str, Any] = json.loads(model.to_json_string())
     return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler was made with. What diffusers notes for itself is left out: it is a list of another order in
+    each process (``_use_default_values``, a set's).
+    """
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
 
 
 def state_of(model: Any) -> dict[str, Tensor]:
@@ -59,7 +66,7 @@ def model_sha256(model: Any) -> str:
     Configuration entries at their default are left out, so a newer diffusers with more entries gives the same hash, and
     compiled parts count as what they were made of.
     """
-    defaults = inspect.signature(type(model).__init__).parameters
+    defaults = inspect.signature(type(uncompiled(model)).__init__).parameters
     config = {
         name: value
         for name, value in dict(getattr(model, "config", None) or {}).items()

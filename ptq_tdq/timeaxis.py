@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptq_tdq.compiled import uncompiled
 from ptq_tdq.errors import ModelError, TimestepError
 
 USUAL_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "noise_labels", "r")
@@ -119,6 +120,7 @@ def time_values(value: Any, name: str) -> Tensor:
 
 def signature_of(model: nn.Module) -> Signature:
     """That of ``model.forward``, which each call asks for several times; raises ValueError where there is none."""
+    model = uncompiled(model)
     function = getattr(model.forward, "__func__", None)
     return _signature_of_method(function) if type(function) is FunctionType else inspect.signature(model.forward)
 

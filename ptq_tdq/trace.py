@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ptq_tdq.calls import Calls, Each, Group, Place, main_argument, prediction
 from ptq_tdq.calls.arguments import REFUSALS
 from ptq_tdq.calls.gradients import without_gradients
+from ptq_tdq.carried import refuse_carried
 from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.modules.layers import layer_kind
 from ptq_tdq.watch import Print, Run, Source, TracedLayer, Watcher
@@ -240,7 +241,8 @@ def _other_rows(group: Group, tree: Any, value: Any) -> Any:
 
 
 def require_rows(model: nn.Module, calls: Calls) -> None:
-    """Raise :class:`ModelError` for a model that does not take one time step per row."""
+    """Raise :class:`ModelError` for a model that does not take one time step per row, or rows of other calls."""
+    refuse_carried(model, calls)
     group, time = calls.groups[0], calls.axis.argument
     for count in (2, 3):  # one of them is no number of its features, over which a time could be spread unnoticed
         try:

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ptq_tdq.compiled import COMPILED, COMPILED_FUNCTION, take_hooks
 from ptq_tdq.errors import ModelError, first_line
-from ptq_tdq.identity import COMPILED, COMPILED_FUNCTION
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
 from ptq_tdq.modules.layers import find_kind
 from ptq_tdq.modules.products import QuantProduct, attach, owner_of
@@ -39,7 +39,8 @@ def insert(model: nn.Module, record: LayerRecord) -> None:
 def folded_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode and without gradients, with reparametrized weights made plain.
 
-    What ``torch.compile`` gave in the place of a part, or of its forward, is that again, under its own name.
+    What ``torch.compile`` gave in the place of a part, or of its forward, is that again, under its own name, with the
+    hooks of both.
     Its parameters are in the memory of the model's: neither may be written to, only exchanged. Raises
     :class:`ModelError` for TorchScript, for parameters that have no shape yet and for attributes that cannot be copied.
     """
@@ -59,6 +60,7 @@ def folded_copy(model: nn.Module) -> nn.Module:
         for module in reversed(list(model.modules())):  # parts before what holds them
             if (compiled := module._modules.get(COMPILED)) is not None:
                 copies[id(module)] = copy.deepcopy(compiled, copies)
+                take_hooks(copies[id(module)], module, copies)
         copied = copy.deepcopy(model, copies)
         for module in copied.modules():
             if (own := getattr(vars(module).get("forward"), COMPILED_FUNCTION, None)) is not None:

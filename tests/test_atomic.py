@@ -18,6 +18,7 @@ from ptq_tdq.atomic import (
     Contents,
     FileKind,
     check_file_target,
+    check_space,
     check_target,
     publish_directory,
     write_atomic,
@@ -401,3 +402,13 @@ def test_what_is_read_is_no_place_for_what_is_written(link: Callable[..., None],
     for output, source in ((read, read), (tmp_path / "other", read), (tmp_path / "new", tmp_path / "a" / ".." / "new")):
         with pytest.raises(OutputError, match="would replace what is read from there"):
             check_file_target(output, FileKind("a list", rb"list:"), [source])
+
+
+def test_what_a_run_has_written_counts_as_space_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(9000, 8000, 1000))  # type: ignore[attr-defined]
+    folder = tmp_path / "out.partial"
+    with pytest.raises(OutputError, match=r"about 1.46 KiB of disk, of which 0.977 KiB are free in .*; free some"):
+        check_space(1500, folder)
+    folder.mkdir()
+    (folder / "state").write_bytes(bytes(500))
+    check_space(1500, folder)

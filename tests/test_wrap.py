@@ -352,6 +352,19 @@ def test_compiled_parts_are_what_they_were_compiled_from() -> None:
     assert model_sha256(model[:2]) == sha256
 
 
+@torch.no_grad()
+def test_hooks_of_a_compiled_part_are_those_of_the_copy() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    model.register_forward_pre_hook(lambda _, args: args[0] + 1)
+    model.register_forward_hook(lambda _, args, y: y + args[0])
+    around = torch.compile(model, backend="eager")
+    around.register_forward_pre_hook(lambda _, args, given: ((3 * args[0],), given), with_kwargs=True)
+    around.register_forward_hook(lambda _, args, given, y: 2 * y, with_kwargs=True)
+    assert torch.equal(folded_copy(around)(x), around(x))
+    assert torch.equal(folded_copy(nn.Sequential(around))(x), around(x))
+
+
 def test_a_compiled_forward_is_that_of_the_copy() -> None:
     class Inside(nn.Sequential):
         def forward(self, sample: Tensor) -> Tensor:

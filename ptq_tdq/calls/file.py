@@ -1,13 +1,16 @@
 """The file of a calibration set: safetensors, with the trees of the arguments and a hash of everything in its header.
 
-A tree in JSON: ``{"dict": {...}}``, ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"each": [tensor, ...]}``,
-``{"rows": tensor, "dim": where, "several": bool}``, ``{"tensor": tensor}``, or ``{"value": plain}``; tensors are named.
+A tree in JSON: ``{"dict": {...}}``, ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"named": {...}, "class": name}`` (a
+tuple whose items have names), ``{"each": [tensor, ...]}``, ``{"rows": tensor, "dim": where, "several": bool}``,
+``{"tensor": tensor}``, or ``{"value": plain}``; tensors are named.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import namedtuple
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,8 @@ def pack(number: int, group: Group, tensors: dict[str, Tensor]) -> Any:
     def walk(value: Any) -> Any:
         if isinstance(value, dict):
             return {"dict": {key: walk(item) for key, item in value.items()}}
+        if hasattr(value, "_fields"):
+            return {"named": dict(zip(value._fields, map(walk, value), strict=True)), "class": type(value).__name__}
         if isinstance(value, list | tuple):
             return {"list" if isinstance(value, list) else "tuple": [walk(item) for item in value]}
         if isinstance(value, Place):
@@ -102,6 +107,12 @@ def _pack_rows(name: str, place: Place, rows: Tensor | Each, tensors: dict[str, 
     return {"each": names}
 
 
+@cache
+def _named(name: str, fields: tuple[str, ...]) -> Any:
+    """A class of tuples like one that code outside has; one for all groups, so that their trees are alike."""
+    return namedtuple(name, fields)
+
+
 def unpack(packed: Any, tensors: dict[str, Tensor]) -> Group:
     """Inverse of :func:`pack`; raises KeyError, TypeError or ValueError for what it has not written."""
     rows: list[Tensor | Each] = []
@@ -116,6 +127,9 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Group:
             if len(value) != 3 or type(dim) is not int or type(several) is not bool or dim < 0:
                 raise ValueError
             return place(tensors[name], dim, several)
+        if "named" in value:
+            kind = _named(value["class"], tuple(value["named"]))
+            return kind(*map(walk, value["named"].values()))
         ((kind, content),) = value.items()
         if kind == "dict":
             return {key: walk(item) for key, item in content.items()}

@@ -22,6 +22,7 @@ from ptq_tdq.evaluate import c10, quality
 from ptq_tdq.evaluate.metrics import psnr_db, sqnr_db
 from ptq_tdq.evaluate.trajectories import Reference, compare, finite, make_reference
 from ptq_tdq.files import check_tensors
+from ptq_tdq.identity import scheduler_config
 
 RECORDED = 50
 """Samples whose every step is compared; all are compared at the end of their way."""
@@ -103,7 +104,7 @@ def make_baseline(
 
 def baseline_request(model: LoadedModel, *, samples: int, num_inference_steps: int, seed: int) -> dict[str, Any]:
     """All that a baseline depends on, as plain JSON values."""
-    scheduler = {"class": type(model.scheduler).__name__, **model.scheduler.config}
+    scheduler = {"class": type(model.scheduler).__name__, **scheduler_config(model.scheduler)}
     request = {
         "model_sha256": model.sha256,
         "dtype": str(model.denoiser.dtype),

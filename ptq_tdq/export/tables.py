@@ -53,6 +53,7 @@ def interval_frame(artifact: Given) -> pd.DataFrame:
 
 def export_tables(artifact: Given, file: str | Path, format: str) -> None:
     """Write :func:`interval_frame` to ``file`` as "csv", "json" (an object of columns) or "npz" (an array per column).
+    A file that is there is replaced.
 
     Decimals are the shortest that give the float32 back exactly; the same tables give the same bytes. Raises
     :class:`UsageError` for another format or dynamic quantizers, :class:`OutputError` when the file cannot be written.

@@ -2,7 +2,16 @@
 
 from ptq_tdq.finetuning.config import KEEP, FinetuneConfig
 from ptq_tdq.finetuning.quantizers import Quantizer
-from ptq_tdq.finetuning.run import check_start, finetune, recipe
+from ptq_tdq.finetuning.run import check_start, disk_bytes, finetune, recipe
 from ptq_tdq.finetuning.train import IterationReport
 
-__all__ = ["KEEP", "FinetuneConfig", "IterationReport", "Quantizer", "check_start", "finetune", "recipe"]
+__all__ = [
+    "KEEP",
+    "FinetuneConfig",
+    "IterationReport",
+    "Quantizer",
+    "check_start",
+    "disk_bytes",
+    "finetune",
+    "recipe",
+]

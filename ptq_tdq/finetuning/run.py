@@ -33,6 +33,7 @@ from ptq_tdq.wrap import folded_copy
 
 _log = logging.getLogger(__name__)
 THINNING = 8  # each trajectory gives every so many of its steps: trajectories count, not rows
+NUMBERS = 4  # numbers that a checkpoint holds of each parameter: itself, its average and two moments
 PROBED = 4  # of the calls that judge, in which unknown intervals are observed
 
 
@@ -124,6 +125,12 @@ def check_start(model: Original, artifact: Artifact, config: FinetuneConfig, dat
     check_base_model(artifact, model.sha256)
     if not isinstance(data, str | Path) and config.loss == "denoising":
         raise ConfigError("The loss 'denoising' needs images or latents (data); leave out the loss, or give data.")
+
+
+def disk_bytes(model: Original) -> int:
+    """What a run writes: a checkpoint beside the one before, and the artifact."""
+    parameters: int = sum(parameter.numel() for parameter in model.denoiser.parameters())
+    return 4 * (2 * NUMBERS + 1) * parameters
 
 
 def read(model: Original, artifact: Artifact, config: FinetuneConfig, data: Calls | str | Path | None) -> Data:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.intervals.base import IntervalSource, LearnedScale, Observed
@@ -16,6 +23,9 @@ DIVERGED = (
     "module_start=as-is."
 )
 PLACES = 51  # of the axis, at which a module is fitted
+PRECISE = {"maxiter": 200, "maxcor": 50, "ftol": 1e-12, "gtol": 1e-8}
+
+Array = NDArray[Any]
 
 
 def inverse_softplus(y: Tensor) -> Tensor:
@@ -48,28 +58,73 @@ def centre(net: nn.Sequential, features: Tensor, *, silent: bool = False) -> Non
 def fit(net: nn.Sequential, features: Tensor, static: Tensor, target: Tensor, ridge: float) -> None:
     """Ridge regression of log s on log ``target`` [K] at ``features`` [K, d], by L-BFGS without dropout.
 
-    ``ridge`` is the price of a squared distance of one of the net's weights from its start.
+    ``ridge`` is the price of a squared distance of one of the net's weights from its start. In numpy, since so small a
+    net takes torch's operators most of their time to be called.
     Raises :class:`NonFiniteError` where it diverges, as it may for features as large as the raw time step.
     """
+    from scipy.optimize import minimize
+
+    first = parameters_to_vector(net.parameters()).detach().cpu().double().numpy()
+    offset, aim = (x.detach().cpu().double().numpy() for x in (inverse_softplus(static.double()), target.log()))
+    x = features.detach().cpu().double().numpy()
+
+    def loss(weights: Array) -> tuple[float, Array]:
+        value, back = _forward(net, weights, x)
+        scale = np.maximum(np.logaddexp(0, value + offset), np.finfo(np.float32).tiny)
+        off, moved = np.log(scale) - aim, weights - first
+        slope = 2 * off / len(off) * expit(value + offset) / scale
+        return np.square(off).mean() + ridge * moved @ moved, back(slope) + 2 * ridge * moved
+
+    with np.errstate(all="ignore"):
+        found = minimize(loss, first, jac=True, method="L-BFGS-B", options=PRECISE)
+    vector_to_parameters(torch.from_numpy(found.x).to(features), net.parameters())
     net.eval()
-    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-    first = [p.detach().clone() for p in net.parameters()]
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        moved = torch.stack([(p - f).square().sum() for p, f in zip(net.parameters(), first, strict=True)]).sum()
-        loss = (scale_of(net, features, static).log() - target.log()).square().mean() + ridge * moved
-        loss.backward()
-        return loss
-
-    try:
-        with torch.enable_grad():
-            optimizer.step(closure)
-    except RuntimeError as error:  # torch takes no step of infinite length
-        raise NonFiniteError(DIVERGED) from error
     if not bool(torch.isfinite(scale_of(net, features, static)).all()):
         raise NonFiniteError(DIVERGED)
     net.train()
+
+
+def _forward(net: nn.Sequential, weights: Array, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """What the net gives [K] with these ``weights``, in the order of its parameters; and a function from the gradient
+    of that [K] to that of the weights.
+    """
+    inputs, slopes, matrices, end = list[Array](), list[Array](), list[Array](), 0
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            start, middle, end = end, end + layer.weight.numel(), end + layer.weight.numel() + layer.out_features
+            matrices.append(weights[start:middle].reshape(layer.weight.shape))
+            inputs.append(x)
+            x = x @ matrices[-1].T + weights[middle:end]
+        elif not isinstance(layer, nn.Dropout):
+            x, slope = BENDS[type(layer)](x)
+            slopes.append(slope)
+
+    def back(gradient: Array) -> Array:
+        found, of_output = list[Array](), gradient[:, None]
+        for number in reversed(range(len(inputs))):
+            found += [of_output.sum(0), (of_output.T @ inputs[number]).ravel()]
+            if number:
+                of_output = of_output @ matrices[number] * slopes[number - 1]
+        return np.concatenate(found[::-1])
+
+    return x[:, 0], back
+
+
+def _silu(x: Array) -> tuple[Array, Array]:
+    gate = expit(x)
+    return x * gate, gate * (1 + x * (1 - gate))
+
+
+def _tanh(x: Array) -> tuple[Array, Array]:
+    y = np.tanh(x)
+    return y, 1 - y * y
+
+
+BENDS: dict[type[nn.Module], Callable[[Array], tuple[Array, Array]]] = {
+    nn.ReLU: lambda x: (np.maximum(x, 0), (x > 0).astype(x.dtype)),
+    nn.SiLU: _silu,
+    nn.Tanh: _tanh,
+}  # what activations give, and their slopes
 
 
 class ModuleInterval(IntervalSource):

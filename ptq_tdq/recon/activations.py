@@ -34,11 +34,14 @@ STATIC = ("static", "S_1", "fixed")  # methods that do not follow t
 
 @dataclass(frozen=True)
 class ActivationResult:
-    """Loss with the first intervals and at the end, and each quantizer's static interval for comparison."""
+    """Loss with the first intervals and at the end, each quantizer's static interval for comparison, and the outputs
+    for all samples of the call that it has learned from, where they are known.
+    """
 
     before: float
     after: float
     static: dict[str, QParams]
+    outputs: Parts | None
 
 
 def observe(
@@ -126,14 +129,14 @@ def reconstruct_activations(
             best.consider()
     best.restore()
     if not math.isfinite(best.loss):
-        unit.require_finite(call)
+        unit.require_finite(unit.outputs(call))
     for quantizer in follow:
         if quantizer.record.gain_db is not None and not isinstance(quantizer.source, ModuleInterval):
             quantizer.record = replace(quantizer.record, method=SIMPLE)  # on all samples it has not paid
     for quantizer in quantizers:
         freeze(quantizer, num_train_timesteps)
-    after = round_last(unit, full, call, target, config, generator, best.loss)
-    return ActivationResult(before, after, {name: o.static for name, o in observed.items()})
+    after, outputs = round_last(unit, full, call, target, config, generator, best.loss)
+    return ActivationResult(before, after, {name: o.static for name, o in observed.items()}, outputs)
 
 
 def _follows(quantizer: ActivationQuantizer) -> bool:

@@ -9,29 +9,35 @@ from ptq_tdq import processes
 from ptq_tdq.config import Config
 from ptq_tdq.gptq import absorbed, compensated, gptq, layer_error, nearest, solve_order
 from ptq_tdq.modules import QuantLayer
-from ptq_tdq.recon.moments import Inputs, inputs, same_input
+from ptq_tdq.recon.moments import Inputs, inputs
+from ptq_tdq.recon.parts import Parts
 from ptq_tdq.recon.streams import UnitCall
 from ptq_tdq.recon.unit import Unit
+from ptq_tdq.recon.visits import visiting
 from ptq_tdq.scheme import QType
 
 FACTORS = (1.06, 1.0, 0.95, 0.9, 0.85)  # of the first scales; each output channel keeps the best
 PIECE = 1 << 23  # weights, with all factors, that are rounded at once
 
 
-def round_unit(unit: Unit, full: UnitCall, mine: UnitCall, config: Config, generator: torch.Generator) -> None:
+def round_unit(unit: Unit, full: UnitCall, mine: UnitCall, config: Config, generator: torch.Generator) -> Parts | None:
     """Give each layer of the unit, whose first intervals are known, its codes, scales and bias correction.
 
-    A layer sees the inputs that the quantized layers before it, in the unit and before it, have left.
+    A layer sees the inputs that the quantized layers before it, in the unit and before it, have left. Returns the
+    unit's outputs; None where these inputs were not right, as runs of the unit that ``unit.waiting`` let wait have
+    disturbed each other.
     """
     for layer in unit.layers():
         layer.weights_enabled = False
     factors = FACTORS if config.weights.weight_granularity == "per_channel" else (1.0,)
-    for layers in same_input(unit, mine):
-        found = inputs(unit, layers, full, mine, generator)
-        for layer in layers:
-            with torch.no_grad():
-                _round(layer, found.pop(0), config, factors)
-            layer.weights_enabled = True
+    with visiting(unit, full, mine) as visits:
+        for layers in visits.groups:
+            found = inputs(visits, layers, generator)
+            for layer in layers:
+                with torch.no_grad():
+                    _round(layer, found.pop(0), config, factors)
+                layer.weights_enabled = True
+        return visits.outputs()
 
 
 def _round(layer: QuantLayer, found: list[Inputs], config: Config, factors: tuple[float, ...]) -> None:

@@ -17,14 +17,14 @@ from ptq_tdq.errors import CalibrationSetError, ModelError
 from ptq_tdq.intervals import Observed
 from ptq_tdq.plan import Special
 from ptq_tdq.quantized_model import QuantizedModel
-from ptq_tdq.recon.activations import observe, reconstruct_activations
+from ptq_tdq.recon.activations import ActivationResult, observe, reconstruct_activations
 from ptq_tdq.recon.checkpoint import RunDirectory, Saved, form_of, restore, snapshot
 from ptq_tdq.recon.parts import Parts, Store
 from ptq_tdq.recon.size import UnitSize, at_once, stream_bytes, unit_sizes
 from ptq_tdq.recon.streams import Chunk, UnitCall, layouts, rehearse, sweep
 from ptq_tdq.recon.transform import transform_unit
 from ptq_tdq.recon.unit import Unit
-from ptq_tdq.recon.weights import reconstruct_weights
+from ptq_tdq.recon.weights import WeightResult, reconstruct_weights
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.search import QParams
 from ptq_tdq.wrap import switched
@@ -65,7 +65,8 @@ def reconstruct(
     Of the ``special`` units those in ``single`` run with one time step at a time, those in ``unlearned`` keep first
     intervals and nearest rounding; so do those in ``repeated``, whose intervals are observed in all runs of a call.
     Finished units are kept in ``run`` and read from it. Streams of more than ``budget`` bytes are kept in memory-mapped
-    files, in the folder of the run. Returns the static interval of each activation quantizer.
+    files, in the folder of the run; so many bytes may wait inside a unit, and more is computed again. Returns the
+    static interval of each activation quantizer.
     Raises :class:`~ptq_tdq.errors.ModelError` before the first unit for rows that follow from values, and
     :class:`~ptq_tdq.errors.NonFiniteError` naming the layer and t.
     """
@@ -125,7 +126,7 @@ class _Engine:
         self.sizes = unit_sizes(quantized, calls.inputs(slice(0, 1)))
         self.pieces, self.mine = _share(calls, max(map(self.most, self.units)))
         on_disk = stream_bytes(self.sizes, self.mine.stop - self.mine.start) > budget
-        self.store = Store(on_disk, self.device, run.path if run else None)
+        self.budget, self.store = budget, Store(on_disk, self.device, run.path if run else None)
         self.static: dict[str, QParams] = {}
         number = calls.trajectory.cpu().unique(return_inverse=True)[1]
         count = int(number.max()) + 1
@@ -133,8 +134,10 @@ class _Engine:
 
     def unit(self, name: str, spans: tuple[slice, ...] = ()) -> Unit:
         module = self.quantized.model.get_submodule(name)
-        single, most = name in self.special.single, self.most(name)
-        return Unit(name, module, self.t, spans, single, self.device, self.held_out, most=most, mine=self.mine)
+        return Unit(
+            name, module, self.t, spans, name in self.special.single, self.device, self.held_out, most=self.most(name),
+            waiting=self.sizes.get(name, UnitSize()).waiting(self.budget), mine=self.mine, store=self.store,
+        )  # fmt: skip
 
     def most(self, name: str) -> int:
         """Samples that a unit runs with."""
@@ -156,16 +159,17 @@ class _Engine:
         def process(full: UnitCall, mine: UnitCall) -> tuple[Parts, Parts]:
             unit = self.unit(full.unit, mine.spans)
             with switched(unit.module, weights=False, activations=False):
-                target = unit.outputs(full, self.store)
+                target = unit.require_finite(unit.outputs(full))
+            outputs = None
             if unit.name not in done:  # a unit that the model calls again has learned on its first call
                 index = len(done)
                 saved, kept[index] = kept[index], None
                 if saved is None:
-                    self.learn(phase, index, unit, full, mine, target)
+                    outputs = self.learn(phase, index, unit, full, mine, target)
                 else:
                     self.restore(phase, index, unit, saved)
                 done.append(unit.name)
-            outputs = unit.outputs(mine, self.store)
+            outputs = unit.require_finite(outputs or unit.outputs(mine))
             for layer in unit.layers():
                 layer.forget()
             return target, outputs
@@ -212,8 +216,13 @@ class _Engine:
         losses = restore(unit, phase, saved, self.static, self.calls.axis.length)
         self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, 0.0))
 
-    def learn(self, phase: Phase, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Parts) -> None:
-        """One phase of one unit, with generators of its own, so that a resumed run equals an uninterrupted one."""
+    def learn(
+        self, phase: Phase, index: int, unit: Unit, full: UnitCall, mine: UnitCall, target: Parts
+    ) -> Parts | None:
+        """One phase of one unit, with generators of its own, so that a resumed run equals an uninterrupted one.
+
+        Returns the unit's outputs in the quantized stream, where they are known.
+        """
         began = time.perf_counter()
         config = self.config
         if unit.name in self.special.unlearned | self.special.repeated:
@@ -225,14 +234,19 @@ class _Engine:
             if phase == "weights":
                 if self.config.weights.equalize == "channels" or self.config.weights.rotate == "auto":
                     transform_unit(unit, mine, self.config, generator)
-                losses = reconstruct_weights(unit, full, mine, target, config, generator)
+                result: WeightResult | ActivationResult = reconstruct_weights(
+                    unit, full, mine, target, config, generator
+                )
+                outputs = result.outputs
             else:
                 seen = mine if self.config.activations.activation_inputs == "quantized" else full
                 steps = self.calls.axis.num_train_timesteps
                 observed = self.observed.get(unit.name)
                 result = reconstruct_activations(unit, full, seen, target, config, generator, steps, observed)
-                losses = result.before, result.after
+                outputs = result.outputs if seen is mine else None
                 self.static.update(result.static)
+        losses = result.before, result.after
         if self.run:
             self.run.write(phase, index, snapshot(unit, phase, self.static, self.calls.axis.length), losses)
         self.on_unit(UnitReport(phase, index, len(self.units), unit.name, *losses, time.perf_counter() - began))
+        return outputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ptq_tdq.atomic import check_space
 from ptq_tdq.calls import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.errors import OutputError
-from ptq_tdq.files import nearest, size_text
+from ptq_tdq.files import size_text
 from ptq_tdq.intervals import source_class
 from ptq_tdq.modules import QuantLayer
 from ptq_tdq.modules.layers import weight_groups
@@ -82,8 +82,9 @@ def make_forecast(
         of_unit[layer.record.unit].append(layer)
     for name, own in of_unit.items():
         size = sizes.get(name, UnitSize())
-        memory = max(memory, _unit_bytes(size, own, config, own_rows, on_disk))
-        seconds += sum(unit_seconds(own, size, paces.get(name, Pace()), rates, config, rows, processes))
+        memory = max(memory, _unit_bytes(size, own, config, own_rows, on_disk, budget))
+        waiting = min(1.0, size.waiting(budget) / own_rows)
+        seconds += sum(unit_seconds(own, size, paces.get(name, Pace()), rates, config, rows, processes, waiting))
     plain, behind = (sum(getattr(pace, of) for pace in paces.values()) for of in ("plain", "quantized"))
     recording, measuring = sampled * plain, measured * (plain + 4 * behind)  # own and full precision's trajectories
     weights = sum(layer.weight.numel() for layer in layers.values())
@@ -112,13 +113,7 @@ def check_room(found: Forecast, folder: Path) -> None:
             f"The run needs about {size_text(found.memory_bytes)} of memory, of which {size_text(free + own_bytes())} "
             "are there; lower --cache-budget or --samples-per-step."
         )
-    place = nearest(folder)
-    free = shutil.disk_usage(place).free
-    if found.disk_bytes > free:
-        raise OutputError(
-            f"The run needs about {size_text(found.disk_bytes)} of disk, of which {size_text(free)} are free in "
-            f"{place}; free some space or choose another output directory."
-        )
+    check_space(found.disk_bytes, folder)
 
 
 def free_memory() -> int | None:
@@ -143,13 +138,16 @@ def _bytes(calls: Calls) -> int:
     return sum(x.nbytes for leaf in leaves for x in ([leaf] if isinstance(leaf, Tensor) else leaf.items))
 
 
-def _unit_bytes(size: UnitSize, layers: Sequence[QuantLayer], config: Config, rows: int, on_disk: bool) -> int:
+def _unit_bytes(
+    size: UnitSize, layers: Sequence[QuantLayer], config: Config, rows: int, on_disk: bool, budget: int
+) -> int:
     """What is allocated while one unit is learned, beside the model."""
     streams = size.own if on_disk else size.given + size.own + size.inputs + size.outputs
     some = min(rows, at_once(size))
     work = [some * size.most, min(some, config.learning.batch_size) * size.made]
     if config.weights.rounding in ("gptq", "learned"):
-        work += [2 * some * size.most + _closed_form_bytes(layer, size, rows) for layer in layers]
+        held = 2 * size.held * min(rows, size.waiting(budget))
+        work += [held + 2 * some * size.most + _closed_form_bytes(layer, size, rows) for layer in layers]
     weights = sum(layer.weight.numel() for layer in layers)
     return 2 * rows * streams + max(work) + 8 * weights
 
@@ -171,19 +169,24 @@ def _shape(layer: QuantLayer, size: UnitSize, samples: int) -> tuple[int, int, i
 
 
 def unit_seconds(
-    layers: Sequence[QuantLayer], size: UnitSize, pace: Pace, rates: Rates, config: Config, rows: int, processes: int
-) -> tuple[float, float]:
-    """What one unit takes with ``rows`` samples in phase W and in phase A, shared by so many processes."""
+    layers: Sequence[QuantLayer], size: UnitSize, pace: Pace, rates: Rates, config: Config, rows: int, processes: int,
+    waiting: float,
+) -> tuple[float, float]:  # fmt: skip
+    """What one unit takes with ``rows`` samples in phase W and in phase A, shared by so many processes.
+
+    Of these samples, the share ``waiting`` waits at its layers while they are rounded.
+    """
     closed = config.weights.rounding in ("gptq", "learned")
     again = closed and config.weights.round_again
     judged = (1 + _following(config)) * (1 + (config.activations.activation_iterations > 0))
-    first, second = 4 * pace.plain, pace.plain + (3 + again + judged) * pace.quantized
+    # closed-form rounding: the full-precision inputs of the layers; those in the other stream, and its outputs
+    reach = waiting + (1 - waiting) * pace.reach, waiting + (1 - waiting) * (pace.reach + 1)
+    first = pace.plain * (1 if config.weights.rounding == "nearest" else 2)
+    second = pace.plain + (2 + judged) * pace.quantized
     if config.weights.equalize == "channels" or config.weights.rotate == "auto":
         first += pace.plain
-    if closed:
-        first += 2 * pace.reach * pace.plain
-    if again:
-        second += pace.reach * (pace.plain + pace.quantized)
+    first += sum(reach) * pace.plain if closed else pace.plain
+    second += reach[0] * pace.plain + reach[1] * pace.quantized if again else pace.quantized
     if config.method == "auto":  # each quantizer is judged alone, and by token
         tokens = config.activations.token_intervals == "auto"
         second += pace.quantized / JUDGES * (3 + pace.quantizers + tokens * (2 + pace.quantizers))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptq_tdq import processes
-from ptq_tdq.hooks import hooked
 from ptq_tdq.modules import QuantLayer
-from ptq_tdq.modules.layers import layer_input, weight_groups
-from ptq_tdq.recon.streams import UnitCall
-from ptq_tdq.recon.unit import Unit, as_slice, check_finite
+from ptq_tdq.modules.layers import weight_groups
+from ptq_tdq.recon.unit import as_slice, check_finite
+from ptq_tdq.recon.visits import Visits
 from ptq_tdq.recon.windows import picker, positions
 from ptq_tdq.timeaxis import at
 from ptq_tdq.wrap import switched
@@ -112,41 +109,17 @@ class Inputs:
                 piece.addmm_(rows[:, columns], factor)
 
 
-class _Reached(Exception):
-    """The layer's input is known; the rest of the unit need not run."""
-
-
-def same_input(unit: Unit, call: UnitCall) -> list[list[QuantLayer]]:
-    """The unit's layers in order, those that are given the very same tensor together (q, k and v)."""
-    layers, seen = unit.layers(), dict[QuantLayer, tuple[Tensor, int]]()
-
-    def on_call(layer: nn.Module, args: Any, kwargs: Any) -> None:
-        x = layer_input(args, kwargs)
-        assert x is not None and isinstance(layer, QuantLayer)
-        seen.setdefault(layer, (x, x._version))
-
-    with torch.no_grad(), hooked(layer.register_forward_pre_hook(on_call, with_kwargs=True) for layer in layers):
-        unit.run(call, call.arguments.first())
-    groups: list[list[int]] = []  # of their numbers
-    for number, layer in enumerate(layers):
-        mine, last = seen.get(layer), seen.get(layers[number - 1]) if number else None
-        if mine and last and mine[0] is last[0] and mine[1] == last[1]:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return [[layers[number] for number in group] for group in processes.of_first(lambda: groups)]
-
-
-def inputs(
-    unit: Unit, layers: Sequence[QuantLayer], full: UnitCall, mine: UnitCall, generator: torch.Generator
-) -> list[list[Inputs]]:
+def inputs(visits: Visits, layers: Sequence[QuantLayer], generator: torch.Generator) -> list[list[Inputs]]:
     """Rows of what layers with one input compute with, for each of their groups: all samples at random positions."""
+    unit = visits.unit
     chunks = [layer.weight.flatten(1).float().chunk(weight_groups(layer.layer)) for layer in layers]
     found = [[Inputs(len(w), w.shape[1], w.device) for w in own] for own in chunks]
     weights = [[_scaled(w.t(), 0) for w in own] for own in chunks]
 
     def look(sample: Tensor) -> list[int]:
-        x = _input(unit, layers[0], mine, sample)
+        if processes.count() == 1:
+            return []
+        x = visits.input(layers[0], visits.mine, sample)
         return [1 if x is None else positions(layer.layer, x).numel() for layer in layers]
 
     for _, here, places in unit.turns(look):
@@ -155,9 +128,7 @@ def inputs(
                 torch.randperm(count, generator=generator)
             continue
         batch = as_slice(here)
-        mine_raw = _input(unit, layers[0], mine, batch)
-        with switched(unit.module, weights=False, activations=False):
-            full_raw = _input(unit, layers[0], full, batch)
+        mine_raw, full_raw = visits.inputs(layers[0], batch)
         if mine_raw is None or not len(mine_raw):  # an expert that nothing was sent to
             continue
         if full_raw is None or full_raw.shape != mine_raw.shape:  # other rows were sent to it: nothing to compare with
@@ -228,18 +199,3 @@ def _cached(pieces: Sequence[Tensor]) -> Iterator[Tensor]:
     """Rows of all pieces, few at a time."""
     for piece in pieces:
         yield from piece.split(max(1, CACHED // max(1, piece.shape[1])))
-
-
-def _input(unit: Unit, layer: QuantLayer, call: UnitCall, batch: slice | Tensor) -> Tensor | None:
-    """What ``layer`` is given when the unit runs on some samples; None where the unit does not call it."""
-    found: list[Tensor] = []
-
-    def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
-        x = layer_input(args, kwargs)
-        assert x is not None
-        found.append(x)
-        raise _Reached
-
-    with suppress(_Reached), torch.no_grad(), layer.register_forward_pre_hook(stop, with_kwargs=True):
-        unit.run(call, batch)
-    return found[0] if found else None

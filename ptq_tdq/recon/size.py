@@ -33,7 +33,8 @@ class UnitSize:
     ``made`` is all that its operations make, which is about what a learning step keeps, ``most`` what is alive at once.
     Attention products are made block by block while something is learned, and whole while they are observed.
     When it is called, ``given`` of units before it is still alive, and ``own`` of what the model has made in between;
-    ``inputs`` are its arguments, ``outputs`` what it gives. ``places`` is at how many places of its input each layer's
+    ``inputs`` are its arguments, ``outputs`` what it gives; ``held`` is what is alive of all that when one of its
+    layers is called, at most. ``places`` is at how many places of its input each layer's
     weight is multiplied.
     """
 
@@ -43,7 +44,12 @@ class UnitSize:
     own: int = 0
     inputs: int = 0
     outputs: int = 0
+    held: int = 0
     places: dict[str, int] = field(default_factory=dict)
+
+    def waiting(self, budget: int) -> int:
+        """Samples of which runs in both streams may wait at a layer of the unit, within so many bytes."""
+        return budget // max(1, 2 * self.held)
 
 
 def unit_sizes(quantized: QuantizedModel, arguments: dict[str, Any]) -> dict[str, UnitSize]:
@@ -54,7 +60,8 @@ def unit_sizes(quantized: QuantizedModel, arguments: dict[str, Any]) -> dict[str
         module = quantized.model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(partial(counter.enter, name), with_kwargs=True))
         handles.append(module.register_forward_hook(counter.leave))
-    handles += [layer.register_forward_hook(counter.place) for layer in quantized.layers().values()]
+    for layer in quantized.layers().values():
+        handles += [layer.register_forward_pre_hook(counter.reach), layer.register_forward_hook(counter.place)]
     for product in quantized.model.modules():
         if isinstance(product, QuantProduct) and in_blocks(product.record):
             handles.append(product.register_forward_pre_hook(counter.begin, with_kwargs=True))
@@ -114,6 +121,10 @@ class _Counter(TorchDispatchMode):
         kept = sum(n for key, n in self.bytes.items() if key in self.given)
         size.given, size.own = max(size.given, kept), max(size.own, self.before - kept)
         size.inputs = max(size.inputs, _bytes((args, kwargs)))
+
+    def reach(self, layer: nn.Module, args: Any) -> None:
+        size = self.sizes[self.now]
+        size.held = max(size.held, self.alive() - self.before)
 
     def place(self, layer: nn.Module, args: Any, output: Tensor) -> None:
         assert isinstance(layer, QuantLayer)

@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
+from torch.backends import cuda as backends
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
@@ -42,6 +43,8 @@ def layouts(model: nn.Module, units: Sequence[str], calls: Calls) -> list[Layout
     return found
 
 
+Autocast = dict[str, tuple[bool, torch.dtype]]
+"""By kind of device: whether it is on, and to which dtype."""
 Shapes = list[torch.Size | None]
 SEVERAL = 8  # samples whose values are likely to differ in what they decide
 
@@ -112,11 +115,14 @@ def _place(one: torch.Size | None, two: torch.Size | None) -> Place | None:
 
 @dataclass(frozen=True, eq=False)
 class UnitCall:
-    """One call of a unit, by one lane or merged over all: arguments (args, kwargs), and how outputs will hold rows."""
+    """One call of a unit, by one lane or merged over all: arguments (args, kwargs), how outputs will hold rows, and the
+    autocast that the model computes in there.
+    """
 
     unit: str
     arguments: Parts
     outputs: tuple[Layout, ...]  # of each part
+    autocast: Autocast = field(default_factory=dict)
 
     @property
     def spans(self) -> tuple[slice, ...]:
@@ -131,34 +137,89 @@ class UnitCall:
         return Part.of(tree, slice(0, count), layout)
 
 
-class Lane(greenlet):  # type: ignore[misc]
-    """One forward pass over ``samples``, paused at each unit: ``resume()`` gives the next call, None at the end."""
+class Coroutine(greenlet):  # type: ignore[misc]
+    """A run of ``forward`` that pauses: ``resume()`` goes on to the next pause and gives what it is left with there.
 
-    def __init__(self, forward: Callable[[], Any], samples: slice, layouts: Layouts) -> None:
+    None at the end; ``output`` is then what it has given. Each side has its own of what torch is set to: gradients,
+    autocast, the kernels that attention may use, and the stack of function modes (attention products listen by one), of
+    which a pause takes off what lies on it since this one went on.
+    """
+
+    output: Any = None
+
+    def __init__(self, forward: Callable[[], Any]) -> None:
         super().__init__()
-        self._forward, self.samples, self.layouts = forward, samples, layouts
-        self.seen: Counter[str] = Counter()
+        self._forward = forward
 
     def run(self, _: None = None) -> None:
-        self._forward()
-
-    def pause(self, unit: str, args: Any, kwargs: Any) -> Any:
-        inputs, outputs = _layout_of(self.layouts, unit, self.seen[unit])
-        self.seen[unit] += 1
-        call = UnitCall(unit, Parts((Part.of((args, kwargs), self.samples, inputs),)), (outputs,))
-        # torch's function modes (attention products listen by one) are a stack of the thread, not of this coroutine:
-        # what lies on it since this one went on comes off
-        modes = [_pop_mode() for _ in range(_len_torch_function_stack() - self.depth)]
+        self._enter()
         try:
-            return self.parent.switch(call)
+            self.output = self._forward()
+        finally:  # it may have been ended at a pause, too
+            _set(self.outside)
+
+    def _enter(self) -> None:
+        self.outside, self.depth = _settings(), _len_torch_function_stack()
+
+    def pause(self, given: Any) -> Any:
+        own, modes = _settings(), [_pop_mode() for _ in range(_len_torch_function_stack() - self.depth)]
+        _set(self.outside)
+        try:
+            return self.parent.switch(given)
         finally:
+            self._enter()
+            _set(own)
             for mode in reversed(modes):
                 _push_mode(mode)
 
-    def resume(self, output: Any = None) -> UnitCall | None:
-        self.depth = _len_torch_function_stack()
-        call: UnitCall | None = self.switch(output)
-        return call
+    def resume(self, answer: Any = None) -> Any:
+        return self.switch(answer)
+
+
+class _Settings(NamedTuple):
+    """Whether there are gradients, autocast by kind of device, and what attention may be computed by."""
+
+    gradients: bool
+    autocast: Autocast
+    attention: tuple[bool, ...]
+
+
+_KERNELS = [
+    (getattr(backends, f"{kind}_sdp_enabled"), getattr(backends, f"enable_{kind}_sdp"))
+    for kind in ("flash", "mem_efficient", "math", "cudnn")
+]
+
+
+def _settings() -> _Settings:
+    found = torch.accelerator.current_accelerator()
+    kinds = {"cpu", "cpu" if found is None else found.type}
+    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+    return _Settings(torch.is_grad_enabled(), autocast, tuple(enabled() for enabled, _ in _KERNELS))
+
+
+def _set(settings: _Settings) -> None:
+    torch.set_grad_enabled(settings.gradients)
+    for kind, (enabled, dtype) in settings.autocast.items():
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+    for (_, enable), enabled in zip(_KERNELS, settings.attention, strict=True):
+        enable(enabled)
+
+
+class Lane(Coroutine):
+    """One forward pass over ``samples``, paused at each unit: ``resume()`` gives the next call."""
+
+    def __init__(self, forward: Callable[[], Any], samples: slice, layouts: Layouts) -> None:
+        super().__init__(forward)
+        self.samples, self.layouts = samples, layouts
+        self.seen: Counter[str] = Counter()
+
+    def call(self, unit: str, args: Any, kwargs: Any) -> Any:
+        """Pause at a call of a unit; returns the unit's output."""
+        inputs, outputs = _layout_of(self.layouts, unit, self.seen[unit])
+        self.seen[unit] += 1
+        arguments, autocast = Parts((Part.of((args, kwargs), self.samples, inputs),)), _settings().autocast
+        return self.pause(UnitCall(unit, arguments, (outputs,), autocast))
 
 
 @contextmanager
@@ -170,7 +231,7 @@ def intercepted(model: nn.Module, units: Sequence[str]) -> Iterator[None]:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             lane = getcurrent()
-            return lane.pause(name, args, kwargs) if isinstance(lane, Lane) else original(*args, **kwargs)
+            return lane.call(name, args, kwargs) if isinstance(lane, Lane) else original(*args, **kwargs)
 
         module.forward = forward
 
@@ -192,7 +253,7 @@ def merge(calls: Sequence[UnitCall], store: Store) -> UnitCall:
         some = [pair for pair in given if span.start <= pair[0].samples.start < span.stop]
         parts.append(Part.join([part for part, _ in some], store))
         layouts.append(some[0][1])
-    return UnitCall(calls[0].unit, Parts(tuple(parts)), tuple(layouts))
+    return UnitCall(calls[0].unit, Parts(tuple(parts)), tuple(layouts), calls[0].autocast)
 
 
 Process = Callable[[UnitCall, UnitCall], tuple[Parts, Parts]]

@@ -48,6 +48,8 @@ def transform_unit(unit: Unit, call: UnitCall, config: Config, generator: torch.
     leaves less error by more than ``MARGIN``.
     """
     layers = [layer for layer in unit.layers() if layer.mixable and not layer.record.rotated]
+    if not layers:
+        return
     for layer, (x, number) in _inputs(unit, layers, call, generator).items():
         if len(x) < LEAST:  # an expert that hardly anything is sent to
             continue

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import add
@@ -35,8 +36,9 @@ class Unit:
 
     ``spans`` are the samples that may run together, by default all. A ``single`` unit takes samples of one time step at
     a time. ``held_out`` [N] marks the samples of the trajectories that only judge what is learned; ``among`` [N] those
-    that are drawn, run and counted in a loss, by default all. ``most`` samples run at once. ``mine`` are the samples
-    whose streams this process has, by default all: it runs those, and what it gives is about those of all processes.
+    that are drawn, run and counted in a loss, by default all. ``most`` samples run at once, and runs of ``waiting``
+    samples in each stream may wait at a layer of the unit. ``mine`` are the samples whose streams this process has, by
+    default all: it runs those, and what it gives is about those of all processes. ``store`` keeps its outputs.
     """
 
     name: str
@@ -48,7 +50,9 @@ class Unit:
     held_out: Tensor | None = None
     among: Tensor | None = None
     most: int = MOST
+    waiting: int = sys.maxsize
     mine: slice | None = None
+    store: Store = field(default_factory=lambda: Store(on_disk=False))
     _found: dict[str, bool] = field(default_factory=dict)  # about the module
 
     @cached_property
@@ -102,7 +106,11 @@ class Unit:
         args, kwargs = part[index]
         if self._found.get("checkpoints") and torch.is_grad_enabled():
             args, kwargs = pytree.tree_map(_differentiable, (args, kwargs))
-        with at(self.t[index].to(part.device)):
+        with ExitStack() as stack:
+            stack.enter_context(at(self.t[index].to(part.device)))
+            for kind, (enabled, dtype) in call.autocast.items():
+                if enabled:  # the model's own, around the unit
+                    stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
             return self.module(*args, **kwargs)
 
     def here(self, index: Tensor) -> Tensor:
@@ -137,28 +145,24 @@ class Unit:
             return cell[torch.randint(len(cell), (size,), generator=generator)]
         return cell[torch.multinomial(chances[cell], size, replacement=True, generator=generator)]
 
-    def outputs(self, call: UnitCall, store: Store) -> Parts:
-        """Outputs of the unit for all samples; raises :class:`NonFiniteError` naming the unit and t."""
+    def outputs(self, call: UnitCall, run: Callable[[slice | Tensor], Any] | None = None) -> Parts:
+        """Outputs of the unit for all samples, as its quantizers now stand; ``run`` gives those of one batch."""
         whole: dict[int, Part] = {}
         with torch.no_grad():
             for batch in self.batches():
-                part, span = call.output(self.run(call, batch), batch), call.arguments.of(batch).samples
-                self.check(part, batch)
+                output = run(batch) if run else self.run(call, batch)
+                part, span = call.output(output, batch), call.arguments.of(batch).samples
                 if span.start not in whole:
-                    whole[span.start] = part.empty(span, store)
+                    whole[span.start] = part.empty(span, self.store)
                 whole[span.start].put(batch, part)
         return Parts(tuple(whole[start] for start in sorted(whole)))
 
-    def require_finite(self, call: UnitCall) -> None:
-        """Raise :class:`NonFiniteError` unless all outputs are finite, as the quantizers now stand."""
-        with torch.no_grad():
-            for batch in self.batches():
-                self.check(call.output(self.run(call, batch), batch), batch)
-
-    def check(self, part: Part, batch: slice | Tensor) -> None:
-        """Raise :class:`NonFiniteError` unless all outputs are finite."""
-        for leaf in part.real(slice(0, len(self.t[batch]))):
-            check_finite(leaf, self.t[batch], f"{self.name} gives")
+    def require_finite(self, outputs: Parts) -> Parts:
+        """The outputs themselves; raises :class:`NonFiniteError` naming the unit and t unless all are finite."""
+        for batch in self.batches():
+            for leaf in outputs.real(batch):
+                check_finite(leaf, self.t[batch], f"{self.name} gives")
+        return outputs
 
     def learning_loss(self, call: UnitCall, target: Parts, power: float, config: Config, index: Tensor) -> Tensor:
         """The reconstruction loss over some samples, with gradients; products are in the config's ``compute_dtype``.
@@ -172,11 +176,15 @@ class Unit:
 
     def loss(self, call: UnitCall, target: Parts, power: float) -> float:
         """The reconstruction loss over all samples, in float32."""
+        return self._mean(lambda batch: self._loss(call, self.run(call, batch), target, power, batch))
+
+    def loss_of(self, outputs: Parts, target: Parts, power: float) -> float:
+        """The :meth:`loss` of these outputs."""
+        return self._mean(lambda batch: reconstruction_loss(outputs.real(batch), target.real(batch), power))
+
+    def _mean(self, loss: Callable[[slice | Tensor], Tensor]) -> float:
         with torch.no_grad():
-            found = [
-                self._loss(call, self.run(call, batch), target, power, batch).item() * len(self.t[batch])
-                for batch in self.batches()
-            ]
+            found = [loss(batch).item() * len(self.t[batch]) for batch in self.batches()]
         return reduce(add, processes.gather(found), 0.0) / sum(map(len, self.cells))
 
     def losses(self, call: UnitCall, target: Parts, power: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -41,10 +43,19 @@ def initialize(layer: QuantLayer, config: Config) -> None:
         layer.assign(index, codes, found.scale, found.zero_point)
 
 
+@dataclass(frozen=True)
+class WeightResult:
+    """Loss with nearest rounding and at the end, and the outputs of all samples, where they are known."""
+
+    before: float
+    after: float
+    outputs: Parts | None
+
+
 def reconstruct_weights(
     unit: Unit, full: UnitCall, call: UnitCall, target: Parts, config: Config, generator: torch.Generator
-) -> tuple[float, float]:
-    """Quantize the unit's weights; returns its loss with nearest rounding and at the end, which is never higher.
+) -> WeightResult:
+    """Quantize the unit's weights; its loss is never higher at the end than with nearest rounding.
 
     ``full`` and ``call`` are the unit's calls in the full-precision and in the quantized stream.
     """
@@ -52,38 +63,50 @@ def reconstruct_weights(
     for layer in layers:
         initialize(layer, config)
         layer.weights_enabled = True
-    before = unit.loss(call, target, LOSS_POWER)
     if config.weights.rounding == "nearest":
-        return before, before
-    nearest = _weight_state(unit)
+        outputs = unit.outputs(call)
+        before = unit.loss_of(outputs, target, LOSS_POWER)
+        return WeightResult(before, before, outputs)
+    before, nearest, found = unit.loss(call, target, LOSS_POWER), _weight_state(unit), None
     if config.weights.rounding == "adaround":
         _adaround(unit, call, target, config, generator)
     else:
-        round_unit(_seen(unit, config), full, call, config, generator)
-    return before, _settle(unit, call, target, LOSS_POWER, before, nearest)
+        found = _round(unit, full, call, config, generator)
+    return WeightResult(before, *_settle(unit, call, target, LOSS_POWER, before, nearest, found))
 
 
 def round_last(
     unit: Unit, full: UnitCall, call: UnitCall, target: Parts, config: Config, generator: torch.Generator, loss: float
-) -> float:
+) -> tuple[float, Parts | None]:
     """What is done to the unit's weights once its inputs pass through their quantizers.
 
     With ``round_again`` they are rounded in closed form once more: the errors of quantized inputs are noise in all
     directions, the inputs themselves lie in few, so the compensation makes weights that listen less where there is
     mostly noise. Then "learned" codes are learned, where weights have few bits. Returns the unit's loss, which is never
-    above ``loss``.
+    above ``loss``, and its outputs, where they are known.
     """
-    kept = _weight_state(unit)
+    kept, outputs = _weight_state(unit), None
     if config.weights.rounding in ("gptq", "learned") and config.weights.round_again:
         for layer in unit.layers():
             initialize(layer, config)
-        round_unit(_seen(unit, config), full, call, config, generator)
-        loss = _settle(unit, call, target, config.activations.loss_power, loss, kept)
+        found = _round(unit, full, call, config, generator)
+        loss, outputs = _settle(unit, call, target, config.activations.loss_power, loss, kept, found)
     if _learns(unit, config):
-        kept = _weight_state(unit)
+        kept, outputs = _weight_state(unit), None
         _learn_codes(unit, call, target, config, generator)
-        loss = _settle(unit, call, target, config.activations.loss_power, loss, kept)
-    return loss
+        loss, outputs = _settle(unit, call, target, config.activations.loss_power, loss, kept)
+    return loss, outputs
+
+
+def _round(unit: Unit, full: UnitCall, call: UnitCall, config: Config, generator: torch.Generator) -> Parts | None:
+    """Round in closed form from the first intervals; returns the unit's outputs, where they are known."""
+    first, drawn, seen = _weight_state(unit), generator.get_state(), _seen(unit, config)
+    outputs = round_unit(seen, full, call, config, generator)
+    if outputs is None:
+        _set_weights(unit, first)
+        generator.set_state(drawn)
+        outputs = round_unit(replace(seen, waiting=0), full, call, config, generator)
+    return outputs if seen is unit else None
 
 
 def _seen(unit: Unit, config: Config) -> Unit:
@@ -96,13 +119,20 @@ def _learns(unit: Unit, config: Config) -> bool:
     return config.weights.rounding == "learned" and min(bits, default=MAX_BITS) <= LEARNED_BITS
 
 
-def _settle(unit: Unit, call: UnitCall, target: Parts, power: float, loss: float, before: _WeightState) -> float:
-    """The lower one of the unit's loss now and ``loss``, to whose state ``before`` it goes back if need be."""
-    after = unit.loss(call, target, power)
+def _settle(
+    unit: Unit, call: UnitCall, target: Parts, power: float, loss: float, before: _WeightState,
+    found: Parts | None = None,
+) -> tuple[float, Parts | None]:  # fmt: skip
+    """The lower one of the unit's loss now and ``loss``, to whose state ``before`` it goes back if need be.
+
+    With the outputs as they are then, where that is now; ``found`` are those of now, if they are known.
+    """
+    outputs = unit.outputs(call) if found is None else found
+    after = unit.loss_of(outputs, target, power)
     if after <= loss:
-        return after
+        return after, outputs
     _set_weights(unit, before)
-    return loss
+    return loss, None
 
 
 def _weight_state(unit: Unit) -> _WeightState:

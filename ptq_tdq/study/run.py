@@ -17,8 +17,9 @@ _SHARED = ("cell-*", "weights-*", "baseline-*", ".ptq-tdq-*.tmp")  # what cells,
 
 
 def work_folder(results: Path) -> Path:
-    """Where a study keeps what its cells share, until it is finished."""
-    return results.with_name(results.name + ".work")
+    """Where a study keeps what its cells share, until it is finished: beside the file that any link leads to."""
+    target = results.resolve()
+    return target.with_name(target.name + ".work")
 
 
 def run_study(

@@ -18,9 +18,10 @@ from ptq_tdq.calib_data import (
     new_schedule,
     sample_generator,
 )
-from ptq_tdq.calib_data.collect import drawn
+from ptq_tdq.calib_data.collect import drawn, make_recipe
 from ptq_tdq.calls import Calls, prediction
 from ptq_tdq.errors import NonFiniteError, OutputError, UsageError
+from ptq_tdq.evaluate.baseline import baseline_request
 from ptq_tdq.files import holding
 
 SMALL: dict[str, Any] = {"samples_per_step": 5, "calibration_steps": 3, "num_inference_steps": 5}
@@ -219,6 +220,17 @@ def test_the_cache_is_reused_until_recipe_or_model_change(model: LoadedModel, tm
         change()
         assert len(runs) > before
     assert len(list(tmp_path.iterdir())) == 4, "one file each, and no folder of parts is left"
+
+
+def test_how_a_model_is_sampled_has_one_name_in_all_processes(model: LoadedModel) -> None:
+    """diffusers lists the settings that a scheduler's file leaves open, in each process in another order."""
+    schedulers = DDIMScheduler(), DDIMScheduler()
+    first, second = (replace(model, sampler=LoopSampler(model.denoiser, each, classes=[1])) for each in schedulers)
+    left_open = schedulers[0].config["_use_default_values"]
+    schedulers[1].register_to_config(_use_default_values=left_open[::-1])
+    assert len(left_open) > 1 and make_recipe(first, **SMALL) == make_recipe(second, **SMALL)
+    of_run = {"samples": 2, "num_inference_steps": 5, "seed": 0}
+    assert baseline_request(first, **of_run) == baseline_request(second, **of_run)
 
 
 def test_an_interrupted_collection_goes_on_after_its_last_batch(model: LoadedModel, tmp_path: Path) -> None:

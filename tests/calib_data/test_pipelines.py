@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,8 +16,10 @@ from diffusers import (
     ConsistencyModelPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    FluxFillPipeline,
     KandinskyV22CombinedPipeline,
     StableDiffusionPipeline,
+    StableDiffusionSAGPipeline,
     UnCLIPPipeline,
     UnCLIPScheduler,
 )
@@ -40,6 +42,9 @@ from ptq_tdq.calib_data import (
 from ptq_tdq.calib_data.collect import drawn
 from ptq_tdq.calls import prediction
 from ptq_tdq.errors import ConfigError, MissingExtraError, ModelError
+
+if TYPE_CHECKING:
+    import ftfy  # type: ignore[import-not-found]
 
 Saved = Callable[[str], tuple[SmallPipeline, Path]]
 NAMES = [entry.name for entry in PIPELINES]
@@ -155,6 +160,42 @@ def test_free_noise_takes_one_prompt_at_a_time(saved_pipeline: Saved) -> None:
     model = from_pipeline(FreeNoise(**components), prompts=["A fox", "A boat"], call={"negative_prompt": "blurry"})
     collect(model, **FEW)
     assert set(called) == {(prompt, "blurry", torch.Generator) for prompt in ("A fox", "A boat")} and len(called) == 3
+
+
+def test_a_pipeline_that_refuses_lists_of_prompts_takes_one_at_a_time(saved_pipeline: Saved) -> None:
+    class One(StableDiffusionPipeline):
+        def __call__(self, prompt: Any = None, negative_prompt: Any = None, generator: Any = None, **more: Any) -> Any:  # type: ignore[override]
+            if not all(isinstance(each, str) for each in (prompt, negative_prompt)) or isinstance(generator, list):
+                raise ValueError("Passing a list is not yet supported.")
+            more |= {"num_inference_steps": 2, "output_type": "np"}
+            return super().__call__(prompt, negative_prompt=negative_prompt, generator=generator, **more)
+
+    pipe = One.from_pretrained(saved_pipeline("StableDiffusionPipeline")[1])
+    model = from_pipeline(pipe, prompts=["A fox", "A boat"], call={"negative_prompt": "blurry"})
+    assert model.sampler.batch == 1
+    model.sampler.call |= {"height": 16, "width": 16}  # type: ignore[attr-defined]
+    assert set(collect(model, **FEW).trajectory.tolist()) == {0, 1, 2}
+
+
+def test_a_pipeline_that_computes_attention_by_hand_is_told_at_its_first_step(
+    saved_pipeline: Saved, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = DiffusionPipeline.from_pretrained(saved_pipeline("StableDiffusionPipeline")[1])
+    pipe = StableDiffusionSAGPipeline(**pipe.components, requires_safety_checker=False)
+    before = {name: type(each) for name, each in pipe.unet.attn_processors.items()}
+    collect(from_pipeline(pipe, call={"height": 16, "width": 16}), **FEW)
+    assert "computes attention of its unet by hand (CrossAttnStoreProcessor)" in caplog.text
+    assert {name: type(each) for name, each in pipe.unet.attn_processors.items()} == before
+
+
+def test_pictures_that_a_pipeline_lacks_are_named(saved_pipeline: Saved) -> None:
+    pipe = DiffusionPipeline.from_pretrained(saved_pipeline("FluxPipeline")[1])
+    given = {name: each for name, each in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
+    model = from_pipeline(FluxFillPipeline(**given), call={"height": 16, "width": 16, "max_sequence_length": 64})
+    with pytest.raises(
+        ModelError, match=r"cannot sample so, without image, mask_image .* record calls of its denoiser"
+    ):
+        collect(model, **FEW)
 
 
 def test_a_pipeline_may_take_classes_that_its_model_has_not() -> None:
@@ -342,13 +383,22 @@ def test_of_several_things_the_first_is_taken(saved_pipeline: Saved) -> None:
     assert made.images is not None and made.images.shape == (1, 3, 16, 16)
 
 
-def test_a_package_that_a_pipeline_lacks_is_one_sentence(saved_pipeline: Saved) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("ftfy", MissingExtraError, r"Lacking needs a package that is not installed \(name 'ftfy' is not"),
+        ("promt", ModelError, r"Lacking cannot sample so \(name 'promt' is not"),
+    ],
+)
+def test_a_package_that_a_pipeline_lacks_is_one_sentence(
+    saved_pipeline: Saved, name: str, kind: Any, said: str
+) -> None:
     class Lacking(StableDiffusionPipeline):
         def __call__(self, prompt: Any = None, generator: Any = None, **more: Any) -> Any:  # type: ignore[override]
-            return ftfy.fix_text(prompt)  # type: ignore[name-defined]  # noqa: F821
+            return ftfy.fix_text(prompt) if name == "ftfy" else promt  # type: ignore[name-defined]  # noqa: F821
 
     pipe = Lacking.from_pretrained(saved_pipeline("StableDiffusionPipeline")[1])
-    with pytest.raises(MissingExtraError, match=r"Lacking needs a package that is not installed \(name 'ftfy' is not"):
+    with pytest.raises(kind, match=said):
         collect(from_pipeline(pipe), **FEW)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -55,6 +55,20 @@ def test_a_set_is_saved_and_loaded_whole(path: Path, tmp_path: Path) -> None:
             assert (a.dtype == b.dtype and torch.equal(a, b)) if isinstance(a, Tensor) else a == b
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+class Size(NamedTuple):
+    height: int
+    noise: Tensor
+
+
+def test_items_of_a_tuple_keep_their_names(tmp_path: Path) -> None:
+    calls = made(size=Size(3, torch.ones(2, 1)))
+    calls.save(tmp_path / "calls")
+    loaded = Calls.load(tmp_path / "calls")
+    size = loaded.inputs(slice(0, 2))["more"]["size"]
+    assert size.height == 3 and torch.equal(size.noise, torch.ones(2, 1)) and type(size).__name__ == "Size"
+    assert loaded.sha256 == calls.sha256 and len(Calls.join([loaded, loaded], loaded.axis).groups) == len(loaded.groups)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +130,8 @@ def edited(path: Path, change: Any) -> None:
         lambda h, t: h.update(groups=[{"dict": {"x": {"rows": "none", "dim": 0, "several": False}}}]),
         lambda h, t: h["groups"][0]["dict"]["x"].update(dim=-1),
         lambda h, t: h["groups"][0]["dict"]["x"].update(dim="0"),
+        lambda h, t: h["groups"][0]["dict"].update(more={"named": {"a b": {"value": 3}}, "class": "Size"}),
+        lambda h, t: h["groups"][0]["dict"].update(more={"named": ["a"], "class": "Size"}),
         lambda h, t: h["axis"].update(scale=0),
         lambda h, t: h["axis"].update(argument="other"),
         lambda h, t: t.update(trajectory=torch.zeros(1, dtype=torch.int64)),

@@ -16,6 +16,7 @@ from ptq_tdq import Calls, calibrate, record
 from ptq_tdq.calls import Recorder, main_argument, prediction
 from ptq_tdq.calls.arguments import split_rows
 from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
+from ptq_tdq.identity import base_config, model_name, model_sha256
 from ptq_tdq.timeaxis import TimeAxis
 from ptq_tdq.timed_model import TimedModel
 
@@ -455,6 +456,18 @@ def test_calls_are_recorded_in_front_of_hooks_which_see_them_again(model: Condit
     with record(model) as calls:
         expected = model(sample=torch.ones(B, 4), timestep=torch.tensor([3, 5]))[0]
     assert torch.equal(replayed(model, calls)[0], expected)
+
+
+def test_a_compiled_model_is_recorded_as_the_one_inside(model: Conditioned) -> None:
+    compiled = torch.compile(model, backend="eager")
+    sets = []
+    for recorded in (model, compiled):
+        with record(recorded) as calls:
+            compiled(torch.ones(B, 4), torch.tensor([3, 5]))
+        sets.append(calls)
+    assert sets[0].sha256 == sets[1].sha256
+    for fact in (model_name, base_config, model_sha256):
+        assert fact(compiled) == fact(model)
 
 
 class Own(dict[str, Any]):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from ptq_tdq import Calls, QuantizedModel, calibrate, load_quantized, preset, re
 from ptq_tdq.evaluate.metrics import sqnr_db
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.modules import layer_kind
-from ptq_tdq.plan import Plan, make_plan
 
 T = 1000
 STEPS = (1000.0, 601.0, 201.0)
@@ -51,7 +51,6 @@ class Case:
     model: nn.Module
     calls: Calls
     predictions: list[Tensor]
-    plan: Plan
     folder: Path
     quantized: QuantizedModel
     summary: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +59,12 @@ class Case:
     def pair(self) -> dict[str, Any]:
         """Arguments of a call with the first two recorded rows."""
         return self.calls.inputs(slice(0, 2))
+
+    @cached_property
+    @torch.no_grad()
+    def simulated(self) -> list[Tensor]:
+        """What the quantized model predicts in each call."""
+        return [prediction(self.quantized(**self.calls.inputs(span))) for span in self.calls.chunks(2)]
 
 
 @pytest.fixture(scope="module", params=DENOISERS, ids=lambda denoiser: denoiser.name)
@@ -70,12 +75,11 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         with record(model, time=denoiser.time_argument, num_train_timesteps=T) as calls:
             for t in STEPS:
                 predictions.append(prediction(model(**denoiser.inputs(2, torch.full((2,), t)))))
-        plan = make_plan(model, CONFIG, calls)
         folder = tmp_path_factory.mktemp("artifact") / "out"
         quantized = calibrate(model, CONFIG, calls)
         quantized.save_pretrained(folder)
-        made = Case(denoiser, model, calls, predictions, plan, folder, quantized)
-        made.summary["coverage"] = plan.coverage
+        made = Case(denoiser, model, calls, predictions, folder, quantized)
+        made.summary["coverage"] = quantized.metrics["coverage"]
         yield made
     keep(denoiser.name, made.summary)
 
@@ -104,30 +108,30 @@ def test_recorded_calls_give_what_was_predicted(case: Case) -> None:
 
 @torch.no_grad()
 def test_with_quantizers_off_it_is_the_original_bit_for_bit(case: Case) -> None:
-    wrapped = QuantizedModel.copy_of(case.model, case.calls.axis, case.plan.layers)
+    wrapped = QuantizedModel.copy_of(case.model, case.calls.axis, case.quantized.plan)
     for span, expected in zip(case.calls.chunks(2), case.predictions, strict=True):
         assert torch.equal(prediction(wrapped(**case.calls.inputs(span))), expected)
 
 
 @torch.no_grad()
 def test_quantized_to_8_bits_it_is_close_to_the_original(case: Case) -> None:
-    found = case.summary["simulated_db"] = sqnr_db(case.predictions[0], prediction(case.quantized(**case.pair)))
+    found = case.summary["simulated_db"] = sqnr_db(case.predictions[0], case.simulated[0])
     assert CHAOTIC.get(case.denoiser.name, CLOSE) < found < 100, "close, and yet quantized"
 
 
 @torch.no_grad()
 def test_saved_and_loaded_it_gives_the_same_bits(case: Case) -> None:
     loaded = load_quantized(case.folder)
-    for span in case.calls.chunks(2):
-        inputs = case.calls.inputs(span)
-        assert torch.equal(prediction(loaded(**inputs)), prediction(case.quantized(**inputs)))
+    for span, expected in zip(case.calls.chunks(2), case.simulated, strict=True):
+        assert torch.equal(prediction(loaded(**case.calls.inputs(span))), expected)
 
 
 def test_nearly_all_multiply_accumulates_are_quantized(case: Case) -> None:
-    assert case.plan.coverage >= 1 - MOST_OUTSIDE
-    planned = {record.name for record in case.plan.layers}
+    assert case.quantized.metrics["coverage"] >= 1 - MOST_OUTSIDE
+    planned = {record.name for record in case.quantized.plan}
     left = [n for n, m in case.model.named_modules() if layer_kind(m) and n not in planned]
-    assert not left or case.plan.notices, f"{left} stay in floating point, and nobody says so"
+    said = [notice for notice in case.quantized.notices if "in floating point" in notice.lower()]
+    assert not left or said, f"{left} stay in floating point, and nobody says so"
 
 
 def test_tables_are_positive_finite_and_cover_the_schedule(case: Case) -> None:
@@ -144,6 +148,6 @@ def test_tables_are_positive_finite_and_cover_the_schedule(case: Case) -> None:
 @torch.no_grad()
 def test_in_integers_it_is_the_simulated_model(case: Case) -> None:
     integer = load_quantized(case.folder, backend="integer")
-    found = sqnr_db(prediction(case.quantized(**case.pair)), prediction(integer(**case.pair)))
+    found = sqnr_db(case.simulated[0], prediction(integer(**case.pair)))
     case.summary["integer_db"] = found
     assert found > min(TIED.get(case.denoiser.name, ALIKE), case.summary.get("simulated_db", ALIKE))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -284,6 +286,14 @@ def test_samples_that_are_no_images(
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize("option", ["--output-dir", "--prompts", "--config"])
+def test_a_link_to_itself_is_no_path(option: str, cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "out"):
+        result = cli("calibrate", "--model", "nowhere", option, path)
+        check_refusal(result, 2, "cannot be a path here (Too many levels of symbolic links)")
+
+
 def test_output_paths_that_cannot_be_written_are_refused_before_the_work(
     cli: Any, calibrated: Any, contents: Any, pipeline: Path, tmp_path: Path
 ) -> None:
@@ -390,14 +400,22 @@ def test_a_model_whose_configuration_asks_for_far_more_than_its_weights(cli: Any
     check_refusal(result, 1, str(config.parent), "asks for a far larger model than its weights are")
 
 
-def test_too_little_memory_is_one_sentence(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ptq_tdq.cli import inspect
+def fill_memory(path: Path) -> None:
+    torch.empty(1 << 60)
 
-    def fill(path: Path) -> Artifact:
-        torch.empty(1 << 60)
-        raise AssertionError
 
-    monkeypatch.setattr(inspect, "read_artifact", fill)
+def take_it_for_damage(path: Path) -> None:
+    try:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    except OSError as error:
+        raise ModelError("The model cannot be loaded; its files are truncated.") from error
+
+
+@pytest.mark.parametrize("read", [fill_memory, take_it_for_damage])
+def test_too_little_memory_is_one_sentence(
+    read: Callable[[Path], None], cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptq_tdq.cli.inspect.read_artifact", read)
     check_refusal(cli("inspect", tmp_path), 1, "too little memory")
 
 

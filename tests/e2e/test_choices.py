@@ -42,7 +42,8 @@ def test_flags_go_before_the_file_and_set_before_flags(name: str, text: str, cli
         choices(cli, "--config", file)
         == preset("qdiff", scheme="W3A5", seed=7, skip=("conv_*", "mid_block.*")).to_dict()
     )
-    found = choices(cli, "--config", file, "--scheme", "W2A8", "--seed", "1", "--set", "seed=2", "--skip", "conv_in")
+    seeds = ("--seed", "1", "--set", "seed=3", "--set", "seed=2")
+    found = choices(cli, "--config", file, "--scheme", "W2A8", *seeds, "--skip", "conv_in")
     assert (found["scheme"], found["seed"], found["layers"]["skip"]) == ("W2A8", 2, ["conv_in"])
     assert found["calibration"] == preset("qdiff").calibration.to_dict()
     assert choices(cli, "--config", file, "--preset", "paper")["preset"] == "paper"
@@ -86,6 +87,7 @@ def test_choices_lists_what_may_be_set(cli: Any) -> None:
         ("seed=-1", "seed must be from 0 to 4294967295. Got -1 instead."),
         ("method=fixed", "The method 'fixed' is that of the layers that fixed_layers names; choose another."),
         ("seed", "--set takes KEY=VALUE. Got 'seed' instead."),
+        (f"rounding={'x' * 5000}", "rounding must be one of learned, gptq, adaround, nearest. Got 'xxx"),
         ("eight_bit_layers=first,middle", "eight_bit_layers must be one of first, last"),
         ("preset=paper", "The preset is named by --preset."),
     ],
@@ -93,7 +95,7 @@ def test_choices_lists_what_may_be_set(cli: Any) -> None:
 def test_a_wrong_choice_is_a_usage_error(setting: str, said: str, cli: Any, tmp_path: Path) -> None:
     result = cli("calibrate", "--output-dir", tmp_path / "out", "--set", setting)
     assert result.code == 2 and result.out == "" and len(result.err.splitlines()) == 1
-    assert result.err.startswith(f"Error: {said}")
+    assert result.err.startswith(f"Error: {said}") and len(result.err) < 1100
     assert list(tmp_path.iterdir()) == []
 
 

@@ -171,3 +171,12 @@ def test_wrong_requests_are_one_sentence(
     result = cli("finetune", artifact, "--model", conditional, "--output-dir", "out", *FEW, *arguments)
     assert result.code in (1, 2) and text in result.err and len(result.err.splitlines()) == 1
     assert not Path("out").exists() and not Path("out.partial").exists()
+
+
+def test_a_disk_without_room_for_checkpoints_is_refused_at_once(
+    artifact: Path, conditional: Path, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(9000, 8000, 1000))  # type: ignore[attr-defined]
+    result = cli("finetune", artifact, "--model", conditional, "--output-dir", tmp_path / "out", *FEW)
+    assert result.code == 1 and len(result.err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+    assert "KiB of disk, of which 0.977 KiB are free in" in result.err

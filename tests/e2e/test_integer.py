@@ -286,7 +286,8 @@ def test_each_layer_of_denoisers_of_every_kind(denoiser: Denoiser, tmp_path: Pat
     denoiser = replace(denoiser, config={**denoiser.config, **ONE_LEVEL.get(denoiser.name, {})})
     original = denoiser.build()
     given = [denoiser.inputs(2, torch.full((2,), t)) for t in (1000.0, 601.0, 201.0)]
-    cheap = {"scheme": "W4A8", "rounding": "nearest", "weight_range": "minmax", "activation_iterations": 0}
+    cheap = {"scheme": "W4A8", "method": "step-table", "activation_iterations": 0}
+    cheap |= {"rounding": "nearest", "round_again": False, "weight_range": "minmax"}
     folder = artifact_of(original, given, tmp_path / "out", "default", **cheap)
     simulated, integer = load_quantized(folder), load_quantized(folder, backend="integer")
     assert integer.facts["integer_layers"] + len(integer.facts["weight_only_layers"]) == len(simulated.layers())

@@ -10,8 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial as partial_function
+from importlib import import_module
 from pathlib import Path
-from time import sleep
+from time import perf_counter, sleep
 from typing import Any
 
 import pytest
@@ -253,6 +254,32 @@ def test_a_run_that_is_stopped_keeps_the_finished_blocks_and_says_so(
 
 
 @pytest.mark.parametrize(("command", "code"), [(("choices",), 0), (("choices", "--no-such-flag"), 2)])
-def test_after_a_command_sigterm_is_what_it_was(command: tuple[str, ...], code: int, cli: Any) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    assert cli(*command).code == code and signal.getsignal(signal.SIGTERM) == before
+def test_after_a_command_signals_do_what_they_did(command: tuple[str, ...], code: int, cli: Any) -> None:
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = [signal.getsignal(number) for number in numbers]
+    assert cli(*command).code == code and [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_waits_for_an_import_that_would_swallow_it(
+    stop: signal.Signals, expected: int, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: Path) -> None:
+        sys.modules.pop("swallowing", None)
+        import_module("swallowing")
+        sleep(10)
+
+    (tmp_path / "swallowing.py").write_text(
+        f"import signal\ntry:\n    signal.raise_signal({stop:d})\nexcept BaseException:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("ptq_tdq.cli.inspect.read_artifact", load)
+    monkeypatch.setattr("ptq_tdq.cli.main.WAIT", 0.01)
+    before = signal.signal(stop, signal.default_int_handler)  # a background job of a shell ignores Ctrl-C
+    began = perf_counter()
+    try:
+        result = cli("inspect", "out")
+    finally:
+        signal.signal(stop, before)
+    assert (result.code, result.err.strip()) == (expected, "Stopped.")
+    assert perf_counter() - began < 5

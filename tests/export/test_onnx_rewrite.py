@@ -56,7 +56,9 @@ def test_convolutions_may_be_given_one_number_for_all_dimensions(
 
 
 class Positions(nn.Module):
-    """Writes positions into the memory of zeros, as CogVideoX does at sizes that its configuration does not have."""
+    """Writes positions into the memory of zeros, as CogVideoX does at sizes that its configuration does not have,
+    clamps between an integer and a real number, and lets all tokens attend to each other without heads.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,10 +66,11 @@ class Positions(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """sample [B, N, 2]."""
-        x = self.first(sample)
+        x = torch.clamp(self.first(sample).clamp(-2, 1.99), min=-0.5, max=2)
         where = x.new_zeros(1, x.shape[1] + 1, 4)
         where.data[:, 1:].copy_(torch.arange(4.0).expand(x.shape[1], 4))
-        result: Tensor = self.last((x + where[:, 1:] + timestep[:, None, None] / 1000).tanh())
+        x = (x + where[:, 1:] + timestep[:, None, None] / 1000).tanh()
+        result: Tensor = self.last(nn.functional.scaled_dot_product_attention(x, x, x))
         return result
 
 
@@ -143,6 +146,15 @@ def test_padding_repeats_what_torch_repeats(amounts: tuple[int, ...]) -> None:
         expected = nn.functional.pad(x, amounts, mode)
         with InOtherWords():
             assert torch.equal(nn.functional.pad(x, amounts, mode), expected)
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3), (2, 1, 3)])
+def test_attention_has_heads_in_a_graph(lead: tuple[int, ...]) -> None:
+    q, k, v = torch.randn(*lead, 5, 4), torch.randn(*lead, 6, 4), torch.randn(*lead, 6, 3)
+    for mask in (None, torch.randn(5, 6), torch.randn(*lead[:1], *[1] * len(lead[1:]), 5, 6)):
+        expected = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=2.0)
+        with InOtherWords():
+            torch.testing.assert_close(nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=2.0), expected)
 
 
 class Tiles(nn.Module):

@@ -137,7 +137,8 @@ def test_dynamic_intervals_are_baselines_that_learn(
     known = tuned.metrics["finetune"]["held_out"]
     assert known["after"] < known["before"]
     again = finetune(denoiser, tuned, choose(iterations=1), calls)  # what was learned goes on
-    assert again.metrics["finetune"]["held_out"]["before"] == pytest.approx(known["after"], rel=1e-3)
+    lost = again.metrics["finetune"]["held_out"]["before"] - known["after"]  # where a network is fitted to a table
+    assert abs(lost) < 0.1 * (known["before"] - known["after"])
 
 
 def test_an_interval_of_dynamic_origin_becomes_a_function_of_t(

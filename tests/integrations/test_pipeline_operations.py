@@ -377,6 +377,15 @@ def test_a_pipeline_with_a_compiled_denoiser_is_calibrated_as_without(stable_dif
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
 
 
+class Wrapped(Tensor):
+    """As torchao's, and as those of a model in parts."""
+
+
+def given_tensors_of_a_class(model: Any) -> None:
+    layer = model.proj_out
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Wrapped), requires_grad=False)
+
+
 HOOKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "cache": (lambda model: model.enable_cache(FirstBlockCacheConfig(threshold=0.1)), r"hooks of diffusers \('fbc_"),
     "cast": (lambda model: model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32), "'layerwise_casting'"),
@@ -386,6 +395,7 @@ HOOKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "offload": (lambda model: cpu_offload(model, "cpu"), "no values here; load them, or calibrate before"),
     "float8": (lambda model: model.to(torch.float8_e4m3fn), "is float8_e4m3fn, in which nothing is computed"),
+    "subclass": (given_tensors_of_a_class, "is a Wrapped, a tensor that is quantized already, or in parts; pass"),
 }
 
 

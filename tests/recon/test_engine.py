@@ -21,7 +21,6 @@ from ptq_tdq.intervals.dynamic import Dynamic
 from ptq_tdq.intervals.table import TableSource
 from ptq_tdq.quantized_model import QuantizedModel
 from ptq_tdq.recon import RunDirectory, UnitReport, reconstruct
-from ptq_tdq.recon.parts import Store
 from ptq_tdq.recon.unit import Unit, reconstruction_loss
 from ptq_tdq.recon.weights import LOSS_POWER, reconstruct_weights
 
@@ -230,7 +229,7 @@ def test_rounding_is_learned_in_both_halves_of_a_split_shortcut(wrap: Wrap, choo
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     unit = Unit(name, layer, calls.t)
     call = call_of(name, x)
-    target = unit.outputs(call, Store(False))
+    target = unit.outputs(call)
     began: list[list[Tensor]] = []
     decided: list[list[Tensor]] = []
 
@@ -242,9 +241,9 @@ def test_rounding_is_learned_in_both_halves_of_a_split_shortcut(wrap: Wrap, choo
             decided[:] = [[r.h().detach().clone() for r in roundings if r is not None]]
 
     handle = layer.register_forward_hook(watch)
-    before, after = reconstruct_weights(unit, call, call, target, config, torch.Generator().manual_seed(0))
+    result = reconstruct_weights(unit, call, call, target, config, torch.Generator().manual_seed(0))
     handle.remove()
-    assert after <= before
+    assert result.after <= result.before
     for half in range(2):
         h = decided[0][half]
         # without the regularizer they would stay between 0 and 1, as they began

@@ -12,7 +12,6 @@ from unit_calls import call_of
 from ptq_tdq import Calls
 from ptq_tdq.config import Config
 from ptq_tdq.modules import QuantLayer
-from ptq_tdq.recon.parts import Store
 from ptq_tdq.recon.unit import Unit
 from ptq_tdq.recon.weights import LOSS_POWER, initialize, round_last
 
@@ -39,7 +38,7 @@ def learn(wrap: Any, config: Config, calls: Calls) -> tuple[list[float], QuantLa
     x = torch.einsum("oc,nchw->nohw", *(torch.randn(s, generator=generator) for s in ((8, 2), (12, 2, 12, 12))))
     held = torch.arange(12) % 2 == 1
     unit = Unit(NAME, layer, calls.t, held_out=held)
-    target = unit.outputs(call := call_of(NAME, x), Store(False))
+    target = unit.outputs(call := call_of(NAME, x))
     initialize(layer, config)
     layer.weights_enabled = True
     seen, judge = unit.split()

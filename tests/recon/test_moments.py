@@ -10,6 +10,7 @@ from unit_calls import call_of
 from ptq_tdq.modules import QuantLayer, layer_kind
 from ptq_tdq.recon.moments import inputs
 from ptq_tdq.recon.unit import Unit
+from ptq_tdq.recon.visits import visiting
 from ptq_tdq.records import LayerRecord, QuantizerRecord
 
 N = 9
@@ -44,7 +45,8 @@ def test_moments_of_the_inputs_give_those_of_the_outputs(name: str, centred: boo
     full = torch.randn(N, *shape) + 1
     seen = full + 0.2 * torch.randn(N, *shape)
     calls = [call_of("a", value) for value in (full, seen)]
-    (found,) = inputs(unit, [wrapped], *calls, torch.Generator().manual_seed(0))
+    with visiting(unit, *calls) as visits:
+        (found,) = inputs(visits, [wrapped], torch.Generator().manual_seed(0))
 
     def outputs(x: Tensor) -> Tensor:
         y = layer(x) if layer.bias is None else layer(x) - layer(torch.zeros_like(x))
@@ -79,7 +81,8 @@ def test_moments_of_hostile_inputs_are_finite_and_semidefinite(size: float, cent
     full[:, 0], full[:, 1], full[:, 3], full[:, 4] = 0.0, 0.7, full[:, 2], 1 + 1e-6 * full[:, 4]
     unit = Unit("a", wrapped, torch.zeros(200))
     calls = [call_of("a", value * size) for value in (full, 0.9 * full)]
-    ((rows,),) = inputs(unit, [wrapped], *calls, torch.Generator().manual_seed(0))
+    with visiting(unit, *calls) as visits:
+        ((rows,),) = inputs(visits, [wrapped], torch.Generator().manual_seed(0))
     rows.close(centred=centred)
     hessian, (cross,) = rows.moments(slice(0, 6))
     assert all(bool(value.isfinite().all()) for value in (hessian, cross, rows.mean, rows.lost))
@@ -102,6 +105,7 @@ def test_differences_beyond_float32_are_finite(weights: float) -> None:
     calls = [call_of("a", value) for value in (full, -full)]
     with torch.no_grad():
         wrapped.weight.copy_(weights * torch.eye(4, 64) + weights / 100)
-    ((rows,),) = inputs(Unit("a", wrapped, torch.zeros(20)), [wrapped], *calls, torch.Generator().manual_seed(0))
+    with visiting(Unit("a", wrapped, torch.zeros(20)), *calls) as visits:
+        ((rows,),) = inputs(visits, [wrapped], torch.Generator().manual_seed(0))
     expected = (2 * full.double() @ wrapped.weight.double().t()).mean(0)
     torch.testing.assert_close(rows.close(centred=True).lost, expected, rtol=1e-5, atol=0)

@@ -66,7 +66,7 @@ def test_processes_share_samples_and_rows_but_each_starts_all_sources(
         found = Rates(
             **dict.fromkeys(("product", "double", "search", "pick", "pick_linear", "rounding", "start"), 0.0) | rates
         )
-        return sum(unit_seconds(layers, UnitSize(), pace, found, config, 128, processes))
+        return sum(unit_seconds(layers, UnitSize(), pace, found, config, 128, processes, 0.5))
 
     assert taken(4) == taken(1) / 4
     assert taken(4, product=1.0, rounding=1.0) == pytest.approx(taken(1, product=1.0, rounding=1.0) / 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -49,12 +49,12 @@ def test_both_streams_are_plain_forward_passes(
     def process(full: UnitCall, other: UnitCall) -> tuple[Parts, Parts]:
         assert full.unit == other.unit == units[len(seen)]
         seen.append(full.unit)
-        unit = Unit(full.unit, model.get_submodule(full.unit), calls.t, other.spans)
-        doubled = unit.outputs(other, store)
+        unit = Unit(full.unit, model.get_submodule(full.unit), calls.t, other.spans, store=store)
+        doubled = unit.outputs(other)
         for part in doubled.parts:
             for leaf in part.leaves:
                 leaf.mul_(2)
-        return unit.outputs(full, store), doubled
+        return unit.outputs(full), doubled
 
     sweep(model, units, chunks_of(model, units, calls, 5, finals), store, process)
     assert seen == units
@@ -125,10 +125,10 @@ def test_rows_are_told_apart_wherever_they_lie(size: int) -> None:
     def process(full: UnitCall, other: UnitCall) -> tuple[Parts, Parts]:
         unit = Unit(full.unit, model.get_submodule(full.unit), calls.t, other.spans)
         for index in [unit.draw(4, torch.Generator().manual_seed(seed)) for seed in range(5)]:
-            part, whole = other.output(unit.run(other, index), index), unit.outputs(other, Store(False))
+            part, whole = other.output(unit.run(other, index), index), unit.outputs(other)
             for found, expected in zip(part.real(slice(0, 4)), whole.real(index), strict=True):
                 torch.testing.assert_close(found, expected)
-        return unit.outputs(full, Store(False)), unit.outputs(other, Store(False))
+        return unit.outputs(full), unit.outputs(other)
 
     chunks = chunks_of(model, units, calls, size, finals)
     sweep(model, units, chunks, Store(False), process)
@@ -267,3 +267,35 @@ def test_switched_restores_each_quantizer(wrap: Wrap, choose: Callable[..., Conf
         assert not layer.weights_enabled and all(q.enabled for q in quantized.quantizers().values())
     assert layer.weights_enabled and not any(q.enabled for q in quantized.quantizers().values())
     assert not quantized.layers()["conv_out"].weights_enabled
+
+
+class InAutocast(nn.Module):
+    """A model of its own autocast, with an operation in it that has to be in bfloat16 before the blocks are."""
+
+    _no_split_modules: ClassVar = ["Linear"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.time, self.last = nn.Linear(4, 8), nn.Linear(1, 8), nn.Linear(8, 4)
+        self.blocks, self.between = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]), nn.Parameter(torch.eye(8))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = (self.first(sample) + self.time(timestep[:, None, None] / 1000)) @ self.between
+            for block in self.blocks:
+                x = x + block(x)
+            assert x.dtype == torch.bfloat16
+            out: Tensor = self.last(x)
+        return out.float()
+
+
+def test_a_model_computes_in_its_own_autocast_while_it_is_calibrated() -> None:
+    torch.manual_seed(0)
+    model = InAutocast().requires_grad_(False)
+    with record(model, num_train_timesteps=1000) as calls, torch.no_grad():
+        for t in (999.0, 500.0, 1.0):
+            model(torch.randn(3, 3, 4), torch.full((3,), t))
+    quantized = calibrate(model, preset("default", scheme="W8A8", weight_iterations=2, activation_iterations=2), calls)
+    inputs = calls.inputs(slice(0, 9))
+    expected = model(**inputs)
+    assert (quantized(**inputs) - expected).norm() < 0.03 * expected.norm()

@@ -19,7 +19,10 @@ from ptq_tdq.runtime.native import open_library
 
 CHEAP = {
     "scheme": "W4A8",
+    "method": "step-table",  # follows t, and nothing is fitted
     "rounding": "nearest",
+    "round_again": False,
+    "rotate": "none",
     "activation_iterations": 0,
     "weight_range": "minmax",
     "activation_range": "minmax",

@@ -127,7 +127,7 @@ def test_forms(name: str, scheme: str, fused: Any) -> None:
 
 CHOICES: dict[str, dict[str, Any]] = {
     "weights of integers": WEIGHTS,
-    "of each step": {"method": "step-table"},
+    "of no step": {"method": "static"},
     "rotated": {"rotate": "hadamard"},
 }
 

@@ -163,7 +163,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "rotated": {"rotate": "hadamard"},
     "gains": {"equalize": "channels"},
     "weights of integers": WEIGHTS,
-    "of each step": {"method": "step-table"},
+    "of no step": {"method": "static"},
 }
 PLAIN: dict[str, dict[str, Any]] = {
     "dynamic": {"method": "dynamic"},

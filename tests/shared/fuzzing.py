@@ -307,7 +307,7 @@ SUBJECTS: dict[str, tuple[Callable[[Files, random.Random], Files], Callable[[Pat
     "run": (run, use_run),
     "tuning": (run, use_tuning),
 }
-SHARES = (90, 28, 1, 1)  # of the cases; a run takes as long as a hundred others
+SHARES = (180, 56, 1, 1)  # of the cases; a run takes as long as a hundred others
 
 
 # How a case is tried.

@@ -185,3 +185,10 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         append_line(tmp_path / "file" / "r.jsonl", {})
+
+
+def test_a_link_to_a_results_file_is_the_same_study(tmp_path: Path) -> None:
+    results, link = tmp_path / "study.jsonl", tmp_path / "elsewhere" / "link.jsonl"
+    link.parent.mkdir()
+    link.symlink_to(results)
+    assert work_folder(link) == work_folder(results)

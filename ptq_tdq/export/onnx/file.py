@@ -40,7 +40,7 @@ _STEPS = Contents("graphs for time steps", ("t*.onnx", WEIGHTS))
 def export_onnx(
     artifact: Given, file: str | Path, runtime: str, calls: Calls, *, model: nn.Module | None = None
 ) -> None:
-    """Write ``artifact`` as one ONNX graph for one of :data:`FORMS`.
+    """Write ``artifact`` as one ONNX graph for one of :data:`FORMS`. A file that is there is replaced.
 
     ``artifact`` is a folder, a hub id, what :func:`~ptq_tdq.calibrate` gave, or an artifact in memory.
     ``model`` is an instance of a class that is not diffusers' own, as :func:`~ptq_tdq.load_quantized` takes it.

@@ -38,6 +38,19 @@ def copy_(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return x.copy_(source.expand(x.shape) if source.shape != x.shape else source)
 
 
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """As ``scaled_dot_product_attention``, of which the exporter knows that of tokens with heads [B, heads, N, d]."""
+    attend, lead = functional.scaled_dot_product_attention, query.shape[:-2]
+    if len(lead) == 2 or not lead == key.shape[:-2] == value.shape[:-2]:
+        return attend(query, key, value, attn_mask, *args, **kwargs)
+    q, k, v = (x.reshape(-1, 1, *x.shape[-2:]) for x in (query, key, value))
+    if attn_mask is not None and attn_mask.ndim > 2:
+        attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:]).reshape(-1, 1, *attn_mask.shape[-2:])
+    return attend(q, k, v, attn_mask, *args, **kwargs).reshape(*lead, query.shape[-2], value.shape[-1])
+
+
 def _in_each(dimensions: int, convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A convolution whose strides, paddings and the like may be lists of one number for all dimensions.
 
@@ -50,6 +63,21 @@ def _in_each(dimensions: int, convolution: Callable[..., Tensor]) -> Callable[..
     return lambda *args, **kwargs: convolution(*map(each, args), **{key: each(x) for key, x in kwargs.items()})
 
 
+def _of_one_type(clamp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A clamp whose bounds may be an integer and a real number, for which the exporter finds no operator."""
+
+    def clamped(*args: Any, **kwargs: Any) -> Tensor:
+        real = any(isinstance(value, float) for value in (*args, *kwargs.values()))
+
+        def bound(value: Any) -> Any:
+            return float(value) if real and isinstance(value, int) else value
+
+        return clamp(*map(bound, args), **{key: bound(value) for key, value in kwargs.items()})
+
+    return clamped
+
+
+_CLAMPS = (torch.clamp, torch.clip, torch.clamp_, torch.clip_, Tensor.clamp, Tensor.clip, Tensor.clamp_, Tensor.clip_)
 _WORDS: dict[Any, Callable[..., Tensor]] = {
     Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]  # of what is written there tracing loses sight
     Tensor.half: Tensor.float,
@@ -58,6 +86,8 @@ _WORDS: dict[Any, Callable[..., Tensor]] = {
     Tensor.repeat_interleave: repeat_interleave,
     Tensor.copy_: copy_,
     functional.pad: pad,
+    functional.scaled_dot_product_attention: attention,
+    **{clamp: _of_one_type(clamp) for clamp in _CLAMPS},
     torch.conv2d: _in_each(2, torch.conv2d),
     torch.conv3d: _in_each(3, torch.conv3d),
     torch.conv_transpose2d: _in_each(2, torch.conv_transpose2d),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.calls import Calls
+from ptq_tdq.carried import refuse_carried
 from ptq_tdq.errors import ModelError
 from ptq_tdq.export.onnx.geometry import unpadded
 from ptq_tdq.export.onnx.reads import DECISION, MASK, Read
@@ -72,10 +73,11 @@ def make_skeleton(
     The batch may vary, and the sizes of an image where the model itself takes others, but those ``fixed``; a model
     whose batch cannot vary, such as one that takes lists, is exported for one sample. Arguments whose values the
     model's code reads are held: the graph has a sample for each of their values in ``calls``. Raises
-    :class:`ModelError` for a model that torch cannot export.
+    :class:`ModelError` for a model that torch cannot export, or that computes with what it keeps from call to call.
     """
     quantized = build_quantized(artifact, model).float()
     signature, rows, count = describe(quantized, calls)
+    refuse_carried(quantized, calls)
     layers = {name: unpadded(layer.layer)[0] for name, layer in quantized.layers().items()}
     call, samples = Call(quantized, signature).eval(), [0]
     try:
