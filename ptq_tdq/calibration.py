@@ -175,8 +175,13 @@ def _foresee(model: LoadedModel, config: Config, budget: int, evaluation_samples
 
 
 def _close_steps(calls: Calls) -> Iterator[str]:
-    """A sentence where many steps share entries of the tables, which are evenly spaced over the time axis."""
+    """A sentence where there is one step, or many share entries of the tables, which are evenly spaced over time."""
     t = calls.t.unique()
+    if len(t) == 1:
+        yield (
+            f"All recorded calls are at one time step (t = {t.item():g}), so nothing is known of others; a sampler of "
+            f"several steps should give each its own {calls.axis.argument}."
+        )
     shared = len(t) - len(t.round().unique())
     if shared > len(t) // 4:
         yield (
