@@ -19,6 +19,7 @@ from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
 from ptq_tdq.identity import base_config, model_name, model_sha256
 from ptq_tdq.timeaxis import TimeAxis
 from ptq_tdq.timed_model import TimedModel
+from ptq_tdq.wrap import folded_copy
 
 B = 2
 Change = Callable[[Tensor], Tensor]
@@ -456,6 +457,14 @@ def test_calls_are_recorded_in_front_of_hooks_which_see_them_again(model: Condit
     with record(model) as calls:
         expected = model(sample=torch.ones(B, 4), timestep=torch.tensor([3, 5]))[0]
     assert torch.equal(replayed(model, calls)[0], expected)
+
+
+def test_hooks_that_hear_of_positions_alone_hear_of_calls_that_are_made_again(model: Conditioned) -> None:
+    model.register_forward_pre_hook(lambda _, args: (3 * args[0], *args[1:]))
+    model.register_forward_hook(lambda _, args, output: (output[0] + args[0],))
+    with record(model) as calls:
+        expected = loop(model, count=4, positions=torch.rand(4))
+    torch.testing.assert_close(torch.cat(replayed(folded_copy(model), calls, 2)), torch.cat(expected))
 
 
 def test_a_compiled_model_is_recorded_as_the_one_inside(model: Conditioned) -> None:
