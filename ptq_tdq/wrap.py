@@ -151,7 +151,8 @@ def untie(model: nn.Module, names: Iterable[str]) -> None:
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors of a state dict into ``model``, with the dtype and the device that they have."""
-    model.load_state_dict({name: value.clone() for name, value in tensors.items()}, strict=False, assign=True)
+    state = {name: value.clone() for name, value in tensors.items()}
+    nn.Module.load_state_dict(model, state, strict=False, assign=True)  # its class may take others
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:
