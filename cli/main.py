@@ -1,6 +1,6 @@
 """Entry point: the command group, and how a run ends that does not end well.
 
-Exit codes: 2 for a wrong request, 1 for a failure, 130 for Ctrl-C, 143 for SIGTERM.
+Exit codes: 2 for a wrong request, 1 for a failure, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from importlib import import_module
 from io import TextIOWrapper
 from types import FrameType
@@ -102,7 +102,8 @@ def main(args: list[str] | None = None) -> None:
         _fail(f"{error.format_message()} See `{command} --help`.", 2, told=launch.is_first_here())
     except (click.Abort, KeyboardInterrupt) as stop:  # click makes an Abort of the interrupt
         if launch.is_first():
-            click.echo(state.get("on_stop", "Stopped."), err=True)
+            with suppress(OSError):  # of a terminal that was closed
+                click.echo(state.get("on_stop", "Stopped."), err=True)
         sys.exit(128 + getattr(stop.__cause__ or stop, "number", signal.SIGINT))
     except PtqTdqError as error:
         if state.get("verbose"):
@@ -170,7 +171,7 @@ def _prepare_streams() -> None:
 
 
 class _Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, by its ``number``."""
+    """Ctrl-C, SIGTERM or SIGHUP, by its ``number``."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -178,8 +179,9 @@ class _Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the body, and what comes then as before. They wait for the end of an import: libraries
-    take what is raised in one for a sign that something is missing, and go on without it.
+    """Ctrl-C, SIGTERM and SIGHUP (the terminal was closed) stop the body, and what comes then as before. They wait for
+    the end of an import: libraries take what is raised in one for a sign that something is missing, and go on without
+    it.
     """
     waits: list[threading.Timer] = []
 
@@ -192,7 +194,7 @@ def _stoppable() -> Iterator[None]:
 
     with ExitStack() as before:
         if threading.current_thread() is threading.main_thread():  # the only one that may
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 if (handler := signal.getsignal(number)) is not signal.SIG_IGN:
                     before.callback(signal.signal, number, handler or signal.SIG_DFL)
                     signal.signal(number, stop)

@@ -73,7 +73,7 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     layers = [seen.layers[name] for name in seen.faithful if not _skipped(config, name, roles[name])]
     owners = [name for name in seen.products if name in units and not _skipped(config, name)]
     if not seen.layers:
-        raise _no_layers(model)
+        raise _no_layers(model, seen)
     if not layers:
         raise ModelError(
             "0 layers of the model match: nothing would be quantized; check the skip list and the layers kept float."
@@ -96,13 +96,20 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     )
 
 
-def _no_layers(model: nn.Module) -> ModelError:
+def _no_layers(model: nn.Module, seen: Trace) -> ModelError:
     """What is said of a model whose calls pass none of its layers."""
     replaced = next((m for m in model.modules() if isinstance(vars(m).get("forward"), FunctionType)), None)
     if replaced is None:
+        holders = dict.fromkeys(type(model.get_submodule(name)).__name__ for name in seen.loose)
         return ModelError(
             "The recorded calls reach no layer that can be quantized: these are torch's own linear layers and "
             "convolutions, and classes derived from them."
+            + (
+                f" The weights here are held by {_some(holders)}: compute what each makes of its weight once, and give "
+                "it to an nn.Conv2d or nn.Linear in its place."
+                if holders
+                else ""
+            )
         )
     return ModelError(
         f"The forward of {type(replaced).__name__} was replaced by a function, which calls the layers of the model "

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ptq_tdq.calls import hear_positions
 from ptq_tdq.compiled import COMPILED, COMPILED_FUNCTION, take_hooks
 from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
@@ -40,7 +41,7 @@ def folded_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode and without gradients, with reparametrized weights made plain.
 
     What ``torch.compile`` gave in the place of a part, or of its forward, is that again, under its own name, with the
-    hooks of both.
+    hooks of both. Hooks that hear of positional arguments alone hear of recorded calls, whose arguments have names.
     Its parameters are in the memory of the model's: neither may be written to, only exchanged. Raises
     :class:`ModelError` for TorchScript, for parameters that have no shape yet and for attributes that cannot be copied.
     """
@@ -71,6 +72,7 @@ def folded_copy(model: nn.Module) -> nn.Module:
             f"The model cannot be copied, because of {names} ({first_line(error)}); set such attributes to None first, "
             "or make them where they are used."
         ) from error
+    hear_positions(copied)
     return fold(copied.eval().requires_grad_(False))
 
 
@@ -149,7 +151,8 @@ def untie(model: nn.Module, names: Iterable[str]) -> None:
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors of a state dict into ``model``, with the dtype and the device that they have."""
-    model.load_state_dict({name: value.clone() for name, value in tensors.items()}, strict=False, assign=True)
+    state = {name: value.clone() for name, value in tensors.items()}
+    nn.Module.load_state_dict(model, state, strict=False, assign=True)  # its class may take others
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:

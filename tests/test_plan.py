@@ -578,6 +578,13 @@ def test_a_model_without_layers_of_torch_is_an_error() -> None:
         make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 4, 8), torch.tensor([3, 5])))
 
 
+def test_without_layers_of_torch_the_classes_that_hold_weights_are_named() -> None:
+    model = OwnLayers()
+    model.body = nn.Sequential(Weighing(), Weighing())
+    with pytest.raises(ModelError, match=r"The weights here are held by Weighing: .* nn\.Conv2d or nn\.Linear"):
+        make_plan(folded_copy(model), preset("qdiff"), calls_of(model, torch.randn(2, 4, 8), torch.tensor([3, 5])))
+
+
 def test_a_forward_that_is_a_function_of_the_object_is_named() -> None:
     model, x = OwnLayers().requires_grad_(False), torch.randn(2, 4, 8)
     model.body, forward = nn.Linear(8, 8), model.forward

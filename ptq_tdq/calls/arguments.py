@@ -10,17 +10,20 @@ import math
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import combinations
+from inspect import Parameter
+from itertools import combinations, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from ptq_tdq.calls.borrowed import borrowed
 from ptq_tdq.calls.gradients import without_gradients
 from ptq_tdq.calls.outputs import last_row
 from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
+from ptq_tdq.hooks import hooked
 from ptq_tdq.timeaxis import signature_of, time_argument
 
 Rows = slice | Tensor
@@ -171,6 +174,22 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     return bound
 
 
+def hear_positions(model: nn.Module) -> list[RemovableHandle]:
+    """Give the arguments of calls by name to ``model`` by position, where it has hooks that hear of those alone."""
+    before = model._forward_pre_hooks.keys() - model._forward_pre_hooks_with_kwargs.keys()
+    behind = model._forward_hooks.keys() - model._forward_hooks_with_kwargs.keys()
+    if not before | behind:
+        return []
+    return [model.register_forward_pre_hook(_by_position, prepend=True, with_kwargs=True)]
+
+
+def _by_position(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    parameters = signature_of(model).parameters.values()
+    names = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD][len(args) :]
+    leading = [*takewhile(kwargs.__contains__, names)]
+    return (*args, *(kwargs[name] for name in leading)), {k: v for k, v in kwargs.items() if k not in leading}
+
+
 def check_argument(value: Any) -> None:
     """Raise :class:`CalibrationSetError` for what is neither a tensor nor plain, nor a tree of these."""
     parts = pytree.tree_leaves(value, is_leaf=lambda x: x is not value)
@@ -286,7 +305,7 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
     works: list[Odd] = []
     if not candidates:
         return frozenset()
-    with suppress(*REFUSALS), without_gradients(model):
+    with suppress(*REFUSALS), without_gradients(model), hooked(hear_positions(model)):
         expected = _last_row(model, arguments)
         for odd in _subsets(candidates, _alike(candidates, [x for _, x in leaves])):
             group = split_rows(arguments, time, odd)

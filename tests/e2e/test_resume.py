@@ -255,12 +255,12 @@ def test_a_run_that_is_stopped_keeps_the_finished_blocks_and_says_so(
 
 @pytest.mark.parametrize(("command", "code"), [(("choices",), 0), (("choices", "--no-such-flag"), 2)])
 def test_after_a_command_signals_do_what_they_did(command: tuple[str, ...], code: int, cli: Any) -> None:
-    numbers = signal.SIGTERM, signal.SIGINT
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
     assert cli(*command).code == code and [signal.getsignal(number) for number in numbers] == before
 
 
-@pytest.mark.parametrize(("stop", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("stop", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stop_waits_for_an_import_that_would_swallow_it(
     stop: signal.Signals, expected: int, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
