@@ -208,7 +208,7 @@ def _in_order(records: Collection[LayerRecord]) -> tuple[LayerRecord, ...]:
 
 
 def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], config: Config) -> Iterator[str]:
-    """What stays in floating point, and why: each reason with the names that it is true of."""
+    """What stays in floating point, and why: each reason with the names that it is true of. And what t is read for."""
     unfaithful = [name for name, layer in seen.layers.items() if not layer.faithful]
     if unfaithful:
         yield (
@@ -235,6 +235,11 @@ def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], conf
         )
     if repeated:
         yield f"Quantized, but not learned, since they run several times in a call: {_some(list(repeated))}."
+    if seen.shared_time:
+        yield (
+            "What the model predicts for a sample changes with the time step of another one in its batch, as where "
+            "code reads t[0] for all; batches mix steps here, so read t of each sample, or expect worse samples."
+        )
     if not config.layers.attention:
         return
     lost = [name for name in seen.products if name not in units]

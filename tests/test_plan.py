@@ -651,6 +651,22 @@ def test_units_whose_rows_are_of_no_one_sample_run_at_one_t(way: str, single: bo
     assert plan.special.single == ({"inside"} if single else set())
 
 
+@pytest.mark.parametrize("reads", [lambda t: t[:1], lambda t: t], ids=["of the first", "of each"])
+def test_a_time_step_that_is_read_for_a_whole_batch_is_said(reads: Callable[[Tensor], Tensor]) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            out: Tensor = self.layer(sample) * reads(timestep)[:, None] / 1000
+            return out
+
+    model, t = Gated().requires_grad_(False), torch.tensor([3.0, 900.0])
+    notices = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 4), t)).notices
+    assert any("time step of another one" in notice for notice in notices) == (len(reads(t)) == 1)
+
+
 class Routed(nn.Module):
     """Two layers, each for some of the samples or, with ``tokens``, of their tokens."""
 
