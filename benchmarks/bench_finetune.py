@@ -226,11 +226,11 @@ def compared(lines: list[Line]) -> str:
             groups.setdefault(tuple(what), []).append((line, other))
     heads = "scheme", "quantizer", "iterations", "seeds", "held out, ratio", *SHOWN
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for what, pairs in groups.items():
+    for cell, pairs in groups.items():
         ratios = ", ".join(f"{after['held_out']['after'] / before['held_out']['after']:.3f}" for before, after in pairs)
         values = [", ".join(f"{after[name] - before[name]:+.3f}" for before, after in pairs) for name in SHOWN]
         seeds = ", ".join(str(before["seed"]) for before, _ in pairs)
-        rows.append(f"| {' | '.join([*map(str, what), seeds, ratios, *values])} |")
+        rows.append(f"| {' | '.join([*map(str, cell), seeds, ratios, *values])} |")
     return "\n".join(rows)
 
 
