@@ -1,6 +1,6 @@
 """What a denoiser does in one call, by watching it: its layers in order, its attention products, what depends on what.
 
-Eight forward passes on recorded calls tell everything that the plan needs, so nothing about any model family is written
+Seven forward passes on recorded calls tell everything that the plan needs, so nothing about any model family is written
 down: two rows against one, and several, tell which tensors have rows; another x, another t, another condition tell what
 each layer's input depends on. Where one row does not reach all layers, as where each has experts of its own, more rows
 are looked at.
@@ -138,11 +138,13 @@ def _several(watcher: Watcher, group: Group, alone: Run, count: int) -> list[Run
 def _shares_time(model: nn.Module, two: dict[str, Any], time: str, beside: Tensor) -> bool:
     """Whether what the second of ``two`` rows gets, ``beside`` the first, changes with the first one's time step."""
     t = two[time]
+
+    def changes(t: Tensor) -> bool:
+        found = last_row(model(**fresh({**two, time: t})))
+        return bool((found - beside).float().norm() > _CLOSE * beside.float().norm())
+
     with without_gradients(model), torch.no_grad(), suppress(*REFUSALS):
-        alike, again = (last_row(model(**fresh({**two, time: of}))) for of in (t[-1:].expand_as(t).clone(), t))
-        size = _CLOSE * beside.float().norm()
-        changes, draws = ((x - beside).float().norm() > size for x in (alike, again))
-        return bool(changes) and not bool(draws)  # a model that draws noise gives something else each time
+        return changes(t[-1:].expand_as(t).clone()) and not changes(t)  # which a model that draws noise does
     return False
 
 
