@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib import import_module
 from io import TextIOWrapper
 from types import FrameType
@@ -45,6 +46,7 @@ NO_FOLDER = (errno.ENOENT, None)  # number and file of the error where none is u
 STDOUT = "<stdout>"  # what its errors name as their file
 NO_MEMORY = "There is too little memory for this; free some, or ask for less at once."
 MOST = 1000  # characters of an error
+HANGUP = getattr(signal, "SIGHUP", None)  # where a system has it
 WAIT, WAITS = 0.1, 300  # seconds that a stop waits for an import, and how often
 SHARED = ("calibrate", "finetune")  # commands that several processes run as one
 
@@ -102,8 +104,7 @@ def main(args: list[str] | None = None) -> None:
         _fail(f"{error.format_message()} See `{command} --help`.", 2, told=launch.is_first_here())
     except (click.Abort, KeyboardInterrupt) as stop:  # click makes an Abort of the interrupt
         if launch.is_first():
-            with suppress(OSError):  # of a terminal that was closed
-                click.echo(state.get("on_stop", "Stopped."), err=True)
+            click.echo(state.get("on_stop", "Stopped."), err=True)
         sys.exit(128 + getattr(stop.__cause__ or stop, "number", signal.SIGINT))
     except PtqTdqError as error:
         if state.get("verbose"):
@@ -187,6 +188,8 @@ def _stoppable() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if len(waits) == WAITS or not _importing(frame):
+            if number == HANGUP:
+                _leave_terminal()
             raise _Stopped(number)
         waits.append(threading.Timer(WAIT, os.kill, (os.getpid(), number)))
         before.callback(waits[-1].cancel)
@@ -194,11 +197,20 @@ def _stoppable() -> Iterator[None]:
 
     with ExitStack() as before:
         if threading.current_thread() is threading.main_thread():  # the only one that may
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)):
                 if (handler := signal.getsignal(number)) is not signal.SIG_IGN:
                     before.callback(signal.signal, number, handler or signal.SIG_DFL)
                     signal.signal(number, stop)
         yield
+
+
+def _leave_terminal() -> None:
+    """Send nowhere what goes to a terminal: it was closed, and writing to it fails."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        if stat.S_ISCHR(os.fstat(number).st_mode):
+            os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def _importing(frame: FrameType | None) -> bool:

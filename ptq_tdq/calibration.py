@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ptq_tdq import launch, processes
 from ptq_tdq.ambient import undisturbed
@@ -31,7 +32,6 @@ from ptq_tdq.recon import CACHE_BYTES, CHECKPOINT_FORM, Forecast, RunDirectory, 
 from ptq_tdq.structure import beside_configuration
 from ptq_tdq.wrap import folded_copy
 
-_TRAINED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _log = logging.getLogger(__name__)
 
 
@@ -180,10 +180,7 @@ def _foresee(model: LoadedModel, config: Config, budget: int, evaluation_samples
 
 def _training(model: nn.Module) -> Iterator[str]:
     """A sentence where the model is in training mode, and does not compute there what its quantized copy does."""
-    modules = ((name, module) for name, module in model.named_modules() if module.training)
-    names = [
-        name for name, module in modules if isinstance(module, _TRAINED) or (isinstance(module, DROPOUT) and module.p)
-    ]
+    names = [name for name, module in model.named_modules() if module.training and _trains(module)]
     if names:
         yield (
             f"The model is in training mode, in which '{names[0]}' computes something else than its quantized copy; "
@@ -191,13 +188,22 @@ def _training(model: nn.Module) -> Iterator[str]:
         )
 
 
+def _trains(module: nn.Module) -> bool:
+    """Whether a module of torch computes something of its own in training mode."""
+    if isinstance(module, _NormBase):
+        return bool(module.track_running_stats)
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module.dropout)
+    return isinstance(module, nn.RReLU) or (isinstance(module, DROPOUT) and bool(module.p))
+
+
 def _close_steps(calls: Calls) -> Iterator[str]:
     """A sentence where there is one step, or many share entries of the tables, which are evenly spaced over time."""
     t = calls.t.unique()
     if len(t) == 1:
         yield (
-            f"All recorded calls are at one time step (t = {t.item():g}), so nothing is known of others; a sampler of "
-            f"several steps should give each its own {calls.axis.argument}."
+            f"All recorded calls are at one time step (t = {t.item():g}), so nothing is known of others; a sampler "
+            f"that makes several should give each its own {calls.axis.argument}."
         )
     shared = len(t) - len(t.round().unique())
     if shared > len(t) // 4:

@@ -136,15 +136,18 @@ def _several(watcher: Watcher, group: Group, alone: Run, count: int) -> list[Run
 
 
 def _shares_time(model: nn.Module, two: dict[str, Any], time: str, beside: Tensor) -> bool:
-    """Whether what the second of ``two`` rows gets, ``beside`` the first, changes with the first one's time step."""
-    t = two[time]
+    """Whether what the second of ``two`` rows gets, ``beside`` the first, changes with the first one's time step.
+
+    Code that reads the last row's t is not found, nor what t changes little.
+    """
+    own = two[time]
 
     def changes(t: Tensor) -> bool:
         found = last_row(model(**fresh({**two, time: t})))
         return bool((found - beside).float().norm() > _CLOSE * beside.float().norm())
 
     with without_gradients(model), torch.no_grad(), suppress(*REFUSALS):
-        return changes(t[-1:].expand_as(t).clone()) and not changes(t)  # which a model that draws noise does
+        return changes(own[-1:].expand_as(own).clone()) and not changes(own)  # which a model that draws noise does
     return False
 
 

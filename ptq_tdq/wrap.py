@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -150,9 +150,20 @@ def untie(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors of a state dict into ``model``, with the dtype and the device that they have."""
-    state = {name: value.clone() for name, value in tensors.items()}
-    nn.Module.load_state_dict(model, state, strict=False, assign=True)  # its class may take others
+    """Put tensors into ``model``, with the dtype and the device that they have.
+
+    The inverse of :func:`~ptq_tdq.identity.state_of`: what a class or a hook makes of a state dict has no part in it.
+    """
+    state, errors = {name: value.clone() for name, value in tensors.items()}, list[str]()
+    for path, module in model.named_modules(remove_duplicate=False):
+        hooks, module._load_state_dict_pre_hooks = module._load_state_dict_pre_hooks, OrderedDict()
+        try:
+            prefix = f"{path}." if path else ""
+            module._load_from_state_dict(state, prefix, {"assign_to_params_buffers": True}, False, [], [], errors)
+        finally:
+            module._load_state_dict_pre_hooks = hooks
+    if errors:
+        raise RuntimeError("\n".join(errors))
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:

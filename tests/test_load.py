@@ -482,12 +482,29 @@ class Saving(Own):
         return super().load_state_dict({k.removeprefix("ema."): v for k, v in state.items()}, False)
 
 
+class Shifted(Own):
+    """Saves its biases less one, by a pair of hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(lambda module, state, *_: self._shift(state, -1))
+        self.register_load_state_dict_pre_hook(lambda module, state, *_: self._shift(state, 1))
+
+    @staticmethod
+    def _shift(state: Any, by: int) -> None:
+        for key in [key for key in state if key.endswith("bias")]:
+            state[key] = state[key] + by
+
+
 @torch.no_grad()
-def test_a_class_that_saves_its_weights_in_its_own_way_comes_back_whole(tmp_path: Path) -> None:
-    model = Saving().eval()
+@pytest.mark.parametrize("kind", [Saving, Shifted])
+def test_a_class_that_saves_its_weights_in_its_own_way_comes_back_whole(kind: type[Own], tmp_path: Path) -> None:
+    model = kind().eval()
     quantized = calibrate(model, QUICK, calls_of(model, **inputs(), num_train_timesteps=1000))
     quantized.save_pretrained(tmp_path / "out")
-    assert torch.equal(load_quantized(tmp_path / "out", model=Saving())(**inputs()), quantized(**inputs()))
+    assert torch.equal(load_quantized(tmp_path / "out", model=kind())(**inputs()), quantized(**inputs()))
+    integer = load_quantized(tmp_path / "out", model=kind(), backend="integer")
+    assert sqnr_db(quantized(**inputs()), integer(**inputs())) > 30
 
 
 @torch.no_grad()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import expit
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,7 +25,8 @@ DIVERGED = (
 )
 PLACES = 51  # of the axis, at which a module is fitted
 STEPS, DAMPING = 40, 1e-2  # of a fit, and how the first one is damped
-NEAR = 3e-4  # root mean square distance of log s that a fit need not come below
+NEAR, CLOSE = 3e-4, 1e-2  # root mean square distances of log s: a fit need not come below, and should
+PRECISE = {"maxiter": 200, "maxcor": 50, "ftol": 1e-12, "gtol": 1e-8}
 FAR = -30  # log softplus(x) is x from here
 
 Array = NDArray[Any]
@@ -60,9 +63,10 @@ def fit(net: nn.Sequential, features: Tensor, static: Tensor, target: Tensor, ri
     """Ridge regression of log s on log ``target`` [K] at ``features`` [K, d], without dropout.
 
     ``ridge`` is the price of a squared distance of one of the net's weights from its start. By Levenberg's and
-    Marquardt's method: with far more weights than points a step is the solution of K equations. In numpy, since so
-    small a net takes torch's operators most of their time to be called.
-    Raises :class:`NonFiniteError` where it diverges, as it may for features as large as the raw time step.
+    Marquardt's method: with far more weights than points a step is the solution of K equations. Where that stays away
+    from the target, as nets of one number do from curves that turn, L-BFGS goes its slower way from the start. In
+    numpy, since so small a net takes torch's operators most of their time to be called.
+    Raises :class:`NonFiniteError` where the net gives no numbers, as it may for features that are too large.
     """
     layers = [layer for layer in net if isinstance(layer, nn.Linear)]
     first = [np.column_stack([_array(layer.weight), _array(layer.bias)]) for layer in layers]
@@ -78,7 +82,7 @@ def fit(net: nn.Sequential, features: Tensor, static: Tensor, target: Tensor, ri
         return _Place(moved, loss, off, inputs, [slope[:, None] * own for own in slopes])
 
     damping = DAMPING
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), _libraries().limit(limits=1, user_api="blas"):
         best = at([np.zeros_like(weights) for weights in first])
         for _ in range(STEPS):
             if np.square(best.off).mean() < NEAR**2:
@@ -86,15 +90,25 @@ def fit(net: nn.Sequential, features: Tensor, static: Tensor, target: Tensor, ri
             found = at(_step(best, ridge, damping))
             better = found.loss < best.loss
             best, damping = (found, damping / 10) if better else (best, damping * 10)
+        if not np.square(best.off).mean() < CLOSE**2:
+            best = min(best, _by_gradients(at, best.moved, ridge), key=lambda place: place.loss)
     with torch.no_grad():
         for layer, start, move in zip(layers, first, best.moved, strict=True):
             weights = torch.from_numpy(start + move).to(features)
             layer.weight.copy_(weights[:, :-1])
             layer.bias.copy_(weights[:, -1])
     net.eval()
-    if not bool(torch.isfinite(scale_of(net, features, static)).all()):
+    if not np.isfinite(best.loss) or not bool(torch.isfinite(scale_of(net, features, static)).all()):
         raise NonFiniteError(DIVERGED)
     net.train()
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """What numpy and scipy compute with: threads of its own take such small matrices far longer on busy cores."""
+    import scipy.optimize  # noqa: F401  # has one of its own
+
+    return ThreadpoolController()
 
 
 def _array(x: Tensor) -> Array:
@@ -125,6 +139,24 @@ def _step(place: _Place, ridge: float, damping: float) -> list[Array]:
     gram = sum((d @ d.T) * (x @ x.T) for _, x, d in layers)
     shares = np.linalg.solve(gram + points * total * np.eye(points), place.off - (1 - kept) * linear)
     return [kept * m - (d * shares[:, None]).T @ x for m, x, d in layers]
+
+
+def _by_gradients(at: Callable[[list[Array]], _Place], like: list[Array], ridge: float) -> _Place:
+    """Where L-BFGS ends that begins where nothing is moved; ``like`` has the shapes."""
+    from scipy.optimize import minimize
+
+    ends = np.cumsum([m.size for m in like])
+
+    def split(flat: Array) -> list[Array]:
+        return [part.reshape(m.shape) for part, m in zip(np.split(flat, ends[:-1]), like, strict=True)]
+
+    def loss(flat: Array) -> tuple[float, Array]:
+        place = at(split(flat))
+        layers = zip(place.moved, place.inputs, place.slopes, strict=True)
+        of_off = place.off[:, None] / len(place.off)
+        return place.loss, 2 * np.concatenate([((d * of_off).T @ x + ridge * m).ravel() for m, x, d in layers])
+
+    return at(split(minimize(loss, np.zeros(ends[-1]), jac=True, method="L-BFGS-B", options=PRECISE).x))
 
 
 def _forward(net: nn.Sequential, weights: list[Array], x: Array) -> tuple[Array, list[Array], list[Array]]:

@@ -131,7 +131,7 @@ def lying_as(query: Tensor, out: Tensor) -> Tensor:
     behind it may count on that (``out.transpose(1, 2).view(...)``).
     """
     if query.ndim != 4 or query.stride(1) >= query.stride(2):
-        return out
+        return out.contiguous()
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -462,8 +462,13 @@ def test_calls_are_recorded_in_front_of_hooks_which_see_them_again(model: Condit
 def test_hooks_that_hear_of_positions_alone_hear_of_calls_that_are_made_again(model: Conditioned) -> None:
     model.register_forward_pre_hook(lambda _, args: (3 * args[0], *args[1:]))
     model.register_forward_hook(lambda _, args, output: (output[0] + args[0],))
+    model.register_forward_pre_hook(  # and one that asks for an argument by its name still finds it
+        lambda _, args, kwargs: (args, kwargs | {"extra": {**kwargs["extra"], "scale": 2 * kwargs["extra"]["scale"]}}),
+        with_kwargs=True,
+    )
+    extra = {"scale": torch.rand(4, 1), "list": [torch.rand(4, 4, 2)]}
     with record(model) as calls:
-        expected = loop(model, count=4, positions=torch.rand(4))
+        expected = loop(model, count=4, positions=torch.rand(4), extra=extra)
     torch.testing.assert_close(torch.cat(replayed(folded_copy(model), calls, 2)), torch.cat(expected))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.intervals import source_class
-from ptq_tdq.intervals.mlp import BENDS, Array, fit, inverse_softplus
+from ptq_tdq.intervals.mlp import BENDS, Array, fit, inverse_softplus, scale_of
 from ptq_tdq.intervals.tdq import TDQ, TimeEncoding, make_net
 
 MODULES: list[tuple[str, dict[str, Any]]] = [
@@ -160,6 +160,22 @@ def test_a_fit_takes_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BENDS, nn.ReLU, relu)
     build("tdq", observe(module_start="steps"))
     assert len(passes) < 3 * 50, "of three layers each"
+
+
+@pytest.mark.parametrize("bend", [nn.SiLU, nn.ReLU])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_net_of_one_number_follows_a_bump(bend: type[nn.Module], seed: int) -> None:
+    """A curve that few nets are near at the start."""
+    torch.manual_seed(seed)
+    net, t = (
+        nn.Sequential(nn.Linear(1, 16), bend(), nn.Linear(16, 16), bend(), nn.Linear(16, 1)),
+        torch.linspace(0, 1, 51),
+    )
+    aim = 1 + 2 * torch.exp(-(((t - 0.7) / 0.06) ** 2))
+    fit(net, t[:, None], aim.mean(), aim, 1e-6)
+    with torch.no_grad():
+        off = (scale_of(net.eval(), t[:, None], aim.mean()) / aim).log()
+    assert off.square().mean().sqrt() < 0.1
 
 
 def test_a_fit_that_diverges_says_what_to_do() -> None:

@@ -16,7 +16,7 @@ class QIL(Quantizer):
     d c = -1 / (2 d) and d x_hat / d d = -(x - c) / (2 d^2) inside, and 0 outside, where values are pruned or clipped.
     What the codes stand for, 2 d x_hat + (c - d), follows the interval and is differentiated too. So d learns as LSQ's
     scale does, and c from values outside. With the gradients of x_hat alone, right where layers around say what a code
-    stands for, an interval of t learns to amplify what it cannot amplify: nothing ends that.
+    stands for, an interval of t would go on and on to where its codes are larger, and what they stand for is not.
 
     c = s ((qmin + qmax) / 2 - z) and d = s n / 2, so both follow t as s does. c learns on its own through the zero
     point (:meth:`moved`), which stays a code: the interval holds 0.
