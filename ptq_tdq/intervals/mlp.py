@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ PRECISE = {"maxiter": 200, "maxcor": 50, "ftol": 1e-12, "gtol": 1e-8}
 FAR = -30  # log softplus(x) is x from here
 
 Array = NDArray[Any]
+_one_at_a_time = Lock()  # or threads of ours would restore each other's limits of the libraries' threads
 
 
 def inverse_softplus(y: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def fit(net: nn.Sequential, features: Tensor, static: Tensor, target: Tensor, ri
         return _Place(moved, loss, off, inputs, [slope[:, None] * own for own in slopes])
 
     damping = DAMPING
-    with np.errstate(all="ignore"), _libraries().limit(limits=1, user_api="blas"):
+    with np.errstate(all="ignore"), _one_at_a_time, _libraries().limit(limits=1, user_api="blas"):
         best = at([np.zeros_like(weights) for weights in first])
         for _ in range(STEPS):
             if np.square(best.off).mean() < NEAR**2:
