@@ -261,8 +261,9 @@ def test_after_a_command_signals_do_what_they_did(command: tuple[str, ...], code
 
 
 IN_A_TERMINAL = """
-import fcntl, termios
+import fcntl, signal, termios
 from time import sleep
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which tests that nohup has started ignore
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 import ptq_tdq.cli.inspect as inspect
 from ptq_tdq.cli.main import main
