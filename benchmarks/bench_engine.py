@@ -48,8 +48,7 @@ class Bench:
 
     def __init__(self, config: Config, iterations: tuple[int, ...], results: Path, deadline: float) -> None:
         self.config, self.iterations, self.results, self.deadline = config, iterations, results, deadline
-        self.learning = 0.0  # seconds of the last learning loop of ours, without evaluations
-        self.evaluating = 0.0
+        self.learning = 0.0  # seconds of the last learning loop of ours, which evaluates nothing
 
     def weights(self, original: Any) -> Any:
         def reconstruct_weights(
@@ -104,21 +103,12 @@ class Bench:
 
     def timed(self, original: Any) -> Any:
         def learn(*args: Any) -> Any:
-            began, before = time.process_time(), self.evaluating
+            began = time.process_time()
             result = original(*args)
-            self.learning = time.process_time() - began - (self.evaluating - before)
+            self.learning = time.process_time() - began
             return result
 
         return learn
-
-    def evaluated(self, original: Any) -> Any:
-        def loss(*args: Any) -> Any:
-            began = time.process_time()
-            result = original(*args)
-            self.evaluating += time.process_time() - began
-            return result
-
-        return loss
 
     def stop_in_time(self) -> None:
         self.learning = 0.0
@@ -167,7 +157,6 @@ def run(config: Config, bench: Bench, work: Path) -> None:
     quantized = QuantizedModel.copy_of(model.denoiser, calls.axis, plan.layers)
     for name, wrap in (("reconstruct_weights", bench.weights), ("reconstruct_activations", bench.activations)):
         setattr(engine, name, wrap(getattr(engine, name)))
-    Unit.loss = bench.evaluated(Unit.loss)  # type: ignore[method-assign]
     weights._learn, activations._learn = bench.timed(weights._learn), bench.timed(activations._learn)
     directory = RunDirectory(work, {key: str(value) for key, value in ungrouped(config.to_dict()).items()})
     try:

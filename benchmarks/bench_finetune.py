@@ -213,6 +213,27 @@ def render(lines: list[Line]) -> str:
     return "\n".join(rows)
 
 
+def compared(lines: list[Line]) -> str:
+    """Markdown: what TDQ changes beside static intervals, on each seed that has both."""
+    plain = {
+        (line["scheme"], line["quantizer"], line["iterations"], line["seed"], line["method"]): line
+        for line in lines
+        if line["quantizer"] and not line["choices"] and not line["data"]
+    }
+    groups: dict[tuple[Any, ...], list[tuple[Line, Line]]] = {}
+    for (*what, seed, method), line in sorted(plain.items()):
+        if method == "static" and (other := plain.get((*what, seed, "tdq"))):
+            groups.setdefault(tuple(what), []).append((line, other))
+    heads = "scheme", "quantizer", "iterations", "seeds", "held out, ratio", *SHOWN
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for cell, pairs in groups.items():
+        ratios = ", ".join(f"{after['held_out']['after'] / before['held_out']['after']:.3f}" for before, after in pairs)
+        values = [", ".join(f"{after[name] - before[name]:+.3f}" for before, after in pairs) for name in SHOWN]
+        seeds = ", ".join(str(before["seed"]) for before, _ in pairs)
+        rows.append(f"| {' | '.join([*map(str, cell), seeds, ratios, *values])} |")
+    return "\n".join(rows)
+
+
 def _mean(values: list[float]) -> str:
     if not values:
         return ""
@@ -251,7 +272,7 @@ def main(
     """Run the cells that have no line yet."""
     known = read(results)
     if rendered:
-        click.echo(render(known))
+        click.echo(f"{render(known)}\n\nTDQ beside static intervals, each seed:\n\n{compared(known)}")
         return
     for name in ("settings", "calibration"):
         options[name] = parse_choices(options[name])

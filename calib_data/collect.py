@@ -276,7 +276,8 @@ class _Wanted:
             self._choose()
         # a pipeline with two denoisers calls each at a part of its steps; most schedules know where they are
         known = getattr(self.schedule, "step_index", None) if self.heard is None else None
-        index = step if known is None else int(self.place[known])
+        listed = known is not None and known < len(self.place)  # a sampler may go on by a longer schedule (FreeInit)
+        index = int(self.place[known]) if listed else step
         self._made.add(index)
         if index < len(self.chosen):
             return self.chosen[index]

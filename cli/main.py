@@ -1,6 +1,6 @@
 """Entry point: the command group, and how a run ends that does not end well.
 
-Exit codes: 2 for a wrong request, 1 for a failure, 130 for Ctrl-C, 143 for SIGTERM.
+Exit codes: 2 for a wrong request, 1 for a failure, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import sys
 import threading
 import traceback
@@ -45,6 +46,7 @@ NO_FOLDER = (errno.ENOENT, None)  # number and file of the error where none is u
 STDOUT = "<stdout>"  # what its errors name as their file
 NO_MEMORY = "There is too little memory for this; free some, or ask for less at once."
 MOST = 1000  # characters of an error
+HANGUP = getattr(signal, "SIGHUP", None)  # where a system has it
 WAIT, WAITS = 0.1, 300  # seconds that a stop waits for an import, and how often
 SHARED = ("calibrate", "finetune")  # commands that several processes run as one
 
@@ -170,7 +172,7 @@ def _prepare_streams() -> None:
 
 
 class _Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, by its ``number``."""
+    """Ctrl-C, SIGTERM or SIGHUP, by its ``number``."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -178,13 +180,16 @@ class _Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the body, and what comes then as before. They wait for the end of an import: libraries
-    take what is raised in one for a sign that something is missing, and go on without it.
+    """Ctrl-C, SIGTERM and SIGHUP (the terminal was closed) stop the body, and what comes then as before. They wait for
+    the end of an import: libraries take what is raised in one for a sign that something is missing, and go on without
+    it.
     """
     waits: list[threading.Timer] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         if len(waits) == WAITS or not _importing(frame):
+            if number == HANGUP:
+                _leave_terminal()
             raise _Stopped(number)
         waits.append(threading.Timer(WAIT, os.kill, (os.getpid(), number)))
         before.callback(waits[-1].cancel)
@@ -192,11 +197,20 @@ def _stoppable() -> Iterator[None]:
 
     with ExitStack() as before:
         if threading.current_thread() is threading.main_thread():  # the only one that may
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)):
                 if (handler := signal.getsignal(number)) is not signal.SIG_IGN:
                     before.callback(signal.signal, number, handler or signal.SIG_DFL)
                     signal.signal(number, stop)
         yield
+
+
+def _leave_terminal() -> None:
+    """Send nowhere what goes to a terminal: it was closed, and writing to it fails."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        if stat.S_ISCHR(os.fstat(number).st_mode):
+            os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def _importing(frame: FrameType | None) -> bool:

@@ -106,7 +106,7 @@ def command_line() -> str:
     parts = [
         "# Command line",
         "`ptq-tdq COMMAND --help` prints the same. Exit codes: 0, 1 for a failure, 2 for a wrong request, 130 for "
-        "Ctrl-C, 143 for SIGTERM. Completion in bash, and likewise in zsh and fish:",
+        "Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. Completion in bash, and likewise in zsh and fish:",
         '    eval "$(_PTQ_TDQ_COMPLETE=bash_source ptq-tdq)"',
     ]
     context = click.Context(cli, info_name="ptq-tdq")

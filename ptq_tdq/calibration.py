@@ -8,11 +8,13 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ptq_tdq import launch, processes
 from ptq_tdq.ambient import undisturbed
@@ -22,6 +24,7 @@ from ptq_tdq.calls import Calls
 from ptq_tdq.choices import ungrouped
 from ptq_tdq.config import Config
 from ptq_tdq.errors import CalibrationSetError, ConfigError, NonFiniteError
+from ptq_tdq.fit import DROPOUT
 from ptq_tdq.identity import base_config, first_nonfinite
 from ptq_tdq.plan import Plan, make_plan
 from ptq_tdq.quantized_model import QuantizedModel, buffer_dtypes
@@ -94,7 +97,8 @@ def calibrate(
     quantized.provenance = provenance(original, config, calls, model_id)
     quantized.provenance |= {"one_step": bool(plan.special.single), "buffer_dtypes": buffer_dtypes(quantized.model)}
     quantized.provenance |= {"exchanged_modules": exchanged}
-    quantized.notices = (*plan.notices, *_close_steps(calls), *_exchanged(exchanged), *_changed(settings))
+    said = (_training(original.denoiser), _close_steps(calls), _exchanged(exchanged), _changed(settings))
+    quantized.notices = (*plan.notices, *chain.from_iterable(said))
     check_draft(quantized.provenance, [record.to_dict() for record in plan.layers])
     folders = {"run_directory": run_directory is not None, "weights_directory": weights_directory is not None}
     processes.check_alike(lambda: identity(quantized.provenance) | folders)
@@ -174,9 +178,33 @@ def _foresee(model: LoadedModel, config: Config, budget: int, evaluation_samples
     )
 
 
+def _training(model: nn.Module) -> Iterator[str]:
+    """A sentence where the model is in training mode, and does not compute there what its quantized copy does."""
+    names = [name for name, module in model.named_modules() if module.training and _trains(module)]
+    if names:
+        yield (
+            f"The model is in training mode, in which '{names[0]}' computes something else than its quantized copy; "
+            "call eval() before its calls are recorded."
+        )
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether a module of torch computes something of its own in training mode."""
+    if isinstance(module, _NormBase):
+        return bool(module.track_running_stats)
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module.dropout)
+    return isinstance(module, nn.RReLU) or (isinstance(module, DROPOUT) and bool(module.p))
+
+
 def _close_steps(calls: Calls) -> Iterator[str]:
-    """A sentence where many steps share entries of the tables, which are evenly spaced over the time axis."""
+    """A sentence where there is one step, or many share entries of the tables, which are evenly spaced over time."""
     t = calls.t.unique()
+    if len(t) == 1:
+        yield (
+            f"All recorded calls are at one time step (t = {t.item():g}), so nothing is known of others; a sampler "
+            f"that makes several should give each its own {calls.axis.argument}."
+        )
     shared = len(t) - len(t.round().unique())
     if shared > len(t) // 4:
         yield (

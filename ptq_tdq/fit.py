@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq_tdq.artifacts import Artifact
 from ptq_tdq.errors import ArtifactMismatchError
+from ptq_tdq.identity import state_of
 from ptq_tdq.modules import layer_kind
 from ptq_tdq.modules.layers import outputs_first, weight_groups
 from ptq_tdq.modules.products import OPERANDS, owner_of
@@ -113,7 +114,7 @@ def _check_state(model: nn.Module, artifact: Artifact) -> None:
     Real ones are in float32, in the model's dtype, or in one of those that its layers had.
     """
     quantized = {f"{name}.weight" for name in artifact.weight_codes}
-    expected = {key: tensor for key, tensor in model.state_dict().items() if key not in quantized}
+    expected = {key: tensor for key, tensor in state_of(model).items() if key not in quantized}
     for key in sorted(expected.keys() ^ artifact.float_state.keys()):
         where = "the artifact" if key in expected else "the model"
         raise ArtifactMismatchError(f"The tensor '{key}' is missing in {where}{_ADVICE}")

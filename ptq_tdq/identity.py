@@ -43,21 +43,27 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
     return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
 
 
-def state_of(model: Any) -> dict[str, Tensor]:
-    """A model's state dict; raises :class:`ModelError` for entries that are no tensors or have no values yet."""
-    state: dict[str, Any] = model.state_dict()
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict as its modules fill it, whatever its class or a hook makes of that (other names, a part).
+
+    Raises :class:`ModelError` for entries that are no dense tensors or have no values yet.
+    """
+    state: dict[str, Any] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        module._save_to_state_dict(state, f"{path}." if path else "", keep_vars=True)
     for name, value in state.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            kind = f"{value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
             raise ModelError(
-                f"The model keeps a {type(value).__name__} as '{name}' in its state, and artifacts hold tensors alone; "
-                "keep it in buffers, or as plain attributes that its constructor sets."
+                f"The model keeps a {kind} as '{name}' in its state, and artifacts hold dense tensors alone; keep it "
+                "in buffers, or as plain attributes that its constructor sets."
             )
         if is_lazy(value):
             raise ModelError(
                 f"'{name}' of the model has no values yet, since its layer is lazy and was never called; call the "
                 "model once with a sample, or leave the layer out."
             )
-    return state
+    return {name: value.detach() for name, value in state.items()}
 
 
 def model_sha256(model: Any) -> str:

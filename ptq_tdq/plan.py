@@ -73,7 +73,7 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     layers = [seen.layers[name] for name in seen.faithful if not _skipped(config, name, roles[name])]
     owners = [name for name in seen.products if name in units and not _skipped(config, name)]
     if not seen.layers:
-        raise _no_layers(model)
+        raise _no_layers(model, seen)
     if not layers:
         raise ModelError(
             "0 layers of the model match: nothing would be quantized; check the skip list and the layers kept float."
@@ -96,13 +96,20 @@ def make_plan(model: nn.Module, config: Config, calls: Calls) -> Plan:
     )
 
 
-def _no_layers(model: nn.Module) -> ModelError:
+def _no_layers(model: nn.Module, seen: Trace) -> ModelError:
     """What is said of a model whose calls pass none of its layers."""
     replaced = next((m for m in model.modules() if isinstance(vars(m).get("forward"), FunctionType)), None)
     if replaced is None:
+        holders = dict.fromkeys(type(model.get_submodule(name)).__name__ for name in seen.loose)
         return ModelError(
             "The recorded calls reach no layer that can be quantized: these are torch's own linear layers and "
             "convolutions, and classes derived from them."
+            + (
+                f" The weights here are held by {_some(holders)}: compute what each makes of its weight once, and give "
+                "it to an nn.Conv2d or nn.Linear in its place."
+                if holders
+                else ""
+            )
         )
     return ModelError(
         f"The forward of {type(replaced).__name__} was replaced by a function, which calls the layers of the model "
@@ -201,7 +208,7 @@ def _in_order(records: Collection[LayerRecord]) -> tuple[LayerRecord, ...]:
 
 
 def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], config: Config) -> Iterator[str]:
-    """What stays in floating point, and why: each reason with the names that it is true of."""
+    """What stays in floating point, and why: each reason with the names that it is true of. And what t is read for."""
     unfaithful = [name for name, layer in seen.layers.items() if not layer.faithful]
     if unfaithful:
         yield (
@@ -228,6 +235,11 @@ def _notices(seen: Trace, units: dict[str, str], repeated: Collection[str], conf
         )
     if repeated:
         yield f"Quantized, but not learned, since they run several times in a call: {_some(list(repeated))}."
+    if seen.shared_time:
+        yield (
+            "What the model predicts for a sample changes with the time step of another one in its batch, as where "
+            "code reads t[0] for all; batches mix steps here, so read t of each sample, or expect worse samples."
+        )
     if not config.layers.attention:
         return
     lost = [name for name in seen.products if name not in units]

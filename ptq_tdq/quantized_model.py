@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ptq_tdq.artifacts import Artifact, IntervalTable, model_card, write_artifact
 from ptq_tdq.errors import ArtifactMismatchError, ConfigError, ModelError, OutputError, first_line
 from ptq_tdq.fit import check_fit
-from ptq_tdq.identity import dtype_name
+from ptq_tdq.identity import dtype_name, state_of
 from ptq_tdq.intervals import IntervalSource
 from ptq_tdq.intervals.dynamic import Dynamic, restore_dynamic
 from ptq_tdq.intervals.table import TableSource
@@ -205,17 +205,17 @@ class QuantizedModel(TimedModel):
 
     def _float_state(self) -> dict[str, Tensor]:
         """All tensors that stay in floating point, under the original model's names."""
-        layers, state = self.layers(), self.model.state_dict()
+        layers, state = self.layers(), state_of(self.model)
         own = tuple(f"{name}." for name in layers)
         state = {k: value for k, value in state.items() if not k.startswith(own) and f".{ATTRIBUTE}." not in k}
         for name, layer in layers.items():  # all that a class of layers has, but for what its codes replace
-            state |= {f"{name}.{k}": value for k, value in layer.layer.state_dict().items() if k != "weight"}
+            state |= {f"{name}.{k}": value for k, value in state_of(layer.layer).items() if k != "weight"}
         return state
 
 
 def buffer_dtypes(model: nn.Module) -> dict[str, str]:
     """The dtypes of buffers that no file holds, where they are not those in which a model builds them."""
-    saved = model.state_dict().keys()
+    saved = state_of(model).keys()
     return {
         name: dtype_name(buffer.dtype)
         for name, buffer in model.named_buffers()

@@ -84,7 +84,7 @@ def as_configured(model: nn.Module, time: str) -> nn.Module | None:
 
     None for classes that are not diffusers' own, which their users build, and where nothing can be built of it.
     """
-    config, state = base_config(model), model.state_dict().values()
+    config, state = base_config(model), state_of(model).values()
     cls = diffusers_class(config["_class_name"])
     if cls is None or not isinstance(model, cls):
         return None

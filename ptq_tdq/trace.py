@@ -1,6 +1,6 @@
 """What a denoiser does in one call, by watching it: its layers in order, its attention products, what depends on what.
 
-Six forward passes on recorded calls tell everything that the plan needs, so nothing about any model family is written
+Seven forward passes on recorded calls tell everything that the plan needs, so nothing about any model family is written
 down: two rows against one, and several, tell which tensors have rows; another x, another t, another condition tell what
 each layer's input depends on. Where one row does not reach all layers, as where each has experts of its own, more rows
 are looked at.
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_tdq.calls import Calls, Each, Group, Place, main_argument, prediction
+from ptq_tdq.calls import Calls, Each, Group, Place, fresh, main_argument, prediction
 from ptq_tdq.calls.arguments import REFUSALS
 from ptq_tdq.calls.gradients import without_gradients
+from ptq_tdq.calls.outputs import last_row
 from ptq_tdq.carried import refuse_carried
 from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.modules.layers import layer_kind
@@ -38,7 +39,8 @@ class Trace:
     module that computes them, ``matmuls`` are multiply-accumulates of other products of two activations, ``loose``
     those with weights that no layer holds, and ``fused`` those of torch's multi-head attention, whose projections
     and products are one function. ``elsewhere`` are layers that other calls reach and the first does not; ``unused``
-    are layers that were never called and whose weight no such function took.
+    are layers that were never called and whose weight no such function took. With ``shared_time`` a sample's prediction
+    changes with the time step of another one in its batch.
     """
 
     layers: dict[str, TracedLayer]
@@ -50,6 +52,7 @@ class Trace:
     fused: dict[str, int]
     elsewhere: dict[str, TracedLayer]
     unused: list[str]
+    shared_time: bool
 
     @property
     def faithful(self) -> list[str]:
@@ -78,6 +81,7 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
         with without_gradients(model):
             alone = watcher.look(one)
         together = watcher.look(two, again=True, rows=2)
+        beside = last_row(watcher.output)
         several = _several(watcher, group, alone, len(group.leaf(calls.axis.argument)))
     except REFUSALS as error:
         said = first_line(error)
@@ -109,6 +113,7 @@ def trace(model: nn.Module, calls: Calls) -> Trace:
         watcher.fused,
         watcher.elsewhere,
         [name for name in unused if not watcher.saw(name, watcher.modules[name])],
+        _shares_time(model, two, calls.axis.argument, beside),
     )
 
 
@@ -128,6 +133,22 @@ def _several(watcher: Watcher, group: Group, alone: Run, count: int) -> list[Run
         if all(name in reached for name, module in watcher.modules.items() if layer_kind(module)):
             break
     return runs
+
+
+def _shares_time(model: nn.Module, two: dict[str, Any], time: str, beside: Tensor) -> bool:
+    """Whether what the second of ``two`` rows gets, ``beside`` the first, changes with the first one's time step.
+
+    Code that reads the last row's t is not found, nor what t changes little.
+    """
+    own = two[time]
+
+    def changes(t: Tensor) -> bool:
+        found = last_row(model(**fresh({**two, time: t})))
+        return bool((found - beside).float().norm() > _CLOSE * beside.float().norm())
+
+    with without_gradients(model), torch.no_grad(), suppress(*REFUSALS):
+        return changes(own[-1:].expand_as(own).clone()) and not changes(own)  # which a model that draws noise does
+    return False
 
 
 def _varied(watcher: Watcher, alone: Run, variations: dict[Source, dict[str, Any]]) -> list[Run]:

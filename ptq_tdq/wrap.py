@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ptq_tdq.calls import hear_positions
 from ptq_tdq.compiled import COMPILED, COMPILED_FUNCTION, take_hooks
 from ptq_tdq.errors import ModelError, first_line
 from ptq_tdq.modules import ActivationQuantizer, QuantLayer
@@ -40,7 +41,7 @@ def folded_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode and without gradients, with reparametrized weights made plain.
 
     What ``torch.compile`` gave in the place of a part, or of its forward, is that again, under its own name, with the
-    hooks of both.
+    hooks of both. Hooks that hear of positional arguments alone hear of recorded calls, whose arguments have names.
     Its parameters are in the memory of the model's: neither may be written to, only exchanged. Raises
     :class:`ModelError` for TorchScript, for parameters that have no shape yet and for attributes that cannot be copied.
     """
@@ -71,6 +72,7 @@ def folded_copy(model: nn.Module) -> nn.Module:
             f"The model cannot be copied, because of {names} ({first_line(error)}); set such attributes to None first, "
             "or make them where they are used."
         ) from error
+    hear_positions(copied)
     return fold(copied.eval().requires_grad_(False))
 
 
@@ -148,8 +150,20 @@ def untie(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors of a state dict into ``model``, with the dtype and the device that they have."""
-    model.load_state_dict({name: value.clone() for name, value in tensors.items()}, strict=False, assign=True)
+    """Put tensors into ``model``, with the dtype and the device that they have.
+
+    The inverse of :func:`~ptq_tdq.identity.state_of`: what a class or a hook makes of a state dict has no part in it.
+    """
+    state, errors = {name: value.clone() for name, value in tensors.items()}, list[str]()
+    for path, module in model.named_modules(remove_duplicate=False):
+        hooks, module._load_state_dict_pre_hooks = module._load_state_dict_pre_hooks, OrderedDict()
+        try:
+            prefix = f"{path}." if path else ""
+            module._load_from_state_dict(state, prefix, {"assign_to_params_buffers": True}, False, [], [], errors)
+        finally:
+            module._load_state_dict_pre_hooks = hooks
+    if errors:
+        raise RuntimeError("\n".join(errors))
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:

@@ -387,6 +387,16 @@ def test_a_block_of_several_names_comes_back_with_intervals_of_its_own_at_each(t
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_in_training_mode_is_said_to_be(training: bool) -> None:
+    model = Own()
+    model.b = nn.Sequential(model.b, nn.Dropout(0.5), nn.Dropout(0.0))
+    model.train(training)
+    notices = calibrate(model, QUICK, calls_of(model, **inputs(), num_train_timesteps=1000)).notices
+    assert any("in training mode, in which 'b.1' computes something else" in said for said in notices) == training
+
+
+@torch.no_grad()
 def test_calibration_is_the_same_whatever_torch_is_set_to() -> None:
     model = Own().eval().requires_grad_(False)
     calls = calls_of(model, **inputs(), num_train_timesteps=1000)
@@ -427,11 +437,18 @@ class Counting(nn.Identity):
         return {"count": 1}
 
 
+class Sparse(nn.Identity):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", torch.eye(4).to_sparse())
+
+
 @pytest.mark.parametrize(
     ("part", "said"),
     [
         (nn.LazyConv2d(8, 1), r"'b\.weight' of the model has no values yet"),
         (Counting(), r"a dict as 'b\._extra_state'"),
+        (Sparse(), r"a torch\.sparse_coo tensor as 'b\.graph'"),
     ],
 )
 def test_a_state_that_no_artifact_holds_is_one_sentence(part: nn.Module, said: str, own: Any) -> None:
@@ -453,6 +470,41 @@ class Adapted(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + ((self.up @ self.down) @ x.flatten(2)).view(len(x), -1, *x.shape[2:])
+
+
+class Saving(Own):
+    """Saves its weights under other names, without those of one part."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {f"ema.{k}": v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("b.")}
+
+    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict({k.removeprefix("ema."): v for k, v in state.items()}, False)
+
+
+class Shifted(Own):
+    """Saves its biases less one, by a pair of hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(lambda module, state, *_: self._shift(state, -1))
+        self.register_load_state_dict_pre_hook(lambda module, state, *_: self._shift(state, 1))
+
+    @staticmethod
+    def _shift(state: Any, by: int) -> None:
+        for key in [key for key in state if key.endswith("bias")]:
+            state[key] = state[key] + by
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Saving, Shifted])
+def test_a_class_that_saves_its_weights_in_its_own_way_comes_back_whole(kind: type[Own], tmp_path: Path) -> None:
+    model = kind().eval()
+    quantized = calibrate(model, QUICK, calls_of(model, **inputs(), num_train_timesteps=1000))
+    quantized.save_pretrained(tmp_path / "out")
+    assert torch.equal(load_quantized(tmp_path / "out", model=kind())(**inputs()), quantized(**inputs()))
+    integer = load_quantized(tmp_path / "out", model=kind(), backend="integer")
+    assert sqnr_db(quantized(**inputs()), integer(**inputs())) > 30
 
 
 @torch.no_grad()

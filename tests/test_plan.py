@@ -578,6 +578,13 @@ def test_a_model_without_layers_of_torch_is_an_error() -> None:
         make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 4, 8), torch.tensor([3, 5])))
 
 
+def test_without_layers_of_torch_the_classes_that_hold_weights_are_named() -> None:
+    model = OwnLayers()
+    model.body = nn.Sequential(Weighing(), Weighing())
+    with pytest.raises(ModelError, match=r"The weights here are held by Weighing: .* nn\.Conv2d or nn\.Linear"):
+        make_plan(folded_copy(model), preset("qdiff"), calls_of(model, torch.randn(2, 4, 8), torch.tensor([3, 5])))
+
+
 def test_a_forward_that_is_a_function_of_the_object_is_named() -> None:
     model, x = OwnLayers().requires_grad_(False), torch.randn(2, 4, 8)
     model.body, forward = nn.Linear(8, 8), model.forward
@@ -642,6 +649,22 @@ def test_units_whose_rows_are_of_no_one_sample_run_at_one_t(way: str, single: bo
     model = Folded(way).requires_grad_(False)
     plan = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 3, 4), torch.tensor([3, 5])))
     assert plan.special.single == ({"inside"} if single else set())
+
+
+@pytest.mark.parametrize("reads", [lambda t: t[:1], lambda t: t], ids=["of the first", "of each"])
+def test_a_time_step_that_is_read_for_a_whole_batch_is_said(reads: Callable[[Tensor], Tensor]) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            out: Tensor = self.layer(sample) * reads(timestep)[:, None] / 1000
+            return out
+
+    model, t = Gated().requires_grad_(False), torch.tensor([3.0, 900.0])
+    notices = make_plan(model, preset("qdiff"), calls_of(model, torch.randn(2, 4), t)).notices
+    assert any("time step of another one" in notice for notice in notices) == (len(reads(t)) == 1)
 
 
 class Routed(nn.Module):

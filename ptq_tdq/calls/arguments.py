@@ -7,10 +7,12 @@ prompts, guidance, pooled embeddings and whatever else a pipeline hands to its d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import combinations
+from functools import partial
+from inspect import Parameter
+from itertools import combinations, takewhile
 from typing import Any
 
 import torch
@@ -171,6 +173,56 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     return bound
 
 
+def hear_positions(model: nn.Module) -> None:
+    """Give the arguments of calls by name by position to those hooks of ``model`` that hear of these alone."""
+    for hooks, with_names, heard in _hooks_of(model):
+        for key in hooks.keys() - with_names.keys():
+            hooks[key], with_names[key] = partial(heard, hooks[key]), True
+
+
+@contextmanager
+def hearing_positions(model: nn.Module) -> Iterator[None]:
+    """While open, as :func:`hear_positions`."""
+    before = [(kept, dict(kept)) for *both, _ in _hooks_of(model) for kept in both]
+    hear_positions(model)
+    try:
+        yield
+    finally:
+        for kept, own in before:
+            kept.clear()
+            kept.update(own)
+
+
+def _hooks_of(model: nn.Module) -> list[tuple[dict[int, Any], dict[int, bool], Callable[..., Any]]]:
+    return [
+        (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs, _before),
+        (model._forward_hooks, model._forward_hooks_with_kwargs, _behind),
+    ]
+
+
+def _before(hook: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    names = _leading(model, args, kwargs)
+    found = hook(model, (*args, *(kwargs[name] for name in names)))
+    if found is None:
+        return None
+    given = found if isinstance(found, tuple) else (found,)
+    others = {k: v for k, v in kwargs.items() if k not in names}
+    if len(given) != len(args) + len(names):
+        return given, others
+    return given[: len(args)], others | dict(zip(names, given[len(args) :], strict=True))
+
+
+def _behind(hook: Callable[..., Any], model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    return hook(model, (*args, *(kwargs[name] for name in _leading(model, args, kwargs))), output)
+
+
+def _leading(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """The arguments by name that follow those by position, without a gap."""
+    parameters = signature_of(model).parameters.values()
+    names = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD][len(args) :]
+    return [*takewhile(kwargs.__contains__, names)]
+
+
 def check_argument(value: Any) -> None:
     """Raise :class:`CalibrationSetError` for what is neither a tensor nor plain, nor a tree of these."""
     parts = pytree.tree_leaves(value, is_leaf=lambda x: x is not value)
@@ -286,7 +338,7 @@ def find_odd(model: nn.Module, arguments: dict[str, Any], time: str) -> Odd:
     works: list[Odd] = []
     if not candidates:
         return frozenset()
-    with suppress(*REFUSALS), without_gradients(model):
+    with suppress(*REFUSALS), without_gradients(model), hearing_positions(model):
         expected = _last_row(model, arguments)
         for odd in _subsets(candidates, _alike(candidates, [x for _, x in leaves])):
             group = split_rows(arguments, time, odd)

@@ -149,9 +149,7 @@ class Recorder:
         if len(index):
             group = split_rows(arguments, name, self._find_odd(arguments))
             self._of_samples |= places_of(group) if rows > 1 else set()
-            kept = Calls(
-                TimeAxis(name), [group.take(index.to(_device(arguments)))], {}, sample[index] + self._first_trajectory
-            )
+            kept = Calls(TimeAxis(name), [group.take(index)], {}, sample[index] + self._first_trajectory)
             self._parts.append(_copied(kept))
 
     def _find_odd(self, arguments: dict[str, Any]) -> Odd:
@@ -173,10 +171,6 @@ def _check_module(model: Any) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("The denoiser is TorchScript, which hides its layers; record the module that it was made of.")
-
-
-def _device(arguments: dict[str, Any]) -> torch.device:
-    return next((x.device for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)), torch.device("cpu"))
 
 
 def _copied(calls: Calls) -> Calls:

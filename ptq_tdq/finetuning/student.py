@@ -55,13 +55,14 @@ class Student(nn.Module):
             parameter.requires_grad_(parameter.is_floating_point())
         for layer in quantized.layers().values():
             own_weight(layer.layer).requires_grad_(False)  # what the codes stood for; ``rounding`` learns
+        self.layers = tuple(quantized.layers().values())  # to be found once, not in each iteration
         self.freeze(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Prediction [B, ...] for the arguments of one call, float32, and what its quantizers add to the loss."""
         for function in self.functions.values():
             function.penalty = None
-        weights = (layer.weight for layer in self.quantized.layers().values())
+        weights = (layer.weight for layer in self.layers)
         with products_in(self.compute_dtype, weights, self.quantized.device):
             predicted = prediction(self.quantized(*args, **kwargs)).float()
         penalties = [f.penalty for f in self.functions.values() if f.penalty is not None]

@@ -83,7 +83,7 @@ class QuantProduct(nn.Module):
         apart = on_softmax.by_rows and not torch.compiler.is_compiling() and q.ndim > 2
         apart = apart and q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and _scores(q, k) > BLOCK
         attend = self._in_blocks if apart else self._attend
-        return attend(q, k, v, attn_mask, factor).to(query.dtype)
+        return lying_as(query, attend(q, k, v, attn_mask, factor)).to(query.dtype)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float, *interval: Tensor) -> Tensor:
         scores = (q @ k.transpose(-1, -2)).mul_(factor)
@@ -124,6 +124,15 @@ class QuantProduct(nn.Module):
                 of_heads.append(torch.cat([run(now, block, k, v, part, *interval) for block, part in blocks], 2))
             found.append(torch.cat(of_heads, 1))
         return torch.cat(found).view(shape)
+
+
+def lying_as(query: Tensor, out: Tensor) -> Tensor:
+    """``out`` with heads inside of tokens in memory where the query's are: so torch's own function gives it, and code
+    behind it may count on that (``out.transpose(1, 2).view(...)``).
+    """
+    if query.ndim != 4 or query.stride(1) >= query.stride(2):
+        return out.contiguous()
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _scores(q: Tensor, k: Tensor) -> int:

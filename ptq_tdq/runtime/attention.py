@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ptq_tdq.modules.products import lying_as
 from ptq_tdq.native.address import address, untraced
 from ptq_tdq.records import LayerRecord
 from ptq_tdq.runtime.kernels import levels
@@ -158,7 +159,7 @@ class IntegerProduct(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, factor: float, mask: Tensor | None = None) -> Tensor:
         """The product by the fastest form that covers it."""
         attend = self.native if self.timed and covers(q, k, v) else reference_attend
-        return attend(q, k, v, self._interval, self.bits, factor, mask)
+        return lying_as(q, attend(q, k, v, self._interval, self.bits, factor, mask))
 
     def _interval(self, index: int, x: Tensor) -> Interval:
         return self.step.interval(self.record.inputs[index].name, x)

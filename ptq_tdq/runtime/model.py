@@ -37,6 +37,7 @@ from ptq_tdq.runtime.native_layer import NativeLayer
 from ptq_tdq.runtime.products import FloatProducts, Geometry, NativeProducts, OneDnnProducts, Products, Weights, narrow
 from ptq_tdq.runtime.step import Step
 from ptq_tdq.timed_model import TimedModel, check_finite, in_dtype
+from ptq_tdq.wrap import set_tensors
 
 FEW = 64  # samples whose time steps are read one by one
 
@@ -247,7 +248,7 @@ def _load_rest(model: nn.Module, artifact: Artifact, dtype: torch.dtype) -> None
     device.
     """
     state = {k: v for k, v in artifact.float_state.items() if k.removesuffix(".bias") not in artifact.weight_codes}
-    model.load_state_dict(state, strict=False, assign=True)
+    set_tensors(model, state)
     model._apply(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16, dtype) else x)
     model.requires_grad_(False)
     for name, module in model.named_modules():

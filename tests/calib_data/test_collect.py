@@ -169,6 +169,25 @@ def test_steps_are_chosen_among_those_that_the_sampler_makes(
     assert known.tolist() == pytest.approx(t) and counts.tolist() == [2] * len(t)
 
 
+class _Twice(LoopSampler):
+    """Goes through a short schedule before its own, as FreeInit's fast sampling does."""
+
+    def run(self, denoiser: Any, conditions: Any, generators: Any, num_inference_steps: int, schedule: Any) -> Sampled:
+        super().run(denoiser, conditions, generators, 2, schedule)
+        return super().run(denoiser, conditions, generators, num_inference_steps, schedule)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), EulerDiscreteScheduler()])  # which says where it is
+def test_a_sampler_may_go_on_by_a_longer_schedule(stochastic_model: LoadedModel, scheduler: Any) -> None:
+    sampler = _Twice(stochastic_model.denoiser, scheduler)
+    found = collect(replace(stochastic_model, sampler=sampler), **{**SMALL, "calibration_steps": 5})
+    scheduler.set_timesteps(5)
+    assert {found.t.max().item(), found.t.min().item()} == {
+        scheduler.timesteps[0].item(),
+        scheduler.timesteps[-1].item(),
+    }
+
+
 def test_an_unconditional_model_has_no_labels(stochastic_model: LoadedModel) -> None:
     assert "class_labels" not in collect(stochastic_model, **SMALL).groups[0].tree
 

@@ -19,6 +19,7 @@ from ptq_tdq.errors import CalibrationSetError, ModelError, TimestepError
 from ptq_tdq.identity import base_config, model_name, model_sha256
 from ptq_tdq.timeaxis import TimeAxis
 from ptq_tdq.timed_model import TimedModel
+from ptq_tdq.wrap import folded_copy
 
 B = 2
 Change = Callable[[Tensor], Tensor]
@@ -458,6 +459,19 @@ def test_calls_are_recorded_in_front_of_hooks_which_see_them_again(model: Condit
     assert torch.equal(replayed(model, calls)[0], expected)
 
 
+def test_hooks_that_hear_of_positions_alone_hear_of_calls_that_are_made_again(model: Conditioned) -> None:
+    model.register_forward_pre_hook(lambda _, args: (3 * args[0], *args[1:]))
+    model.register_forward_hook(lambda _, args, output: (output[0] + args[0],))
+    model.register_forward_pre_hook(  # and one that asks for an argument by its name still finds it
+        lambda _, args, kwargs: (args, kwargs | {"extra": {**kwargs["extra"], "scale": 2 * kwargs["extra"]["scale"]}}),
+        with_kwargs=True,
+    )
+    extra = {"scale": torch.rand(4, 1), "list": [torch.rand(4, 4, 2)]}
+    with record(model) as calls:
+        expected = loop(model, count=4, positions=torch.rand(4), extra=extra)
+    torch.testing.assert_close(torch.cat(replayed(folded_copy(model), calls, 2)), torch.cat(expected))
+
+
 def test_a_compiled_model_is_recorded_as_the_one_inside(model: Conditioned) -> None:
     compiled = torch.compile(model, backend="eager")
     sets = []
@@ -545,8 +559,15 @@ def test_a_number_beside_what_is_denoised_has_no_rows() -> None:
     assert len(calls) == B and calls.inputs(slice(0, 1))["batch"]["x"].shape == (1, 4)
 
 
-@pytest.mark.parametrize(("values", "shared"), [((80.0, 1.0, 0.3, 0.03, 0.02, 0.01), 2), ((80.0, 60.5, 30.0), 0)])
-def test_steps_that_share_intervals_are_said(values: tuple[float, ...], shared: int) -> None:
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ((80.0, 1.0, 0.3, 0.03, 0.02, 0.01), "2 of 6 steps lie so close together"),
+        ((80.0, 60.5, 30.0), None),
+        ((7.0, 7.0), "All recorded calls are at one time step"),
+    ],
+)
+def test_steps_that_share_intervals_are_said(values: tuple[float, ...], said: str | None) -> None:
     class Denoiser(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -560,5 +581,5 @@ def test_steps_that_share_intervals_are_said(values: tuple[float, ...], shared: 
     with record(model) as calls:
         for value in values:
             model(torch.ones(2, 4), torch.full((2,), value))
-    said = [notice for notice in calibrate(model, QUICK, calls).notices if "share entries" in notice]
-    assert [notice[:6] for notice in said] == ([f"{shared} of {len(values)}"] if shared else [])
+    of_steps = [notice for notice in calibrate(model, QUICK, calls).notices if " step" in notice]
+    assert len(of_steps) == (said is not None) and all(notice.startswith(said or "") for notice in of_steps)

@@ -255,12 +255,34 @@ def test_a_run_that_is_stopped_keeps_the_finished_blocks_and_says_so(
 
 @pytest.mark.parametrize(("command", "code"), [(("choices",), 0), (("choices", "--no-such-flag"), 2)])
 def test_after_a_command_signals_do_what_they_did(command: tuple[str, ...], code: int, cli: Any) -> None:
-    numbers = signal.SIGTERM, signal.SIGINT
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
     assert cli(*command).code == code and [signal.getsignal(number) for number in numbers] == before
 
 
-@pytest.mark.parametrize(("stop", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+IN_A_TERMINAL = """
+import fcntl, signal, termios
+from time import sleep
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which tests that nohup has started ignore
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+import ptq_tdq.cli.inspect as inspect
+from ptq_tdq.cli.main import main
+inspect.read_artifact = lambda path: (print("ready", flush=True), sleep(60))
+main(["inspect", "out"])
+"""
+
+
+def test_a_terminal_that_is_closed_stops_a_command() -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", IN_A_TERMINAL]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+        os.close(theirs)
+        assert b"ready" in os.read(ours, 100)
+        os.close(ours)
+        assert process.wait(30) == 129
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stop_waits_for_an_import_that_would_swallow_it(
     stop: signal.Signals, expected: int, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

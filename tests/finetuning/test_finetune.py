@@ -90,6 +90,22 @@ def test_it_is_better_than_calibration_alone_and_ends_as_an_artifact(
     assert tuned.provenance["method"] == expected and tuned.provenance["finetune"]["choices"]["quantizer"] == quantizer
 
 
+def test_an_iteration_looks_for_no_layers(
+    denoiser: nn.Module, calls: Calls, calibrated: Calibrated, choose: Choose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a large model they take as long to find as a GPU needs for a part of the iteration."""
+    begun, searches = calibrated(), list[int]()
+    for name in ("layers", "quantizers"):
+        search = getattr(QuantizedModel, name)
+        monkeypatch.setattr(QuantizedModel, name, lambda model, search=search: searches.append(1) or search(model))
+    counts = list[int]()
+    for iterations in (2, 9):
+        searches.clear()
+        finetune(denoiser, begun, choose(iterations=iterations, freeze_from=0.5), calls)
+        counts.append(len(searches))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize(
     ("quantizer", "method"), [("lsq", "tdq"), ("duq", "tdq"), ("qil", "S_3"), ("qil", "dynamic-statistics")]
 )

@@ -156,8 +156,10 @@ def test_duq_without_a_weight_behind_it_is_lsq() -> None:
     assert torch.equal(gradients(function, batch())[0], codes(batch()))
 
 
-def test_qil_learns_centre_and_half_width_from_the_values_inside() -> None:
-    """x_hat = clip((x - (c - d)) / (2 d), 0, 1) in n steps, and its derivatives by c and d (Jung et al., section 3)."""
+def test_qil_learns_centre_and_half_width_by_what_its_codes_stand_for() -> None:
+    """x_hat = clip((x - (c - d)) / (2 d), 0, 1) in n steps and its derivatives by c and d (Jung et al., section 3), and
+    those of 2 d x_hat + (c - d): what a wider interval takes from x_hat, its codes give back.
+    """
     x, function, n = batch().requires_grad_(), quantizer_class("qil")(), 15
     assert function.shift is not None
     with torch.no_grad():
@@ -171,7 +173,8 @@ def test_qil_learns_centre_and_half_width_from_the_values_inside() -> None:
     out.backward(torch.ones_like(out))
     assert scale.grad is not None and x.grad is not None and function.shift.grad is not None
     inside = np.abs(values - c) <= d
-    by_c, by_d = -2 * d * inside / (2 * d), -2 * d * inside * (values - c) / (2 * d**2)
+    by_c = 1 - 2 * d * inside / (2 * d)
+    by_d = 2 * np.round(x_hat * n) / n - 1 - 2 * d * inside * (values - c) / (2 * d**2)
     # c = s (n / 2 - z) + shift d, d = s n / 2
     assert float(function.shift.grad) == pytest.approx((by_c * d).sum(), rel=1e-4)
     assert float(scale.grad) == pytest.approx((by_c * (n / 2 - 5) + by_d * n / 2).sum(), rel=1e-4)

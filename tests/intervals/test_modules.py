@@ -13,7 +13,7 @@ from torch import nn
 
 from ptq_tdq.errors import NonFiniteError
 from ptq_tdq.intervals import source_class
-from ptq_tdq.intervals.mlp import fit, inverse_softplus
+from ptq_tdq.intervals.mlp import BENDS, Array, fit, inverse_softplus, scale_of
 from ptq_tdq.intervals.tdq import TDQ, TimeEncoding, make_net
 
 MODULES: list[tuple[str, dict[str, Any]]] = [
@@ -147,6 +147,35 @@ def test_waves_shorter_than_the_gap_between_observed_steps_are_damped() -> None:
     mean = torch.stack([TimeEncoding("frequency", T)(at_random[k]).mean(0) for k in (0, 300, 1000)])
     torch.testing.assert_close(damped[[0, 300, 1000]], mean, atol=0.06, rtol=0)
     assert (damped.diff(dim=0).abs().max() < 0.02) and plain.diff(dim=0).abs().max() > 0.9
+
+
+def test_a_fit_takes_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model has a hundred activations, which must not wait for minutes before they learn."""
+    passes: list[int] = []
+
+    def relu(x: Array) -> tuple[Array, Array]:
+        passes.append(1)
+        return np.maximum(x, 0), (x > 0).astype(x.dtype)
+
+    monkeypatch.setitem(BENDS, nn.ReLU, relu)
+    build("tdq", observe(module_start="steps"))
+    assert len(passes) < 3 * 50, "of three layers each"
+
+
+@pytest.mark.parametrize("bend", [nn.SiLU, nn.ReLU])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_net_of_one_number_follows_a_bump(bend: type[nn.Module], seed: int) -> None:
+    """A curve that few nets are near at the start."""
+    torch.manual_seed(seed)
+    net, t = (
+        nn.Sequential(nn.Linear(1, 16), bend(), nn.Linear(16, 16), bend(), nn.Linear(16, 1)),
+        torch.linspace(0, 1, 51),
+    )
+    aim = 1 + 2 * torch.exp(-(((t - 0.7) / 0.06) ** 2))
+    fit(net, t[:, None], aim.mean(), aim, 1e-6)
+    with torch.no_grad():
+        off = (scale_of(net.eval(), t[:, None], aim.mean()) / aim).log()
+    assert off.square().mean().sqrt() < 0.1
 
 
 def test_a_fit_that_diverges_says_what_to_do() -> None:

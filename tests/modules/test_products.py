@@ -175,6 +175,17 @@ def source(method: str, x: Tensor) -> IntervalSource:
     return source_class(method).build(method, Observed(1000, observer.steps, observer.histogram(), QType(8)))
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 3, 8), (2, 3, 4, 8)])
+def test_its_output_lies_in_memory_as_torchs_does(shape: tuple[int, ...]) -> None:
+    """Code behind it views it without a copy (SD3's image prompt)."""
+    q = torch.randn(shape) if shape[1] == 4 else torch.randn(shape).transpose(1, 2)
+    product = QuantProduct(record("a.products.0"))
+    for quantizer in product.activation_quantizers():
+        quantizer.enabled = True
+    with at(torch.tensor([0.0])):
+        assert product(q, q, q).stride() == functional.scaled_dot_product_attention(q, q, q).stride()
+
+
 def test_scores_beyond_half_precision_are_no_infinities() -> None:
     q = torch.full((1, 1, 2, 64), 100.0, dtype=torch.float16)
     product = QuantProduct(record("a.products.0"))

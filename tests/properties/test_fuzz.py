@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fuzzing import fuzz, make_subjects
 
-CASES = int(os.environ.get("PTQ_TDQ_FUZZ_CASES", "2000"))
+CASES = int(os.environ.get("PTQ_TDQ_FUZZ_CASES", "1000"))
 
 
 def test_no_file_crashes_hangs_or_runs_code(tmp_path: Path) -> None:

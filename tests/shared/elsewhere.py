@@ -62,6 +62,8 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     strangers = there and any(x.ndim and not isinstance(x, Elsewhere) for x in tensors)
     if strangers and func._schema.name not in {name.partition(".")[0] for name in MIXING}:
         raise RuntimeError(f"Expected all tensors to be on the same device, but {func} meets both.")
+    if strangers and "index" in func._schema.name and not isinstance(tensors[0], Elsewhere):
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
     target = kwargs.get("device")
     if target is not None and torch.device(target).type == NAME:
         there, held[1]["device"] = True, torch.device("cpu")
