@@ -53,9 +53,10 @@ class Student(nn.Module):
         self.extra.to(quantized.device)
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        for layer in quantized.layers().values():
-            own_weight(layer.layer).requires_grad_(False)  # what the codes stood for; ``rounding`` learns
         self.layers = tuple(quantized.layers().values())  # to be found once, not in each iteration
+        for layer in self.layers:
+            own_weight(layer.layer).requires_grad_(False)  # what the codes stood for; ``rounding`` learns
+        self._told: bool | None = None  # by freeze, which walks through all modules
         self.freeze(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -94,6 +95,9 @@ class Student(nn.Module):
 
     def freeze(self, frozen: bool = True) -> None:
         """Begin the last part of the iterations, for quantizers that freeze: no dropout in their networks either."""
+        if frozen == self._told:
+            return
+        self._told = frozen
         for name, quantizer in self.quantized.quantizers().items():
             function = self.functions[name]
             function.frozen = frozen and function.freezes
@@ -129,7 +133,7 @@ class Student(nn.Module):
     def finish(self) -> QuantizedModel:
         """What was learned, as codes and tables; raises :class:`NonFiniteError` for intervals beyond float32."""
         with torch.no_grad():
-            for layer in self.quantized.layers().values():
+            for layer in self.layers:
                 _end_weight(layer)
         for name, tensor in _floating(self.quantized.model):
             tensor.data = tensor.detach().to(self.dtypes.get(name, tensor.dtype))

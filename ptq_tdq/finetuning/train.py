@@ -48,7 +48,6 @@ class Training:
         processes.begin_alike(p.detach() for p in self.learned.values())
         self.averages = [p.detach().clone() for p in self.learned.values()]
         self.losses: list[float] = []
-        self._frozen: bool | None = None  # what the student was last told
         self._graphs = Graphs(self._descend, list(self.learned.values())) if config.cuda_graph else None
         data.remember(self._wanted)
 
@@ -89,10 +88,7 @@ class Training:
         factor = _factor(iteration, config)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        frozen = iteration >= config.freeze_from * config.iterations
-        if frozen != self._frozen:  # telling it is a walk through all modules
-            self.student.freeze(frozen)
-            self._frozen = frozen
+        self.student.freeze(iteration >= config.freeze_from * config.iterations)
         torch.manual_seed(generator_of(f"noise of process {processes.rank()}", config.seed, iteration).initial_seed())
         batches = self._draw(iteration)
         self.optimizer.zero_grad()

@@ -71,7 +71,7 @@ def test_auto_follows_t_where_that_pays_and_says_what_it_is_worth(run: Run) -> N
     found = {q.name: q for layer in quantized.plan for q in layer.inputs}
     assert {name: q.method for name, q in found.items()} == {"follows": "tdq-thin", "stays": "static"}
     assert found["follows"].gain_db is not None and found["follows"].gain_db > 2
-    assert found["stays"].gain_db is not None and found["stays"].gain_db < 1
+    assert found["stays"].gain_db is not None and found["stays"].gain_db < 0.5
     tables = {name: q.source.table(1000)[0] for name, q in quantized.quantizers().items() if q.source}
     assert tables["stays"].unique().numel() == 1
     ratio = tables["follows"][990] / tables["follows"][0]
